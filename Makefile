@@ -1,0 +1,26 @@
+# Everything runs in .venv, made on first use. constraints.txt pins torch for these targets only.
+PYTHON ?= python3
+VENV := .venv
+RUN := runs/quickstart
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/nextscale quickstart --out $(RUN)
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nextscale needs Python 3.11 or newer; set PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,44 @@
+"""nextscale: next-scale image generation.
+
+    import nextscale
+    pipeline = nextscale.Pipeline.from_pretrained("my-model")
+    pipeline.sample([3, 7], seed=0).save("grid.png")
+
+Shape suffixes used throughout: B batch, L tokens of all scales, N tokens of one scale, K scales, C code width (or the
+channels at hand), D model width, H heads (or image height, beside W), S layers of a block, V codes, R flattened rows,
+h w sides of a token map or feature map, d head width.
+
+Nothing heavy is imported before it is used, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Pipeline": "nextscale.pipeline",
+    "SampleConfig": "nextscale.config",
+    "ModelConfig": "nextscale.config",
+    "TokenizerConfig": "nextscale.config",
+    "TransformerConfig": "nextscale.config",
+    "Pyramid": "nextscale.pyramid",
+    "UserError": "nextscale.errors",
+    "preset": "nextscale.presets",
+}
+__all__ = ["Pipeline", "SampleConfig", "ModelConfig", "TokenizerConfig", "TransformerConfig", "Pyramid", "UserError", "preset"]
+
+if TYPE_CHECKING:
+    from nextscale.config import ModelConfig, SampleConfig, TokenizerConfig, TransformerConfig
+    from nextscale.errors import UserError
+    from nextscale.pipeline import Pipeline
+    from nextscale.presets import preset
+    from nextscale.pyramid import Pyramid
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"nextscale has no {name}")
+    return getattr(import_module(_PUBLIC[name]), name)

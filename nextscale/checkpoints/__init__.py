@@ -1,0 +1,1 @@
+"""Checkpoints: the native folder, and the official VAR files in both directions."""

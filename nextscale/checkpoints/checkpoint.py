@@ -1,0 +1,65 @@
+"""What every checkpoint format reads into and writes from: a config and named tensors, in their stored dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.config import ModelConfig
+from nextscale.errors import UserError
+from nextscale.model.var import VAR
+from nextscale.tokenizer.tokenizer import Tokenizer
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Checkpoint:
+    """A generator at rest. Tensor names are those of the modules' state dicts."""
+
+    config: ModelConfig
+    tokenizer: dict[str, Tensor]
+    transformer: dict[str, Tensor]
+    """Empty when `config.transformer` is None."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from and how that format spelled them; empty for models trained here."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the original format that have no place in our modules, kept for the way back."""
+
+
+def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
+    """Tokenizer and transformer with uninitialised parameters, on torch's current default device."""
+    tokenizer = Tokenizer(config.tokenizer, config.pyramid)
+    if config.transformer is None:
+        return tokenizer, None
+    codes = config.tokenizer
+    return tokenizer, VAR(config.transformer, config.pyramid, codes.vocab_size, codes.code_width)
+
+
+def build_on_meta(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
+    """The modules without storage: for shapes and counts, or to be filled by assignment."""
+    with torch.device("meta"):
+        return build_modules(config)
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, Shape]:
+    """Name and shape of every tensor in the module's state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check_tensors(source: object, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raise UserError naming the tensors of `source` that are missing, extra or of the wrong shape."""
+    missing = [f"'{n}' {s}" for n, s in expected.items() if n not in found]
+    extra = [f"'{n}' {s}" for n, s in found.items() if n not in expected]
+    wrong = [f"'{n}' has shape {found[n]} instead of {s}" for n, s in expected.items() if found.get(n, s) != s]
+    complaints = []
+    for title, names in (("missing", missing), ("unknown", extra), ("misshapen", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            complaints.append(f"{title} tensor {', '.join(names[:3])}{more}")
+    if complaints:
+        raise UserError(f"{source} does not fit its model: {'; '.join(complaints)}")

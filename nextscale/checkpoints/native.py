@@ -1,0 +1,88 @@
+"""The native checkpoint: a folder with config.json and safetensors files.
+
+    config.json                format, version, the whole ModelConfig, class names
+    tokenizer.safetensors
+    transformer.safetensors    absent for a tokenizer alone
+    original.safetensors       only where an imported file had tensors that our modules do not need
+
+Tensors keep their stored dtype on disk; what they compute in is decided when they are loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import nextscale
+from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_tensors, shapes_of
+from nextscale.config import ModelConfig, from_dict, to_dict
+from nextscale.errors import UserError
+from nextscale.files import read_json, replacing, write_json
+
+FORMAT, VERSION = "nextscale", 1
+TOKENIZER, TRANSFORMER, ORIGINAL = "tokenizer.safetensors", "transformer.safetensors", "original.safetensors"
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the folder; all files are complete on disk before the first one replaces an older one."""
+    parts = {TOKENIZER: checkpoint.tokenizer, TRANSFORMER: checkpoint.transformer, ORIGINAL: checkpoint.extras}
+    parts = {name: tensors for name, tensors in parts.items() if tensors}
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "library": nextscale.__version__,
+        "model": to_dict(checkpoint.config),
+        "origin": checkpoint.origin,
+    }
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot save to {folder}: it is a file, not a folder")
+    with replacing(*(folder / name for name in parts), folder / "config.json") as drafts:
+        for draft, tensors in zip(drafts[:-1], parts.values(), strict=True):
+            save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, draft)
+        write_json(drafts[-1], head)
+    for name in {TOKENIZER, TRANSFORMER, ORIGINAL} - set(parts):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict]:
+    """The folder's ModelConfig and its `origin`, without touching the weights."""
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint folder {folder}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no nextscale checkpoint: it has no config.json")
+    head = read_json(folder / "config.json")
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise UserError(f"{folder}/config.json was not written by nextscale (no \"format\": \"{FORMAT}\")")
+    if not isinstance(head.get("version"), int) or head["version"] > VERSION:
+        raise UserError(
+            f"{folder} has format version {head.get('version')}, this nextscale reads up to {VERSION}; "
+            f"it was written by nextscale {head.get('library')}: update with pip install -U nextscale"
+        )
+    return from_dict(ModelConfig, head.get("model"), f"{folder}/config.json: model"), head.get("origin") or {}
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a folder. Raises UserError naming the file and the tensor at fault."""
+    config, origin = read_config(folder)
+    tokenizer, transformer = build_on_meta(config)
+    tensors = read_safetensors(folder / TOKENIZER, shapes_of(tokenizer))
+    weights = read_safetensors(folder / TRANSFORMER, shapes_of(transformer)) if transformer is not None else {}
+    extras = read_safetensors(folder / ORIGINAL) if (folder / ORIGINAL).exists() else {}
+    return Checkpoint(config, tensors, weights, origin, extras)
+
+
+def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> dict[str, Tensor]:
+    """All tensors of a file, memory-mapped; with `expected`, names and shapes are checked before any is read."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if expected is not None:
+                check_tensors(path, {n: tuple(file.get_slice(n).get_shape()) for n in names}, expected)
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error

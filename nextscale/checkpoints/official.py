@@ -1,0 +1,161 @@
+"""Official VAR checkpoints (`vae_*.pth`, `var_d*.pth`, or the same tensors in safetensors), in both directions.
+
+Names are translated by one list of rules, ours to theirs; the way back is its inverse over the names that the model
+really has. Three kinds of tensors in the official transformer are derived from its config (`lvl_1L`,
+`attn_bias_for_masking`, `zero_k_bias`): ours needs none of them, so they are checked, dropped and made anew on export.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_tensors, shapes_of
+from nextscale.checkpoints.official_config import Hints, infer_config
+from nextscale.checkpoints.official_files import read_tensors, write_tensors
+from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.errors import UserError
+from nextscale.pyramid import Pyramid
+
+USAGE = "quantize.ema_vocab_hit_SV"
+
+_TOKENIZER_RULES = [
+    (r"^(encoder)\.levels\.(\d+)\.", r"\1.down.\2."),
+    (r"\.blocks\.(\d+)\.", r".block.\1."),
+    (r"\.attentions\.(\d+)\.", r".attn.\1."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+    (r"^(encoder.*)\.resample\.", r"\1.downsample.conv."),
+    (r"^(decoder.*)\.resample\.", r"\1.upsample.conv."),
+    (r"\.middle\.0\.", ".mid.block_1."),
+    (r"\.middle\.1\.", ".mid.attn_1."),
+    (r"\.middle\.2\.", ".mid.block_2."),
+    (r"(attn[_.]\d)\.proj\.", r"\1.proj_out."),
+    (r"^quantizer\.codebook\.", "quantize.embedding."),
+    (r"^quantizer\.usage_KV$", USAGE),
+]
+_PHI_NAMES = {
+    "list": "quantize.quant_resi.qresi_ls.{}.",
+    "single": "quantize.quant_resi.qresi.",
+    "per_scale": "quantize.quant_resi.{}.",
+}
+_TRANSFORMER_RULES = [
+    (r"^condition\.embedding\.", "class_emb."),
+    (r"^pos_embed$", "pos_1LC"),
+    (r"^level_embed\.", "lvl_embed."),
+    (r"\.mixers\.0\.qkv\.", ".attn.mat_qkv."),
+    (r"\.mixers\.0\.log_scale$", ".attn.scale_mul_1H11"),
+    (r"\.mixers\.0\.", ".attn."),
+    (r"\.adaln\.linear\.", ".ada_lin.1."),
+    (r"\.adaln\.offset$", ".ada_gss"),
+    (r"^shared_adaln\.", "shared_ada_lin.1."),
+    (r"^head_adaln\.", "head_nm.ada_lin.1."),
+]
+
+
+def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
+    """Read official files into a checkpoint; stored dtypes are kept.
+
+    Raises UserError naming the file and tensor when one is missing, extra or misshapen, or when the pyramid can
+    neither be read from the tensors nor was given in `hints`.
+    """
+    vae_tensors = read_tensors(vae, "vae_local")
+    var_tensors = read_tensors(var, "var_wo_ddp") if var else {}
+    config, phi_layout = infer_config(vae, vae_tensors, var, var_tensors, hints)
+    origin = {"format": "official-var", "phi_layout": phi_layout}
+    extras: dict[str, Tensor] = {}
+
+    tokenizer, transformer = build_on_meta(config)
+    names = {n: official_tokenizer_name(n, config, phi_layout) for n in tokenizer.state_dict()}
+    usage = vae_tensors.get(USAGE)
+    if usage is not None and usage.shape != (len(config.pyramid), config.tokenizer.vocab_size):
+        # A tokenizer used with another number of scales than it was trained with: the official code ignores it, too.
+        extras[USAGE] = usage
+        vae_tensors[USAGE] = torch.zeros(len(config.pyramid), config.tokenizer.vocab_size)
+    ours = translate(vae, vae_tensors, names, shapes_of(tokenizer))
+    if transformer is None or config.transformer is None:
+        return Checkpoint(config, ours, {}, origin, extras)
+
+    buffers = derived_buffers(config.transformer, config.pyramid)
+    origin["buffers"] = _take_buffers(var, var_tensors, buffers, extras)
+    names = {n: official_transformer_name(n) for n in transformer.state_dict()}
+    return Checkpoint(config, ours, translate(var, var_tensors, names, shapes_of(transformer)), origin, extras)
+
+
+def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) -> None:
+    """Write official files; the suffix decides the format (.safetensors, or a torch pickle for anything else)."""
+    config, origin = checkpoint.config, checkpoint.origin
+    default = "single" if config.tokenizer.num_phi == 1 else "list"
+    layout = origin.get("phi_layout", default)
+    if vae is not None:
+        theirs = {official_tokenizer_name(n, config, layout): t for n, t in checkpoint.tokenizer.items()}
+        theirs.update({n: t for n, t in checkpoint.extras.items() if n == USAGE})
+        write_tensors(vae, theirs)
+    if var is not None:
+        if config.transformer is None:
+            raise UserError(f"cannot write {var}: this checkpoint is a tokenizer alone")
+        theirs = {official_transformer_name(n): t for n, t in checkpoint.transformer.items()}
+        if origin.get("buffers", True):
+            theirs.update(derived_buffers(config.transformer, config.pyramid))
+        theirs.update({n: t for n, t in checkpoint.extras.items() if n != USAGE})
+        write_tensors(var, theirs)
+
+
+def official_tokenizer_name(name: str, config: ModelConfig, phi_layout: str) -> str:
+    """The official name of one of our tokenizer's tensors."""
+    if match := re.match(r"quantizer\.phi\.(\d+)\.(.*)", name):
+        return _PHI_NAMES[phi_layout].format(match[1]) + match[2]
+    if match := re.match(r"decoder\.levels\.(\d+)\.(.*)", name):  # theirs counts from full resolution down
+        level = len(config.tokenizer.channel_multipliers) - 1 - int(match[1])
+        name = f"decoder.up.{level}.{match[2]}"
+    return _rewrite(name, _TOKENIZER_RULES)
+
+
+def official_transformer_name(name: str) -> str:
+    """The official name of one of our transformer's tensors."""
+    return _rewrite(name, _TRANSFORMER_RULES)
+
+
+def translate(
+    source: Path | None, theirs: dict[str, Tensor], names: dict[str, str], expected: dict[str, Shape]
+) -> dict[str, Tensor]:
+    """Official tensors under our names, after checking that they are exactly the ones the model needs."""
+    found = {n: tuple(t.shape) for n, t in theirs.items()}
+    check_tensors(source, found, {names[n]: shape for n, shape in expected.items()})
+    return {ours: theirs[official] for ours, official in names.items()}
+
+
+def derived_buffers(config: TransformerConfig, pyramid: Pyramid) -> dict[str, Tensor]:
+    """The buffers of the official transformer that follow from its config."""
+    scale_L = torch.tensor(pyramid.scale_of_L)
+    visible = scale_L[:, None] >= scale_L[None, :]
+    bias = torch.where(visible, 0.0, -torch.inf)
+    zero_bias = {f"blocks.{i}.attn.zero_k_bias": torch.zeros(config.width) for i in range(config.depth)}
+    return {"lvl_1L": scale_L[None], "attn_bias_for_masking": bias[None, None], **zero_bias}
+
+
+def _take_buffers(
+    source: Path | None, theirs: dict[str, Tensor], buffers: dict[str, Tensor], extras: dict[str, Tensor]
+) -> bool:
+    """Take the derived buffers out of `theirs`; those stored in another dtype go to `extras`. False if there are none.
+
+    All or none: a file with some of them has lost tensors. One with other values belongs to another pyramid.
+    """
+    if not any(name in theirs for name in buffers):
+        return False
+    for name, derived in buffers.items():
+        check_tensors(source, {n: tuple(theirs[n].shape) for n in [name] if n in theirs}, {name: tuple(derived.shape)})
+        stored = theirs.pop(name)
+        if not torch.equal(stored, derived.to(stored.dtype)):
+            raise UserError(f"{source}: '{name}' does not fit the pyramid; check --scales")
+        if stored.dtype != derived.dtype:
+            extras[name] = stored
+    return True
+
+
+def _rewrite(name: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,140 @@
+"""Reading a model's config off the shapes of an official checkpoint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from nextscale.config import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.errors import UserError
+from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024, Pyramid
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the tensors of an official checkpoint cannot say."""
+
+    pyramid: Pyramid | None = None
+    """Needed when maps are not square or the file has no `lvl_1L`."""
+    heads: int | None = None
+    """Needed without q/k normalisation when heads are not 64 wide."""
+    phi_ratio: float = 0.5
+    cosine_lookup: bool = False
+    class_names: tuple[str, ...] = ()
+
+
+def infer_config(
+    vae: Path, vae_tensors: dict[str, Tensor], var: Path | None, var_tensors: dict[str, Tensor], hints: Hints
+) -> tuple[ModelConfig, str]:
+    """The config of a pair of official files, and how the phi convolutions are laid out in the first."""
+    _refuse_swapped(vae, vae_tensors, var, var_tensors)
+    tokenizer, layout = _tokenizer(vae, vae_tensors, hints)
+    if var is None:
+        rows = len(_need(vae, vae_tensors, "quantize.ema_vocab_hit_SV"))
+        pyramid = hints.pyramid or (PYRAMID_256 if rows == len(PYRAMID_256) else None)
+        if pyramid is None:
+            raise UserError(f"{vae} does not say its token map sides; give them with --scales, coarse to fine")
+        return ModelConfig(pyramid, tokenizer, None, hints.class_names), layout
+    transformer = _transformer(var, var_tensors, hints)
+    book, head = tuple(vae_tensors["quantize.embedding.weight"].shape), _need(var, var_tensors, "head.weight").shape[0]
+    width = var_tensors["word_embed.weight"].shape[1]
+    if book != (head, width):
+        raise UserError(
+            f"{vae} has {book[0]} codes of width {book[1]}, but {var} predicts {head} codes of width {width}: "
+            "they belong to different models"
+        )
+    return ModelConfig(_pyramid(var, var_tensors, hints.pyramid), tokenizer, transformer, hints.class_names), layout
+
+
+def _tokenizer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> tuple[TokenizerConfig, str]:
+    vocab_size, code_width = _need(source, tensors, "quantize.embedding.weight").shape
+    base = _need(source, tensors, "encoder.conv_in.weight").shape[0]
+    levels = _count(source, tensors, r"encoder\.down\.(\d+)\.")
+    widths = [_need(source, tensors, f"encoder.down.{i}.block.0.conv1.weight").shape[0] for i in range(levels)]
+    num_phi, layout = _phi(tensors)
+    config = TokenizerConfig(
+        vocab_size=vocab_size,
+        code_width=code_width,
+        base_channels=base,
+        channel_multipliers=tuple(width // base for width in widths),
+        res_blocks=_count(source, tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        attention=any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors),
+        middle_attention=any(name.startswith("encoder.mid.attn_1.") for name in tensors),
+        quant_conv_kernel=_need(source, tensors, "quant_conv.weight").shape[-1],
+        num_phi=num_phi,
+        phi_ratio=hints.phi_ratio if num_phi else 0.0,
+        cosine_lookup=hints.cosine_lookup,
+    )
+    return config, layout
+
+
+def _phi(tensors: dict[str, Tensor]) -> tuple[int, str]:
+    for layout, pattern in (("list", r"qresi_ls\.(\d+)"), ("single", r"qresi\."), ("per_scale", r"(\d+)")):
+        found = {name for name in tensors if re.match(rf"quantize\.quant_resi\.{pattern}.*weight$", name)}
+        if found:
+            return len(found), layout
+    return 0, "list"
+
+
+def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> TransformerConfig:
+    width = _need(source, tensors, "word_embed.weight").shape[0]
+    scale = tensors.get("blocks.0.attn.scale_mul_1H11")
+    heads = hints.heads or (scale.numel() if scale is not None else width // 64)
+    if heads < 1 or width % heads:
+        raise UserError(f"{source}: cannot tell the number of attention heads of width {width}; give it with --heads")
+    return TransformerConfig(
+        depth=_count(source, tensors, r"blocks\.(\d+)\."),
+        width=width,
+        heads=heads,
+        ffn_ratio=_need(source, tensors, "blocks.0.ffn.fc1.weight").shape[0] / width,
+        qk_norm=scale is not None,
+        shared_adaln=any(name.startswith("shared_ada_lin.") for name in tensors),
+        condition=ClassConditionConfig(num_classes=_need(source, tensors, "class_emb.weight").shape[0] - 1),
+    )
+
+
+def _pyramid(source: Path, tensors: dict[str, Tensor], given: Pyramid | None) -> Pyramid:
+    """The pyramid given or read from `lvl_1L`; the one must agree with the other and with the embeddings."""
+    length, scales = _need(source, tensors, "pos_1LC").shape[1], len(_need(source, tensors, "lvl_embed.weight"))
+    first = _need(source, tensors, "pos_start").shape[1]
+    levels = tensors.get("lvl_1L")
+    pyramid = given
+    if pyramid is None and levels is not None:
+        pyramid = Pyramid.from_counts(levels.flatten().long().clamp(0).bincount().tolist())
+    if pyramid is None and levels is None:
+        known = (PYRAMID_256, PYRAMID_512, PYRAMID_1024)
+        pyramid = next((p for p in known if (p.length, len(p)) == (length, scales)), None)
+    if pyramid is None:
+        raise UserError(
+            f"{source} does not say its token map sides ({scales} scales, {length} tokens); "
+            "give them with --scales, coarse to fine, as in 1,2,3,4 or 1x1,2x3,4x6"
+        )
+    if (pyramid.length, len(pyramid), pyramid.counts[0]) != (length, scales, first):
+        raise UserError(
+            f"{source} has {scales} scales, {length} tokens and {first} at the first scale, but the pyramid {pyramid} "
+            f"has {len(pyramid)}, {pyramid.length} and {pyramid.counts[0]}; check --scales"
+        )
+    return pyramid
+
+
+def _refuse_swapped(vae: Path, vae_tensors: dict[str, Tensor], var: Path | None, var_tensors: dict[str, Tensor]) -> None:
+    if "word_embed.weight" in vae_tensors and "quantize.embedding.weight" not in vae_tensors:
+        raise UserError(f"{vae} is a transformer, not a tokenizer; pass it with --var")
+    if var is not None and "quantize.embedding.weight" in var_tensors and "word_embed.weight" not in var_tensors:
+        raise UserError(f"{var} is a tokenizer, not a transformer; pass it with --vae")
+
+
+def _need(source: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"{source} is missing tensor '{name}'; it is not a whole official checkpoint")
+    return tensors[name]
+
+
+def _count(source: Path, tensors: dict[str, Tensor], pattern: str) -> int:
+    found = [int(m[1]) for name in tensors if (m := re.match(pattern, name))]
+    if not found:
+        raise UserError(f"{source} has no tensor named like {pattern}; it is not an official checkpoint")
+    return max(found) + 1

@@ -1,0 +1,225 @@
+"""The config tree: dataclasses, their JSON form, and overrides. Needs no torch.
+
+One `ModelConfig` describes a whole generator (pyramid, tokenizer, transformer) and is what `config.json` holds.
+Reading is strict: an unknown key names the nearest known one, a value of the wrong type says where it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from nextscale.errors import UserError
+from nextscale.pyramid import PYRAMID_256, Pyramid
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Multi-scale VQ-VAE. The defaults are the official 108.95 M parameter tokenizer (`vae_ch160v4096z32`)."""
+
+    vocab_size: int = 4096
+    """Codes in the codebook, V."""
+    code_width: int = 32
+    """Width of a code and of the feature map, c."""
+    base_channels: int = 160
+    """Channels of the CNN at full resolution; each level multiplies them."""
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """One level per entry; every level but the last halves the resolution, so the default reduces 16 times."""
+    res_blocks: int = 2
+    """Residual blocks per level of the encoder (the decoder has one more)."""
+    attention: bool = True
+    """Self-attention after each block of the deepest level."""
+    middle_attention: bool = True
+    """Self-attention in the middle of encoder and decoder."""
+    norm_groups: int = 32
+    """Groups of every GroupNorm; must divide all channel counts."""
+    quant_conv_kernel: int = 3
+    """Kernel of the convolutions before and after quantisation."""
+    num_phi: int = 4
+    """Convolutions that refine up-sampled codes: shared by all scales, one per scale (K of them), 1, or 0 for none."""
+    phi_ratio: float = 0.5
+    """Share of the convolution in phi(h) = (1 - r) h + r conv(h)."""
+    cosine_lookup: bool = False
+    """Nearest code by cosine instead of Euclidean distance."""
+    commitment: float = 0.25
+    """Weight beta of the commitment loss."""
+
+    def __post_init__(self) -> None:
+        for multiplier in self.channel_multipliers:
+            if (self.base_channels * multiplier) % self.norm_groups:
+                raise UserError(
+                    f"tokenizer: {self.base_channels} x {multiplier} channels cannot be divided into "
+                    f"norm_groups={self.norm_groups}; change base_channels or norm_groups"
+                )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per cell of the finest token map, along each side."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+
+@dataclass(frozen=True)
+class ClassConditionConfig:
+    """The image is conditioned on a class label."""
+
+    kind: Literal["class"] = "class"
+    num_classes: int = 1000
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Block-causal transformer of VAR. `depth` alone gives a published model: width 64 x depth, heads = depth."""
+
+    depth: int = 16
+    width: int = 0
+    """Model width D; 0 means 64 x depth."""
+    heads: int = 0
+    """Attention heads; 0 means depth."""
+    ffn_ratio: float = 4.0
+    """Hidden width of the feed-forward layer over the model's."""
+    qk_norm: bool = True
+    """L2-normalised queries and keys with a learned temperature per head; otherwise logits scale by 0.25/sqrt(d)."""
+    shared_adaln: bool = False
+    """One adaLN projection for all blocks plus a learned offset per block (published 512 px model)."""
+    norm_eps: float = 1e-6
+    condition: ClassConditionConfig = field(default_factory=ClassConditionConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", self.width or 64 * self.depth)
+        object.__setattr__(self, "heads", self.heads or self.depth)
+        if self.depth < 1 or self.width < 1 or self.width % self.heads:
+            raise UserError(
+                f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: depth must be at least 1 "
+                "and width a multiple of heads"
+            )
+
+    @property
+    def ffn_width(self) -> int:
+        return round(self.width * self.ffn_ratio)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole generator, or a tokenizer alone when `transformer` is None."""
+
+    pyramid: Pyramid = PYRAMID_256
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    transformer: TransformerConfig | None = field(default_factory=TransformerConfig)
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in label order; empty when unknown."""
+
+    def __post_init__(self) -> None:
+        classes = self.transformer.condition.num_classes if self.transformer else len(self.class_names)
+        if self.class_names and len(self.class_names) != classes:
+            raise UserError(f"config has {len(self.class_names)} class names for {classes} classes")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        h, w = self.pyramid.last
+        return h * self.tokenizer.downsampling, w * self.tokenizer.downsampling
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How logits become an image. The defaults are VAR's published evaluation setting."""
+
+    cfg: float = 1.5
+    """Classifier-free guidance: strength at the last scale; it grows linearly from 0 at the first. 0 = off."""
+    top_k: int = 900
+    """Keep the k most likely tokens; 0 = off."""
+    top_p: float = 0.96
+    """Keep the most likely tokens that together have this probability; 0 = off."""
+    temperature: float = 1.0
+    """Divides the guided logits before anything is filtered."""
+    seed: int = 0
+    smooth: bool = False
+    """Paint with a Gumbel-softmax mixture of codes: nicer pictures, not for measuring."""
+    official_seeding: bool = False
+    """One generator for the whole call, as the official code: its tokens, but an image depends on its batch."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "cfg must be 0 or more": self.cfg >= 0,
+            "top_k must be 0 (off) or more": self.top_k >= 0,
+            "top_p must lie in 0 (off) to 1": 0 <= self.top_p <= 1,
+            "temperature must be above 0 (for the most likely token use top_k=1)": self.temperature > 0,
+            "seed must lie in 0 to 2^63 - 1": 0 <= self.seed < 2**63,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                name = rule.split()[0]
+                raise UserError(f"sampling: {rule}; got {getattr(self, name)}")
+
+
+def to_dict(config: Any) -> Any:
+    """The JSON form of a config: nested dicts and lists; a pyramid is its list of [h, w] sides."""
+    if isinstance(config, Pyramid):
+        return [list(side) for side in config.sides]
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_dict(v) for v in config] if isinstance(config, tuple | list) else config
+
+
+def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
+    """Build dataclass `cls` from parsed JSON or YAML. Raises UserError naming the place of an unknown key or value."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must be a table of settings, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise UserError(f"{where} has no setting '{key}'{nearest(str(key), known)}")
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    return cls(**values)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for an unknown name: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a UserError that says where it stands."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Pyramid:
+        return Pyramid.parse(value) if isinstance(value, str) else Pyramid(tuple(value))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, arguments))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    """A bool, int, float or str. YAML reads 1e-4 as a string, so strings that spell a number are taken."""
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if hint is float:
+                return number
+            if number == int(number):
+                return int(value)
+        except (ValueError, OverflowError):
+            pass
+    wanted = getattr(hint, "__name__", None) or "list"
+    raise UserError(f"{where} is {value!r}; it must be {'a list' if wanted == 'tuple' else 'of type ' + wanted}")

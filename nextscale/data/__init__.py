@@ -1,0 +1,1 @@
+"""Images in: reading pictures of every kind, and small data sets in memory."""

@@ -1,0 +1,77 @@
+"""Writing files whole: under a temporary name, flushed to disk, then renamed. What existed stays until then."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nextscale.errors import UserError
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary paths to write in place of `paths`; all are renamed at the end, in order, or none when writing fails.
+
+    Missing folders are made. Raises UserError naming the file when it cannot be written (a full disk, no permission).
+    """
+    drafts = [p.with_name(f".{p.stem}.{os.getpid()}.part{p.suffix}") for p in paths]
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise UserError(f"cannot write {path}: it is a folder")
+        yield drafts
+        for draft in drafts:
+            _flush(draft)
+        for draft, path in zip(drafts, paths, strict=True):
+            os.replace(draft, path)
+        _flush(paths[0].parent)
+    except Exception as error:
+        # Besides OSError: safetensors and torch.save report a full disk as errors of their own.
+        if isinstance(error, OSError) or _is_write_failure(error):
+            names = ", ".join(str(p) for p in paths)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(f"cannot write {names}: {reason}; what was there before is unchanged") from error
+        raise
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def _is_write_failure(error: Exception) -> bool:
+    if type(error).__name__ == "SafetensorError":
+        return True
+    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with replacing(path) as (draft,):
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file whole, indented for people."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; UserError when it is absent or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,1 @@
+"""The next-scale transformer and the parts it is made of."""

@@ -1,0 +1,50 @@
+"""Self-attention over scales.
+
+Letters: B batch, N tokens at hand, L tokens visible, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.config import TransformerConfig
+from nextscale.model.context import KVCache, ScaleContext
+from nextscale.ops import Linear, linear
+
+_MAX_LOG_SCALE = math.log(100)
+
+
+class Attention(nn.Module):
+    """Multi-head attention as in VAR: the key has no bias; queries and keys are L2-normalised when `qk_norm`."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        D, H = config.width, config.heads
+        self.heads, self.head_width = H, D // H
+        self.qkv = Linear(D, 3 * D, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))
+        self.proj = Linear(D, D)
+        # Log of what multiplies normalised queries, per head; the softmax then needs no scale of its own.
+        self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4.0))) if config.qk_norm else None
+        self.softmax_scale = 1.0 if config.qk_norm else 0.25 / math.sqrt(self.head_width)
+
+    def new_state(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` sequences of `length` tokens."""
+        return KVCache(batch, self.heads, length, self.head_width, like=self.qkv.weight)
+
+    def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
+        B, N, D = x_BND.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = linear(x_BND, self.qkv.weight, bias).view(B, N, 3, self.heads, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
+        if self.log_scale is not None:
+            q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(_MAX_LOG_SCALE).exp()
+            k = F.normalize(k, dim=-1)
+        if context.state is not None:
+            k, v = context.state.update(context.span, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask_LL, scale=self.softmax_scale)
+        return self.proj(y.transpose(1, 2).reshape(B, N, D)), None

@@ -1,0 +1,85 @@
+"""One transformer block: layers (mixers, then a feed-forward) behind adaLN modulation.
+
+Letters: B batch, N tokens at hand, D width, S layers of the block (2 in VAR: attention, feed-forward).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.config import TransformerConfig
+from nextscale.model.attention import Attention
+from nextscale.model.context import ScaleContext
+from nextscale.ops import Linear
+
+
+class FeedForward(nn.Module):
+    """Dense FFN: D to ffn_width to D with tanh-GELU."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.fc1 = Linear(config.width, config.ffn_width)
+        self.fc2 = Linear(config.ffn_width, config.width)
+
+    def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
+        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh")), None
+
+
+class AdaLN(nn.Module):
+    """From the condition to gamma, scale and shift of every layer of a block, (B, 3, S, D).
+
+    Either a projection of the block's own, or (`shared_adaln`) an offset added to one projection that all blocks use.
+    """
+
+    def __init__(self, config: TransformerConfig, layers: int):
+        super().__init__()
+        self.shape = (-1, 3, layers, config.width)
+        width = 3 * layers * config.width
+        self.linear = None if config.shared_adaln else Linear(config.width, width)
+        offset = torch.empty(1, 1, 3 * layers, config.width)
+        self.offset = nn.Parameter(offset) if config.shared_adaln else None
+
+    def forward(self, active_BD: Tensor, shared_BW: Tensor | None) -> Tensor:
+        """`active_BD` is SiLU(condition); `shared_BW` is the shared projection of it, where there is one."""
+        if self.linear is not None:
+            return self.linear(active_BD).view(self.shape)
+        assert self.offset is not None and shared_BW is not None, "shared adaLN needs the shared projection"
+        return self.offset.view(self.shape) + shared_BW.view(self.shape)
+
+
+def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
+    """LN(x) (1 + scale) + shift, with a LayerNorm that has no weights of its own."""
+    return F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps) * (1 + scale_B1D) + shift_B1D
+
+
+class Block(nn.Module):
+    """x += gamma_s * layer_s(LN(x) (1 + scale_s) + shift_s) for every layer s: the mixers, then the feed-forward."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.mixers = nn.ModuleList([Attention(config)])
+        self.ffn = FeedForward(config)
+        self.adaln = AdaLN(config, len(self.mixers) + 1)
+
+    def new_states(self, batch: int, length: int) -> list[Any]:
+        """A fresh state for each layer, None for those that keep none."""
+        return [mixer.new_state(batch, length) for mixer in self.mixers] + [None]
+
+    def forward(
+        self, x_BND: Tensor, adaln_B3SD: Tensor, context: ScaleContext, states: list[Any] | None
+    ) -> tuple[Tensor, list[Any]]:
+        """The block's output and what each layer recorded. `states` are the layers' own, None without a cache."""
+        records = []
+        for s, layer in enumerate((*self.mixers, self.ffn)):
+            gamma, scale, shift = adaln_B3SD[:, :, s].unsqueeze(2).unbind(1)  # (B, 1, D) each
+            here = replace(context, state=states[s]) if states else context
+            y, record = layer(modulate(x_BND, scale, shift, self.eps), here)
+            x_BND = x_BND + y * gamma
+            records.append(record)
+        return x_BND, records

@@ -1,0 +1,53 @@
+"""All initialisation of the transformer, one reason per line (VAR's recipe)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nextscale.model.var import VAR
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Scales of VAR's initialisation. The published recipes lower `adaln_gamma` with depth (1e-3 for d16)."""
+
+    adaln: float = 0.5
+    adaln_gamma: float = 1e-3
+    head: float = 0.02
+
+
+@torch.no_grad()
+def initialise(model: VAR, config: InitConfig, generator: torch.Generator) -> VAR:
+    """Initialise every parameter of `model` in place from `generator`."""
+    D, depth = model.config.width, model.config.depth
+    std = math.sqrt(1 / (3 * D))
+
+    def normal(tensor: torch.Tensor) -> None:
+        nn.init.trunc_normal_(tensor, std=std, generator=generator)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            normal(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+    normal(model.pos_start)
+    normal(model.pos_embed)
+    model.head.weight.mul_(config.head)  # first predictions near uniform
+    model.head_adaln.weight.mul_(config.adaln)
+    for block in model.blocks:
+        for layer in (block.mixers[0].proj, block.ffn.fc2):
+            layer.weight.div_(math.sqrt(2 * depth))  # the residual stream keeps its size over the depth
+        if block.adaln.linear is not None:  # gammas near zero: every block starts as the identity
+            gammas = block.adaln.linear.weight.shape[0] // 3
+            block.adaln.linear.weight[:gammas].mul_(config.adaln_gamma)
+            block.adaln.linear.weight[gammas:].mul_(config.adaln)
+        else:
+            block.adaln.offset.normal_(generator=generator).div_(math.sqrt(D))
+            gammas = block.adaln.offset.shape[2] // 3
+            block.adaln.offset[:, :, :gammas].mul_(config.adaln_gamma)
+            block.adaln.offset[:, :, gammas:].mul_(config.adaln)
+    return model

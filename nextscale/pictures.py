@@ -1,0 +1,70 @@
+"""Results that people look at: grids, one image growing scale by scale, curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from nextscale.files import replacing
+
+_MIN_TILE = 64
+_CAPTION = 14
+
+
+def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
+    """Float images in [0, 1] as 8-bit RGB pictures, rounded to the nearest value."""
+    bytes_BHW3 = (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(pixels) for pixels in bytes_BHW3]
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture whole; the suffix decides the format, PNG when there is none that PIL knows."""
+    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    with replacing(path) as (draft,):
+        image.save(draft, format=form)
+
+
+def tile(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 0) -> Image.Image:
+    """Pictures of one size side by side in rows, a caption below each. Small ones are enlarged without smoothing."""
+    width, height = pictures[0].size
+    zoom = max(1, math.ceil(_MIN_TILE / min(width, height)))
+    width, height, foot = width * zoom, height * zoom, _CAPTION if any(captions) else 0
+    columns = columns or min(len(pictures), max(1, math.ceil(math.sqrt(len(pictures)))))
+    rows = math.ceil(len(pictures) / columns)
+    gap = 4
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + foot + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        x, y = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + foot + gap)
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if i < len(captions):
+            draw.text((x, y + height), captions[i][: max(1, width // 6)], fill="black")
+    return sheet
+
+
+def grid(images_B3HW: Tensor, captions: Sequence[str], path: Path, columns: int = 0) -> None:
+    """Write float images in [0, 1] as one captioned sheet."""
+    save_image(tile(to_pil(images_B3HW), captions, columns), path)
+
+
+def curves(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+    """Line plots side by side: {panel: {line: [(x, y), ...]}}. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(series), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (panel, lines) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        axes.set(title=panel, xlabel="step")
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize="small")
+    with replacing(path) as (draft,):
+        figure.savefig(draft, format="png", dpi=110)

@@ -1,0 +1,281 @@
+"""A whole generator in one object: load, sample, reconstruct, score, save.
+
+    pipeline = Pipeline.from_pretrained("my-model")
+    pipeline.sample([3, 7], cfg=1.5, seed=0).save("grid.png")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
+from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.config import ModelConfig, SampleConfig, nearest
+from nextscale.data.images import ImageLike, load_image, to_tensor
+from nextscale.errors import UserError
+from nextscale.model.init import InitConfig, initialise
+from nextscale.model.var import VAR
+from nextscale.pictures import grid, to_pil
+from nextscale.rng import fold, generator
+from nextscale.sample.generate import Sample, ScaleStep, generate, generate_scales, log_likelihood
+from nextscale.tokenizer.tokenizer import Tokenizer
+
+Labels = Tensor | Sequence["int | str | None"]
+_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """What the pipeline returns: images and the tokens they were painted from."""
+
+    tokens: Tensor
+    """int64 (B, L), all scales, coarse to fine."""
+    tensor: Tensor
+    """float32 (B, 3, H, W) in [0, 1]."""
+    captions: tuple[str, ...]
+
+    def pil(self) -> list[Image]:
+        """The images as 8-bit RGB pictures."""
+        return to_pil(self.tensor)
+
+    def save(self, path: str | Path) -> None:
+        """Write all images as one captioned grid."""
+        grid(self.tensor, self.captions, Path(path))
+
+
+class Pipeline:
+    """Tokenizer and transformer with the methods that users call. `transformer` is None for a tokenizer alone."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, transformer: VAR | None):
+        self.config, self.tokenizer, self._transformer = config, tokenizer.eval(), transformer
+        if transformer is not None:
+            transformer.eval()
+        self._origin: dict[str, Any] = {}
+        self._extras: dict[str, Tensor] = {}
+        self._stored: dict[str, torch.dtype] = {}
+
+    # making and loading
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None) -> Pipeline:
+        """A fresh, untrained generator, initialised from `seed`."""
+        with torch.random.fork_rng(devices=[]):  # convolutions initialise themselves from the global generator
+            torch.manual_seed(fold(seed, "tokenizer"))
+            tokenizer, transformer = build_modules(config)
+        if transformer is not None:
+            initialise(transformer, init or InitConfig(), generator(seed, "transformer"))
+        return cls(config, tokenizer, transformer)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    ) -> Pipeline:
+        """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
+
+        `dtype`: what the networks compute in. By default float32 on a CPU, whatever is stored, and the stored dtype
+        elsewhere. Raises UserError naming the file and tensor when something is amiss.
+        """
+        return cls.from_checkpoint(read_checkpoint(_locate(source)), dtype=dtype, device=device)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    ) -> Pipeline:
+        """Build the modules around a checkpoint's tensors. Arguments as in `from_pretrained`."""
+        tokenizer, transformer = build_on_meta(checkpoint.config)
+        tokenizer.load_state_dict(checkpoint.tokenizer, assign=True)
+        if transformer is not None:
+            transformer.load_state_dict(checkpoint.transformer, assign=True)
+        pipeline = cls(checkpoint.config, tokenizer, transformer)
+        tensors = {**checkpoint.tokenizer, **checkpoint.transformer}
+        pipeline._stored = {name: tensor.dtype for name, tensor in tensors.items()}
+        pipeline._origin, pipeline._extras = checkpoint.origin, checkpoint.extras
+        return pipeline.to(device, _compute_dtype(dtype, torch.device(device), checkpoint))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
+        """Move to a device and compute in `dtype`; the quantiser stays in float32."""
+        self.tokenizer.to(device).set_compute_dtype(dtype)
+        if self._transformer is not None:
+            self._transformer.to(device, dtype)
+        return self
+
+    # saving
+
+    def to_checkpoint(self) -> Checkpoint:
+        """The generator at rest. A tensor returns to the dtype it was stored in, unless that would lose something."""
+        tokenizer, transformer = self.tokenizer.state_dict(), {}
+        if self._transformer is not None:
+            transformer = self._transformer.state_dict()
+        parts = [{n: self._as_stored(n, t) for n, t in part.items()} for part in (tokenizer, transformer)]
+        return Checkpoint(self.config, parts[0], parts[1], self._origin, self._extras)
+
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        stored = tensor.to(self._stored.get(name, tensor.dtype))
+        return stored if torch.equal(stored.to(tensor.dtype), tensor) else tensor
+
+    def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
+        """Write a checkpoint folder; with `push_to_hub`, upload it as `repo_id` (default: the folder's name)."""
+        write_checkpoint(Path(folder), self.to_checkpoint())
+        if push_to_hub:
+            _upload(Path(folder), repo_id or Path(folder).name)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub as `owner/name` and return the address of the commit."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _upload(Path(folder), repo_id, private=private, token=token)
+
+    # use
+
+    @property
+    def transformer(self) -> VAR:
+        """The transformer; UserError for a tokenizer alone."""
+        if self._transformer is None:
+            raise UserError("this checkpoint is a tokenizer alone: it can reconstruct, but has no transformer to sample")
+        return self._transformer
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokenizer.quantizer.codebook.weight.device
+
+    def sample(
+        self,
+        labels: Labels,
+        config: SampleConfig | None = None,
+        *,
+        batch_size: int = 16,
+        first_image: int = 0,
+        **overrides: Any,
+    ) -> Images:
+        """Generate one image per label.
+
+        `labels`: class indices, class names, or None for no label. Settings come from `config` and from keywords
+        (cfg, top_k, top_p, temperature, seed, smooth, official_seeding). Image i has stream (seed, first_image + i), so
+        `batch_size` is a matter of memory only; official seeding runs everything in one batch, because there an
+        image depends on its batch.
+        """
+        settings = _settings(config, overrides)
+        values = self.transformer.condition.parse(self.label_indices(labels))
+        size = len(values) if settings.official_seeding else max(batch_size, 1)
+        parts = [
+            generate(self.tokenizer, self.transformer, values[i : i + size], settings, first_image + i)
+            for i in range(0, len(values), size)
+        ]
+        if not parts:
+            raise UserError("sampling needs at least one label; got none")
+        joined = Sample(torch.cat([p.tokens_BL for p in parts]), torch.cat([p.images_B3HW for p in parts]))
+        captions = tuple(self.caption(int(v)) for v in values)
+        return Images(joined.tokens_BL.cpu(), joined.images_B3HW.cpu(), captions)
+
+    def sample_scales(
+        self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, **overrides: Any
+    ) -> Iterator[ScaleStep]:
+        """As `sample` for one batch, yielding each scale as it is done; `pipeline.tokenizer.paint` shows its canvas."""
+        values = self.transformer.condition.parse(self.label_indices(labels))
+        settings = _settings(config, overrides)
+        return generate_scales(self.tokenizer, self.transformer, values, settings, first_image)
+
+    def reconstruct(self, images: Sequence[ImageLike] | Tensor) -> Images:
+        """Images through the tokenizer and back: paths, PIL images, or a tensor (B, 3, H, W) in [0, 1].
+
+        A picture of another size is resized on its short side and centre-cropped. One image at a time, so that each
+        gives the same tokens whatever comes with it.
+        """
+        inputs, captions = self._inputs(images)
+        tokens = torch.cat([self.tokenizer.encode(x[None].to(self.device)) for x in inputs])
+        painted = torch.cat([self.tokenizer.decode(t[None]) for t in tokens])
+        return Images(tokens.cpu(), (painted.cpu() + 1) / 2, captions)
+
+    def encode(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
+        """Tokens (B, L) of images, given as in `reconstruct`."""
+        inputs, _ = self._inputs(images)
+        return torch.cat([self.tokenizer.encode(x[None].to(self.device)) for x in inputs]).cpu()
+
+    def score(self, images: Sequence[ImageLike] | Tensor, labels: Labels) -> Tensor:
+        """Log-likelihood in nats of the images' tokens given their labels, per scale: (B, K)."""
+        values = self.transformer.condition.parse(self.label_indices(labels))
+        tokens = self.encode(images).to(self.device)
+        if len(tokens) != len(values):
+            raise UserError(f"score needs one label per image; got {len(tokens)} images and {len(values)} labels")
+        return log_likelihood(self.tokenizer, self.transformer, tokens, values).cpu()
+
+    def label_indices(self, labels: Labels) -> list[int | None]:
+        """Class names turned into indices; indices and None pass."""
+        names = self.config.class_names
+        out: list[int | None] = []
+        for label in labels.tolist() if isinstance(labels, Tensor) else labels:
+            if isinstance(label, str):
+                if label not in names:
+                    hint = nearest(label, list(names)) if names else "; this checkpoint has no class names, use numbers"
+                    raise UserError(f"there is no class named '{label}'{hint}")
+                label = names.index(label)
+            out.append(label)
+        return out
+
+    def caption(self, label: int) -> str:
+        """What to write below an image of this label."""
+        if label >= self.transformer.config.condition.num_classes:
+            return "no label"
+        return self.config.class_names[label] if self.config.class_names else str(label)
+
+    def _inputs(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        """Images in [-1, 1] (B, 3, H, W) and a caption for each."""
+        if isinstance(images, Tensor):
+            return images.float() * 2 - 1, tuple(str(i) for i in range(len(images)))
+        if not images:
+            raise UserError("at least one image is needed; got none")
+        size = self.config.image_size
+        captions = tuple(Path(i).name if isinstance(i, str | Path) else str(n) for n, i in enumerate(images))
+        return torch.stack([to_tensor(load_image(image, size)) for image in images]), captions
+
+
+def _settings(config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
+    known = [f.name for f in dataclasses.fields(SampleConfig)]
+    for name in overrides:
+        if name not in known:
+            raise UserError(f"sampling has no setting '{name}'{nearest(name, known)}")
+    return dataclasses.replace(config or SampleConfig(), **overrides)
+
+
+def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise UserError(f"'{dtype}' is no floating-point dtype; use float32, bfloat16 or float16")
+        return named
+    if dtype is not None:
+        return dtype
+    return torch.float32 if device.type == "cpu" else checkpoint.tokenizer["quant_conv.weight"].dtype
+
+
+def _locate(source: str | Path) -> Path:
+    """The folder of a checkpoint, fetched from the hub when `source` is no folder but reads like `owner/name`."""
+    if Path(source).is_dir() or not _HUB_NAME.match(str(source)):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"there is no folder {source}, and the hub gave no model of that name: {reason}") from error
+
+
+def _upload(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    patterns = ["*.json", "*.safetensors", "README.md"]
+    return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns))

@@ -1,0 +1,19 @@
+"""Named models. Parameter counts equal the published ones (tests/test_presets.py)."""
+
+from __future__ import annotations
+
+from nextscale.config import ModelConfig, TransformerConfig, nearest
+from nextscale.errors import UserError
+from nextscale.pyramid import PYRAMID_256, PYRAMID_512
+
+PRESETS: dict[str, ModelConfig] = {
+    **{f"var-d{d}": ModelConfig(PYRAMID_256, transformer=TransformerConfig(depth=d)) for d in (12, 16, 20, 24, 30)},
+    "var-d36": ModelConfig(PYRAMID_512, transformer=TransformerConfig(depth=36, shared_adaln=True)),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The named config. Raises UserError with the nearest name when there is none."""
+    if name not in PRESETS:
+        raise UserError(f"there is no model named '{name}'{nearest(name, list(PRESETS))}")
+    return PRESETS[name]

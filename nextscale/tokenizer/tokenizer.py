@@ -1,0 +1,123 @@
+"""VAR's multi-scale tokenizer: image to tokens of all scales, and tokens to image.
+
+The four verbs of the corridor are `encode`, `add_scale`, `next_input` and `paint`; teacher forcing, sampling and
+reconstruction are made of them. Images are float (B, 3, H, W) in [-1, 1]; tokens are int64 (B, L), coarse to fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.config import TokenizerConfig
+from nextscale.errors import UserError
+from nextscale.ops import Conv2d
+from nextscale.pyramid import Pyramid
+from nextscale.tokenizer.autoencoder import Decoder, Encoder
+from nextscale.tokenizer.quantizer import Quantized, Quantizer
+
+
+class Tokenizer(nn.Module):
+    """Multi-scale VQ-VAE (VAR, arXiv 2404.02905; MEPA Eq. 1-3).
+
+    `encode(image)` gives tokens; `paint(canvas)` gives an image; between them stands the canvas (B, c, h, w), to which
+    `add_scale` adds one token map and from which `next_input` reads what the next scale may see. The quantiser
+    always computes in float32; encoder and decoder in the dtype of their weights.
+    """
+
+    def __init__(self, config: TokenizerConfig, pyramid: Pyramid):
+        super().__init__()
+        self.config, self.pyramid = config, pyramid
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        kernel = config.quant_conv_kernel
+        self.quant_conv = Conv2d(config.code_width, config.code_width, kernel, padding=kernel // 2)
+        self.post_quant_conv = Conv2d(config.code_width, config.code_width, kernel, padding=kernel // 2)
+        self.quantizer = Quantizer(config, pyramid)
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> Tokenizer:
+        """Convert the CNNs to `dtype`; the quantiser stays in float32, where a rounding error would change tokens."""
+        for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
+            part.to(dtype)
+        self.quantizer.float()
+        return self
+
+    # image -> tokens
+
+    def features(self, image_B3HW: Tensor) -> Tensor:
+        """Feature map (B, c, h, w), float32, of images (B, 3, H, W) in [-1, 1]."""
+        h, w = (s * self.config.downsampling for s in self.pyramid.last)
+        if image_B3HW.ndim != 4 or image_B3HW.shape[1:] != (3, h, w):
+            raise UserError(f"the tokenizer takes images of shape (B, 3, {h}, {w}); got {tuple(image_B3HW.shape)}")
+        return self.quant_conv(self.encoder(image_B3HW.to(self.quant_conv.weight.dtype))).float()
+
+    @torch.no_grad()
+    def encode(self, image_B3HW: Tensor) -> Tensor:
+        """Tokens (B, L) of images (B, 3, H, W) in [-1, 1]."""
+        return torch.cat([tokens for tokens, _ in self.quantizer.scales(self.features(image_B3HW))], dim=1)
+
+    # tokens -> canvas -> what the transformer may see
+
+    def blank_canvas(self, batch: int) -> Tensor:
+        """The empty canvas (B, c, h, w), float32."""
+        weight = self.quantizer.codebook.weight
+        return weight.new_zeros(batch, self.config.code_width, *self.pyramid.last, dtype=torch.float32)
+
+    def add_codes(self, canvas_BChw: Tensor, codes_BNC: Tensor, k: int) -> Tensor:
+        """The canvas after scale k, given its codes (B, N, c): mixtures of codes are allowed."""
+        return canvas_BChw + self.quantizer.lift(codes_BNC, k)
+
+    def add_scale(self, canvas_BChw: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
+        """The canvas after scale k, given its tokens (B, N)."""
+        return self.add_codes(canvas_BChw, self.quantizer.codes(tokens_BN), k)
+
+    def next_input(self, canvas_BChw: Tensor, k: int) -> Tensor:
+        """What the transformer sees at scale k (B, N, c), given the canvas after scale k-1."""
+        return self.quantizer.next_input(canvas_BChw, k)
+
+    @torch.no_grad()
+    def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
+        """What the transformer sees at scales 1 to K-1, given all tokens: (B, L - N of scale 0, c), float32."""
+        canvases = list(self.canvases(tokens_BL))
+        inputs = [self.next_input(canvas, k) for k, canvas in enumerate(canvases[:-1], start=1)]
+        return torch.cat(inputs or [canvases[0].new_zeros(tokens_BL.shape[0], 0, self.config.code_width)], dim=1)
+
+    def canvases(self, tokens_BL: Tensor) -> Iterator[Tensor]:
+        """The canvas (B, c, h, w) after each scale."""
+        self.check_tokens(tokens_BL)
+        canvas = self.blank_canvas(tokens_BL.shape[0])
+        for k, (start, end) in enumerate(self.pyramid.spans):
+            canvas = self.add_scale(canvas, tokens_BL[:, start:end], k)
+            yield canvas
+
+    def check_tokens(self, tokens_BL: Tensor) -> None:
+        """Raise UserError unless tokens are (B, L) indices into the codebook."""
+        length, vocab = self.pyramid.length, self.config.vocab_size
+        if tokens_BL.ndim != 2 or tokens_BL.shape[1] != length:
+            raise UserError(f"pyramid {self.pyramid} takes tokens (B, {length}); got {tuple(tokens_BL.shape)}")
+        if tokens_BL.numel() and not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < vocab:
+            raise UserError(f"tokens must lie in 0 to {vocab - 1}; got {int(tokens_BL.min())}..{int(tokens_BL.max())}")
+
+    # canvas -> image
+
+    def decode_features(self, features_BChw: Tensor) -> Tensor:
+        """Image (B, 3, H, W), not clamped, of a canvas or of straight-through features."""
+        return self.decoder(self.post_quant_conv(features_BChw.to(self.post_quant_conv.weight.dtype))).float()
+
+    @torch.no_grad()
+    def paint(self, canvas_BChw: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1], float32, of a canvas."""
+        return self.decode_features(canvas_BChw).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1] of the tokens of all scales."""
+        *_, canvas = self.canvases(tokens_BL)
+        return self.paint(canvas)
+
+    def forward(self, image_B3HW: Tensor) -> tuple[Tensor, Quantized]:
+        """Training: reconstruction (B, 3, H, W), not clamped, and what the quantiser says of the pass."""
+        quantized = self.quantizer(self.features(image_B3HW))
+        return self.decode_features(quantized.features_BChw), quantized
