@@ -81,7 +81,7 @@ def _phi(tensors: dict[str, Tensor]) -> tuple[int, str]:
 
 def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> TransformerConfig:
     width = _need(source, tensors, "word_embed.weight").shape[0]
-    scale = tensors.get("blocks.0.attn.scale_mul_1H11")
+    scale = next((t for name, t in tensors.items() if name.endswith(".attn.scale_mul_1H11")), None)
     heads = hints.heads or (scale.numel() if scale is not None else width // 64)
     if heads < 1 or width % heads:
         raise UserError(f"{source}: cannot tell the number of attention heads of width {width}; give it with --heads")

@@ -1,0 +1,98 @@
+"""The command line: parse, call, turn what users can mend into one line. `nextscale --help` needs no torch."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nextscale import __version__
+from nextscale.commands import COMMANDS
+from nextscale.config import from_dict, nearest
+from nextscale.errors import UserError
+from nextscale.quickstart.config import QuickstartConfig
+
+_INTRO = f"""nextscale {__version__}: next-scale image generation.
+
+usage: nextscale COMMAND [OPTIONS]        nextscale COMMAND --help explains one command
+
+commands:
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 for a mistake that the user can mend, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(arguments)
+        if command is not None:
+            command.run()
+        return 0
+    except UserError as error:
+        print(f"nextscale: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nextscale: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `nextscale info ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command with its options, or None when only help or the version was asked for."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_INTRO + "\n".join(f"  {n:<17}{_summary(c)}" for n, c in COMMANDS.items()))
+        return None
+    if arguments[0] in ("-V", "--version"):
+        print(f"nextscale {__version__}")
+        return None
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}")
+    kind = COMMANDS[name]
+    default = kind(settings=from_file(rest)) if name == "quickstart" else None
+    return tyro.cli(
+        kind,
+        prog=f"nextscale {name}",
+        description=inspect.cleandoc(kind.__doc__ or ""),
+        args=rest,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def from_file(arguments: list[str]) -> QuickstartConfig:
+    """The settings that --config FILE names, defaults where there is none. Later options override them."""
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option != "--config":
+            continue
+        if not equals:
+            value = arguments[i + 1] if i + 1 < len(arguments) else ""
+        return read_settings(Path(value))
+    return QuickstartConfig()
+
+
+def read_settings(path: Path) -> QuickstartConfig:
+    """A YAML or JSON file as settings. Raises UserError naming the file and the key at fault."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
+    return from_dict(QuickstartConfig, data or {}, str(path))
+
+
+def _summary(command: type) -> str:
+    return (command.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

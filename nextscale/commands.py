@@ -1,0 +1,220 @@
+"""The commands of `nextscale`, each a dataclass of its options. Parsed without torch; run imports what it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from nextscale.config import SampleConfig
+from nextscale.errors import UserError
+from nextscale.pyramid import Pyramid
+from nextscale.quickstart.config import QuickstartConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class Quickstart:
+    """Train a small tokenizer and model on images, sample, and measure: the whole road in minutes.
+
+    Without options it uses scikit-learn's bundled digits. Give your own images with --data. Settings can also
+    come from a YAML or JSON file (--config FILE); options on the command line win. Running the same command again
+    goes on where an interrupted run stopped.
+    """
+
+    settings: Annotated[QuickstartConfig, arg(name="")] = field(default_factory=QuickstartConfig)
+    out: Path = Path("runs/quickstart")
+    """Run folder: checkpoints, pictures, curves, metrics.json. `nextscale sample` takes it as a model."""
+    config: Path | None = None
+    """File with settings, in the form of the run folder's quickstart.json."""
+
+    def run(self) -> None:
+        from nextscale.quickstart.report import run_and_report
+
+        run_and_report(self.settings, self.out)
+
+
+@dataclass
+class Sample:
+    """Generate images from a model and write them as one grid."""
+
+    model: Positional[str]
+    """Checkpoint folder, or owner/name on the Hugging Face hub."""
+    labels: str
+    """Classes to draw, separated by commas: indices or names, or 'none' for no label. One image for each."""
+    out: Path
+    """The grid, a PNG file."""
+    sampling: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    tokens_out: Path | None = None
+    """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine) and `images`
+    (float32, B x 3 x H x W in 0 to 1)."""
+    images_out: Path | None = None
+    """Also write each image into this folder."""
+    batch_size: int = 16
+    """Images at once. It does not change an image, except with --official-seeding, which makes one batch of all."""
+    dtype: Dtype | None = None
+    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        from nextscale.pipeline import Pipeline
+
+        labels = parse_labels(self.labels)
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        images = pipeline.sample(labels, self.sampling, batch_size=self.batch_size)
+        images.save(self.out)
+        _extra_outputs(images, self.tokens_out, self.images_out)
+        print(f"wrote {len(labels)} images to {self.out}")
+
+
+@dataclass
+class Reconstruct:
+    """Send images through the tokenizer and back, to see what it keeps.
+
+    An image of the model's size is used as it is; another is resized on its short side and centre-cropped.
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, or owner/name on the Hugging Face hub."""
+    images: Positional[tuple[Path, ...]]
+    """Image files."""
+    out: Path
+    """The reconstructions as one grid, a PNG file."""
+    tokens_out: Path | None = None
+    """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
+    images_out: Path | None = None
+    """Also write each reconstruction into this folder."""
+    dtype: Dtype | None = None
+    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        from nextscale.pipeline import Pipeline
+
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        images = pipeline.reconstruct(self.images)
+        images.save(self.out)
+        _extra_outputs(images, self.tokens_out, self.images_out)
+        print(f"wrote {len(self.images)} reconstructions to {self.out}")
+
+
+@dataclass
+class ImportOfficial:
+    """Turn official VAR checkpoints (.pth or .safetensors) into a nextscale folder. All tensors are kept exactly."""
+
+    vae: Path
+    """The tokenizer, such as vae_ch160v4096z32.pth."""
+    out: Path
+    """Folder to write."""
+    var: Path | None = None
+    """The transformer, such as var_d16.pth; without it the folder holds a tokenizer alone."""
+    scales: str | None = None
+    """Sides of the token maps, coarse to fine (1,2,3,4 or 1x1,2x3,4x6), where the file does not say them."""
+    heads: int | None = None
+    """Attention heads, where the file does not say and they are not 64 wide."""
+    cosine_lookup: bool = False
+    """The tokenizer was trained with normalised codes (the official code's using_znorm)."""
+    phi_ratio: float = 0.5
+    """Share of the convolution in phi (the official code's quant_resi)."""
+    class_names: Path | None = None
+    """Text file with one class name per line, in label order."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import write_checkpoint
+        from nextscale.checkpoints.official import import_official
+        from nextscale.checkpoints.official_config import Hints
+
+        hints = Hints(
+            Pyramid.parse(self.scales) if self.scales else None,
+            self.heads,
+            self.phi_ratio,
+            self.cosine_lookup,
+            _lines(self.class_names) if self.class_names else (),
+        )
+        checkpoint = import_official(self.vae, self.var, hints)
+        write_checkpoint(self.out, checkpoint)
+        print(f"wrote {self.out}: scales {checkpoint.config.pyramid}, images of {checkpoint.config.image_size} pixels")
+
+
+@dataclass
+class ExportOfficial:
+    """Write a nextscale folder as official VAR checkpoints; the suffix chooses .pth or .safetensors."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    vae: Path | None = None
+    """Tokenizer file to write."""
+    var: Path | None = None
+    """Transformer file to write."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import read_checkpoint
+        from nextscale.checkpoints.official import export_official
+
+        if self.vae is None and self.var is None:
+            raise UserError("nothing to write: give --vae FILE, --var FILE, or both")
+        export_official(read_checkpoint(self.model), self.vae, self.var)
+        print("wrote " + " and ".join(str(p) for p in (self.vae, self.var) if p))
+
+
+@dataclass
+class Info:
+    """Show parameters, FLOPs and memory per scale of a named model (var-d12 ... var-d36) or a checkpoint folder."""
+
+    model: Positional[str]
+    """Name or folder."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        import json
+
+        from nextscale.info import as_text, describe
+
+        facts = describe(self.model)
+        print(json.dumps(facts, indent=2) if self.json else as_text(facts))
+
+
+COMMANDS: dict[str, type] = {
+    "quickstart": Quickstart,
+    "sample": Sample,
+    "reconstruct": Reconstruct,
+    "import-official": ImportOfficial,
+    "export-official": ExportOfficial,
+    "info": Info,
+}
+
+
+def parse_labels(text: str) -> list[int | str | None]:
+    """ "3,7,none,cat" as [3, 7, None, "cat"]."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"--labels '{text}' has an empty entry; write indices or names separated by commas: 3,7")
+    return [None if p == "none" else int(p) if p.lstrip("-").isdigit() else p for p in parts]
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read class names from {path}: {error}") from error
+
+
+def _extra_outputs(images, tokens_out: Path | None, images_out: Path | None) -> None:  # type: ignore[no-untyped-def]
+    """What --tokens-out and --images-out ask for."""
+    from safetensors.torch import save_file
+
+    from nextscale.files import replacing
+    from nextscale.pictures import save_image
+
+    if tokens_out:
+        with replacing(tokens_out) as (draft,):
+            save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, draft)
+    if images_out:
+        for i, (picture, caption) in enumerate(zip(images.pil(), images.captions, strict=True)):
+            save_image(picture, images_out / f"{i:05d}_{Path(caption).stem.replace(' ', '_')}.png")

@@ -1,0 +1,123 @@
+"""What a model costs: parameters, and per scale its FLOPs and memory.
+
+The transformer's arithmetic is counted by its structure; 1 multiply-add = 2 FLOPs, element-wise work is left out, as is
+usual. tests/test_info.py compares it with torch's FlopCounterMode. The tokenizer's is counted by that counter itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints.native import read_config
+from nextscale.config import ModelConfig, TransformerConfig, nearest
+from nextscale.errors import UserError
+from nextscale.presets import PRESETS, preset
+from nextscale.tokenizer.tokenizer import Tokenizer
+
+
+def describe(name: str) -> dict[str, Any]:
+    """The facts of a preset or a checkpoint folder, as plain JSON values.
+
+    `parameters` counts the transformer (the tokenizer when it stands alone); buffers are no parameters. Per scale:
+    tokens, FLOPs of one image without guidance (guidance doubles them), and bytes of the key/value cache so far in
+    float32.
+    """
+    if name in PRESETS:
+        config = preset(name)
+    elif Path(name).is_dir():
+        config, _ = read_config(Path(name))
+    else:
+        raise UserError(f"'{name}' is neither a checkpoint folder nor a model{nearest(name, list(PRESETS))}")
+    tokenizer, transformer = build_on_meta(config)
+    pyramid = config.pyramid
+    counts = {"tokenizer": _parameters(tokenizer), "transformer": _parameters(transformer) if transformer else 0}
+    encode, decode = _tokenizer_flops(tokenizer, config)
+    facts: dict[str, Any] = {
+        "name": name,
+        "parameters": counts["transformer"] or counts["tokenizer"],
+        "transformer_parameters": counts["transformer"],
+        "tokenizer_parameters": counts["tokenizer"],
+        "image_size": list(config.image_size),
+        "scales": str(pyramid),
+        "tokens": pyramid.length,
+        "class_names": list(config.class_names),
+        "tokenizer_flops": {"encode": encode, "decode": decode},
+    }
+    if config.transformer is not None:
+        facts["classes"] = config.transformer.condition.num_classes
+        facts["flops_once_per_image"] = condition_flops(config.transformer)
+        facts["per_scale"] = [
+            {
+                "side": list(side),
+                "tokens": pyramid.counts[k],
+                "flops": scale_flops(config, k),
+                "cache_bytes": 2 * 4 * config.transformer.depth * config.transformer.width * pyramid.spans[k][1],
+            }
+            for k, side in enumerate(pyramid.sides)
+        ]
+        facts["transformer_flops"] = facts["flops_once_per_image"] + sum(s["flops"] for s in facts["per_scale"])
+    facts["weight_bytes_float32"] = 4 * sum(counts.values())
+    return facts
+
+
+def scale_flops(config: ModelConfig, k: int) -> int:
+    """FLOPs of the transformer at scale k, one sequence: embedding, projections, attention, feed-forward, head."""
+    model = config.transformer
+    assert model is not None, "a tokenizer alone has no transformer to count"
+    N, seen, D = config.pyramid.counts[k], config.pyramid.spans[k][1], model.width
+    embed = config.tokenizer.code_width * D if k else 0
+    projections = 4 * D * D  # q, k, v and output
+    attention = 2 * seen * D  # queries by keys, weights by values
+    ffn = 2 * D * model.ffn_width
+    head = D * config.tokenizer.vocab_size
+    return 2 * N * (embed + model.depth * (projections + attention + ffn) + head)
+
+
+def condition_flops(model: TransformerConfig) -> int:
+    """FLOPs that the condition costs once per image: adaLN of the blocks and of the head."""
+    projections = 1 if model.shared_adaln else model.depth
+    return 2 * model.width * model.width * (6 * projections + 2)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _tokenizer_flops(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, int]:
+    """FLOPs of encoder and decoder for one image, with the convolutions beside the quantiser."""
+    image = torch.empty(1, 3, *config.image_size, device="meta")
+    canvas = torch.empty(1, config.tokenizer.code_width, *config.pyramid.last, device="meta")
+    totals = []
+    for run in (lambda: tokenizer.features(image), lambda: tokenizer.decode_features(canvas)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        totals.append(counter.get_total_flops())
+    return totals[0], totals[1]
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts as a table for people."""
+    lines = [
+        f"{facts['name']}: {facts['parameters']:,} parameters",
+        f"  tokenizer            {facts['tokenizer_parameters']:,} parameters; "
+        f"{facts['tokenizer_flops']['encode'] / 1e9:.1f} GFLOP to encode, "
+        f"{facts['tokenizer_flops']['decode'] / 1e9:.1f} to decode an image",
+        f"  image                {facts['image_size'][0]} x {facts['image_size'][1]} pixels, {facts['tokens']} tokens",
+        f"  weights in float32   {facts['weight_bytes_float32'] / 2**20:,.0f} MiB",
+    ]
+    if "per_scale" in facts:
+        lines.append(f"  classes              {facts['classes']}")
+        lines.append(f"  transformer          {facts['transformer_flops'] / 1e9:.1f} GFLOP per image, twice with guidance")
+        lines.append("\n  scale      tokens      GFLOP   key/value cache, float32")
+        for scale in facts["per_scale"]:
+            h, w = scale["side"]
+            side = f"{h}x{w}"
+            lines.append(
+                f"  {side:<8}{scale['tokens']:>9}{scale['flops'] / 1e9:>11.3f}{scale['cache_bytes'] / 2**20:>13.2f} MiB"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""The quickstart, stage by stage. Each stage picks up what an earlier run of the same folder has finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nextscale.config import ClassConditionConfig, ModelConfig, to_dict
+from nextscale.data.datasets import ImageSet, load_images
+from nextscale.errors import UserError
+from nextscale.files import read_json, write_json
+from nextscale.model.init import InitConfig
+from nextscale.pictures import curves, grid
+from nextscale.pipeline import Pipeline
+from nextscale.quickstart.config import QuickstartConfig
+from nextscale.quickstart.measure import check_available, measure
+from nextscale.sample.generate import generate
+from nextscale.train.log import read_log
+from nextscale.train.loop import fit
+from nextscale.train.tasks import TokenizerTask, TransformerTask, to_unit
+
+_SAMPLES_PER_CLASS, _SHOWN_CLASSES = 8, 10
+_BATCH = 250
+
+
+def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
+    """Train, sample and measure into `folder`, which `nextscale sample` then takes as a model.
+
+    Writes config.json and the weights, samples.png, reconstructions.png, scales.png (one image growing), curves.png,
+    metrics.json and log.jsonl; returns the metrics. Raises train.loop.Interrupted when stopped while training;
+    calling it again with the same folder goes on from there.
+    """
+    check_available()
+    started = time.monotonic()
+    size, pyramid = config.geometry()
+    _claim(folder, config)
+    data = load_images(config.data, size, config.limit, config.seed)
+    train, held_out = data.split(config.held_out, config.seed)
+    _say_data(config, data, train, held_out, size)
+
+    condition = ClassConditionConfig(num_classes=len(data.class_names))
+    transformer = dataclasses.replace(config.transformer, condition=condition)
+    model = ModelConfig(pyramid, config.tokenizer, transformer, data.class_names)
+    pipeline = Pipeline.from_config(model, config.seed, InitConfig(adaln_gamma=0.1))
+
+    fit(TokenizerTask(pipeline.tokenizer, train.images_B3HW), config.train_tokenizer, folder)
+    tokens_BL = encode_all(pipeline, train.images_B3HW)
+    settings = config.train_transformer
+    task = TransformerTask(pipeline.transformer, pipeline.tokenizer, tokens_BL, train.labels_B, settings)
+    fit(task, settings, folder)
+    pipeline.save_pretrained(folder)
+
+    reconstruction = show(pipeline, config, held_out, folder)
+    metrics = sample_and_measure(pipeline, config, train, held_out) | reconstruction
+    metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
+    metrics["unreadable_images"] = list(data.unreadable)
+    metrics["seconds"] = round(time.monotonic() - started, 1)
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def _claim(folder: Path, config: QuickstartConfig) -> None:
+    """Note the settings in the folder, or check that an earlier run there had the same."""
+    path, settings = folder / "quickstart.json", to_dict(config)
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    changed = [k for k in settings if before.get(k) != settings[k]]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --out, or delete it"
+        )
+
+
+def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_out: ImageSet, size: int) -> None:
+    print(
+        f"{config.data}: {len(data)} images as {size}x{size}, {len(data.class_names)} classes; "
+        f"{len(train)} to train on, {len(held_out)} held out"
+    )
+    if data.unreadable:
+        print(f"left out {len(data.unreadable)} unreadable images: {'; '.join(data.unreadable[:5])}")
+    if len(held_out) == 0:
+        raise UserError(f"{config.data} has too few images: none is left to hold out")
+
+
+@torch.no_grad()
+def encode_all(pipeline: Pipeline, images_B3HW: Tensor) -> Tensor:
+    """Tokens (B, L) of uint8 images."""
+    return torch.cat([pipeline.tokenizer.encode(to_unit(part)) for part in images_B3HW.split(_BATCH)])
+
+
+def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folder: Path) -> dict[str, Any]:
+    """Write the pictures; return how well held-out images are reconstructed (mean of the per-image PSNR, in dB)."""
+    shown = min(len(pipeline.config.class_names), _SHOWN_CLASSES)
+    labels = [label for label in range(shown) for _ in range(_SAMPLES_PER_CLASS)]
+    samples = pipeline.sample(labels, config.sampling, batch_size=_BATCH)
+    grid(samples.tensor, samples.captions, folder / "samples.png", columns=_SAMPLES_PER_CLASS)
+
+    steps = pipeline.sample_scales([0], config.sampling)
+    growing = torch.cat([pipeline.tokenizer.paint(step.canvas_BChw) for step in steps])
+    captions = [f"{h}x{w}" for h, w in pipeline.config.pyramid.sides]
+    grid((growing + 1) / 2, captions, folder / "scales.png", columns=len(captions))
+
+    real = to_unit(held_out.images_B3HW[:500])
+    painted = pipeline.tokenizer.decode(pipeline.tokenizer.encode(real))
+    pairs = torch.stack([real[:8], painted[:8]]).flatten(0, 1)
+    count = len(pairs) // 2
+    captions = ["image"] * count + ["reconstruction"] * count
+    grid((pairs + 1) / 2, captions, folder / "reconstructions.png", columns=count)
+
+    log = read_log(folder / "log.jsonl")
+    panels = {
+        f"{task}: {name}": {name: [(r["step"], r[name]) for r in log if r["task"] == task]}
+        for task, name in (("tokenizer", "loss"), ("transformer", "loss"), ("transformer", "accuracy"))
+    }
+    curves(panels, folder / "curves.png")
+    squared_B = ((painted - real) / 2).square().flatten(1).mean(dim=1).clamp_min(1e-10)
+    return {"reconstruction_psnr_db": float((-10 * squared_B.log10()).mean())}
+
+
+def sample_and_measure(
+    pipeline: Pipeline, config: QuickstartConfig, train: ImageSet, held_out: ImageSet
+) -> dict[str, Any]:
+    """Generate images of all classes in turn, not those shown, and measure them."""
+    labels_B = torch.arange(config.measure_images) % len(pipeline.config.class_names)
+    first = _SAMPLES_PER_CLASS * _SHOWN_CLASSES
+    images = []
+    for start in tqdm(range(0, len(labels_B), _BATCH), desc="sampling to measure", unit="batch"):
+        values = pipeline.transformer.condition.parse(labels_B[start : start + _BATCH])
+        sample = generate(pipeline.tokenizer, pipeline.transformer, values, config.sampling, first + start)
+        images.append(sample.images_B3HW)
+    return measure(train, held_out, torch.cat(images), labels_B)

@@ -1,0 +1,83 @@
+"""Small models and the official implementation's numbers, shared by all tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nextscale.config import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
+FIXTURES = ["var_tiny_l2", "var_tiny_nol2", "var_shared", "var_tiny"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@dataclass
+class Fixture:
+    """One folder of numbers that the official implementation produced."""
+
+    folder: Path
+    meta: dict
+    io: dict[str, torch.Tensor]
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        return self.folder / "vae.safetensors", self.folder / "var.safetensors"
+
+
+@pytest.fixture(scope="session", params=FIXTURES)
+def official(request) -> Fixture:
+    return read_fixture(request.param)
+
+
+def read_fixture(name: str) -> Fixture:
+    folder = GOLDEN / name if (GOLDEN / name).exists() else SHARED / name
+    if not folder.exists():
+        pytest.skip(f"{name} (11 MB) is not kept in the repository; it is tested where ../shared/fixtures exists")
+    return Fixture(folder, json.loads((folder / "meta.json").read_text()), load_file(folder / "io.safetensors"))
+
+
+def tiny_config(scales: str = "1,2,3,4", **transformer) -> ModelConfig:
+    """A generator of 20 thousand parameters over 8-pixel images (for scales that end in 4)."""
+    tokenizer = TokenizerConfig(
+        vocab_size=32, code_width=4, base_channels=8, channel_multipliers=(1, 1), res_blocks=1, norm_groups=4
+    )
+    settings = {"depth": 2, "width": 32, "heads": 4, "condition": ClassConditionConfig(num_classes=5), **transformer}
+    return ModelConfig(Pyramid.parse(scales), tokenizer, TransformerConfig(**settings))
+
+
+def randomised(config: ModelConfig, seed: int = 0) -> Pipeline:
+    """A pipeline in which every parameter is random, so that every path matters."""
+    pipeline = Pipeline.from_config(config)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in (pipeline.tokenizer, pipeline.transformer):
+            for name, parameter in module.named_parameters():
+                spread = 0.5 if parameter.ndim < 2 or "embed" in name else parameter[0].numel() ** -0.5
+                center = 1.0 if ".norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(center + spread * torch.randn(parameter.shape, generator=rng))
+    return pipeline
+
+
+@pytest.fixture
+def tiny() -> Pipeline:
+    return randomised(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    randomised(tiny_config()).save_pretrained(folder)
+    return folder

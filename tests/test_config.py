@@ -1,0 +1,75 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextscale.config import ModelConfig, SampleConfig, TokenizerConfig, TransformerConfig, from_dict, to_dict
+from nextscale.errors import UserError
+from nextscale.presets import PRESETS, preset
+from nextscale.quickstart.config import QuickstartConfig
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), QuickstartConfig(), SampleConfig()])
+def test_json_round_trip(config):
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_depth_is_the_one_dial():
+    assert (TransformerConfig(depth=20).width, TransformerConfig(depth=20).heads) == (1280, 20)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"tokeniser": {}}, r"config has no setting 'tokeniser'; did you mean 'tokenizer'\?"),
+        ({"tokenizer": {"vocab": 3}}, r"config.tokenizer has no setting 'vocab'; did you mean 'vocab_size'\?"),
+        ({"tokenizer": {"vocab_size": "many"}}, r"config.tokenizer.vocab_size is 'many'; it must be of type int"),
+        ({"tokenizer": {"vocab_size": 1.5}}, "must be of type int"),
+        ({"tokenizer": {"attention": 1}}, "must be of type bool"),
+        ({"tokenizer": {"channel_multipliers": 3}}, "must be a list"),
+        ({"transformer": {"condition": {"kind": "text"}}}, "it must be one of 'class'"),
+        ({"transformer": {"depth": 3, "width": 100, "heads": 3}}, "width a multiple of heads"),
+        ({"tokenizer": {"base_channels": 20}}, "norm_groups"),
+        ({"transformer": 3}, "config.transformer must be a table"),
+        ({"pyramid": [1, 0]}, "is no side"),
+        ({"class_names": ["a", "b"]}, "2 class names for 1000 classes"),
+    ],
+)
+def test_mistakes_are_named_with_their_place(data, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(ModelConfig, data)
+
+
+@given(st.sampled_from(["1e-4", "0.0001", 1e-4]))
+def test_numbers_that_yaml_reads_as_text_are_taken(value):
+    assert from_dict(QuickstartConfig, {"train_tokenizer": {"learning_rate": value}}).train_tokenizer.learning_rate == 1e-4
+
+
+def test_absent_transformer_is_a_tokenizer_alone():
+    assert from_dict(ModelConfig, {"transformer": None}).transformer is None
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'var-d16'"):
+        preset("vard16")
+
+
+def test_image_size_follows_from_pyramid_and_tokenizer():
+    assert ModelConfig().image_size == (256, 256)
+    assert from_dict(ModelConfig, {"pyramid": "1,2x3"}).image_size == (32, 48)
+
+
+def test_configs_and_command_line_parse_without_torch():
+    """`--help` has to answer at once, so nothing on its way may import torch."""
+    code = (
+        "import sys, nextscale.cli as c; c.parse(['--help']); c.parse(['info', 'var-d16']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_downsampling():
+    assert TokenizerConfig(base_channels=32, channel_multipliers=(1, 1, 2)).downsampling == 4
