@@ -38,7 +38,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.shape[0] == 1 and x.numel() <= _SMALL_CONV:
-            return super().forward(x.expand(2, -1, -1, -1))[:1]
+            return super().forward(torch.cat((x, x)))[:1]
         return super().forward(x)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextscale.files import replacing
 
-_MIN_TILE = 64
+_MIN_TILE = 72
 _CAPTION = 14
 
 

@@ -47,7 +47,9 @@ class QuickstartConfig:
         default_factory=lambda: TrainConfig(steps=400, learning_rate=2e-3, save_every=100)
     )
     train_transformer: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=600, learning_rate=1e-3, drop_path=0.1, save_every=100)
+        default_factory=lambda: TrainConfig(
+            steps=400, learning_rate=1e-3, weight_decay=0.1, drop_path=0.2, save_every=100
+        )
     )
     sampling: SampleConfig = field(default_factory=lambda: SampleConfig(cfg=1.0, top_k=0, top_p=0.95))
     measure_images: int = 2000

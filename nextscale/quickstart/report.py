@@ -29,7 +29,11 @@ def run_and_report(config: QuickstartConfig, folder: Path) -> None:
 def as_text(metrics: dict[str, Any], folder: Path) -> str:
     """The metrics for people."""
     near = metrics["distance_to_nearest_training_image"]
-    lines = [f"reconstruction of held-out images: {metrics['reconstruction_psnr_db']:.1f} dB PSNR"]
+    entropy = metrics["cross_entropy_nats_per_token"]
+    lines = [
+        f"reconstruction of held-out images: {metrics['reconstruction_psnr_db']:.1f} dB PSNR",
+        f"cross-entropy per token: training {entropy['training']:.2f} nats, held-out {entropy['held_out']:.2f}",
+    ]
     if "generated_read_as_asked" in metrics:
         lines += [
             f"generated images read as the label asked for: {metrics['generated_read_as_asked']:.1%} "

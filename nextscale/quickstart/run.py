@@ -20,7 +20,7 @@ from nextscale.pictures import curves, grid
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import check_available, measure
-from nextscale.sample.generate import generate
+from nextscale.sample.generate import generate, log_likelihood
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
 from nextscale.train.tasks import TokenizerTask, TransformerTask, to_unit
@@ -58,6 +58,10 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
 
     reconstruction = show(pipeline, config, held_out, folder)
     metrics = sample_and_measure(pipeline, config, train, held_out) | reconstruction
+    metrics["cross_entropy_nats_per_token"] = {
+        name: cross_entropy(pipeline, part.subset(torch.arange(min(len(part), 500))))
+        for name, part in (("training", train), ("held_out", held_out))
+    }
     metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
     metrics["unreadable_images"] = list(data.unreadable)
     metrics["seconds"] = round(time.monotonic() - started, 1)
@@ -96,6 +100,13 @@ def encode_all(pipeline: Pipeline, images_B3HW: Tensor) -> Tensor:
     return torch.cat([pipeline.tokenizer.encode(to_unit(part)) for part in images_B3HW.split(_BATCH)])
 
 
+def cross_entropy(pipeline: Pipeline, data: ImageSet) -> float:
+    """Mean cross-entropy per token, in nats, of images given their labels. Far lower in training means memorising."""
+    tokens_BL = encode_all(pipeline, data.images_B3HW)
+    scores_BK = log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
+    return float(-scores_BK.sum() / tokens_BL.numel())
+
+
 def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folder: Path) -> dict[str, Any]:
     """Write the pictures; return how well held-out images are reconstructed (mean of the per-image PSNR, in dB)."""
     shown = min(len(pipeline.config.class_names), _SHOWN_CLASSES)
@@ -112,7 +123,7 @@ def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folde
     painted = pipeline.tokenizer.decode(pipeline.tokenizer.encode(real))
     pairs = torch.stack([real[:8], painted[:8]]).flatten(0, 1)
     count = len(pairs) // 2
-    captions = ["image"] * count + ["reconstruction"] * count
+    captions = ["image"] * count + ["restored"] * count
     grid((pairs + 1) / 2, captions, folder / "reconstructions.png", columns=count)
 
     log = read_log(folder / "log.jsonl")

@@ -43,7 +43,7 @@ class MapAttention(nn.Module):
         B, C, h, w = x_BChw.shape
         qkv = self.qkv(self.norm(x_BChw)).reshape(B, 3, 1, C, h * w).transpose(-1, -2)
         y = F.scaled_dot_product_attention(*qkv.unbind(1))  # (B, 1, hw, C)
-        return x_BChw + self.proj(y.transpose(-1, -2).reshape(B, C, h, w))
+        return x_BChw + self.proj(y.transpose(-1, -2).reshape(B, C, h, w).contiguous())
 
 
 class Level(nn.Module):

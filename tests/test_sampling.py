@@ -1,0 +1,198 @@
+"""Sampling: filters against brute force, draws against their distribution, and the promise about batches."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nextscale.config import SampleConfig
+from nextscale.errors import UserError
+from nextscale.sample.draw import ImageStreams, inverse_cdf
+from nextscale.sample.generate import log_likelihood
+from nextscale.sample.logits import filtered, guide, keep_top_k, keep_top_p
+from tests.conftest import randomised, tiny_config
+
+rows = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12)
+
+
+@given(rows, st.integers(1, 15))
+def test_top_k_against_sorting(values, k):
+    kept = keep_top_k(torch.tensor(values), k).isfinite().tolist()
+    kth = sorted(values, reverse=True)[min(k, len(values)) - 1]
+    assert kept == [v >= kth for v in values]
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12, unique=True), st.floats(0.01, 1))
+def test_top_p_against_a_loop(values, p):
+    """Walk up from the least likely: an entry goes while it and all less likely ones have at most 1 - p."""
+    kept = keep_top_p(torch.tensor(values), p).isfinite().tolist()
+    weights = torch.tensor(values).softmax(0).tolist()
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    total, gone = 0.0, set()
+    for i in order[:-1]:
+        total += weights[i]
+        if abs(total - (1 - p)) < 1e-5:
+            return  # rounding decides
+        if total <= 1 - p:
+            gone.add(i)
+    assert kept == [i not in gone for i in range(len(values))]
+
+
+def test_filters_off_and_temperature():
+    logits = torch.randn(2, 3, 8)
+    assert torch.equal(filtered(logits, 1.0, 0, 0.0), logits)
+    assert torch.equal(filtered(logits, 2.0, 0, 0.0), logits / 2)
+    assert (filtered(logits, 1.0, 1, 0.0).isfinite().sum(-1) == 1).all()
+
+
+def test_guidance_formula():
+    a, b = torch.randn(2, 4), torch.randn(2, 4)
+    assert torch.allclose(guide(a, b, 1.5), a + 1.5 * (a - b))
+    assert torch.equal(guide(a, b, 0.0), a)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.floats(0, 1, exclude_max=True, width=32))
+def test_inverse_cdf_against_a_loop(weights, u):
+    if sum(weights) == 0:
+        return
+    index = inverse_cdf(torch.tensor(weights), torch.tensor([u])).item()
+    assert weights[index] > 0, "an entry of probability zero was drawn"
+    cumulative = np.cumsum(np.array(weights, dtype=np.float64))
+    target = u * cumulative[-1]
+    assert cumulative[index] >= target - 1e-6
+    assert index == 0 or cumulative[index - 1] <= target + 1e-6
+
+
+def test_draws_follow_the_distribution():
+    probability = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    tokens = ImageStreams(seed=1).tokens(probability.log().expand(1, 40000, 4), k=2)
+    share = torch.bincount(tokens.flatten(), minlength=4) / 40000
+    assert share[1] == 0
+    assert (share - probability).abs().max() < 4 * math.sqrt(0.25 / 40000)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("scales", ["1,2,3,4", "1,2,4,8"])
+def test_an_image_does_not_depend_on_its_batch(scales, smooth):
+    """Bit for bit: alone, in any batch size, beside any labels."""
+    pipeline = randomised(tiny_config(scales))
+    labels = [3, 1, 4, 1, 0, 2, 2]
+    together = pipeline.sample(labels, top_k=8, seed=5, smooth=smooth, batch_size=7)
+    for size in (1, 2, 3):
+        parts = pipeline.sample(labels, top_k=8, seed=5, smooth=smooth, batch_size=size)
+        assert torch.equal(parts.tokens, together.tokens)
+        assert torch.equal(parts.tensor, together.tensor)
+    alone = pipeline.sample([4], top_k=8, seed=5, smooth=smooth, first_image=2)
+    assert torch.equal(alone.tensor[0], together.tensor[2])
+    others = pipeline.sample([0, 0, 4, 0], top_k=8, seed=5, smooth=smooth)
+    assert torch.equal(others.tensor[2], together.tensor[2])
+
+
+def test_seeds(tiny):
+    a, b, c = (tiny.sample([1, 1], seed=s).tokens for s in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert not torch.equal(a[0], a[1]), "two images of one label came out equal"
+
+
+def test_official_seeding_depends_on_the_batch_and_repeats(tiny):
+    a = tiny.sample([1, 2, 3], seed=4, official_seeding=True, batch_size=1).tokens
+    assert torch.equal(a, tiny.sample([1, 2, 3], seed=4, official_seeding=True).tokens)
+
+
+def test_one_scale_is_guided_at_full_strength():
+    pipeline = randomised(tiny_config("4"))
+    (step,) = pipeline.sample_scales([1], cfg=2.0)
+    model = pipeline.transformer
+    with torch.no_grad():
+        logits = model(torch.tensor([1, 5]), torch.zeros(2, 0, 4)).logits_BNV
+    assert torch.allclose(step.logits_BNV[0], guide(logits[0], logits[1], 2.0), atol=1e-5)
+    assert pipeline.sample([1, 2], smooth=True).tensor.isfinite().all()
+
+
+def test_guidance_grows_linearly(tiny):
+    """With the same tokens (greedy over one dominant token is not needed: the first scale alone is compared)."""
+    plain = next(iter(tiny.sample_scales([1], cfg=0.0)))
+    guided = next(iter(tiny.sample_scales([1], cfg=9.0)))
+    assert torch.allclose(plain.logits_BNV, guided.logits_BNV, atol=1e-6), "the first scale is not guided"
+
+
+def test_scales_are_yielded_as_they_are_done(tiny):
+    steps = tiny.sample_scales([1, 2], seed=7)
+    first = next(steps)
+    assert (first.k, first.tokens_BN.shape) == (0, (2, 1))
+    rest = list(steps)
+    assert [s.k for s in rest] == [1, 2, 3]
+    whole = tiny.sample([1, 2], seed=7)
+    assert torch.equal(torch.cat([s.tokens_BN for s in (first, *rest)], dim=1), whole.tokens)
+    assert torch.equal((tiny.tokenizer.paint(rest[-1].canvas_BChw) + 1) / 2, whole.tensor)
+
+
+def test_tokens_paint_the_image(tiny):
+    sample = tiny.sample([1, 2, 3])
+    assert torch.equal((tiny.tokenizer.decode(sample.tokens) + 1) / 2, sample.tensor)
+
+
+@torch.no_grad()
+def test_log_likelihood_against_the_chain_rule():
+    """Token by token through cached steps, as sampling would go."""
+    pipeline = randomised(tiny_config("1,2,3"))
+    model, tokenizer = pipeline.transformer, pipeline.tokenizer
+    tokens, values = torch.randint(0, 32, (2, 14)), torch.tensor([1, 5])
+    scores = log_likelihood(tokenizer, model, tokens, values)
+    conditioning, cache, canvas = model.conditioning(values), model.new_cache(2), tokenizer.blank_canvas(2)
+    for k, (start, end) in enumerate(model.pyramid.spans):
+        x = tokenizer.next_input(canvas, k) if k else None
+        logp = model.step(conditioning, x, k, cache).logits_BNV.double().log_softmax(-1)
+        for b in range(2):
+            expected = sum(logp[b, i, tokens[b, start + i]].item() for i in range(end - start))
+            assert scores[b, k].item() == pytest.approx(expected, abs=1e-4)
+        canvas = tokenizer.add_scale(canvas, tokens[:, start:end], k)
+
+
+def test_score_api(tiny):
+    scores = tiny.score(torch.rand(3, 3, 8, 8), [0, 1, None])
+    assert scores.shape == (3, 4)
+    assert (scores < 0).all()
+    with pytest.raises(UserError, match="one label per image; got 3 images and 1 labels"):
+        tiny.score(torch.rand(3, 3, 8, 8), [0])
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4),
+    st.floats(0, 4),
+    st.integers(0, 40),
+    st.floats(0, 1),
+)
+def test_any_pyramid_and_setting_samples(sides, cfg, top_k, top_p):
+    sides = [*sides, (max(h for h, _ in sides), max(w for _, w in sides))]
+    pipeline = randomised(tiny_config(",".join(f"{h}x{w}" for h, w in sides)))
+    images = pipeline.sample([0, 4], cfg=cfg, top_k=top_k, top_p=top_p)
+    assert images.tensor.shape == (2, 3, 2 * sides[-1][0], 2 * sides[-1][1])
+    assert 0 <= images.tensor.min() <= images.tensor.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"cfg": -1.0}, "cfg must be 0 or more; got -1"),
+        ({"top_k": -5}, "top_k must be 0"),
+        ({"top_p": 1.5}, "top_p must lie in 0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"seed": -1}, "seed must lie in"),
+    ],
+)
+def test_bad_settings_are_named(setting, message):
+    with pytest.raises(UserError, match=message):
+        SampleConfig(**setting)
+
+
+def test_unknown_setting_and_empty_labels(tiny):
+    with pytest.raises(UserError, match="no setting 'cgf'; did you mean 'cfg'"):
+        tiny.sample([1], cgf=2)
+    with pytest.raises(UserError, match="at least one label"):
+        tiny.sample([])

@@ -1,0 +1,198 @@
+"""The transformer against a formula written out in NumPy, and its two portions against each other."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nextscale.errors import UserError
+from nextscale.model.init import InitConfig, initialise
+from nextscale.train.tasks import branch_keep
+from tests.conftest import randomised, tiny_config
+
+VARIANTS = [
+    {},
+    {"qk_norm": False},
+    {"shared_adaln": True},
+    {"ffn_ratio": 2.5, "depth": 1},
+]
+SCALES = ["1,2,3,4", "4", "2x1,3x2,4x3", "1,1,2,4"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scales", SCALES)
+@torch.no_grad()
+def test_cached_steps_equal_the_full_forward(scales, variant):
+    pipeline = randomised(tiny_config(scales, **variant))
+    model, tokenizer = pipeline.transformer, pipeline.tokenizer
+    tokens = torch.randint(0, 32, (3, model.pyramid.length))
+    inputs = tokenizer.teacher_inputs(tokens)
+    values = torch.tensor([0, 4, 5])
+    full = model(values, inputs).logits_BNV
+    conditioning, cache = model.conditioning(values), model.new_cache(3)
+    first = model.pyramid.counts[0]
+    for k, (start, end) in enumerate(model.pyramid.spans):
+        x = inputs[:, start - first : end - first] if k else None
+        step = model.step(conditioning, x, k, cache).logits_BNV
+        worst = (step - full[:, start:end]).abs().max() / full.abs().max()
+        assert worst <= 1e-5, f"scale {k}: relative difference {worst:.1e}"
+
+
+@torch.no_grad()
+def test_sampling_then_teacher_forcing_gives_the_same_logits():
+    pipeline = randomised(tiny_config())
+    steps = list(pipeline.sample_scales([1, 2], cfg=0, top_k=0, top_p=0, seed=3))
+    tokens = torch.cat([s.tokens_BN for s in steps], dim=1)
+    sampled = torch.cat([s.logits_BNV for s in steps], dim=1)
+    forced = pipeline.transformer(torch.tensor([1, 2]), pipeline.tokenizer.teacher_inputs(tokens)).logits_BNV
+    assert (forced - sampled).abs().max() <= 1e-5 * sampled.abs().max()
+
+
+@torch.no_grad()
+def test_no_scale_sees_a_finer_one():
+    pipeline = randomised(tiny_config())
+    model, tokens = pipeline.transformer, torch.randint(0, 32, (1, 30))
+    before = model(torch.tensor([1]), pipeline.tokenizer.teacher_inputs(tokens)).logits_BNV
+    for k, (start, end) in enumerate(model.pyramid.spans):
+        changed = tokens.clone()
+        changed[:, start:end] = (changed[:, start:end] + 7) % 32
+        after = model(torch.tensor([1]), pipeline.tokenizer.teacher_inputs(changed)).logits_BNV
+        assert torch.equal(after[:, :end], before[:, :end]), f"tokens of scale {k} reach logits of scale {k} or coarser"
+        assert k == len(model.pyramid) - 1 or not torch.equal(after[:, end:], before[:, end:])
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def layer_norm(x, eps):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def reference_forward(p: dict[str, np.ndarray], model, label: int, x_LC: np.ndarray) -> np.ndarray:
+    """VAR for one image in float64, from facts about the official model: no torch, no batch, loops over heads."""
+    config, pyramid = model.config, model.pyramid
+    D, H, d = config.width, config.heads, config.width // config.heads
+    scale_of = np.array(pyramid.scale_of_L)
+    condition = p["condition.embedding.weight"][label]
+    active = condition / (1 + np.exp(-condition))
+    first = pyramid.counts[0]
+    x = np.concatenate(
+        [condition[None] + p["pos_start"][0], x_LC @ p["word_embed.weight"].T + p["word_embed.bias"]]
+    )
+    x = x + p["level_embed.weight"][scale_of] + p["pos_embed"][0]
+    assert x.shape == (first + len(x_LC), D)
+    for i in range(config.depth):
+        q = {n.removeprefix(f"blocks.{i}."): v for n, v in p.items() if n.startswith(f"blocks.{i}.")}
+        if config.shared_adaln:
+            shared = p["shared_adaln.weight"] @ active + p["shared_adaln.bias"]
+            six = q["adaln.offset"].reshape(6, D) + shared.reshape(6, D)
+        else:
+            six = (q["adaln.linear.weight"] @ active + q["adaln.linear.bias"]).reshape(6, D)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = six
+        y = layer_norm(x, config.norm_eps) * (1 + scale1) + shift1
+        bias = np.concatenate([q["mixers.0.q_bias"], np.zeros(D), q["mixers.0.v_bias"]])
+        qkv = (y @ q["mixers.0.qkv.weight"].T + bias).reshape(len(x), 3, H, d)
+        heads = []
+        for h in range(H):
+            query, key, value = qkv[:, 0, h], qkv[:, 1, h], qkv[:, 2, h]
+            if config.qk_norm:
+                query = query / np.linalg.norm(query, axis=-1, keepdims=True)
+                key = key / np.linalg.norm(key, axis=-1, keepdims=True)
+                query = query * np.exp(min(q["mixers.0.log_scale"][0, h, 0, 0], math.log(100)))
+                scores = query @ key.T
+            else:
+                scores = query @ key.T * 0.25 / math.sqrt(d)
+            scores = np.where(scale_of[:, None] >= scale_of[None], scores, -np.inf)
+            heads.append(softmax(scores) @ value)
+        y = np.concatenate(heads, axis=-1) @ q["mixers.0.proj.weight"].T + q["mixers.0.proj.bias"]
+        x = x + gamma1 * y
+        y = layer_norm(x, config.norm_eps) * (1 + scale2) + shift2
+        y = gelu(y @ q["ffn.fc1.weight"].T + q["ffn.fc1.bias"]) @ q["ffn.fc2.weight"].T + q["ffn.fc2.bias"]
+        x = x + gamma2 * y
+    scale, shift = (p["head_adaln.weight"] @ active + p["head_adaln.bias"]).reshape(2, D)
+    x = layer_norm(x, config.norm_eps) * (1 + scale) + shift
+    return x @ p["head.weight"].T + p["head.bias"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_forward_against_the_formula(variant):
+    pipeline = randomised(tiny_config("1,2x1,3x2", **variant))
+    model = pipeline.transformer
+    x_BLC = torch.randn(2, model.pyramid.length - 1, 4)
+    logits = model(torch.tensor([3, 5]), x_BLC).logits_BNV.double().numpy()
+    parameters = {n: t.double().numpy() for n, t in model.state_dict().items()}
+    for b, label in enumerate((3, 5)):
+        expected = reference_forward(parameters, model, label, x_BLC[b].double().numpy())
+        np.testing.assert_allclose(logits[b], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@torch.no_grad()
+def test_a_dropped_branch_contributes_nothing():
+    model = randomised(tiny_config("1,2")).transformer
+    x = torch.randn(2, 4, 4)
+    values = torch.tensor([1, 2])
+    nothing = model(values, x, torch.zeros(2, 2, 2)).logits_BNV
+    everything = model(values, x, torch.ones(2, 2, 2)).logits_BNV
+    assert torch.equal(everything, model(values, x).logits_BNV)
+    for block in model.blocks:
+        block.mixers[0].proj.weight.zero_(), block.mixers[0].proj.bias.zero_()
+        block.ffn.fc2.weight.zero_(), block.ffn.fc2.bias.zero_()
+    assert torch.allclose(nothing, model(values, x).logits_BNV)
+
+
+def test_stochastic_depth_keeps_the_mean_and_grows_with_depth():
+    model = randomised(tiny_config(depth=5)).transformer
+    keep = branch_keep(model, 4000, 0.4, torch.Generator().manual_seed(0))
+    assert keep.shape == (5, 2, 4000)
+    assert torch.allclose(keep.mean(dim=2), torch.ones(5, 2), atol=0.05)
+    assert torch.allclose((keep == 0).float().mean(dim=(1, 2)), torch.linspace(0, 0.4, 5), atol=0.02)
+    assert branch_keep(model, 4, 0.0, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_initialisation_is_var_s(shared):
+    model = randomised(tiny_config(depth=4, width=64, shared_adaln=shared)).transformer
+    initialise(model, InitConfig(adaln=0.5, adaln_gamma=1e-3, head=0.02), torch.Generator().manual_seed(1))
+    std = math.sqrt(1 / (3 * 64))
+
+    def near(tensor, expected):
+        assert abs(tensor.std().item() / expected - 1) < 0.1, (tensor.std().item(), expected)
+
+    block = model.blocks[0]
+    near(block.mixers[0].qkv.weight, std)
+    near(block.mixers[0].proj.weight, std / math.sqrt(8))
+    near(block.ffn.fc2.weight, std / math.sqrt(8))
+    near(model.head.weight, 0.02 * std)
+    near(model.head_adaln.weight, 0.5 * std)
+    near(model.pos_embed, std)
+    if shared:
+        near(model.shared_adaln.weight, std)
+        near(block.adaln.offset[:, :, :2], 1e-3 / 8)
+        near(block.adaln.offset[:, :, 2:], 0.5 / 8)
+    else:
+        near(block.adaln.linear.weight[: 2 * 64], 1e-3 * std)
+        near(block.adaln.linear.weight[2 * 64 :], 0.5 * std)
+    assert model.head.bias.abs().max() == 0
+
+
+def test_labels(tiny):
+    condition = tiny.transformer.condition
+    assert condition.parse([0, 4, None]).tolist() == [0, 4, 5]
+    assert condition.with_none(torch.tensor([1])).tolist() == [1, 5]
+    assert condition.select(torch.tensor([True, False]), torch.tensor([1, 2])).tolist() == [5, 2]
+    for wrong in (5, -1, 10**12, 1.5):
+        with pytest.raises(UserError, match=f"label {wrong} is out of range: this model has 5 classes, 0 to 4"):
+            condition.parse([0, wrong])
+
+
+def test_teacher_inputs_of_the_wrong_length_are_named(tiny):
+    with pytest.raises(UserError, match=r"teacher inputs must be \(B, 29, 4\)"):
+        tiny.transformer(torch.tensor([1]), torch.zeros(1, 30, 4))
