@@ -32,20 +32,25 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
         _flush(paths[0].parent)
     except Exception as error:
         # Besides OSError: safetensors and torch.save report a full disk as errors of their own.
-        if isinstance(error, OSError) or _is_write_failure(error):
-            names = ", ".join(str(p) for p in paths)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise UserError(f"cannot write {names}: {reason}; what was there before is unchanged") from error
-        raise
+        reason = _write_failure(error)
+        if reason is None:
+            raise
+        names = ", ".join(str(p) for p in paths)
+        raise UserError(f"cannot write {names}: {reason}; what was there before is unchanged") from error
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
 
 
-def _is_write_failure(error: Exception) -> bool:
+def _write_failure(error: Exception) -> str | None:
+    """Why writing failed, or None when the error is something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
     if type(error).__name__ == "SafetensorError":
-        return True
-    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
+        return str(error)
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)):
+        return "the write broke off; is the disk full?"
+    return None
 
 
 def _flush(path: Path) -> None:

@@ -110,7 +110,7 @@ class Pipeline:
     # saving
 
     def to_checkpoint(self) -> Checkpoint:
-        """The generator at rest. A tensor returns to the dtype it was stored in, unless that would lose something."""
+        """The generator at rest. A tensor that was widened to compute goes back to its stored dtype, if nothing is lost."""
         tokenizer, transformer = self.tokenizer.state_dict(), {}
         if self._transformer is not None:
             transformer = self._transformer.state_dict()
@@ -118,7 +118,10 @@ class Pipeline:
         return Checkpoint(self.config, parts[0], parts[1], self._origin, self._extras)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        stored = tensor.to(self._stored.get(name, tensor.dtype))
+        dtype = self._stored.get(name, tensor.dtype)
+        if dtype.itemsize >= tensor.dtype.itemsize:
+            return tensor
+        stored = tensor.to(dtype)
         return stored if torch.equal(stored.to(tensor.dtype), tensor) else tensor
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:

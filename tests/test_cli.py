@@ -1,0 +1,159 @@
+"""The command line as a user meets it: real processes for the contract, in-process calls for the many mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nextscale.cli import main, parse, read_settings
+from nextscale.commands import COMMANDS, parse_labels
+from nextscale.errors import UserError
+from tests.conftest import read_fixture
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "nextscale.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def fails(capsys, *arguments: object) -> str:
+    """The one line that a mistaken command prints."""
+    assert main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("nextscale: error: ")
+    return lines[0]
+
+
+def test_the_contract_with_official_files(official, tmp_path):
+    """import-official, sample and reconstruct, from the official implementation's files to its tokens and images."""
+    vae, var = official.files
+    heads = ["--heads", official.meta["num_heads"]]
+    done = run("import-official", "--vae", vae, "--var", var, *heads, "--out", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    meta, io = official.meta, official.io
+    done = run(
+        "sample", tmp_path / "model", "--labels", ",".join(map(str, io["in.label"].tolist())), "--cfg", meta["cfg"],
+        "--top-k", meta["top_k"], "--top-p", meta["top_p"], "--seed", meta["seed"], "--official-seeding",
+        "--out", tmp_path / "grid.png", "--tokens-out", tmp_path / "T.safetensors", "--images-out", tmp_path / "images",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = load_file(tmp_path / "T.safetensors")
+    assert out["tokens"].dtype == torch.int64
+    assert torch.equal(out["tokens"], io["out.seeded.tokens"])
+    assert out["images"].dtype == torch.float32
+    assert (out["images"] - io["out.seeded.image"]).abs().max() < 1e-4
+    for path, image in zip(sorted((tmp_path / "images").iterdir()), out["images"], strict=True):
+        written = np.asarray(Image.open(path)).transpose(2, 0, 1)
+        np.testing.assert_allclose(written, image.numpy() * 255, atol=0.51)
+    assert Image.open(tmp_path / "grid.png").mode == "RGB"
+    if not (official.folder / "png.safetensors").exists():
+        return
+    done = run(
+        "reconstruct", tmp_path / "model", official.folder / "image0.png", official.folder / "image1.png",
+        "--out", tmp_path / "grid.png", "--tokens-out", tmp_path / "R.safetensors",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected, out = load_file(official.folder / "png.safetensors"), load_file(tmp_path / "R.safetensors")
+    assert torch.equal(out["tokens"], expected["tokens"])
+    assert (out["images"] * 2 - 1 - expected["reconstruction"]).abs().max() < 1e-4
+
+
+def test_export_official(tmp_path):
+    vae, var = read_fixture("var_tiny_l2").files
+    assert main(["import-official", "--vae", str(vae), "--var", str(var), "--out", str(tmp_path / "m")]) == 0
+    out = tmp_path / "v.pth", tmp_path / "w.safetensors"
+    assert main(["export-official", str(tmp_path / "m"), "--vae", str(out[0]), "--var", str(out[1])]) == 0
+    assert torch.load(out[0], weights_only=True).keys() == load_file(vae).keys()
+    assert load_file(out[1]).keys() == load_file(var).keys()
+
+
+def test_info(capsys):
+    assert main(["info", "var-d16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 310_283_520
+    assert main(["info", "var-d36"]) == 0
+    assert "2,353,893,904 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_every_option(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: nextscale {name}" in text
+    assert COMMANDS[name].__doc__.split(".")[0].split(":")[0][:30] in " ".join(text.split())
+
+
+def test_overview_and_version(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+    assert main(["--version"]) == 0
+
+
+def test_mistakes_in_one_line(capsys, tiny_folder, tmp_path):
+    out = ["--out", tmp_path / "x.png"]
+    assert "did you mean 'sample'?" in fails(capsys, "smaple")
+    assert "label 5 is out of range: this model has 5 classes, 0 to 4" in fails(
+        capsys, "sample", tiny_folder, "--labels", "1,5", *out
+    )
+    assert "no class named 'cat'" in fails(capsys, "sample", tiny_folder, "--labels", "cat", *out)
+    assert "has an empty entry" in fails(capsys, "sample", tiny_folder, "--labels", "1,,2", *out)
+    assert "cfg must be 0 or more" in fails(capsys, "sample", tiny_folder, "--labels", "1", "--cfg", "-2", *out)
+    assert "there is no checkpoint folder" in fails(capsys, "sample", tmp_path / "no", "--labels", "1", *out)
+    assert "there is no image" in fails(capsys, "reconstruct", tiny_folder, tmp_path / "no.png", *out)
+    assert "there is no file" in fails(capsys, "import-official", "--vae", "no.pth", "--out", tmp_path / "m")
+    assert "nothing to write" in fails(capsys, "export-official", tiny_folder)
+    assert "it is a folder" in fails(capsys, "sample", tiny_folder, "--labels", "1", "--out", tmp_path)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_unknown_option_names_the_nearest(tiny_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", str(tiny_folder), "--labels", "1", "--cgf", "2", "--out", str(tmp_path / "x.png")])
+    assert stop.value.code == 2
+    assert "--cfg" in capsys.readouterr().err
+
+
+def test_a_bad_image_leaves_the_old_output(tiny_folder, tmp_path, capsys):
+    (tmp_path / "grid.png").write_bytes(b"old")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    fails(capsys, "reconstruct", tiny_folder, tmp_path / "bad.png", "--out", tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes() == b"old"
+
+
+def test_labels():
+    assert parse_labels("3, 7,none,sea lion,-1") == [3, 7, None, "sea lion", -1]
+
+
+def test_config_file_and_overrides(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 5\ntransformer: {depth: 3}\ntrain_tokenizer: {learning_rate: 3e-4, steps: 7}\n")
+    settings = parse(["quickstart", "--config", str(path), "--train-tokenizer.steps", "9"]).settings
+    assert (settings.seed, settings.transformer.depth) == (5, 3)
+    assert (settings.train_tokenizer.learning_rate, settings.train_tokenizer.steps) == (3e-4, 9)
+    path.write_text("sede: 5\n")
+    assert "has no setting 'sede'; did you mean 'seed'?" in fails(capsys, "quickstart", "--config", path)
+    path.write_text("{")
+    assert "is no YAML" in fails(capsys, "quickstart", "--config", path)
+    with pytest.raises(UserError, match="cannot read config"):
+        read_settings(tmp_path / "absent.yaml")
+
+
+def test_a_traceback_never_reaches_the_user(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\x10" + bytes(7) + b"garbage")
+    done = run("import-official", "--vae", tmp_path / "x.safetensors", "--out", tmp_path / "m")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert str(tmp_path / "x.safetensors") in done.stderr
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,174 @@
+"""The main job end to end at a size for a test, on folders, parquet and digits, interrupted and continued."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextscale.data.datasets import load_images
+from nextscale.errors import UserError
+from nextscale.pipeline import Pipeline
+from nextscale.quickstart.config import QuickstartConfig
+from nextscale.quickstart.measure import measure
+from nextscale.quickstart.run import run_quickstart
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "tokenizer": {"vocab_size": 16, "code_width": 4, "base_channels": 8, "norm_groups": 4, "res_blocks": 1,
+                  "channel_multipliers": [1, 1], "attention": False},
+    "transformer": {"depth": 1, "width": 16, "heads": 2},
+    "train_tokenizer": {"steps": 12, "batch_size": 8},
+    "train_transformer": {"steps": 12, "batch_size": 8},
+    "image_size": 8,
+    "measure_images": 40,
+}  # fmt: skip
+
+
+def tiny_settings(**changes) -> QuickstartConfig:
+    from nextscale.config import from_dict
+
+    return from_dict(QuickstartConfig, {**TINY, **changes})
+
+
+def picture(label: int, rng: np.random.Generator, side: int = 10) -> Image.Image:
+    base = np.zeros((side, side, 3), dtype=np.int64) + (40 if label else 200)
+    return Image.fromarray((base + rng.integers(0, 40, base.shape)).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label, name in enumerate(("day", "night")):
+        (root / name).mkdir()
+        for i in range(12):
+            picture(label, rng).save(root / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    (root / "day" / "broken.png").write_bytes(b"not a picture")
+    (root / "day" / "notes.txt").write_text("left alone")
+    return root
+
+
+OUTPUTS = {
+    "config.json", "tokenizer.safetensors", "transformer.safetensors", "samples.png", "reconstructions.png",
+    "scales.png", "curves.png", "metrics.json", "log.jsonl", "quickstart.json", "training",
+}  # fmt: skip
+
+
+def test_a_folder_of_images(folder, tmp_path):
+    metrics = run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == OUTPUTS
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert len(metrics["unreadable_images"]) == 1
+    assert "broken.png" in metrics["unreadable_images"][0]
+    for name in ("generated_read_as_asked", "held_out_read_by_generated_fit", "real_held_out_read_right"):
+        assert 0 <= metrics[name] <= 1
+    for name in ("samples.png", "reconstructions.png", "scales.png", "curves.png"):
+        assert min(Image.open(tmp_path / "run" / name).size) > 60
+    pipeline = Pipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.config.class_names == ("day", "night")
+    assert pipeline.sample(["night"]).tensor.shape == (1, 3, 8, 8)
+    # a finished run is not repeated
+    before = (tmp_path / "run" / "training" / "transformer.pt").stat().st_mtime_ns
+    run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run")
+    assert (tmp_path / "run" / "training" / "transformer.pt").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"run with other settings \(seed\)"):
+        run_quickstart(tiny_settings(data=str(folder), seed=3), tmp_path / "run")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_parquet_as_hugging_face_writes_it(named, tmp_path):
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    rng, rows = np.random.default_rng(1), []
+    for i in range(20):
+        buffer = io.BytesIO()
+        picture(i % 2, rng).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
+    table = arrow.table({"image": rows, "label": [i % 2 for i in range(20)]})
+    if named:
+        features = {"info": {"features": {"label": {"names": ["day", "night"], "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    parquet.write_table(table, tmp_path / "set.parquet")
+    data = load_images(str(tmp_path / "set.parquet"), 8, 1000, 0)
+    assert data.class_names == (("day", "night") if named else ("0", "1"))
+    assert (data.images_B3HW.float().mean(dim=(1, 2, 3)) > 128).tolist() == (data.labels_B == 0).tolist()
+    assert len(load_images(str(tmp_path / "set.parquet"), 8, 7, 0)) == 7
+
+
+def test_split_holds_out_a_share_of_every_class():
+    data = load_images("digits", 8, 10**6, 0)
+    train, held = data.split(0.2, seed=0)
+    assert len(train) + len(held) == 1797
+    for label in range(10):
+        share = (held.labels_B == label).sum() / (data.labels_B == label).sum()
+        assert abs(share - 0.2) < 0.01
+    together = torch.cat([train.images_B3HW, held.images_B3HW]).flatten(1)
+    assert len(together.unique(dim=0)) == len(data.images_B3HW.flatten(1).unique(dim=0))
+    assert torch.equal(data.split(0.2, seed=0)[0].labels_B, train.labels_B)
+
+
+def test_measures_tell_a_good_generator_from_a_collapsed_and_a_copying_one():
+    train, held = load_images("digits", 8, 10**6, 0).split(0.2, seed=0)
+    labels = train.labels_B[:1000]
+    good = measure(train, held, train.images_B3HW[:1000] / 255, labels)
+    assert good["generated_read_as_asked"] > 0.95
+    assert good["held_out_read_by_generated_fit"] > 0.9
+    assert good["distance_to_nearest_training_image"]["generated"] < 1e-3  # copies
+    assert good["distance_to_nearest_training_image"]["held_out_real"] > 0.05
+    first = [int((train.labels_B == c).nonzero()[0]) for c in range(10)]
+    collapsed = measure(train, held, train.images_B3HW[first][labels] / 255, labels)
+    assert collapsed["generated_read_as_asked"] > 0.9  # the first measure alone cannot see it
+    assert collapsed["held_out_read_by_generated_fit"] < 0.85
+    wrong = measure(train, held, train.images_B3HW[:1000] / 255, (labels + 1) % 10)
+    assert wrong["generated_read_as_asked"] < 0.05
+
+
+def test_bad_data_is_named(tmp_path):
+    with pytest.raises(UserError, match="is neither 'digits', a folder"):
+        load_images(str(tmp_path / "none"), 8, 10, 0)
+    with pytest.raises(UserError, match="has no images in class sub-folders"):
+        load_images(str(tmp_path), 8, 10, 0)
+    (tmp_path / "set.parquet").write_bytes(b"PAR1 junk")
+    with pytest.raises(UserError, match="is damaged or no parquet file"):
+        load_images(str(tmp_path / "set.parquet"), 8, 10, 0)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 1 images in .* cannot be read: .*x\.png"):
+        load_images(str(tmp_path), 8, 10, 0)
+
+
+def test_settings_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match="image_size 10 must be a multiple of 4"):
+        QuickstartConfig(image_size=10).geometry()
+    with pytest.raises(UserError, match="must be 4 for images of 16 pixels"):
+        QuickstartConfig(scales="1,2,5").geometry()
+    assert str(QuickstartConfig(data="x").geometry()[1]) == "1,2,3,4,6,8"
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(folder, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({**TINY, "train_tokenizer": {"steps": 4000, "save_every": 1}}))
+    command = [sys.executable, "-m", "nextscale.cli", "quickstart", "--data", str(folder)]
+    command += ["--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    state, deadline = tmp_path / "run" / "training" / "tokenizer.pt", time.monotonic() + 60
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in err
+    assert "interrupted while training the tokenizer, at step" in err
+    assert "the same command goes on from there" in err
+    step = torch.load(state, weights_only=True)["step"]
+    assert 0 < step < 4000
+    assert f"at step {step} of 4000" in err
