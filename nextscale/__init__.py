@@ -28,7 +28,16 @@ _PUBLIC = {
     "UserError": "nextscale.errors",
     "preset": "nextscale.presets",
 }
-__all__ = ["Pipeline", "SampleConfig", "ModelConfig", "TokenizerConfig", "TransformerConfig", "Pyramid", "UserError", "preset"]
+__all__ = [
+    "ModelConfig",
+    "Pipeline",
+    "Pyramid",
+    "SampleConfig",
+    "TokenizerConfig",
+    "TransformerConfig",
+    "UserError",
+    "preset",
+]
 
 if TYPE_CHECKING:
     from nextscale.config import ModelConfig, SampleConfig, TokenizerConfig, TransformerConfig

@@ -112,7 +112,9 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     if "per_scale" in facts:
         lines.append(f"  classes              {facts['classes']}")
-        lines.append(f"  transformer          {facts['transformer_flops'] / 1e9:.1f} GFLOP per image, twice with guidance")
+        lines.append(
+            f"  transformer          {facts['transformer_flops'] / 1e9:.1f} GFLOP per image, twice with guidance"
+        )
         lines.append("\n  scale      tokens      GFLOP   key/value cache, float32")
         for scale in facts["per_scale"]:
             h, w = scale["side"]

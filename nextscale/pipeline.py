@@ -1,7 +1,7 @@
 """A whole generator in one object: load, sample, reconstruct, score, save.
 
-    pipeline = Pipeline.from_pretrained("my-model")
-    pipeline.sample([3, 7], cfg=1.5, seed=0).save("grid.png")
+pipeline = Pipeline.from_pretrained("my-model")
+pipeline.sample([3, 7], cfg=1.5, seed=0).save("grid.png")
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Pipeline:
     # saving
 
     def to_checkpoint(self) -> Checkpoint:
-        """The generator at rest. A tensor that was widened to compute goes back to its stored dtype, if nothing is lost."""
+        """The generator at rest. A tensor widened to compute goes back to its stored dtype if nothing is lost."""
         tokenizer, transformer = self.tokenizer.state_dict(), {}
         if self._transformer is not None:
             transformer = self._transformer.state_dict()
@@ -144,7 +144,9 @@ class Pipeline:
     def transformer(self) -> VAR:
         """The transformer; UserError for a tokenizer alone."""
         if self._transformer is None:
-            raise UserError("this checkpoint is a tokenizer alone: it can reconstruct, but has no transformer to sample")
+            raise UserError(
+                "this checkpoint is a tokenizer alone: it can reconstruct, but has no transformer to sample"
+            )
         return self._transformer
 
     @property

@@ -110,7 +110,7 @@ def _side(value: object) -> Side:
     parts = value.lower().split("x") if isinstance(value, str) else value
     parts = [parts] if isinstance(parts, int) else parts
     try:
-        numbers = [int(p) for p in parts]  # type: ignore[union-attr, attr-defined]
+        numbers = [int(p) for p in parts]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) == 1:

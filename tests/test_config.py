@@ -45,7 +45,9 @@ def test_mistakes_are_named_with_their_place(data, message):
 
 @given(st.sampled_from(["1e-4", "0.0001", 1e-4]))
 def test_numbers_that_yaml_reads_as_text_are_taken(value):
-    assert from_dict(QuickstartConfig, {"train_tokenizer": {"learning_rate": value}}).train_tokenizer.learning_rate == 1e-4
+    assert (
+        from_dict(QuickstartConfig, {"train_tokenizer": {"learning_rate": value}}).train_tokenizer.learning_rate == 1e-4
+    )
 
 
 def test_absent_transformer_is_a_tokenizer_alone():

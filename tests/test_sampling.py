@@ -54,7 +54,9 @@ def test_guidance_formula():
     assert torch.equal(guide(a, b, 0.0), a)
 
 
-@given(st.lists(st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.floats(0, 1, exclude_max=True, width=32))
+@given(
+    st.lists(st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.floats(0, 1, exclude_max=True, width=32)
+)
 def test_inverse_cdf_against_a_loop(weights, u):
     if sum(weights) == 0:
         return

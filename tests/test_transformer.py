@@ -83,9 +83,7 @@ def reference_forward(p: dict[str, np.ndarray], model, label: int, x_LC: np.ndar
     condition = p["condition.embedding.weight"][label]
     active = condition / (1 + np.exp(-condition))
     first = pyramid.counts[0]
-    x = np.concatenate(
-        [condition[None] + p["pos_start"][0], x_LC @ p["word_embed.weight"].T + p["word_embed.bias"]]
-    )
+    x = np.concatenate([condition[None] + p["pos_start"][0], x_LC @ p["word_embed.weight"].T + p["word_embed.bias"]])
     x = x + p["level_embed.weight"][scale_of] + p["pos_embed"][0]
     assert x.shape == (first + len(x_LC), D)
     for i in range(config.depth):

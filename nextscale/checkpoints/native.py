@@ -55,7 +55,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
         raise UserError(f"{folder} is no nextscale checkpoint: it has no config.json")
     head = read_json(folder / "config.json")
     if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise UserError(f"{folder}/config.json was not written by nextscale (no \"format\": \"{FORMAT}\")")
+        raise UserError(f'{folder}/config.json was not written by nextscale (no "format": "{FORMAT}")')
     if not isinstance(head.get("version"), int) or head["version"] > VERSION:
         raise UserError(
             f"{folder} has format version {head.get('version')}, this nextscale reads up to {VERSION}; "

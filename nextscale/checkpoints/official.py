@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
     vae_tensors = read_tensors(vae, "vae_local")
     var_tensors = read_tensors(var, "var_wo_ddp") if var else {}
     config, phi_layout = infer_config(vae, vae_tensors, var, var_tensors, hints)
-    origin = {"format": "official-var", "phi_layout": phi_layout}
+    origin: dict[str, Any] = {"format": "official-var", "phi_layout": phi_layout}
     extras: dict[str, Tensor] = {}
 
     tokenizer, transformer = build_on_meta(config)

@@ -120,7 +120,9 @@ def _pyramid(source: Path, tensors: dict[str, Tensor], given: Pyramid | None) ->
     return pyramid
 
 
-def _refuse_swapped(vae: Path, vae_tensors: dict[str, Tensor], var: Path | None, var_tensors: dict[str, Tensor]) -> None:
+def _refuse_swapped(
+    vae: Path, vae_tensors: dict[str, Tensor], var: Path | None, var_tensors: dict[str, Tensor]
+) -> None:
     if "word_embed.weight" in vae_tensors and "quantize.embedding.weight" not in vae_tensors:
         raise UserError(f"{vae} is a transformer, not a tokenizer; pass it with --var")
     if var is not None and "quantize.embedding.weight" in var_tensors and "word_embed.weight" not in var_tensors:

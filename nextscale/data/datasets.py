@@ -63,7 +63,9 @@ def load_images(data: str, size: int, limit: int, seed: int) -> ImageSet:
     elif path.suffix == ".parquet" and path.is_file():
         sources, labels, names = _parquet(path)
     else:
-        raise UserError(f"--data {data} is neither 'digits', a folder with one sub-folder per class, nor a .parquet file")
+        raise UserError(
+            f"--data {data} is neither 'digits', a folder with one sub-folder per class, nor a .parquet file"
+        )
     chosen = torch.randperm(len(labels), generator=generator(seed, "limit"))[:limit].sort().values.tolist()
     return _read([(*sources(i), labels[i]) for i in chosen], names, size, str(path))
 

@@ -46,7 +46,9 @@ def _open(source: ImageLike) -> Image.Image:
 def _is_empty(source: ImageLike) -> bool:
     if isinstance(source, Image.Image):
         return False
-    return len(source) == 0 if isinstance(source, bytes) else Path(source).is_file() and Path(source).stat().st_size == 0
+    return (
+        len(source) == 0 if isinstance(source, bytes) else Path(source).is_file() and Path(source).stat().st_size == 0
+    )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -65,10 +67,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Greyscale of 16 or 32 bits, or float, as 8-bit greyscale. PIL's own conversion would clip at 255."""
     values = np.asarray(image).astype(np.float64)
+    top = 65535.0
     if image.mode == "F":  # 0..1 by convention; other ranges are taken as 0..255
         top = 1.0 if values.max(initial=0) <= 1 else 255.0
-    else:
-        top = 65535.0
     return Image.fromarray(np.clip(np.rint(values * (255 / top)), 0, 255).astype(np.uint8))
 
 
@@ -87,7 +88,7 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _without_far_ends(image: Image.Image, aspect: float) -> Image.Image:
-    """Cut a very long picture to 8 times the wanted aspect first: resized whole, a 1 x 10000 strip would fill memory."""
+    """Cut a very long picture to 8 times the wanted aspect: resized whole, a 1 x 10000 strip would fill memory."""
     width, height = image.size
     keep_width = min(width, max(1, round(height * aspect * 8)))
     keep_height = min(height, max(1, round(width / aspect * 8)))

@@ -32,6 +32,11 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4.0))) if config.qk_norm else None
         self.softmax_scale = 1.0 if config.qk_norm else 0.25 / math.sqrt(self.head_width)
 
+    @property
+    def output(self) -> Linear:
+        """The last projection, which writes to the residual stream."""
+        return self.proj
+
     def new_state(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` sequences of `length` tokens."""
         return KVCache(batch, self.heads, length, self.head_width, like=self.qkv.weight)

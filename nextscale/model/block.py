@@ -5,6 +5,7 @@ Letters: B batch, N tokens at hand, D width, S layers of the block (2 in VAR: at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,11 @@ class FeedForward(nn.Module):
         self.fc1 = Linear(config.width, config.ffn_width)
         self.fc2 = Linear(config.ffn_width, config.width)
 
+    @property
+    def output(self) -> Linear:
+        """The last projection, which writes to the residual stream."""
+        return self.fc2
+
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
         return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh")), None
 
@@ -44,11 +50,19 @@ class AdaLN(nn.Module):
         offset = torch.empty(1, 1, 3 * layers, config.width)
         self.offset = nn.Parameter(offset) if config.shared_adaln else None
 
+    def rows(self) -> Tensor:
+        """The block's own parameters with gammas first, then scales, then shifts, along the first dimension."""
+        if self.linear is not None:
+            return self.linear.weight
+        assert self.offset is not None, "adaLN has either a projection or an offset"
+        return self.offset[0, 0]
+
     def forward(self, active_BD: Tensor, shared_BW: Tensor | None) -> Tensor:
         """`active_BD` is SiLU(condition); `shared_BW` is the shared projection of it, where there is one."""
         if self.linear is not None:
             return self.linear(active_BD).view(self.shape)
-        assert self.offset is not None and shared_BW is not None, "shared adaLN needs the shared projection"
+        assert self.offset is not None, "adaLN has either a projection or an offset"
+        assert shared_BW is not None, "shared adaLN needs the shared projection"
         return self.offset.view(self.shape) + shared_BW.view(self.shape)
 
 
@@ -60,12 +74,19 @@ def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) ->
 class Block(nn.Module):
     """x += gamma_s * layer_s(LN(x) (1 + scale_s) + shift_s) for every layer s: the mixers, then the feed-forward."""
 
+    mixers: Sequence[Attention]
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.eps = config.norm_eps
-        self.mixers = nn.ModuleList([Attention(config)])
+        self.mixers = nn.ModuleList([Attention(config)])  # type: ignore[assignment]
         self.ffn = FeedForward(config)
-        self.adaln = AdaLN(config, len(self.mixers) + 1)
+        self.adaln = AdaLN(config, len(self.layers))
+
+    @property
+    def layers(self) -> tuple[Attention | FeedForward, ...]:
+        """The S layers in the order they run."""
+        return *self.mixers, self.ffn
 
     def new_states(self, batch: int, length: int) -> list[Any]:
         """A fresh state for each layer, None for those that keep none."""
@@ -76,7 +97,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, list[Any]]:
         """The block's output and what each layer recorded. `states` are the layers' own, None without a cache."""
         records = []
-        for s, layer in enumerate((*self.mixers, self.ffn)):
+        for s, layer in enumerate(self.layers):
             gamma, scale, shift = adaln_B3SD[:, :, s].unsqueeze(2).unbind(1)  # (B, 1, D) each
             here = replace(context, state=states[s]) if states else context
             y, record = layer(modulate(x_BND, scale, shift, self.eps), here)

@@ -39,15 +39,12 @@ def initialise(model: VAR, config: InitConfig, generator: torch.Generator) -> VA
     model.head.weight.mul_(config.head)  # first predictions near uniform
     model.head_adaln.weight.mul_(config.adaln)
     for block in model.blocks:
-        for layer in (block.mixers[0].proj, block.ffn.fc2):
-            layer.weight.div_(math.sqrt(2 * depth))  # the residual stream keeps its size over the depth
-        if block.adaln.linear is not None:  # gammas near zero: every block starts as the identity
-            gammas = block.adaln.linear.weight.shape[0] // 3
-            block.adaln.linear.weight[:gammas].mul_(config.adaln_gamma)
-            block.adaln.linear.weight[gammas:].mul_(config.adaln)
-        else:
+        for layer in block.layers:  # the residual stream keeps its size over the depth
+            layer.output.weight.div_(math.sqrt(2 * depth))
+        if block.adaln.offset is not None:
             block.adaln.offset.normal_(generator=generator).div_(math.sqrt(D))
-            gammas = block.adaln.offset.shape[2] // 3
-            block.adaln.offset[:, :, :gammas].mul_(config.adaln_gamma)
-            block.adaln.offset[:, :, gammas:].mul_(config.adaln)
+        rows = block.adaln.rows()
+        gammas = len(rows) // 3
+        rows[:gammas].mul_(config.adaln_gamma)  # near zero: every block starts as the identity
+        rows[gammas:].mul_(config.adaln)
     return model

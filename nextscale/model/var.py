@@ -7,6 +7,7 @@ through `_run`, so they are one function in two portions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,8 @@ class Output:
 class VAR(nn.Module):
     """Next-scale prediction transformer (VAR, arXiv 2404.02905, Eq. 4 of MEPA)."""
 
+    blocks: Sequence[Block]
+
     def __init__(self, config: TransformerConfig, pyramid: Pyramid, vocab_size: int, code_width: int):
         super().__init__()
         self.config, self.pyramid = config, pyramid
@@ -58,9 +61,8 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, pyramid.counts[0], D))
         self.pos_embed = nn.Parameter(torch.empty(1, pyramid.length, D))
         self.level_embed = nn.Embedding(len(pyramid), D)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        layers = len(self.blocks[0].mixers) + 1
-        self.shared_adaln = Linear(D, 3 * layers * D) if config.shared_adaln else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
+        self.shared_adaln = Linear(D, 3 * len(self.blocks[0].layers) * D) if config.shared_adaln else None
         self.head_adaln = Linear(D, 2 * D)
         self.head = Linear(D, vocab_size)
 

@@ -98,7 +98,8 @@ def fit(task: Task, config: TrainConfig, folder: Path) -> None:
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with VAR's groups: weight matrices, convolutions and class embeddings decay; nothing else does."""
     free = ("pos_start", "pos_embed", "level_embed", "offset", "log_scale")
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         spared = parameter.ndim < 2 or any(part in free for part in name.split("."))
         (others if spared else decayed).append(parameter)

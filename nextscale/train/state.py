@@ -36,9 +36,7 @@ def save_state(
         torch.save(content, draft)
 
 
-def load_state(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
-) -> TrainState:
+def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> TrainState:
     """Restore module and optimizer in place. Raises UserError for a damaged file or one of another config."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -67,6 +67,6 @@ def branch_keep(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Te
     """Stochastic depth (blocks, S, B): 0 where a branch is dropped, else 1 / keep probability. None when off."""
     if rate == 0:
         return None
-    depth, layers = len(model.blocks), len(model.blocks[0].mixers) + 1
+    depth, layers = len(model.blocks), len(model.blocks[0].layers)
     keep_D11 = 1 - torch.linspace(0, rate, depth).view(-1, 1, 1)
     return (torch.rand(depth, layers, batch, generator=rng) < keep_D11) / keep_D11
