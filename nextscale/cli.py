@@ -24,7 +24,7 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for a mistake that the user can mend, 130 when interrupted."""
+    """Run one command; the exit status is 0; 2 for a mistake that the user can mend; 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command = parse(arguments)
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"nextscale: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print("nextscale: interrupted", file=sys.stderr)
         return 130

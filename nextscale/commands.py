@@ -65,7 +65,7 @@ class Sample:
 
         labels = parse_labels(self.labels)
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
-        images = pipeline.sample(labels, self.sampling, batch_size=self.batch_size)
+        images = pipeline.sample(labels, self.sampling, batch_size=self.batch_size, progress=len(labels) > 1)
         images.save(self.out)
         _extra_outputs(images, self.tokens_out, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")

@@ -105,21 +105,23 @@ def as_text(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['name']}: {facts['parameters']:,} parameters",
         f"  tokenizer            {facts['tokenizer_parameters']:,} parameters; "
-        f"{facts['tokenizer_flops']['encode'] / 1e9:.1f} GFLOP to encode, "
-        f"{facts['tokenizer_flops']['decode'] / 1e9:.1f} to decode an image",
+        f"{_flop(facts['tokenizer_flops']['encode'])} to encode, "
+        f"{_flop(facts['tokenizer_flops']['decode'])} to decode an image",
         f"  image                {facts['image_size'][0]} x {facts['image_size'][1]} pixels, {facts['tokens']} tokens",
         f"  weights in float32   {facts['weight_bytes_float32'] / 2**20:,.0f} MiB",
     ]
     if "per_scale" in facts:
         lines.append(f"  classes              {facts['classes']}")
-        lines.append(
-            f"  transformer          {facts['transformer_flops'] / 1e9:.1f} GFLOP per image, twice with guidance"
-        )
-        lines.append("\n  scale      tokens      GFLOP   key/value cache, float32")
+        lines.append(f"  transformer          {_flop(facts['transformer_flops'])} per image, twice with guidance")
+        lines.append("\n  scale      tokens        arithmetic   key/value cache, float32")
         for scale in facts["per_scale"]:
             h, w = scale["side"]
             side = f"{h}x{w}"
             lines.append(
-                f"  {side:<8}{scale['tokens']:>9}{scale['flops'] / 1e9:>11.3f}{scale['cache_bytes'] / 2**20:>13.2f} MiB"
+                f"  {side:<8}{scale['tokens']:>9}{_flop(scale['flops']):>18}{scale['cache_bytes'] / 2**20:>14.2f} MiB"
             )
     return "\n".join(lines)
+
+
+def _flop(count: int) -> str:
+    return f"{count / 1e9:,.1f} GFLOP" if count >= 1e9 else f"{count / 1e6:,.1f} MFLOP"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
@@ -76,14 +77,22 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | None = None,
     ) -> Pipeline:
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
         `dtype`: what the networks compute in. By default float32 on a CPU, whatever is stored, and the stored dtype
-        elsewhere. Raises UserError naming the file and tensor when something is amiss.
+        elsewhere. `revision` (branch, tag or commit) and `token` are for the hub. Raises UserError naming the file and
+        tensor when something is amiss.
         """
-        return cls.from_checkpoint(read_checkpoint(_locate(source)), dtype=dtype, device=device)
+        folder = _locate(source, revision=revision, token=token)
+        return cls.from_checkpoint(read_checkpoint(folder), dtype=dtype, device=device)
 
     @classmethod
     def from_checkpoint(
@@ -160,6 +169,7 @@ class Pipeline:
         *,
         batch_size: int = 16,
         first_image: int = 0,
+        progress: bool = False,
         **overrides: Any,
     ) -> Images:
         """Generate one image per label.
@@ -172,12 +182,12 @@ class Pipeline:
         settings = _settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices(labels))
         size = len(values) if settings.official_seeding else max(batch_size, 1)
+        if not len(values):
+            raise UserError("sampling needs at least one label; got none")
         parts = [
             generate(self.tokenizer, self.transformer, values[i : i + size], settings, first_image + i)
-            for i in range(0, len(values), size)
+            for i in tqdm(range(0, len(values), size), desc="sampling", unit="batch", disable=not progress)
         ]
-        if not parts:
-            raise UserError("sampling needs at least one label; got none")
         joined = Sample(torch.cat([p.tokens_BL for p in parts]), torch.cat([p.images_B3HW for p in parts]))
         captions = tuple(self.caption(int(v)) for v in values)
         return Images(joined.tokens_BL.cpu(), joined.images_B3HW.cpu(), captions)
@@ -263,7 +273,7 @@ def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkp
     return torch.float32 if device.type == "cpu" else checkpoint.tokenizer["quant_conv.weight"].dtype
 
 
-def _locate(source: str | Path) -> Path:
+def _locate(source: str | Path, *, revision: str | None, token: str | None) -> Path:
     """The folder of a checkpoint, fetched from the hub when `source` is no folder but reads like `owner/name`."""
     if Path(source).is_dir() or not _HUB_NAME.match(str(source)):
         return Path(source)
@@ -271,7 +281,8 @@ def _locate(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        patterns = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"there is no folder {source}, and the hub gave no model of that name: {reason}") from error

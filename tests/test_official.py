@@ -60,7 +60,7 @@ def test_image_files(official):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_round_trip_restores_every_tensor(official, suffix, tmp_path):
-    """Official file -> native folder -> pipeline in float32 -> native folder -> official file: same names, types, bits."""
+    """Official -> native folder -> pipeline in float32 -> native folder -> official: same names, types, bits."""
     pipeline_of(official).save_pretrained(tmp_path / "one")
     Pipeline.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     out = tmp_path / f"vae{suffix}", tmp_path / f"var{suffix}"

@@ -82,11 +82,13 @@ def _phi(tensors: dict[str, Tensor]) -> tuple[int, str]:
 def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> TransformerConfig:
     width = _need(source, tensors, "word_embed.weight").shape[0]
     scale = next((t for name, t in tensors.items() if name.endswith(".attn.scale_mul_1H11")), None)
-    heads = hints.heads or (scale.numel() if scale is not None else width // 64)
+    depth = _count(source, tensors, r"blocks\.(\d+)\.")
+    published = depth if width % 64 else width // 64  # heads are 64 wide in every published model
+    heads = hints.heads or (scale.numel() if scale is not None else published)
     if heads < 1 or width % heads:
         raise UserError(f"{source}: cannot tell the number of attention heads of width {width}; give it with --heads")
     return TransformerConfig(
-        depth=_count(source, tensors, r"blocks\.(\d+)\."),
+        depth=depth,
         width=width,
         heads=heads,
         ffn_ratio=_need(source, tensors, "blocks.0.ffn.fc1.weight").shape[0] / width,

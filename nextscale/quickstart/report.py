@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nextscale.errors import UserError
+from nextscale.errors import Interruption
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.run import run_quickstart
 from nextscale.train.loop import Interrupted
@@ -13,17 +13,20 @@ from nextscale.train.loop import Interrupted
 
 def run_and_report(config: QuickstartConfig, folder: Path) -> None:
     """Run, then print the measures and where the pictures are. An interruption says how to go on."""
-    again = "the same command goes on from there"
     try:
         metrics = run_quickstart(config, folder)
     except Interrupted as stop:
-        raise UserError(
-            f"interrupted while training the {stop.task}, at step {stop.step} of {stop.steps}; "
-            f"the checkpoint is in {folder}/training: {again}"
-        ) from None
+        where = f" while training the {stop.task}, at step {stop.step} of {stop.steps}"
+        raise Interruption(_how_to_go_on(where, folder)) from None
     except KeyboardInterrupt:
-        raise UserError(f"interrupted; the last checkpoint is in {folder}/training: {again}") from None
+        raise Interruption(_how_to_go_on("", folder)) from None
     print("\n" + as_text(metrics, folder))
+
+
+def _how_to_go_on(where: str, folder: Path) -> str:
+    states = sorted(p.name for p in (folder / "training").glob("*.pt"))
+    kept = f"kept in {folder / 'training'}: {', '.join(states)}" if states else "nothing was trained yet"
+    return f"interrupted{where}; {kept}; the same command goes on from there"
 
 
 def as_text(metrics: dict[str, Any], folder: Path) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nextscale.config import ClassConditionConfig, ModelConfig, to_dict
 from nextscale.data.datasets import ImageSet, load_images
@@ -20,7 +19,7 @@ from nextscale.pictures import curves, grid
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import check_available, measure
-from nextscale.sample.generate import generate, log_likelihood
+from nextscale.sample.generate import log_likelihood
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
 from nextscale.train.tasks import TokenizerTask, TransformerTask, to_unit
@@ -141,10 +140,6 @@ def sample_and_measure(
 ) -> dict[str, Any]:
     """Generate images of all classes in turn, not those shown, and measure them."""
     labels_B = torch.arange(config.measure_images) % len(pipeline.config.class_names)
-    first = _SAMPLES_PER_CLASS * _SHOWN_CLASSES
-    images = []
-    for start in tqdm(range(0, len(labels_B), _BATCH), desc="sampling to measure", unit="batch"):
-        values = pipeline.transformer.condition.parse(labels_B[start : start + _BATCH])
-        sample = generate(pipeline.tokenizer, pipeline.transformer, values, config.sampling, first + start)
-        images.append(sample.images_B3HW)
-    return measure(train, held_out, torch.cat(images), labels_B)
+    shown = _SAMPLES_PER_CLASS * _SHOWN_CLASSES
+    images = pipeline.sample(labels_B, config.sampling, batch_size=_BATCH, first_image=shown, progress=True)
+    return measure(train, held_out, images.tensor, labels_B)

@@ -32,7 +32,7 @@ class ImageStreams:
         self.seed, self.first = seed, first
 
     def tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
-        B, N, V = logits_BNV.shape
+        B, N, _V = logits_BNV.shape
         draws = [torch.rand(N, generator=generator(self.seed, "token", self.first + b, k)) for b in range(B)]
         u_BN1 = torch.stack(draws).unsqueeze(-1).to(logits_BNV.device)
         return inverse_cdf(logits_BNV.softmax(dim=-1), u_BN1).squeeze(-1)

@@ -6,6 +6,8 @@ resolution; residual blocks use GroupNorm and SiLU; self-attention stands at the
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,7 +53,7 @@ class Level(nn.Module):
 
     def __init__(self, channels: list[int], groups: int, attention: bool, resample: nn.Module):
         super().__init__()
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(itertools.pairwise(channels))
         self.blocks = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairs)
         self.attentions = nn.ModuleList(MapAttention(b, groups) for _, b in pairs if attention)
         self.resample = resample

@@ -147,4 +147,4 @@ def stop_requested() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,91 @@
+"""Rules of the code base that a reader relies on, kept by reading the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "nextscale"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {f: ast.parse(f.read_text()) for f in FILES}
+
+# Imports point downwards only: a module may import from its own layer and from those before it.
+LAYERS = [
+    ["nextscale", "nextscale.errors"],
+    ["nextscale.pyramid", "nextscale.files", "nextscale.rng", "nextscale.ops"],
+    ["nextscale.config", "nextscale.train.config"],
+    ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
+    ["nextscale.tokenizer", "nextscale.model", "nextscale.data"],
+    ["nextscale.sample", "nextscale.checkpoints", "nextscale.train"],
+    ["nextscale.pipeline", "nextscale.info"],
+    ["nextscale.quickstart"],
+    ["nextscale.commands"],
+    ["nextscale.cli"],
+]
+
+
+def layer(module: str) -> int:
+    found = [
+        (len(name), i) for i, names in enumerate(LAYERS) for name in names if (module + ".").startswith(name + ".")
+    ]
+    return max(found)[1]
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_imports_point_downwards(file):
+    here = module_of(file)
+    if here == "nextscale":
+        return  # hands out public names, lazily
+    for node in TREES[file].body:  # imports inside functions are lazy and may look up
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nextscale"):
+            assert layer(node.module) <= layer(here), f"{here} imports {node.module}, which stands above it"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_asserts_speak_and_no_exception_is_swallowed(file):
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Assert):
+            assert node.msg is not None, f"{file}:{node.lineno}: an assert without a message"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{file}:{node.lineno}: a bare except"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_files_and_functions_can_be_read_in_one_go(file):
+    assert len(file.read_text().splitlines()) <= 400
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{file}:{node.lineno}: {node.name} is longer than 60 lines"
+
+
+def test_models_hold_no_state_of_a_run():
+    """No branch on train/eval mode and no cache on a module: the same call is the same function."""
+    for folder in ("model", "tokenizer"):
+        for file in (PACKAGE / folder).glob("*.py"):
+            for node in ast.walk(TREES[file]):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                    assert node.attr not in ("training", "cache"), f"{file}:{node.lineno}"
+
+
+def test_weights_are_never_unpickled_with_code():
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("weights_only") == "True", f"{file}:{node.lineno}"
+
+
+def test_public_functions_and_classes_are_documented():
+    missing = [
+        f"{file}:{node.lineno} {node.name}"
+        for file, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if not ast.get_docstring(node)
+    ]
+    assert missing == []
