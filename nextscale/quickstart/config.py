@@ -44,7 +44,7 @@ class QuickstartConfig:
     transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(depth=4, width=192, heads=6))
     """The number of classes is taken from the data."""
     train_tokenizer: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=400, learning_rate=2e-3, save_every=100)
+        default_factory=lambda: TrainConfig(steps=800, batch_size=32, learning_rate=2e-3, save_every=100)
     )
     train_transformer: TrainConfig = field(
         default_factory=lambda: TrainConfig(
