@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -13,8 +14,8 @@ from nextscale import __version__
 from nextscale.commands import COMMANDS
 from nextscale.config import from_dict, nearest
 from nextscale.errors import UserError
-from nextscale.quickstart.config import QuickstartConfig
 
+T = TypeVar("T")
 _INTRO = f"""nextscale {__version__}: next-scale image generation.
 
 usage: nextscale COMMAND [OPTIONS]        nextscale COMMAND --help explains one command
@@ -54,30 +55,37 @@ def parse(arguments: list[str]) -> Any:
     if name not in COMMANDS:
         raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}")
     kind = COMMANDS[name]
-    default = kind(settings=from_file(rest)) if name == "quickstart" else None
     return tyro.cli(
         kind,
         prog=f"nextscale {name}",
         description=inspect.cleandoc(kind.__doc__ or ""),
         args=rest,
-        default=default,
+        default=defaults(kind, rest),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
-def from_file(arguments: list[str]) -> QuickstartConfig:
-    """The settings that --config FILE names, defaults where there is none. Later options override them."""
+def defaults(kind: type, arguments: list[str]) -> Any:
+    """The command with the settings that --config FILE names, or None where there is no such option."""
+    path = _config_option(arguments)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if path is None or "settings" not in fields:
+        return None
+    settings = read_settings(get_type_hints(kind)["settings"], path)
+    required = {n: tyro.MISSING for n, f in fields.items() if f.default is f.default_factory}  # both are "missing"
+    return kind(**required, settings=settings)
+
+
+def _config_option(arguments: list[str]) -> Path | None:
     for i, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if option != "--config":
-            continue
-        if not equals:
-            value = arguments[i + 1] if i + 1 < len(arguments) else ""
-        return read_settings(Path(value))
-    return QuickstartConfig()
+        if option == "--config":
+            following = arguments[i + 1 : i + 2]
+            return Path(value) if equals else Path(following[0]) if following else None
+    return None
 
 
-def read_settings(path: Path) -> QuickstartConfig:
+def read_settings(kind: type[T], path: Path) -> T:
     """A YAML or JSON file as settings. Raises UserError naming the file and the key at fault."""
     import yaml
 
@@ -87,7 +95,7 @@ def read_settings(path: Path) -> QuickstartConfig:
         raise UserError(f"cannot read config {path}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
-    return from_dict(QuickstartConfig, data or {}, str(path))
+    return from_dict(kind, data or {}, str(path))
 
 
 def _summary(command: type) -> str:

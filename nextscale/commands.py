@@ -29,7 +29,7 @@ class Quickstart:
     out: Path = Path("runs/quickstart")
     """Run folder: checkpoints, pictures, curves, metrics.json. `nextscale sample` takes it as a model."""
     config: Path | None = None
-    """File with settings, in the form of the run folder's quickstart.json."""
+    """YAML or JSON file with settings, in the form of the run folder's quickstart.json."""
 
     def run(self) -> None:
         from nextscale.quickstart.report import run_and_report
@@ -47,7 +47,10 @@ class Sample:
     """Classes to draw, separated by commas: indices or names, or 'none' for no label. One image for each."""
     out: Path
     """The grid, a PNG file."""
-    sampling: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with settings (cfg, top_k, top_p, temperature, seed, smooth, official_seeding); options on the
+    command line win."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine) and `images`
     (float32, B x 3 x H x W in 0 to 1)."""
@@ -65,7 +68,7 @@ class Sample:
 
         labels = parse_labels(self.labels)
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
-        images = pipeline.sample(labels, self.sampling, batch_size=self.batch_size, progress=len(labels) > 1)
+        images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
         images.save(self.out)
         _extra_outputs(images, self.tokens_out, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")

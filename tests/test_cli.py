@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from nextscale.cli import main, parse, read_settings
 from nextscale.commands import COMMANDS, parse_labels
+from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 from tests.conftest import read_fixture
 
@@ -147,7 +148,10 @@ def test_config_file_and_overrides(tmp_path, capsys):
     path.write_text("{")
     assert "is no YAML" in fails(capsys, "quickstart", "--config", path)
     with pytest.raises(UserError, match="cannot read config"):
-        read_settings(tmp_path / "absent.yaml")
+        read_settings(SampleConfig, tmp_path / "absent.yaml")
+    path.write_text("{cfg: 3, top_k: 5}")
+    command = parse(["sample", "folder", "--labels", "1", "--out", "x.png", f"--config={path}", "--top-k", "7"])
+    assert (command.settings, command.model) == (SampleConfig(cfg=3.0, top_k=7), "folder")
 
 
 def test_a_traceback_never_reaches_the_user(tmp_path):
