@@ -103,11 +103,12 @@ class Pipeline:
         tokenizer.load_state_dict(checkpoint.tokenizer, assign=True)
         if transformer is not None:
             transformer.load_state_dict(checkpoint.transformer, assign=True)
+        device = _device(device)
         pipeline = cls(checkpoint.config, tokenizer, transformer)
         tensors = {**checkpoint.tokenizer, **checkpoint.transformer}
         pipeline._stored = {name: tensor.dtype for name, tensor in tensors.items()}
         pipeline._origin, pipeline._extras = checkpoint.origin, checkpoint.extras
-        return pipeline.to(device, _compute_dtype(dtype, torch.device(device), checkpoint))
+        return pipeline.to(device, _compute_dtype(dtype, device, checkpoint))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
         """Move to a device and compute in `dtype`; the quantiser stays in float32."""
@@ -260,6 +261,14 @@ def _settings(config: SampleConfig | None, overrides: dict[str, Any]) -> SampleC
         if name not in known:
             raise UserError(f"sampling has no setting '{name}'{nearest(name, known)}")
     return dataclasses.replace(config or SampleConfig(), **overrides)
+
+
+def _device(name: torch.device | str) -> torch.device:
+    """The named device; UserError when torch does not know it or cannot reach it here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -114,6 +114,9 @@ def test_mistakes_in_one_line(capsys, tiny_folder, tmp_path):
     assert "there is no checkpoint folder" in fails(capsys, "sample", tmp_path / "no", "--labels", "1", *out)
     assert "there is no image" in fails(capsys, "reconstruct", tiny_folder, tmp_path / "no.png", *out)
     assert "there is no file" in fails(capsys, "import-official", "--vae", "no.pth", "--out", tmp_path / "m")
+    assert "device 'cuda:9' cannot be used here" in fails(
+        capsys, "sample", tiny_folder, "--labels", "1", "--device", "cuda:9", *out
+    )
     assert "nothing to write" in fails(capsys, "export-official", tiny_folder)
     assert "it is a folder" in fails(capsys, "sample", tiny_folder, "--labels", "1", "--out", tmp_path)
     assert not (tmp_path / "x.png").exists()
