@@ -107,6 +107,79 @@ class Reconstruct:
 
 
 @dataclass
+class Edit:
+    """Repaint part of an image: in-painting, out-painting, or another class inside the mask."""
+
+    model: Positional[str]
+    """Checkpoint folder, or owner/name on the Hugging Face hub."""
+    image: Positional[Path]
+    """Image file; one of another size than the model's is resized on its short side and centre-cropped."""
+    mask: Path
+    """Picture of the image's size: white stays, black is repainted."""
+    out: Path
+    """The edited image, a PNG file."""
+    label: str = "none"
+    """Class to paint, index or name; 'none' continues the image."""
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line win."""
+    tokens_out: Path | None = None
+    """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
+    dtype: Dtype | None = None
+    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        from nextscale.data.images import load_mask
+        from nextscale.pictures import save_image
+        from nextscale.pipeline import Pipeline
+
+        labels = parse_labels(self.label)
+        if len(labels) != 1:
+            raise UserError(f"--label takes one class; got '{self.label}'")
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        mask, resized = load_mask(self.mask, self.image, pipeline.config.image_size)
+        if resized:
+            print(f"note: {self.mask} is not of the size of {self.image} and was resized to it")
+        if not (mask <= 0.5).any():
+            print(f"note: {self.mask} keeps everything (it is white); the result is the reconstruction")
+        elif not (mask > 0.5).any():
+            print(f"note: {self.mask} keeps nothing (it is black); the result is a plain sample")
+        images = pipeline.edit(self.image, mask, labels[0], self.settings)
+        save_image(images.pil()[0], self.out)
+        _extra_outputs(images, self.tokens_out, None)
+        print(f"wrote {self.out}")
+
+
+@dataclass
+class Adapt:
+    """Carry a model over to other classes, another size or aspect, keeping what it has learnt; then fine-tune it."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    out: Path
+    """Folder to write."""
+    classes: str | None = None
+    """How many new classes (5), or their names; NAME=OLD starts from a class of the model: cat=281,dog,koi=goldfish."""
+    scales: str | None = None
+    """New sides of the token maps, coarse to fine: 1,2,3,4 or, for another aspect, 1x1,2x3,4x6."""
+    seed: int = 0
+    """Seed of the new class embeddings."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.adapt import adapt, parse_classes
+        from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+
+        checkpoint = read_checkpoint(self.model)
+        classes = parse_classes(self.classes, checkpoint.config) if self.classes else None
+        pyramid = Pyramid.parse(self.scales) if self.scales else None
+        adapted = adapt(checkpoint, classes, pyramid, self.seed)
+        write_checkpoint(self.out, adapted)
+        print(f"wrote {self.out}: {adapted.config.summary()}")
+
+
+@dataclass
 class ImportOfficial:
     """Turn official VAR checkpoints (.pth or .safetensors) into a nextscale folder. All tensors are kept exactly."""
 
@@ -141,7 +214,7 @@ class ImportOfficial:
         )
         checkpoint = import_official(self.vae, self.var, hints)
         write_checkpoint(self.out, checkpoint)
-        print(f"wrote {self.out}: scales {checkpoint.config.pyramid}, images of {checkpoint.config.image_size} pixels")
+        print(f"wrote {self.out}: {checkpoint.config.summary()}")
 
 
 @dataclass
@@ -187,6 +260,8 @@ COMMANDS: dict[str, type] = {
     "quickstart": Quickstart,
     "sample": Sample,
     "reconstruct": Reconstruct,
+    "edit": Edit,
+    "adapt": Adapt,
     "import-official": ImportOfficial,
     "export-official": ExportOfficial,
     "info": Info,

@@ -125,6 +125,12 @@ class ModelConfig:
         h, w = self.pyramid.last
         return h * self.tokenizer.downsampling, w * self.tokenizer.downsampling
 
+    def summary(self) -> str:
+        """One line for people: classes, scales, size of the images."""
+        height, width = self.image_size
+        what = f"{self.transformer.condition.num_classes} classes" if self.transformer else "a tokenizer alone"
+        return f"{what}, scales {self.pyramid}, images of {height} x {width} pixels"
+
 
 @dataclass(frozen=True)
 class SampleConfig:

@@ -20,13 +20,14 @@ from tqdm import tqdm
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config import ModelConfig, SampleConfig, nearest
-from nextscale.data.images import ImageLike, load_image, to_tensor
+from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.errors import UserError
 from nextscale.model.init import InitConfig, initialise
 from nextscale.model.var import VAR
 from nextscale.pictures import grid, to_pil
 from nextscale.rng import fold, generator
-from nextscale.sample.generate import Sample, ScaleStep, generate, generate_scales, log_likelihood
+from nextscale.sample.edit import keep_cells
+from nextscale.sample.generate import Kept, Sample, ScaleStep, generate, generate_scales, log_likelihood
 from nextscale.tokenizer.tokenizer import Tokenizer
 
 Labels = Tensor | Sequence["int | str | None"]
@@ -211,6 +212,34 @@ class Pipeline:
         tokens = torch.cat([self.tokenizer.encode(x[None].to(self.device)) for x in inputs])
         painted = torch.cat([self.tokenizer.decode(t[None]) for t in tokens])
         return Images(tokens.cpu(), (painted.cpu() + 1) / 2, captions)
+
+    def edit(
+        self,
+        image: ImageLike,
+        mask: Tensor | ImageLike,
+        label: int | str | None = None,
+        config: SampleConfig | None = None,
+        *,
+        first_image: int = 0,
+        **overrides: Any,
+    ) -> Images:
+        """Repaint what `mask` does not keep of an image.
+
+        `mask`: a picture, white where the image stays and black where it is repainted, or a tensor (H, W) of the
+        model's size with 1 and 0. `label`: the class to paint; None (the default) continues the image, for in-painting
+        and out-painting. Settings as in `sample`; with everything kept the result is the reconstruction, with nothing
+        kept the sample of that seed.
+        """
+        settings = _settings(config, overrides)
+        values = self.transformer.condition.parse(self.label_indices([label]))
+        height, width = self.config.image_size
+        mask_HW = mask if isinstance(mask, Tensor) else load_mask(mask, image, (height, width))[0]
+        if mask_HW.shape != (height, width):
+            raise UserError(f"a mask tensor must be ({height}, {width}); got {tuple(mask_HW.shape)}")
+        keep_1L = keep_cells(mask_HW.to(self.device), self.config.pyramid)[None]
+        kept = Kept(self.encode([image]).to(self.device), keep_1L)
+        sample = generate(self.tokenizer, self.transformer, values, settings, first_image, kept)
+        return Images(sample.tokens_BL.cpu(), sample.images_B3HW.cpu(), (self.caption(int(values[0])),))
 
     def encode(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
         """Tokens (B, L) of images, given as in `reconstruct`."""

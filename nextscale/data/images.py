@@ -96,6 +96,20 @@ def _without_far_ends(image: Image.Image, aspect: float) -> Image.Image:
     return image.crop((left, top, left + keep_width, top + keep_height))
 
 
+def load_mask(mask: ImageLike, image: ImageLike, size: tuple[int, int]) -> tuple[Tensor, bool]:
+    """A mask for an image, as float32 (H, W) in [0, 1] of the model's size, and whether it had to be resized to it.
+
+    White is 1. The mask is cut and resized exactly as `load_image` does with the image; one of another size than the
+    image is first resized to it. Raises UserError as `load_image`.
+    """
+    picture, target = load_image(mask), load_image(image).size
+    resized = picture.size != target
+    if resized:
+        picture = picture.resize(target, Image.Resampling.BILINEAR)
+    grey_HW = np.asarray(fit(picture, size).convert("L"), dtype=np.float32) / 255
+    return torch.from_numpy(grey_HW), resized
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture to float32 (3, H, W) in [-1, 1], the tokenizer's range."""
     pixels_HW3 = torch.from_numpy(np.array(image, dtype=np.uint8))

@@ -31,14 +31,30 @@ class ScaleStep:
     """The canvas with this scale on it; `tokenizer.paint(canvas)` is the picture so far."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Cells that an edit keeps, and what they hold."""
+
+    tokens_BL: Tensor
+    """Tokens of the image that is edited."""
+    keep_BL: Tensor
+    """bool, True where the image's token stays."""
+
+
 @torch.no_grad()
 def generate_scales(
-    tokenizer: Tokenizer, model: VAR, values: Any, config: SampleConfig, first_image: int = 0
+    tokenizer: Tokenizer,
+    model: VAR,
+    values: Any,
+    config: SampleConfig,
+    first_image: int = 0,
+    kept: Kept | None = None,
 ) -> Iterator[ScaleStep]:
     """Sample a batch, yielding each scale as it is done.
 
     `values`: the condition as `model.condition.parse` returned it. `first_image`: number of the batch's first image
-    under the seed, so that a long run can be cut into batches without changing an image.
+    under the seed, so that a long run can be cut into batches without changing an image. `kept`: cells that hold
+    given tokens instead of drawn ones (editing).
     """
     pyramid, batch = model.pyramid, len(values)
     guided = config.cfg > 0
@@ -52,12 +68,17 @@ def generate_scales(
         logits = model.step(conditioning, x_BNC, k, cache).logits_BNV
         if guided:
             logits = guide(logits[:batch], logits[batch:], config.cfg * pyramid.progress(k))
-        kept = filtered(logits, config.temperature, config.top_k, config.top_p)
-        tokens = stream.tokens(kept, k)
-        if config.smooth:
-            canvas = tokenizer.add_codes(canvas, _mixed_codes(tokenizer, kept, stream, k), k)
-        else:
-            canvas = tokenizer.add_scale(canvas, tokens, k)
+        likely = filtered(logits, config.temperature, config.top_k, config.top_p)
+        tokens = stream.tokens(likely, k)
+        mixed = _mixed_codes(tokenizer, likely, stream, k) if config.smooth else None
+        if kept is not None:
+            start, end = pyramid.spans[k]
+            keep_BN, given_BN = kept.keep_BL[:, start:end], kept.tokens_BL[:, start:end]
+            tokens = torch.where(keep_BN, given_BN, tokens)
+            if mixed is not None:
+                mixed = torch.where(keep_BN.unsqueeze(-1), tokenizer.quantizer.codes(given_BN), mixed)
+        codes = tokenizer.quantizer.codes(tokens) if mixed is None else mixed
+        canvas = tokenizer.add_codes(canvas, codes, k)
         yield ScaleStep(k, logits, tokens, canvas)
         x_BNC = tokenizer.next_input(canvas, k + 1) if k + 1 < len(pyramid) else None
 
@@ -68,11 +89,11 @@ def _stream(config: SampleConfig, first_image: int, device: torch.device) -> Str
     return ImageStreams(config.seed, first_image)
 
 
-def _mixed_codes(tokenizer: Tokenizer, kept_BNV: Tensor, stream: Stream, k: int) -> Tensor:
+def _mixed_codes(tokenizer: Tokenizer, likely_BNV: Tensor, stream: Stream, k: int) -> Tensor:
     """Smooth mode: codes (B, N, c) mixed by a Gumbel-softmax that sharpens towards the last scale."""
     ratio = tokenizer.pyramid.progress(k)
     temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
-    noisy = kept_BNV * (1 + ratio) + stream.gumbel(kept_BNV, k)
+    noisy = likely_BNV * (1 + ratio) + stream.gumbel(likely_BNV, k)
     return (noisy / temperature).softmax(dim=-1) @ tokenizer.quantizer.codebook.weight
 
 
@@ -87,10 +108,17 @@ class Sample:
 
 
 @torch.no_grad()
-def generate(tokenizer: Tokenizer, model: VAR, values: Any, config: SampleConfig, first_image: int = 0) -> Sample:
+def generate(
+    tokenizer: Tokenizer,
+    model: VAR,
+    values: Any,
+    config: SampleConfig,
+    first_image: int = 0,
+    kept: Kept | None = None,
+) -> Sample:
     """Sample a batch of images: `generate_scales` run to its end."""
     tokens, canvas = [], tokenizer.blank_canvas(len(values))
-    for step in generate_scales(tokenizer, model, values, config, first_image):
+    for step in generate_scales(tokenizer, model, values, config, first_image, kept):
         tokens.append(step.tokens_BN)
         canvas = step.canvas_BChw
     return Sample(torch.cat(tokens, dim=1), (tokenizer.paint(canvas) + 1) / 2)
