@@ -46,13 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str]) -> Any:
     """The command with its options, or None when only help or the version was asked for."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_INTRO + "\n".join(f"  {n:<17}{_summary(c)}" for n, c in COMMANDS.items()))
+        print(_INTRO + "\n".join(f"  {n:<20}{_summary(c)}" for n, c in COMMANDS.items()))
         return None
     if arguments[0] in ("-V", "--version"):
         print(f"nextscale {__version__}")
         return None
-    name, *rest = arguments
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
+        name = " ".join(arguments[:2]) if any(c.startswith(f"{name} ") for c in COMMANDS) else name
         raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}")
     kind = COMMANDS[name]
     return tyro.cli(
@@ -67,13 +69,20 @@ def parse(arguments: list[str]) -> Any:
 
 def defaults(kind: type, arguments: list[str]) -> Any:
     """The command with the settings that --config FILE names, or None where there is no such option."""
-    path = _config_option(arguments)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    if path is None or "settings" not in fields:
+    if "settings" not in fields:
+        return None
+    path = _config_option(arguments) if fields["config"].default is None else _first_word(arguments)
+    if path is None:
         return None
     settings = read_settings(get_type_hints(kind)["settings"], path)
     required = {n: tyro.MISSING for n, f in fields.items() if f.default is f.default_factory}  # both are "missing"
     return kind(**required, settings=settings)
+
+
+def _first_word(arguments: list[str]) -> Path | None:
+    """The config where it is a command's first word, as in `tokenizer train CONFIG`."""
+    return Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
 
 
 def _config_option(arguments: list[str]) -> Path | None:

@@ -12,6 +12,7 @@ from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid
 from nextscale.quickstart.config import QuickstartConfig
+from nextscale.train.tokenizer_config import TokenizerRunConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -32,9 +33,12 @@ class Quickstart:
     """YAML or JSON file with settings, in the form of the run folder's quickstart.json."""
 
     def run(self) -> None:
-        from nextscale.quickstart.report import run_and_report
+        from nextscale.quickstart.run import run_quickstart
+        from nextscale.train.report import quickstart_report, report_interruption
 
-        run_and_report(self.settings, self.out)
+        with report_interruption(self.out):
+            metrics = run_quickstart(self.settings, self.out)
+        print("\n" + quickstart_report(metrics, self.out))
 
 
 @dataclass
@@ -153,6 +157,51 @@ class Edit:
 
 
 @dataclass
+class TokenizerTrain:
+    """Train a tokenizer on your own images, from scratch or from an imported one.
+
+    CONFIG is a YAML or JSON file (configs/tokenizer_cifar10.yaml is one); options on the command line win. Running
+    the same command again goes on where an interrupted run stopped.
+    """
+
+    config: Positional[Path]
+    """File with settings."""
+    data: str
+    """'digits', a folder with one sub-folder per class, or a .parquet file with columns image and label."""
+    out: Path
+    """Folder to write: a checkpoint, reconstructions.png, curves.png, evaluation.json, log.jsonl."""
+    settings: Annotated[TokenizerRunConfig, arg(name="")] = field(default_factory=TokenizerRunConfig)
+
+    def run(self) -> None:
+        from nextscale.train.report import report_interruption, tokenizer_report
+        from nextscale.train.tokenizer_run import train_tokenizer
+
+        with report_interruption(self.out):
+            report = train_tokenizer(self.settings, self.data, self.out)
+        print(tokenizer_report(report))
+
+
+@dataclass
+class TokenizerEvaluate:
+    """Measure a tokenizer: PSNR, SSIM, codebook usage and perplexity, and a picture of each scale's share."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    data: str
+    """'digits', a folder with one sub-folder per class, or a .parquet file with columns image and label."""
+    out: Path | None = None
+    """Folder for report.json and reconstructions.png."""
+    limit: int = 1_000_000
+    """Use at most this many images, chosen at random."""
+
+    def run(self) -> None:
+        from nextscale.train.report import tokenizer_report
+        from nextscale.train.tokenizer_run import evaluate_folder
+
+        print(tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out)))
+
+
+@dataclass
 class Adapt:
     """Carry a model over to other classes, another size or aspect, keeping what it has learnt; then fine-tune it."""
 
@@ -262,6 +311,8 @@ COMMANDS: dict[str, type] = {
     "reconstruct": Reconstruct,
     "edit": Edit,
     "adapt": Adapt,
+    "tokenizer train": TokenizerTrain,
+    "tokenizer evaluate": TokenizerEvaluate,
     "import-official": ImportOfficial,
     "export-official": ExportOfficial,
     "info": Info,

@@ -72,6 +72,19 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
+def claim(path: Path, settings: dict[str, Any]) -> None:
+    """Note a run's settings in its folder, or raise UserError naming what differs from an earlier run there."""
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    changed = [k for k in settings if before.get(k) != settings[k]]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run with other settings ({', '.join(changed)}); choose another --out, or delete it"
+        )
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; UserError when it is absent or not JSON."""
     try:

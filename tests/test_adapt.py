@@ -17,7 +17,7 @@ from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
 from nextscale.train.config import TrainConfig
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
-from nextscale.train.tasks import TransformerTask
+from nextscale.train.transformer_task import TransformerTask
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
 

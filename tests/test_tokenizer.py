@@ -88,16 +88,16 @@ def test_encoding_against_the_formula():
         added = (1 - ratio) * up + ratio * conv
         canvas, rest = canvas + added, rest - added
         expected.append((tokens, canvas))
-    for (tokens, canvas), (tokens_2, canvas_2) in zip(module.scales(features), expected, strict=True):
-        assert tokens[0].tolist() == tokens_2.tolist()
-        np.testing.assert_allclose(canvas[0].numpy(), canvas_2, atol=1e-5)
+    for scale, (tokens, canvas) in zip(module.scales(features), expected, strict=True):
+        assert scale.tokens_BN[0].tolist() == tokens.tolist()
+        np.testing.assert_allclose(scale.canvas_BChw[0].numpy(), canvas, atol=1e-5)
 
 
 def test_training_pass_has_the_loss_and_the_straight_through_gradient():
     module = quantizer(commitment=0.3)
     features = torch.randn(2, 3, 4, 4, requires_grad=True)
     quantized = module(features)
-    canvases = [canvas for _, canvas in module.scales(features)]
+    canvases = [scale.canvas_BChw for scale in module.scales(features)]
     assert torch.allclose(quantized.features_BChw, canvases[-1], atol=1e-6)
     expected = sum((1 + 0.3) * (c - features).square().mean() for c in canvases) / len(canvases)
     assert torch.allclose(quantized.loss, expected)
@@ -123,9 +123,9 @@ def test_one_law_for_every_use(scales):
     images = torch.rand(3, 3, h, w) * 2 - 1
     encoded = list(tokenizer.quantizer.scales(tokenizer.features(images)))
     tokens = tokenizer.encode(images)
-    assert torch.equal(tokens, torch.cat([t for t, _ in encoded], dim=1))
-    for canvas, (_, canvas_2) in zip(tokenizer.canvases(tokens), encoded, strict=True):
-        assert torch.equal(canvas, canvas_2)
+    assert torch.equal(tokens, torch.cat([scale.tokens_BN for scale in encoded], dim=1))
+    for canvas, scale in zip(tokenizer.canvases(tokens), encoded, strict=True):
+        assert torch.equal(canvas, scale.canvas_BChw)
     canvas, inputs = tokenizer.blank_canvas(3), []
     for k, (start, end) in enumerate(tokenizer.pyramid.spans):
         if k:

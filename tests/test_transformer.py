@@ -8,7 +8,7 @@ import torch
 
 from nextscale.errors import UserError
 from nextscale.model.init import InitConfig, initialise
-from nextscale.train.tasks import branch_keep
+from nextscale.train.transformer_task import branch_keep
 from tests.conftest import randomised, tiny_config
 
 VARIANTS = [

@@ -56,7 +56,8 @@ def load_images(data: str, size: int, limit: int, seed: int) -> ImageSet:
     they are more than a tenth, when nothing is left, or when `data` is none of the three.
     """
     if data == "digits":
-        return _digits(size)
+        digits = _digits(size)
+        return digits.subset(_choose(len(digits), limit, seed))
     path = Path(data)
     if path.is_dir():
         sources, labels, names = _folder(path)
@@ -66,8 +67,13 @@ def load_images(data: str, size: int, limit: int, seed: int) -> ImageSet:
         raise UserError(
             f"--data {data} is neither 'digits', a folder with one sub-folder per class, nor a .parquet file"
         )
-    chosen = torch.randperm(len(labels), generator=generator(seed, "limit"))[:limit].sort().values.tolist()
+    chosen = _choose(len(labels), limit, seed).tolist()
     return _read([(*sources(i), labels[i]) for i in chosen], names, size, str(path))
+
+
+def _choose(count: int, limit: int, seed: int) -> Tensor:
+    """Which of `count` images to use, in order."""
+    return torch.randperm(count, generator=generator(seed, "limit"))[:limit].sort().values
 
 
 def _digits(size: int) -> ImageSet:

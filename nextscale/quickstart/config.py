@@ -8,6 +8,7 @@ from nextscale.config import SampleConfig, TokenizerConfig, TransformerConfig
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid
 from nextscale.train.config import TrainConfig
+from nextscale.train.tokenizer_config import derive_pyramid
 
 
 def _tokenizer() -> TokenizerConfig:
@@ -64,17 +65,4 @@ class QuickstartConfig:
     def geometry(self) -> tuple[int, Pyramid]:
         """Image size in pixels, and the pyramid."""
         size = self.image_size or (16 if self.data == "digits" else 32)
-        factor = self.tokenizer.downsampling
-        if size % factor:
-            raise UserError(f"quickstart: image_size {size} must be a multiple of {factor}, the tokenizer's reduction")
-        last = size // factor
-        if self.scales:
-            pyramid = Pyramid.parse(self.scales)
-            if pyramid.last != (last, last):
-                raise UserError(
-                    f"quickstart: the last of the scales {pyramid} must be {last} for images of {size} pixels "
-                    f"and a tokenizer that reduces {factor} times"
-                )
-            return size, pyramid
-        sides = [s for s in (1, 2, 3, 4, 6, 8, 10, 13, 16, 24, 32) if s < last]
-        return size, Pyramid.parse(" ".join(map(str, [*sides, last])))
+        return size, derive_pyramid(size, self.tokenizer.downsampling, self.scales)

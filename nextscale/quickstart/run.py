@@ -13,7 +13,8 @@ from torch import Tensor
 from nextscale.config import ClassConditionConfig, ModelConfig, to_dict
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.errors import UserError
-from nextscale.files import read_json, write_json
+from nextscale.files import claim, write_json
+from nextscale.metrics.reconstruction import psnr
 from nextscale.model.init import InitConfig
 from nextscale.pictures import curves, grid
 from nextscale.pipeline import Pipeline
@@ -22,7 +23,8 @@ from nextscale.quickstart.measure import check_available, measure
 from nextscale.sample.generate import log_likelihood
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
-from nextscale.train.tasks import TokenizerTask, TransformerTask, to_unit
+from nextscale.train.tokenizer_task import TokenizerTask, to_unit
+from nextscale.train.transformer_task import TransformerTask
 
 _SAMPLES_PER_CLASS, _SHOWN_CLASSES = 8, 10
 _BATCH = 250
@@ -38,7 +40,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     check_available()
     started = time.monotonic()
     size, pyramid = config.geometry()
-    _claim(folder, config)
+    claim(folder / "quickstart.json", to_dict(config))
     data = load_images(config.data, size, config.limit, config.seed)
     train, held_out = data.split(config.held_out, config.seed)
     _say_data(config, data, train, held_out, size)
@@ -66,20 +68,6 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     metrics["seconds"] = round(time.monotonic() - started, 1)
     write_json(folder / "metrics.json", metrics)
     return metrics
-
-
-def _claim(folder: Path, config: QuickstartConfig) -> None:
-    """Note the settings in the folder, or check that an earlier run there had the same."""
-    path, settings = folder / "quickstart.json", to_dict(config)
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = read_json(path)
-    changed = [k for k in settings if before.get(k) != settings[k]]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --out, or delete it"
-        )
 
 
 def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_out: ImageSet, size: int) -> None:
@@ -131,8 +119,7 @@ def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folde
         for task, name in (("tokenizer", "loss"), ("transformer", "loss"), ("transformer", "accuracy"))
     }
     curves(panels, folder / "curves.png")
-    squared_B = ((painted - real) / 2).square().flatten(1).mean(dim=1).clamp_min(1e-10)
-    return {"reconstruction_psnr_db": float((-10 * squared_B.log10()).mean())}
+    return {"reconstruction_psnr_db": float(psnr((painted + 1) / 2, (real + 1) / 2).mean())}
 
 
 def sample_and_measure(

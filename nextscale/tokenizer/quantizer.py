@@ -31,6 +31,17 @@ class Phi(Conv2d):
 
 
 @dataclass(frozen=True)
+class EncodedScale:
+    """One scale of an encoding."""
+
+    tokens_BN: Tensor
+    wanted_BNC: Tensor
+    """What the canvas lacked at this side: the vectors that were looked up."""
+    canvas_BChw: Tensor
+    """The canvas with this scale on it."""
+
+
+@dataclass(frozen=True)
 class Quantized:
     """One pass of the quantiser in training."""
 
@@ -39,6 +50,8 @@ class Quantized:
     loss: Tensor
     """Codebook and commitment loss, mean over the scales."""
     tokens_BL: Tensor
+    wanted_BLC: Tensor
+    """The vectors that were looked up, without gradient: what codes should be near to."""
 
 
 class Quantizer(nn.Module):
@@ -83,8 +96,8 @@ class Quantizer(nn.Module):
             index_R = distance_RV.argmin(dim=-1)
         return index_R.view(z_BNC.shape[:-1])
 
-    def scales(self, features_BChw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Encode coarse to fine, yielding (tokens_BN, canvas_BChw) after each scale.
+    def scales(self, features_BChw: Tensor) -> Iterator[EncodedScale]:
+        """Encode coarse to fine, yielding each scale as it is done.
 
         Each scale takes the codes nearest to what the canvas still lacks. Gradients reach codebook and phi.
         """
@@ -92,18 +105,23 @@ class Quantizer(nn.Module):
         canvas = torch.zeros_like(rest)
         for k in range(len(self.pyramid)):
             with torch.no_grad():
-                tokens_BN = self.nearest(self.next_input(rest, k))
+                wanted_BNC = self.next_input(rest, k)
+                tokens_BN = self.nearest(wanted_BNC)
             h_BChw = self.lift(self.codes(tokens_BN), k)
             canvas, rest = canvas + h_BChw, rest - h_BChw.detach()
-            yield tokens_BN, canvas
+            yield EncodedScale(tokens_BN, wanted_BNC, canvas)
 
     def forward(self, features_BChw: Tensor) -> Quantized:
         """Quantise in training: straight-through features, the loss of VAR's tokenizer, and the tokens."""
         features = features_BChw.float()
-        tokens, loss, canvas = [], features.new_zeros(()), features
-        for tokens_BN, canvas in self.scales(features):
-            tokens.append(tokens_BN)
-            loss = loss + F.mse_loss(canvas, features.detach())
-            loss = loss + self.config.commitment * F.mse_loss(canvas.detach(), features)
-        straight_through = features + (canvas - features).detach()
-        return Quantized(straight_through, loss / len(self.pyramid), torch.cat(tokens, dim=1))
+        loss, scales = features.new_zeros(()), []
+        for scale in self.scales(features):
+            scales.append(scale)
+            loss = loss + F.mse_loss(scale.canvas_BChw, features.detach())
+            loss = loss + self.config.commitment * F.mse_loss(scale.canvas_BChw.detach(), features)
+        return Quantized(
+            features + (scales[-1].canvas_BChw - features).detach(),
+            loss / len(self.pyramid),
+            torch.cat([s.tokens_BN for s in scales], dim=1),
+            torch.cat([s.wanted_BNC for s in scales], dim=1),
+        )

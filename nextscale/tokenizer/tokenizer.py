@@ -56,7 +56,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Tokens (B, L) of images (B, 3, H, W) in [-1, 1]."""
-        return torch.cat([tokens for tokens, _ in self.quantizer.scales(self.features(image_B3HW))], dim=1)
+        return torch.cat([scale.tokens_BN for scale in self.quantizer.scales(self.features(image_B3HW))], dim=1)
 
     # tokens -> canvas -> what the transformer may see
 

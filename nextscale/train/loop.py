@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +35,14 @@ class Task(Protocol):
     name: str
     examples: int
 
-    @property
-    def module(self) -> nn.Module:
-        """Its parameters are trained and saved."""
+    module: nn.Module
+    """Its parameters are trained; its whole state is saved."""
 
-    def loss(self, index_B: Tensor, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, index_B: Tensor, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the examples of these indices, and scalars worth logging."""
+
+    def after_step(self, step: int, rng: torch.Generator) -> None:
+        """What learns by other means than the gradient."""
 
 
 @dataclass
@@ -52,8 +54,12 @@ class Interrupted(Exception):
     steps: int
 
 
-def fit(task: Task, config: TrainConfig, folder: Path) -> None:
+def fit(
+    task: Task, config: TrainConfig, folder: Path, evaluate: Callable[[int], dict[str, float]] | None = None
+) -> None:
     """Train `task` for `config.steps` steps, from where a state in `folder` left off.
+
+    `evaluate` is called with the number of steps done whenever a checkpoint was saved; what it measures is logged.
 
     Progress goes to the screen and to `folder`/log.jsonl, one line per logged step. Ctrl-C or SIGTERM ends the step at
     hand, saves, and raises Interrupted; a second Ctrl-C does not wait. Raises UserError when the state in `folder`
@@ -71,7 +77,7 @@ def fit(task: Task, config: TrainConfig, folder: Path) -> None:
             # ---- one step
             index_B = batch_indices(task.examples, config, task.name, step)
             set_learning_rate(optimizer, config, step)
-            loss, scalars = task.loss(index_B, generator(config.seed, task.name, "step", step))
+            loss, scalars = task.loss(index_B, step, generator(config.seed, task.name, "step", step))
             loss.backward()
             norm = nn.utils.clip_grad_norm_(task.module.parameters(), config.clip or math.inf)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -81,6 +87,7 @@ def fit(task: Task, config: TrainConfig, folder: Path) -> None:
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            task.after_step(step, generator(config.seed, task.name, "after", step))
             # ---- then the rare events
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
@@ -90,6 +97,10 @@ def fit(task: Task, config: TrainConfig, folder: Path) -> None:
             bar.update()
             if stopping.is_set() or done % config.save_every == 0 or done == config.steps:
                 save_state(path, TrainState(done), task.module, optimizer, to_dict(config))
+                if evaluate is not None and not stopping.is_set():
+                    task.module.eval()
+                    log.write(done, evaluate(done))
+                    task.module.train()
             if stopping.is_set() and done < config.steps:
                 raise Interrupted(task.name, done, config.steps)
     task.module.eval()
@@ -101,6 +112,8 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         spared = parameter.ndim < 2 or any(part in free for part in name.split("."))
         (others if spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""What the trainer trains: the tokenizer on images, the transformer on their tokens."""
+"""Training the transformer on tokens."""
 
 from __future__ import annotations
 
@@ -11,33 +11,6 @@ from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.train.config import TrainConfig
 
 
-def to_unit(images_u8: Tensor) -> Tensor:
-    """uint8 images to float32 in [-1, 1]."""
-    return images_u8.float() / 127.5 - 1
-
-
-class TokenizerTask:
-    """Reconstruction (L1 + L2), codebook and commitment losses on uint8 images (B, 3, H, W)."""
-
-    name = "tokenizer"
-
-    def __init__(self, tokenizer: Tokenizer, images_B3HW: Tensor):
-        self.tokenizer, self.images = tokenizer, images_B3HW
-        self.examples = len(images_B3HW)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.tokenizer
-
-    def loss(self, index_B: Tensor, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        image_B3HW = to_unit(self.images[index_B])
-        painted, quantized = self.tokenizer(image_B3HW)
-        l1, l2 = F.l1_loss(painted, image_B3HW), F.mse_loss(painted, image_B3HW)
-        used = torch.bincount(quantized.tokens_BL.flatten(), minlength=self.tokenizer.config.vocab_size) > 0
-        scalars = {"l1": l1.detach(), "vq": quantized.loss.detach(), "codes used": used.float().mean()}
-        return l1 + l2 + quantized.loss, scalars
-
-
 class TransformerTask:
     """Cross-entropy of the tokens of all scales, given label and coarser scales (MEPA Eq. 4-5)."""
 
@@ -47,12 +20,9 @@ class TransformerTask:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.tokens, self.labels = tokens_BL, labels_B
         self.examples = len(tokens_BL)
+        self.module: nn.Module = model
 
-    @property
-    def module(self) -> nn.Module:
-        return self.model
-
-    def loss(self, index_B: Tensor, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, index_B: Tensor, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         tokens_BL, label_B = self.tokens[index_B], self.labels[index_B]
         drop_B = torch.rand(len(index_B), generator=rng) < self.config.label_drop
         values = self.model.condition.select(drop_B, label_B)
@@ -61,6 +31,9 @@ class TransformerTask:
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
         accuracy = (logits_BLV.argmax(-1) == tokens_BL).float().mean()
         return loss, {"accuracy": accuracy}
+
+    def after_step(self, step: int, rng: torch.Generator) -> None:
+        """Nothing to do."""
 
 
 def branch_keep(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Tensor | None:

@@ -1,26 +1,26 @@
-"""Running the quickstart for the command line: what it prints at the end, and how an interruption reads."""
+"""What runs say at their end, and how an interruption reads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nextscale.errors import Interruption
-from nextscale.quickstart.config import QuickstartConfig
-from nextscale.quickstart.run import run_quickstart
 from nextscale.train.loop import Interrupted
 
 
-def run_and_report(config: QuickstartConfig, folder: Path) -> None:
-    """Run, then print the measures and where the pictures are. An interruption says how to go on."""
+@contextmanager
+def report_interruption(folder: Path) -> Iterator[None]:
+    """Turn Ctrl-C into one line that says what is kept in `folder` and how to go on."""
     try:
-        metrics = run_quickstart(config, folder)
+        yield
     except Interrupted as stop:
         where = f" while training the {stop.task}, at step {stop.step} of {stop.steps}"
         raise Interruption(_how_to_go_on(where, folder)) from None
     except KeyboardInterrupt:
         raise Interruption(_how_to_go_on("", folder)) from None
-    print("\n" + as_text(metrics, folder))
 
 
 def _how_to_go_on(where: str, folder: Path) -> str:
@@ -29,8 +29,8 @@ def _how_to_go_on(where: str, folder: Path) -> str:
     return f"interrupted{where}; {kept}; the same command goes on from there"
 
 
-def as_text(metrics: dict[str, Any], folder: Path) -> str:
-    """The metrics for people."""
+def quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
+    """The quickstart's metrics for people."""
     near = metrics["distance_to_nearest_training_image"]
     entropy = metrics["cross_entropy_nats_per_token"]
     lines = [
@@ -50,4 +50,18 @@ def as_text(metrics: dict[str, Any], folder: Path) -> str:
         f"done in {metrics['seconds']:.0f} s; see {folder}/samples.png, scales.png, reconstructions.png, curves.png",
         f"more: nextscale sample {folder} --labels 3,7 --out grid.png",
     ]
+    return "\n".join(lines)
+
+
+def tokenizer_report(report: dict[str, Any]) -> str:
+    """A tokenizer's evaluation for people."""
+    lines = [f"{report['images']} images: {report['psnr_db']:.2f} dB PSNR"]
+    lines[0] += f", SSIM {report['ssim']:.3f}" if "ssim" in report else ""
+    lines.append(
+        f"codebook of {report['codebook']}: {report['usage']:.1%} used, perplexity {report['perplexity']:.0f} "
+        f"({report['perplexity'] / report['codebook']:.1%}) over all scales"
+    )
+    lines.append("  scale     used   perplexity")
+    per_scale = zip(report["scales"].split(","), report["usage_per_scale"], report["perplexity_per_scale"], strict=True)
+    lines += [f"  {side:<7}{used:>7.1%}{perplexity:>13.1f}" for side, used, perplexity in per_scale]
     return "\n".join(lines)

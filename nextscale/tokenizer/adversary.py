@@ -1,0 +1,44 @@
+"""The patch discriminator of VQGAN, with hinge loss and adaptive weight (Esser et al. 2021, arXiv 2012.09841)."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchDiscriminator(nn.Module):
+    """Convolutions that judge overlapping patches: image (B, 3, H, W) in [-1, 1] to one logit per patch.
+
+    GroupNorm stands where pix2pix has BatchNorm, so that the judgement of an image does not depend on its batch.
+    """
+
+    def __init__(self, channels: int, layers: int):
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            stride = 2 if i < layers - 1 else 1
+            blocks += [
+                nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(1, after),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        return self.layers(image_B3HW)
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises: real patches above 1, painted ones below -1."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Ratio of the two losses' gradients at the decoder's last layer: makes them pull with equal strength."""
+    (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (pull,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (wanted.norm() / (pull.norm() + 1e-4)).clamp(0, 1e4).detach()

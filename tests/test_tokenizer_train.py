@@ -1,0 +1,293 @@
+"""Tokenizer training: codebook rules against loops, losses against formulas, the run end to end."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from nextscale.cli import main
+from nextscale.errors import UserError
+from nextscale.metrics.codebook import CodebookUse, counts, perplexity, usage
+from nextscale.metrics.lpips import Lpips
+from nextscale.metrics.reconstruction import psnr, ssim
+from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
+from nextscale.tokenizer.adversary import PatchDiscriminator, adaptive_weight, hinge_loss
+from nextscale.tokenizer.codebook import CodebookLearner
+from nextscale.train.config import TrainConfig
+from nextscale.train.log import read_log
+from nextscale.train.loop import fit
+from nextscale.train.tokenizer_config import CodebookConfig, TokenizerLossConfig, derive_pyramid
+from nextscale.train.tokenizer_task import TokenizerTask
+from tests.conftest import randomised, tiny_config
+
+
+def images(count=24, side=8):
+    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def test_moving_averages_against_a_loop():
+    tokenizer = randomised(tiny_config()).tokenizer
+    learner = CodebookLearner(tokenizer.quantizer, ema_decay=0.9, revive_below=0.0)
+    book = tokenizer.quantizer.codebook.weight.detach().clone()
+    count, total = np.ones(32), book.double().numpy().copy()
+    for seed in range(3):
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        quantized = tokenizer(x)[1]
+        learner.update(quantized, counts(quantized.tokens_BL, tokenizer.pyramid, 32))
+        seen, summed = np.zeros(32), np.zeros((32, 4))
+        for token, vector in zip(quantized.tokens_BL.flatten(), quantized.wanted_BLC.flatten(0, 1), strict=True):
+            seen[token] += 1
+            summed[token] += vector.double().numpy()
+        count, total = 0.9 * count + 0.1 * seen, 0.9 * total + 0.1 * summed
+        found = tokenizer.quantizer.codebook.weight.detach().numpy()
+        np.testing.assert_allclose(found, total / np.maximum(count, 1e-5)[:, None], rtol=1e-4, atol=1e-5)
+    assert not tokenizer.quantizer.codebook.weight.requires_grad
+
+
+def test_wanted_vectors_are_what_codes_were_looked_up_for():
+    tokenizer = randomised(tiny_config()).tokenizer
+    quantized = tokenizer(torch.randn(2, 3, 8, 8))[1]
+    assert torch.equal(tokenizer.quantizer.nearest(quantized.wanted_BLC), quantized.tokens_BL)
+    assert not quantized.wanted_BLC.requires_grad
+
+
+def test_dead_codes_move_to_vectors_of_the_batch_and_living_ones_stay():
+    quantizer = randomised(tiny_config()).tokenizer.quantizer
+    learner = CodebookLearner(quantizer, None, revive_below=0.1)
+    quantizer.usage_KV.zero_()
+    quantizer.usage_KV[:, :10] = 5.0
+    before, wanted = quantizer.codebook.weight.detach().clone(), torch.randn(2, 30, 4)
+    assert learner.revive(wanted, torch.Generator().manual_seed(0)) == 22
+    after = quantizer.codebook.weight.detach()
+    assert torch.equal(after[:10], before[:10])
+    rows = {tuple(r.tolist()) for r in wanted.flatten(0, 1)}
+    assert all(tuple(r.tolist()) in rows for r in after[10:])
+    assert learner.revive(wanted, torch.Generator().manual_seed(0)) == 0, "a revived code gets time to find users"
+
+
+@given(st.lists(st.integers(0, 9), min_size=14, max_size=14))
+def test_usage_and_perplexity_against_a_loop(tokens):
+    pyramid = Pyramid.parse("1,2,3")
+    use = CodebookUse.empty(pyramid, 10)
+    use.add(torch.tensor([tokens]), pyramid)
+    report = use.report()
+    for k, (start, end) in enumerate(pyramid.spans):
+        part = tokens[start:end]
+        share = [part.count(v) / len(part) for v in set(part)]
+        assert report["usage_per_scale"][k] == pytest.approx(len(set(part)) / 10)
+        assert report["perplexity_per_scale"][k] == pytest.approx(np.exp(-sum(p * np.log(p) for p in share)))
+    assert report["usage"] == pytest.approx(len(set(tokens)) / 10)
+
+
+def test_perplexity_known_answers():
+    assert perplexity(torch.ones(16)) == pytest.approx(16)
+    assert perplexity(torch.tensor([5, 0, 0])) == pytest.approx(1)
+    assert usage(torch.tensor([5, 0, 0, 1])) == 0.5
+
+
+def test_psnr_and_ssim_against_numpy():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 3, 14, 13)), rng.random((2, 3, 14, 13))
+    expected = [10 * np.log10(1 / np.mean((x - y) ** 2)) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(psnr(torch.tensor(a), torch.tensor(b)), expected)
+    g = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(g, g) / g.sum() ** 2
+    for n in range(2):
+        values = []
+        for c in range(3):
+            for i in range(4):
+                for j in range(3):
+                    x, y = a[n, c, i : i + 11, j : j + 11], b[n, c, i : i + 11, j : j + 11]
+                    mx, my = (window * x).sum(), (window * y).sum()
+                    vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+                    cov = (window * (x - mx) * (y - my)).sum()
+                    values.append((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
+        assert ssim(torch.tensor(a), torch.tensor(b))[n].item() == pytest.approx(np.mean(values))
+    assert ssim(torch.tensor(a), torch.tensor(a)).tolist() == pytest.approx([1, 1])
+
+
+def test_hinge_loss_and_adaptive_weight():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
+    assert hinge_loss(real, fake).item() == pytest.approx((0.25 + 0.75) / 2)
+    layer = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    weight = adaptive_weight((3 * layer).sum(), (layer**2).sum(), layer)
+    assert weight.item() == pytest.approx(np.sqrt(18) / (np.sqrt(4 + 16) + 1e-4))
+
+
+def test_discriminator_and_painter_see_each_other_without_gradient():
+    """The judge's loss must not reach the painter, nor the painter's the judge."""
+    tokenizer = randomised(tiny_config("1,2,8")).tokenizer
+    losses = TokenizerLossConfig(l1=0, l2=1, adversarial=0.5, adversarial_start=2, discriminator_channels=4,
+                                 discriminator_layers=1)  # fmt: skip
+    task = TokenizerTask(tokenizer, images(8, 16), losses, CodebookConfig(revive_every=0))
+    judge = task.discriminator
+    index = torch.arange(4)
+
+    def gradients(step):
+        task.module.zero_grad()
+        loss, scalars = task.loss(index, step, torch.Generator())
+        loss.backward()
+        painter = [p.grad.clone() for p in tokenizer.decoder.parameters()]
+        return painter, [p.grad.clone() for p in judge.parameters() if p.grad is not None], scalars
+
+    early, judged_early, _ = gradients(0)
+    late, judged_late, scalars = gradients(5)
+    assert all(torch.equal(a, b) for a, b in zip(judged_early, judged_late, strict=True))
+    assert any(not torch.allclose(a, b) for a, b in zip(early, late, strict=True)), "the painter is not pushed"
+    task.discriminator = None
+    alone, _, _ = gradients(5)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(early, alone, strict=True))
+    assert scalars["discriminator"] > 0
+    assert PatchDiscriminator(4, 2)(torch.zeros(1, 3, 16, 16)).shape[1] == 1
+
+
+def lpips_files(folder, cut=None):
+    """Files in the forms of torchvision and of the LPIPS repository, with random weights."""
+    rng = torch.Generator().manual_seed(0)
+    vgg, before, i, heads = {}, 3, 0, {}
+    for stage, (width, count) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+        for _ in range(count):
+            vgg[f"features.{i}.weight"] = torch.randn(width, before, 3, 3, generator=rng) * (2 / (9 * before)) ** 0.5
+            vgg[f"features.{i}.bias"] = torch.randn(width, generator=rng) * 0.1
+            before, i = width, i + 2
+        i += 1
+        heads[f"lin{stage}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=rng)
+    vgg["classifier.0.weight"] = torch.zeros(2, 2)
+    if cut:
+        cut(vgg, heads)
+    save_file(vgg, folder / "vgg16.safetensors")
+    torch.save(heads, folder / "vgg.pth")
+    return folder / "vgg16.safetensors", folder / "vgg.pth"
+
+
+@torch.no_grad()
+def test_lpips_against_the_formula(tmp_path):
+    files = lpips_files(tmp_path)
+    model = Lpips.from_files(*files)
+    from nextscale.checkpoints.official_files import read_tensors
+
+    vgg, heads = (read_tensors(f, "") for f in files)
+    a, b = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x, y = ((t - shift[:, None, None]) / scale[:, None, None] for t in (a, b))
+    expected, stage = torch.zeros(2), 0
+    layers = [0, 2, "t", "p", 5, 7, "t", "p", 10, 12, 14, "t", "p", 17, 19, 21, "t", "p", 24, 26, 28, "t"]
+    for layer in layers:
+        if layer == "p":
+            x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
+        elif layer == "t":
+            u, v = (t / t.norm(dim=1, keepdim=True) for t in (x, y))
+            expected += ((u - v) ** 2 * heads[f"lin{stage}.model.1.weight"]).sum(1).mean((1, 2))
+            stage += 1
+        else:
+            w, c = vgg[f"features.{layer}.weight"], vgg[f"features.{layer}.bias"]
+            x, y = (F.relu(F.conv2d(t, w, c, padding=1)) for t in (x, y))
+    assert torch.allclose(model(a, b), expected, rtol=1e-4)
+    assert model(a, a).abs().max() == 0
+
+
+def test_lpips_files_that_are_wrong_or_absent(tmp_path):
+    with pytest.raises(UserError, match="lpips needs two weight files: lpips_vgg .*lpips_linear"):
+        TokenizerLossConfig(lpips=1.0)
+    with pytest.raises(UserError, match="there is no file"):
+        Lpips.from_files(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    files = lpips_files(tmp_path, lambda vgg, heads: vgg.pop("features.28.bias"))
+    with pytest.raises(
+        UserError, match=r"vgg16.safetensors does not fit .*features.28.bias.*expected torchvision's VGG-16"
+    ):
+        Lpips.from_files(*files)
+    files = lpips_files(tmp_path, lambda vgg, heads: heads.update({"lin0.model.1.weight": torch.zeros(1, 96, 1, 1)}))
+    with pytest.raises(UserError, match=r"vgg.pth does not fit .*\(1, 96, 1, 1\) instead of \(1, 64, 1, 1\)"):
+        Lpips.from_files(*files)
+
+
+@pytest.mark.parametrize("codebook", [{"update": "ema"}, {"update": "gradient"}])
+def test_every_loss_together_trains_resumes_and_repeats(codebook, tmp_path):
+    """LPIPS, discriminator, moving averages and revival at once; a resumed run equals an uninterrupted one."""
+    vgg, linear = map(str, lpips_files(tmp_path))
+    losses = TokenizerLossConfig(lpips=0.1, lpips_vgg=vgg, lpips_linear=linear, adversarial=0.5, adversarial_start=2,
+                                 discriminator_channels=4, discriminator_layers=1)  # fmt: skip
+    config = TrainConfig(steps=5, batch_size=2, save_every=2, log_every=1)
+
+    def task():
+        torch.manual_seed(0)
+        tokenizer = randomised(tiny_config("1,2,8")).tokenizer
+        return TokenizerTask(tokenizer, images(8, 16), losses, CodebookConfig(revive_every=2, **codebook))
+
+    whole = task()
+    fit(whole, config, tmp_path / "whole")
+
+    class Stop(TokenizerTask):
+        def loss(self, index_B, step, rng):
+            if step == 3:
+                raise KeyboardInterrupt
+            return super().loss(index_B, step, rng)
+
+    first = task()
+    first.__class__ = Stop
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, config, tmp_path / "parts")
+    second = task()
+    fit(second, config, tmp_path / "parts")
+    ours = second.module.state_dict()
+    assert all(torch.equal(ours[n], t) for n, t in whole.module.state_dict().items())
+    assert {"lpips", "discriminator", "l1", "vq"} <= read_log(tmp_path / "whole" / "log.jsonl")[-1].keys()
+
+
+CONFIG = {
+    "image_size": 16,
+    "held_out": 0.1,
+    "tokenizer": {"vocab_size": 16, "code_width": 4, "base_channels": 8, "norm_groups": 4, "res_blocks": 1,
+                  "channel_multipliers": [1, 1], "attention": False},
+    "train": {"steps": 6, "batch_size": 8, "save_every": 3, "log_every": 2},
+}  # fmt: skip
+
+
+def test_train_and_evaluate_commands(tmp_path, capsys):
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
+    command = ["tokenizer", "train", str(tmp_path / "c.json"), "--data", "digits", "--out", str(tmp_path / "run")]
+    assert main([*command, "--limit", "100"]) == 0
+    assert "dB PSNR" in capsys.readouterr().out
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "tokenizer.safetensors", "reconstructions.png", "curves.png", "evaluation.json",
+                     "log.jsonl", "run.json", "training"}  # fmt: skip
+    evaluate = ["tokenizer", "evaluate", str(tmp_path / "run"), "--data", "digits", "--limit", "50"]
+    assert main([*evaluate, "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["images"] == 50
+    assert report["ssim"] <= 1
+    assert len(report["perplexity_per_scale"]) == 6
+    assert (tmp_path / "report" / "reconstructions.png").exists()
+    assert main([*command, "--limit", "90"]) == 2
+    assert "run with other settings (limit)" in capsys.readouterr().err
+    # fine-tuning starts from its weights; with a rate of nearly zero they stay
+    tuned = [*command[:3], "--data", "digits", "--out", str(tmp_path / "tuned"), "--start", str(tmp_path / "run")]
+    tuned += ["--limit", "100", "--train.learning-rate", "1e-12", "--codebook.revive-every", "0"]
+    assert main(tuned) == 0
+    old, new = (Pipeline.from_pretrained(tmp_path / f).tokenizer.encoder for f in ("run", "tuned"))
+    assert torch.allclose(old.conv_in.weight, new.conv_in.weight, atol=1e-6)
+
+
+def test_revival_brings_a_collapsed_codebook_back(tmp_path):
+    """All codes but two start far outside: without revival they are never used again."""
+    used = {}
+    for every in (0, 5):
+        tokenizer = randomised(tiny_config()).tokenizer
+        with torch.no_grad():
+            tokenizer.quantizer.codebook.weight[2:] += 100
+        task = TokenizerTask(tokenizer, images(), codebook=CodebookConfig(revive_every=every))
+        fit(task, TrainConfig(steps=20, batch_size=12), tmp_path / str(every))
+        used[every] = len(tokenizer.encode(task.images.float() / 127.5 - 1).unique())
+    assert used[0] <= 2 < 8 <= used[5]
+
+
+def test_pyramid_from_size():
+    assert str(derive_pyramid(256, 16, "")) == "1,2,3,4,6,8,10,13,16"
+    with pytest.raises(UserError, match="image_size 30 must be a multiple of 16"):
+        derive_pyramid(30, 16, "")
