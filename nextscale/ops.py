@@ -1,10 +1,10 @@
 """The few tensor operations under every layer, each with one contract.
 
 On a CPU the result for one image must not depend on how many others share its batch, to the last bit. The library
-kernels keep that promise except for very small inputs, where they switch to another order of summation: matrix
-products of fewer than 12 rows (MKL), and convolutions of one small image (ATen leaves oneDNN below 20,481 values).
-`linear` and `Conv2d` therefore lift small inputs over those thresholds, which costs next to nothing. Measured
-bitwise on an AMD EPYC with torch 2.13.0; tests/test_sampling.py holds it for whole images.
+kernels keep that promise but where they switch to another order of summation: matrix products of fewer than 12 rows
+(MKL); convolutions of one small image (ATen leaves oneDNN below 20,481 values); and, on one thread, 1x1 convolutions
+of fewer than 16 images. `linear` and `Conv2d` keep clear of those thresholds, which costs next to nothing. Measured
+bitwise on an AMD EPYC with torch 2.13.0; tests/test_sampling.py holds it for whole images, on one and two threads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d whose result for an image is the same alone and in a batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.shape[0] == 1 and x.numel() <= _SMALL_CONV:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if self.kernel_size == (1, 1) and self.stride == (1, 1):
+            y = linear(x.flatten(2).transpose(1, 2), self.weight[:, :, 0, 0], self.bias)
+            return y.transpose(1, 2).unflatten(2, x.shape[-2:]).contiguous()
+        if x.shape[0] == 1 and x.numel() <= _SMALL_CONV:
             return super().forward(torch.cat((x, x)))[:1]
         return super().forward(x)
 

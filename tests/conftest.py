@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,18 @@ SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
 FIXTURES = ["var_tiny_l2", "var_tiny_nol2", "var_shared", "var_tiny"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+# One thread per worker: two workers with two threads each would wait for one another on a small machine.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
+@pytest.fixture
+def threads_set():
+    """A function that sets torch's threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @dataclass

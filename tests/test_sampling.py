@@ -76,13 +76,15 @@ def test_draws_follow_the_distribution():
     assert (share - probability).abs().max() < 4 * math.sqrt(0.25 / 40000)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("scales", ["1,2,3,4", "1,2,4,8"])
-def test_an_image_does_not_depend_on_its_batch(scales, smooth):
+def test_an_image_does_not_depend_on_its_batch(scales, smooth, threads, threads_set):
     """Bit for bit: alone, in any batch size, beside any labels."""
+    threads_set(threads)
     pipeline = randomised(tiny_config(scales))
-    labels = [3, 1, 4, 1, 0, 2, 2]
-    together = pipeline.sample(labels, top_k=8, seed=5, smooth=smooth, batch_size=7)
+    labels = [3, 1, 4, 1, 0, 2, 2] + [1] * 11
+    together = pipeline.sample(labels, top_k=8, seed=5, smooth=smooth, batch_size=18)
     for size in (1, 2, 3):
         parts = pipeline.sample(labels, top_k=8, seed=5, smooth=smooth, batch_size=size)
         assert torch.equal(parts.tokens, together.tokens)

@@ -135,10 +135,12 @@ def test_one_law_for_every_use(scales):
     assert torch.equal(tokenizer.paint(canvas), tokenizer.decode(tokens))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @torch.no_grad()
-def test_an_image_is_encoded_and_decoded_the_same_alone_and_in_a_batch():
+def test_an_image_is_encoded_and_decoded_the_same_alone_and_in_a_batch(threads, threads_set):
+    threads_set(threads)
     tokenizer = randomised(tiny_config("1,2,3,8")).tokenizer
-    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    images = torch.rand(17, 3, 16, 16) * 2 - 1
     tokens, features = tokenizer.encode(images), tokenizer.features(images)
     painted = tokenizer.decode(tokens)
     for i in range(5):
