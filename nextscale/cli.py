@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -25,7 +26,7 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0; 2 for a mistake that the user can mend; 130 when interrupted."""
+    """Run one command; the exit status is 0; 2 for what the user can mend; 1 for a defect; 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command = parse(arguments)
@@ -33,14 +34,25 @@ def main(arguments: list[str] | None = None) -> int:
             command.run()
         return 0
     except UserError as error:
-        print(f"nextscale: error: {error}", file=sys.stderr)
-        return error.exit_status
+        return _complain(str(error), error.exit_status)
     except KeyboardInterrupt:
         print("nextscale: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as in `nextscale info ... | head`
-        sys.stderr.close()
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as in `nextscale info ... | head`
+            sys.stderr.close()
+            return 0
+        return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
+    except Exception as error:
+        if os.environ.get("NEXTSCALE_TRACEBACK"):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return _complain(f"{what[:500]} (unforeseen; NEXTSCALE_TRACEBACK=1 shows where)", 1)
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"nextscale: error: {text}", file=sys.stderr)
+    return status
 
 
 def parse(arguments: list[str]) -> Any:
@@ -104,7 +116,7 @@ def read_settings(kind: type[T], path: Path) -> T:
         raise UserError(f"cannot read config {path}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
-    return from_dict(kind, data or {}, str(path))
+    return from_dict(kind, {} if data is None else data, str(path), kind())
 
 
 def _summary(command: type) -> str:

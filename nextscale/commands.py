@@ -61,7 +61,7 @@ class Sample:
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 16
-    """Images at once. It does not change an image, except with --official-seeding, which makes one batch of all."""
+    """Images at once, 1 or more. It does not change an image; --official-seeding makes one batch of all."""
     dtype: Dtype | None = None
     """What to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
@@ -71,10 +71,11 @@ class Sample:
         from nextscale.pipeline import Pipeline
 
         labels = parse_labels(self.labels)
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be 1 or more; got {self.batch_size}")
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
         images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
-        images.save(self.out)
-        _extra_outputs(images, self.tokens_out, self.images_out)
+        _write_outputs(images, self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")
 
 
@@ -105,8 +106,7 @@ class Reconstruct:
 
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
         images = pipeline.reconstruct(self.images)
-        images.save(self.out)
-        _extra_outputs(images, self.tokens_out, self.images_out)
+        _write_outputs(images, self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(self.images)} reconstructions to {self.out}")
 
 
@@ -136,7 +136,6 @@ class Edit:
 
     def run(self) -> None:
         from nextscale.data.images import load_mask
-        from nextscale.pictures import save_image
         from nextscale.pipeline import Pipeline
 
         labels = parse_labels(self.label)
@@ -151,8 +150,7 @@ class Edit:
         elif not (mask > 0.5).any():
             print(f"note: {self.mask} keeps nothing (it is black); the result is a plain sample")
         images = pipeline.edit(self.image, mask, labels[0], self.settings)
-        save_image(images.pil()[0], self.out)
-        _extra_outputs(images, self.tokens_out, None)
+        _write_outputs(images, self.out, self.tokens_out, None, as_grid=False)
         print(f"wrote {self.out}")
 
 
@@ -319,12 +317,12 @@ COMMANDS: dict[str, type] = {
 }
 
 
-def parse_labels(text: str) -> list[int | str | None]:
-    """ "3,7,none,cat" as [3, 7, None, "cat"]."""
+def parse_labels(text: str) -> list[str | None]:
+    """ "3,7,none,cat" as ["3", "7", None, "cat"]; the pipeline knows which are names and which are indices."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise UserError(f"--labels '{text}' has an empty entry; write indices or names separated by commas: 3,7")
-    return [None if p == "none" else int(p) if p.lstrip("-").isdigit() else p for p in parts]
+    return [None if part == "none" else part for part in parts]
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -334,16 +332,25 @@ def _lines(path: Path) -> tuple[str, ...]:
         raise UserError(f"cannot read class names from {path}: {error}") from error
 
 
-def _extra_outputs(images, tokens_out: Path | None, images_out: Path | None) -> None:  # type: ignore[no-untyped-def]
-    """What --tokens-out and --images-out ask for."""
+def _write_outputs(  # type: ignore[no-untyped-def]
+    images, out: Path, tokens_out: Path | None, images_out: Path | None, *, as_grid: bool = True
+) -> None:
+    """Write the picture and what --tokens-out and --images-out ask for; all replace older files together, or none."""
     from safetensors.torch import save_file
 
     from nextscale.files import replacing
-    from nextscale.pictures import save_image
+    from nextscale.pictures import tile, write_image
 
-    if tokens_out:
-        with replacing(tokens_out) as (draft,):
-            save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, draft)
-    if images_out:
-        for i, (picture, caption) in enumerate(zip(images.pil(), images.captions, strict=True)):
-            save_image(picture, images_out / f"{i:05d}_{Path(caption).stem.replace(' ', '_')}.png")
+    pictures = images.pil()
+    names = [
+        f"{i:05d}_{''.join(c if c.isalnum() else '_' for c in caption)}.png"
+        for i, caption in enumerate(images.captions)
+    ]
+    singles = [images_out / name for name in names] if images_out else []
+    tables = [tokens_out] if tokens_out else []
+    with replacing(out, *tables, *singles) as (sheet, *drafts):
+        write_image(tile(pictures, images.captions) if as_grid else pictures[0], sheet)
+        if tables:
+            save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, drafts.pop(0))
+        for picture, draft in zip(pictures, drafts, strict=False):
+            write_image(picture, draft)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,6 +18,14 @@ from nextscale.errors import UserError
 from nextscale.pyramid import PYRAMID_256, Pyramid
 
 T = TypeVar("T")
+
+
+def check(part: str, config: Any, rules: dict[str, bool]) -> None:
+    """Raise UserError for the first rule that does not hold; a rule starts with the name of its setting."""
+    for rule, holds in rules.items():
+        if not holds:
+            name = rule.split()[0].rstrip(",")
+            raise UserError(f"{part}: {rule}; got {name}={getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,22 @@ class TokenizerConfig:
     """Weight beta of the commitment loss."""
 
     def __post_init__(self) -> None:
+        check(
+            "tokenizer",
+            self,
+            {
+                "vocab_size, code_width, base_channels, res_blocks and norm_groups must be 1 to 2^24": all(
+                    1 <= n <= 2**24
+                    for n in (self.vocab_size, self.code_width, self.base_channels, self.res_blocks, self.norm_groups)
+                ),
+                "channel_multipliers must be 1 to 8 positive numbers": 1 <= len(self.channel_multipliers) <= 8
+                and min(self.channel_multipliers) >= 1,
+                "quant_conv_kernel must be odd": 1 <= self.quant_conv_kernel <= 99 and self.quant_conv_kernel % 2 == 1,
+                "num_phi must be 0 to 1000": 0 <= self.num_phi <= 1000,
+                "phi_ratio must lie in 0 to 1": 0 <= self.phi_ratio <= 1,
+                "commitment must be 0 or more": 0 <= self.commitment < math.inf,
+            },
+        )
         for multiplier in self.channel_multipliers:
             if (self.base_channels * multiplier) % self.norm_groups:
                 raise UserError(
@@ -70,6 +95,9 @@ class ClassConditionConfig:
 
     kind: Literal["class"] = "class"
     num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        check("condition", self, {"num_classes must be 1 to 2^24": 1 <= self.num_classes <= 2**24})
 
 
 @dataclass(frozen=True)
@@ -93,10 +121,21 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "width", self.width or 64 * self.depth)
         object.__setattr__(self, "heads", self.heads or self.depth)
-        if self.depth < 1 or self.width < 1 or self.width % self.heads:
+        check(
+            "transformer",
+            self,
+            {
+                "depth must be 1 to 1000": 1 <= self.depth <= 1000,
+                "width must be 1 to 2^20": 1 <= self.width <= 2**20,
+                "heads must be 1 or more": self.heads >= 1,
+                "ffn_ratio must be above 0": 0 < self.ffn_ratio <= 1000,
+                "norm_eps must be above 0": 0 < self.norm_eps < 1,
+            },
+        )
+        if self.width % self.heads:
             raise UserError(
-                f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: depth must be at least 1 "
-                "and width a multiple of heads"
+                f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: "
+                "width must be a multiple of heads"
             )
 
     @property
@@ -151,17 +190,14 @@ class SampleConfig:
     """One generator for the whole call, as the official code: its tokens, but an image depends on its batch."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "cfg must be 0 or more": self.cfg >= 0,
+        rules = {
+            "cfg must be 0 to 1000": 0 <= self.cfg <= 1000,
             "top_k must be 0 (off) or more": self.top_k >= 0,
             "top_p must lie in 0 (off) to 1": 0 <= self.top_p <= 1,
-            "temperature must be above 0 (for the most likely token use top_k=1)": self.temperature > 0,
+            "temperature must be 0.001 to 1000 (for the likeliest token use top_k=1)": 1e-3 <= self.temperature <= 1e3,
             "seed must lie in 0 to 2^63 - 1": 0 <= self.seed < 2**63,
         }
-        for rule, holds in checks.items():
-            if not holds:
-                name = rule.split()[0]
-                raise UserError(f"sampling: {rule}; got {getattr(self, name)}")
+        check("sampling", self, rules)
 
 
 def to_dict(config: Any) -> Any:
@@ -173,8 +209,11 @@ def to_dict(config: Any) -> Any:
     return [to_dict(v) for v in config] if isinstance(config, tuple | list) else config
 
 
-def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
-    """Build dataclass `cls` from parsed JSON or YAML. Raises UserError naming the place of an unknown key or value."""
+def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = None) -> T:
+    """Build dataclass `cls` from parsed JSON or YAML. Raises UserError naming the place of an unknown key or value.
+
+    Settings that `data` leaves out keep their value in `base`, at every depth; without a base, their defaults.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table of settings, got {data!r}")
     hints = typing.get_type_hints(cls)
@@ -182,8 +221,10 @@ def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
     for key in data:
         if key not in known:
             raise UserError(f"{where} has no setting '{key}'{nearest(str(key), known)}")
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    return cls(**values)
+    values = {
+        key: _convert(hints[key], value, f"{where}.{key}", getattr(base, key, None)) for key, value in data.items()
+    }
+    return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -192,17 +233,19 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     """`value` as the type `hint`, or a UserError that says where it stands."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Pyramid:
+        if not isinstance(value, str | list | tuple):
+            raise UserError(f"{where} is {value!r}; it must list map sides, coarse to fine: [1, 2, 4]")
         return Pyramid.parse(value) if isinstance(value, str) else Pyramid(tuple(value))
     if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
+        return from_dict(typing.cast(type, hint), value, where, base)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, base)
     if origin is Literal:
         if value in arguments:
             return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
 
     Missing folders are made. Raises UserError naming the file when it cannot be written (a full disk, no permission).
     """
-    drafts = [p.with_name(f".{p.stem}.{os.getpid()}.part{p.suffix}") for p in paths]
+    drafts: list[Path] = []
     try:
         for path in paths:
+            if not path.name or path.is_dir():
+                raise UserError(f"cannot write '{path}': it is a folder, not a file name")
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise UserError(f"cannot write {path}: it is a folder")
+            drafts.append(path.with_name(f".{path.stem[:100]}.{os.getpid()}.part{path.suffix}"))
         yield drafts
         for draft in drafts:
+            draft.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
             _flush(draft)
         for draft, path in zip(drafts, paths, strict=True):
             os.replace(draft, path)
@@ -39,7 +41,8 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
         raise UserError(f"cannot write {names}: {reason}; what was there before is unchanged") from error
     finally:
         for draft in drafts:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def _write_failure(error: Exception) -> str | None:
@@ -51,6 +54,12 @@ def _write_failure(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)):
         return "the write broke off; is the disk full?"
     return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:
@@ -78,6 +87,8 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     before = read_json(path)
+    if not isinstance(before, dict):
+        raise UserError(f"{path} is not the record of a run; choose another --out")
     changed = [k for k in settings if before.get(k) != settings[k]]
     if changed:
         raise UserError(

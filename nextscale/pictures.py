@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from nextscale.errors import UserError
 from nextscale.files import replacing
 
 _MIN_TILE = 72
@@ -24,9 +25,16 @@ def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a picture whole; the suffix decides the format, PNG when there is none that PIL knows."""
-    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with replacing(path) as (draft,):
-        image.save(draft, format=form)
+        write_image(image, draft)
+
+
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write a picture to a draft; UserError when its suffix names a format that cannot be written."""
+    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    if form not in Image.SAVE:
+        raise UserError(f"pictures cannot be written as {path.suffix}; use .png")
+    image.save(path, format=form)
 
 
 def tile(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 0) -> Image.Image:

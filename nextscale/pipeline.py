@@ -255,16 +255,21 @@ class Pipeline:
         return log_likelihood(self.tokenizer, self.transformer, tokens, values).cpu()
 
     def label_indices(self, labels: Labels) -> list[int | None]:
-        """Class names turned into indices; indices and None pass."""
+        """Labels as indices: a text is a class name or else an index; numbers and None pass."""
         names = self.config.class_names
         out: list[int | None] = []
         for label in labels.tolist() if isinstance(labels, Tensor) else labels:
-            if isinstance(label, str):
-                if label not in names:
-                    hint = nearest(label, list(names)) if names else "; this checkpoint has no class names, use numbers"
-                    raise UserError(f"there is no class named '{label}'{hint}")
-                label = names.index(label)
-            out.append(label)
+            if label is None:
+                out.append(None)
+            elif not isinstance(label, str):
+                out.append(label)
+            elif label in names:
+                out.append(names.index(label))
+            elif re.fullmatch(r"-?[0-9]{1,18}", label):
+                out.append(int(label))
+            else:
+                hint = nearest(label, list(names)) if names else "; this checkpoint has no class names, use numbers"
+                raise UserError(f"there is no class named '{label}'{hint}")
         return out
 
     def caption(self, label: int) -> str:
@@ -295,7 +300,10 @@ def _settings(config: SampleConfig | None, overrides: dict[str, Any]) -> SampleC
 def _device(name: torch.device | str) -> torch.device:
     """The named device; UserError when torch does not know it or cannot reach it here."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 

@@ -110,7 +110,7 @@ def test_mistakes_in_one_line(capsys, tiny_folder, tmp_path):
     )
     assert "no class named 'cat'" in fails(capsys, "sample", tiny_folder, "--labels", "cat", *out)
     assert "has an empty entry" in fails(capsys, "sample", tiny_folder, "--labels", "1,,2", *out)
-    assert "cfg must be 0 or more" in fails(capsys, "sample", tiny_folder, "--labels", "1", "--cfg", "-2", *out)
+    assert "cfg must be 0 to 1000" in fails(capsys, "sample", tiny_folder, "--labels", "1", "--cfg", "-2", *out)
     assert "there is no checkpoint folder" in fails(capsys, "sample", tmp_path / "no", "--labels", "1", *out)
     assert "there is no image" in fails(capsys, "reconstruct", tiny_folder, tmp_path / "no.png", *out)
     assert "there is no file" in fails(capsys, "import-official", "--vae", "no.pth", "--out", tmp_path / "m")
@@ -137,7 +137,7 @@ def test_a_bad_image_leaves_the_old_output(tiny_folder, tmp_path, capsys):
 
 
 def test_labels():
-    assert parse_labels("3, 7,none,sea lion,-1") == [3, 7, None, "sea lion", -1]
+    assert parse_labels("3, 7,none,sea lion,-1") == ["3", "7", None, "sea lion", "-1"]
 
 
 def test_config_file_and_overrides(tmp_path, capsys):

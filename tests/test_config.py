@@ -31,7 +31,7 @@ def test_depth_is_the_one_dial():
         ({"tokenizer": {"attention": 1}}, "must be of type bool"),
         ({"tokenizer": {"channel_multipliers": 3}}, "must be a list"),
         ({"transformer": {"condition": {"kind": "text"}}}, "it must be one of 'class'"),
-        ({"transformer": {"depth": 3, "width": 100, "heads": 3}}, "width a multiple of heads"),
+        ({"transformer": {"depth": 3, "width": 100, "heads": 3}}, "width must be a multiple of heads"),
         ({"tokenizer": {"base_channels": 20}}, "norm_groups"),
         ({"transformer": 3}, "config.transformer must be a table"),
         ({"pyramid": [1, 0]}, "is no side"),

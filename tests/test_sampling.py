@@ -183,10 +183,10 @@ def test_any_pyramid_and_setting_samples(sides, cfg, top_k, top_p):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"cfg": -1.0}, "cfg must be 0 or more; got -1"),
+        ({"cfg": -1.0}, "cfg must be 0 to 1000; got cfg=-1"),
         ({"top_k": -5}, "top_k must be 0"),
         ({"top_p": 1.5}, "top_p must lie in 0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be 0.001"),
         ({"seed": -1}, "seed must lie in"),
     ],
 )

@@ -51,6 +51,13 @@ def shapes_of(module: torch.nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+def check_floating(source: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming a tensor of `source` that does not hold real numbers: no weight is an integer."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{source}: tensor '{name}' is {tensor.dtype}; weights must be floating-point")
+
+
 def check_tensors(source: object, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Raise UserError naming the tensors of `source` that are missing, extra or of the wrong shape."""
     missing = [f"'{n}' {s}" for n, s in expected.items() if n not in found]

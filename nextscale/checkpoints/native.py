@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import nextscale
-from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_tensors, shapes_of
+from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
 from nextscale.config import ModelConfig, from_dict, to_dict
 from nextscale.errors import UserError
 from nextscale.files import read_json, replacing, write_json
@@ -41,10 +41,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         raise UserError(f"cannot save to {folder}: it is a file, not a folder")
     with replacing(*(folder / name for name in parts), folder / "config.json") as drafts:
         for draft, tensors in zip(drafts[:-1], parts.values(), strict=True):
-            save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, draft)
+            save_file(separated(tensors), draft)
         write_json(drafts[-1], head)
     for name in {TOKENIZER, TRANSFORMER, ORIGINAL} - set(parts):
         (folder / name).unlink(missing_ok=True)
+
+
+def separated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no storage with one another, as safetensors wants them."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        storage = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return out
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict]:
@@ -56,12 +68,18 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
     head = read_json(folder / "config.json")
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise UserError(f'{folder}/config.json was not written by nextscale (no "format": "{FORMAT}")')
-    if not isinstance(head.get("version"), int) or head["version"] > VERSION:
+    if not isinstance(head.get("version"), int) or not 1 <= head["version"] <= VERSION:
         raise UserError(
             f"{folder} has format version {head.get('version')}, this nextscale reads up to {VERSION}; "
             f"it was written by nextscale {head.get('library')}: update with pip install -U nextscale"
         )
-    return from_dict(ModelConfig, head.get("model"), f"{folder}/config.json: model"), head.get("origin") or {}
+    origin = head.get("origin") or {}
+    if not isinstance(origin, dict):
+        raise UserError(f"{folder}/config.json: origin must be a table, got {origin!r}")
+    try:
+        return from_dict(ModelConfig, head.get("model"), "model"), origin
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -83,6 +101,9 @@ def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> di
             names = list(file.keys())
             if expected is not None:
                 check_tensors(path, {n: tuple(file.get_slice(n).get_shape()) for n in names}, expected)
-            return {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    if expected is not None:
+        check_floating(path, tensors)
+    return tensors

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_tensors, shapes_of
+from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
 from nextscale.checkpoints.official_config import Hints, infer_config
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
 from nextscale.config import ModelConfig, TransformerConfig
@@ -71,7 +71,12 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
     tokenizer, transformer = build_on_meta(config)
     names = {n: official_tokenizer_name(n, config, phi_layout) for n in tokenizer.state_dict()}
     usage = vae_tensors.get(USAGE)
-    if usage is not None and usage.shape != (len(config.pyramid), config.tokenizer.vocab_size):
+    if (
+        usage is not None
+        and usage.ndim == 2
+        and usage.shape[1] == config.tokenizer.vocab_size != 0
+        and (len(usage) != len(config.pyramid))
+    ):
         # A tokenizer used with another number of scales than it was trained with: the official code ignores it, too.
         extras[USAGE] = usage
         vae_tensors[USAGE] = torch.zeros(len(config.pyramid), config.tokenizer.vocab_size)
@@ -90,18 +95,22 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
     config, origin = checkpoint.config, checkpoint.origin
     default = "single" if config.tokenizer.num_phi == 1 else "list"
     layout = origin.get("phi_layout", default)
+    if layout not in _PHI_NAMES:
+        raise UserError(
+            f"the checkpoint's origin names an unknown phi_layout '{layout}'; known: {', '.join(_PHI_NAMES)}"
+        )
+    files: dict[Path, dict[str, Tensor]] = {}
     if vae is not None:
         theirs = {official_tokenizer_name(n, config, layout): t for n, t in checkpoint.tokenizer.items()}
-        theirs.update({n: t for n, t in checkpoint.extras.items() if n == USAGE})
-        write_tensors(vae, theirs)
+        files[vae] = theirs | {n: t for n, t in checkpoint.extras.items() if n == USAGE}
     if var is not None:
         if config.transformer is None:
             raise UserError(f"cannot write {var}: this checkpoint is a tokenizer alone")
         theirs = {official_transformer_name(n): t for n, t in checkpoint.transformer.items()}
         if origin.get("buffers", True):
             theirs.update(derived_buffers(config.transformer, config.pyramid))
-        theirs.update({n: t for n, t in checkpoint.extras.items() if n != USAGE})
-        write_tensors(var, theirs)
+        files[var] = theirs | {n: t for n, t in checkpoint.extras.items() if n != USAGE}
+    write_tensors(files)
 
 
 def official_tokenizer_name(name: str, config: ModelConfig, phi_layout: str) -> str:
@@ -125,6 +134,7 @@ def translate(
     """Official tensors under our names, after checking that they are exactly the ones the model needs."""
     found = {n: tuple(t.shape) for n, t in theirs.items()}
     check_tensors(source, found, {names[n]: shape for n, shape in expected.items()})
+    check_floating(source, theirs)
     return {ours: theirs[official] for ours, official in names.items()}
 
 

@@ -51,9 +51,9 @@ def infer_config(
 
 def _tokenizer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> tuple[TokenizerConfig, str]:
     vocab_size, code_width = _need(source, tensors, "quantize.embedding.weight").shape
-    base = _need(source, tensors, "encoder.conv_in.weight").shape[0]
+    base = _need(source, tensors, "encoder.conv_in.weight", 4).shape[0]
     levels = _count(source, tensors, r"encoder\.down\.(\d+)\.")
-    widths = [_need(source, tensors, f"encoder.down.{i}.block.0.conv1.weight").shape[0] for i in range(levels)]
+    widths = [_need(source, tensors, f"encoder.down.{i}.block.0.conv1.weight", 4).shape[0] for i in range(levels)]
     num_phi, layout = _phi(tensors)
     config = TokenizerConfig(
         vocab_size=vocab_size,
@@ -63,7 +63,7 @@ def _tokenizer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> tuple[
         res_blocks=_count(source, tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         attention=any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors),
         middle_attention=any(name.startswith("encoder.mid.attn_1.") for name in tensors),
-        quant_conv_kernel=_need(source, tensors, "quant_conv.weight").shape[-1],
+        quant_conv_kernel=_need(source, tensors, "quant_conv.weight", 4).shape[-1],
         num_phi=num_phi,
         phi_ratio=hints.phi_ratio if num_phi else 0.0,
         cosine_lookup=hints.cosine_lookup,
@@ -100,12 +100,12 @@ def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> Tran
 
 def _pyramid(source: Path, tensors: dict[str, Tensor], given: Pyramid | None) -> Pyramid:
     """The pyramid given or read from `lvl_1L`; the one must agree with the other and with the embeddings."""
-    length, scales = _need(source, tensors, "pos_1LC").shape[1], len(_need(source, tensors, "lvl_embed.weight"))
-    first = _need(source, tensors, "pos_start").shape[1]
+    length, scales = _need(source, tensors, "pos_1LC", 3).shape[1], len(_need(source, tensors, "lvl_embed.weight"))
+    first = _need(source, tensors, "pos_start", 3).shape[1]
     levels = tensors.get("lvl_1L")
     pyramid = given
     if pyramid is None and levels is not None:
-        pyramid = Pyramid.from_counts(levels.flatten().long().clamp(0).bincount().tolist())
+        pyramid = Pyramid.from_counts(levels.flatten().long().clamp(0, scales).bincount().tolist())
     if pyramid is None and levels is None:
         known = (PYRAMID_256, PYRAMID_512, PYRAMID_1024)
         pyramid = next((p for p in known if (p.length, len(p)) == (length, scales)), None)
@@ -131,10 +131,13 @@ def _refuse_swapped(
         raise UserError(f"{var} is a tokenizer, not a transformer; pass it with --vae")
 
 
-def _need(source: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
+def _need(source: Path, tensors: dict[str, Tensor], name: str, ndim: int = 2) -> Tensor:
     if name not in tensors:
         raise UserError(f"{source} is missing tensor '{name}'; it is not a whole official checkpoint")
-    return tensors[name]
+    tensor = tensors[name]
+    if tensor.ndim != ndim or 0 in tensor.shape:
+        raise UserError(f"{source}: misshapen tensor '{name}': {tuple(tensor.shape)}, it must have {ndim} dimensions")
+    return tensor
 
 
 def _count(source: Path, tensors: dict[str, Tensor], pattern: str) -> int:

@@ -27,9 +27,13 @@ def read_tensors(path: Path, training_key: str) -> dict[str, Tensor]:
     data = _load_pickle(path)
     if isinstance(data, dict) and isinstance(data.get("trainer"), dict):
         data = data["trainer"].get(training_key)
-    if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
-        raise UserError(f"{path} holds no state dict (a table of named tensors)")
+    if not isinstance(data, dict) or not data or not all(_is_named_tensor(k, v) for k, v in data.items()):
+        raise UserError(f"{path} holds no state dict (a table of named, dense tensors)")
     return dict(data)
+
+
+def _is_named_tensor(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _load_pickle(path: Path) -> object:
@@ -41,19 +45,20 @@ def _load_pickle(path: Path) -> object:
         raise UserError(
             f"{path} is no torch checkpoint that can be read safely (weights_only): {_first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged pickle raises nearly every type
         raise UserError(f"{path} is damaged or no torch checkpoint: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a state dict, whole, as safetensors or as a torch pickle according to the suffix."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as (draft,):
-        if path.suffix == ".safetensors":
-            save_file(tensors, draft)
-        else:
-            torch.save({n: t.clone() for n, t in tensors.items()}, draft)
+def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
+    """Write state dicts, all or none, as safetensors or as torch pickles according to the suffix of each path."""
+    with replacing(*files) as drafts:
+        for draft, (path, tensors) in zip(drafts, files.items(), strict=True):
+            separate = {n: t.contiguous().clone() for n, t in tensors.items()}
+            if path.suffix == ".safetensors":
+                save_file(separate, draft)
+            else:
+                torch.save(separate, draft)

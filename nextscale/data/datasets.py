@@ -89,20 +89,22 @@ def _digits(size: int) -> ImageSet:
     return ImageSet(images, torch.from_numpy(digits.target).long(), tuple(map(str, range(10))))
 
 
-Source = Callable[[int], tuple[str, ImageLike]]
+Source = Callable[[int], tuple[str, ImageLike | None]]
 
 
 def _folder(path: Path) -> tuple[Source, list[int], tuple[str, ...]]:
-    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: list[Path] = []
     labels: list[int] = []
-    for label, folder in enumerate(classes):
-        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
-        files += found
-        labels += [label] * len(found)
+    names: list[str] = []
+    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
+        if found:  # an empty folder would become a class that nothing is known of
+            labels += [len(names)] * len(found)
+            files += found
+            names.append(folder.name)
     if not files:
         raise UserError(f"{path} has no images in class sub-folders; expected {path}/CLASS/IMAGE.png and the like")
-    return lambda i: (str(files[i]), files[i]), labels, tuple(c.name for c in classes)
+    return lambda i: (str(files[i]), files[i]), labels, tuple(names)
 
 
 def _parquet(path: Path) -> tuple[Source, list[int], tuple[str, ...]]:
@@ -120,11 +122,15 @@ def _parquet(path: Path) -> tuple[Source, list[int], tuple[str, ...]]:
         if column not in table.column_names:
             raise UserError(f"{path} has no column '{column}'; it has {', '.join(table.column_names)}")
     images, raw = table.column("image"), table.column("label").to_pylist()
+    if not raw or any(not isinstance(label, int | str) for label in raw):
+        raise UserError(
+            f"{path}: column 'label' must hold a whole number or a text in every row, and there must be rows"
+        )
     names, labels = _label_names(table.schema.metadata or {}, raw)
 
-    def source(i: int) -> tuple[str, ImageLike]:
+    def source(i: int) -> tuple[str, ImageLike | None]:
         cell = images[i].as_py()
-        return f"{path} row {i}", cell["bytes"] if isinstance(cell, dict) else cell
+        return f"{path} row {i}", cell.get("bytes") if isinstance(cell, dict) else cell
 
     return source, labels, names
 
@@ -139,9 +145,12 @@ def _label_names(metadata: dict[bytes, bytes], raw: list) -> tuple[tuple[str, ..
     return tuple(map(str, values)), [values.index(v) for v in raw]
 
 
-def _read(items: list[tuple[str, ImageLike, int]], names: tuple[str, ...], size: int, where: str) -> ImageSet:
+def _read(items: list[tuple[str, ImageLike | None, int]], names: tuple[str, ...], size: int, where: str) -> ImageSet:
     images, labels, unreadable = [], [], []
     for name, source, label in _progress(items):
+        if not isinstance(source, str | Path | bytes):
+            unreadable.append(f"{name} (it holds no image)")
+            continue
         try:
             images.append(torch.from_numpy(np.array(fit(load_image(source), (size, size)))))
             labels.append(label)

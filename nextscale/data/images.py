@@ -53,8 +53,11 @@ def _is_empty(source: ImageLike) -> bool:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB. Greyscale, palette, CMYK and the rest by PIL; alpha is laid over white."""
-    image = ImageOps.exif_transpose(image)
     image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # the pixels are sound, only the note about their orientation is not
+        warnings.warn(f"ignored a damaged EXIF block: {error}", stacklevel=2)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

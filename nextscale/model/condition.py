@@ -7,6 +7,7 @@ says what "no condition" is, for guidance and condition dropout, and refuses val
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -48,12 +49,12 @@ class ClassCondition(nn.Module):
         if isinstance(values, Tensor):
             values = values.reshape(-1).tolist()
         for value in values:
-            if value is not None and not (isinstance(value, int) and 0 <= value < self.num_classes):
+            if value is not None and not (isinstance(value, Integral) and 0 <= int(value) < self.num_classes):
                 raise UserError(
                     f"label {value} is out of range: this model has {self.num_classes} classes, "
                     f"0 to {self.num_classes - 1}"
                 )
-        labels = [self.num_classes if value is None else value for value in values]
+        labels = [self.num_classes if value is None else int(value) for value in values]
         return torch.tensor(labels, dtype=torch.int64, device=self.embedding.weight.device)
 
     def with_none(self, label_B: Tensor) -> Tensor:

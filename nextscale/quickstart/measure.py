@@ -38,7 +38,7 @@ def measure(train: ImageSet, held_out: ImageSet, images_B3HW: Tensor, labels_B: 
         },
         "generated_images": len(generated),
     }
-    if len(set(labels.tolist())) > 1:
+    if len(set(labels.tolist())) > 1 and len(set(asked.tolist())) > 1:
         judge, student = _classifier(real, labels), _classifier(generated, asked)
         result |= {
             "generated_read_as_asked": float(judge.score(generated[:_READ], asked[:_READ])),

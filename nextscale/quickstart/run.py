@@ -40,10 +40,10 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     check_available()
     started = time.monotonic()
     size, pyramid = config.geometry()
-    claim(folder / "quickstart.json", to_dict(config))
     data = load_images(config.data, size, config.limit, config.seed)
     train, held_out = data.split(config.held_out, config.seed)
     _say_data(config, data, train, held_out, size)
+    claim(folder / "quickstart.json", to_dict(config))
 
     condition = ClassConditionConfig(num_classes=len(data.class_names))
     transformer = dataclasses.replace(config.transformer, condition=condition)
@@ -77,8 +77,8 @@ def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_ou
     )
     if data.unreadable:
         print(f"left out {len(data.unreadable)} unreadable images: {'; '.join(data.unreadable[:5])}")
-    if len(held_out) == 0:
-        raise UserError(f"{config.data} has too few images: none is left to hold out")
+    if len(held_out) == 0 or len(train) == 0:
+        raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
 
 
 @torch.no_grad()

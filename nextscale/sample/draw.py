@@ -69,4 +69,5 @@ def inverse_cdf(probability: Tensor, u: Tensor) -> Tensor:
     cumulative = probability.cumsum(dim=-1)
     total = cumulative[..., -1:]
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)
+    index = torch.searchsorted(cumulative, target, right=True)
+    return index.clamp_max(probability.shape[-1] - 1)  # NaN sorts last; who samples reports it

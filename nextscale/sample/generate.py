@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from nextscale.config import SampleConfig
+from nextscale.errors import UserError
 from nextscale.model.var import VAR
+from nextscale.ops import linear
 from nextscale.sample.draw import ImageStreams, OfficialStream, Stream
 from nextscale.sample.logits import filtered, guide
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -94,7 +96,7 @@ def _mixed_codes(tokenizer: Tokenizer, likely_BNV: Tensor, stream: Stream, k: in
     ratio = tokenizer.pyramid.progress(k)
     temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
     noisy = likely_BNV * (1 + ratio) + stream.gumbel(likely_BNV, k)
-    return (noisy / temperature).softmax(dim=-1) @ tokenizer.quantizer.codebook.weight
+    return linear((noisy / temperature).softmax(dim=-1), tokenizer.quantizer.codebook.weight.T)
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,13 @@ def generate(
 ) -> Sample:
     """Sample a batch of images: `generate_scales` run to its end."""
     tokens, canvas = [], tokenizer.blank_canvas(len(values))
+    finite = torch.ones((), dtype=torch.bool, device=canvas.device)
     for step in generate_scales(tokenizer, model, values, config, first_image, kept):
         tokens.append(step.tokens_BN)
+        finite &= step.logits_BNV.isfinite().all()
         canvas = step.canvas_BChw
+    if not finite:
+        raise UserError("the model's logits are not finite: its weights are damaged, or overflow in this dtype")
     return Sample(torch.cat(tokens, dim=1), (tokenizer.paint(canvas) + 1) / 2)
 
 

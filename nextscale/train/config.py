@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nextscale.errors import UserError
@@ -34,6 +35,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"training: {name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"training: {name} must be 0 or more; got {getattr(self, name)}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"training: betas must lie in 0 to below 1; got {self.betas}")
         for name in ("label_drop", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"training: {name} must lie in 0 to below 1; got {getattr(self, name)}")

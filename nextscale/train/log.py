@@ -26,9 +26,11 @@ class JsonLog:
 def read_log(path: Path) -> list[dict]:
     """All complete lines of a log; a last line cut short by a crash is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and {"task", "step"} <= record.keys():
+            records.append(record)
     return records

@@ -101,7 +101,7 @@ def fit(
                     task.module.eval()
                     log.write(done, evaluate(done))
                     task.module.train()
-            if stopping.is_set() and done < config.steps:
+            if stopping.is_set():
                 raise Interrupted(task.name, done, config.steps)
     task.module.eval()
 

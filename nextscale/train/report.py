@@ -44,11 +44,12 @@ def quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
             f"held-out real images read right by a classifier fitted on {metrics['generated_images']} generated ones: "
             f"{metrics['held_out_read_by_generated_fit']:.1%}",
         ]
+    labels = "0,1" if "generated_read_as_asked" in metrics else "0"
     lines += [
         f"distance to the nearest training image (RMS): generated {near['generated']:.4f}, "
         f"held-out real {near['held_out_real']:.4f}",
         f"done in {metrics['seconds']:.0f} s; see {folder}/samples.png, scales.png, reconstructions.png, curves.png",
-        f"more: nextscale sample {folder} --labels 3,7 --out grid.png",
+        f"more: nextscale sample {folder} --labels {labels} --out grid.png",
     ]
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,6 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
         return TrainState(int(content["step"]))
     except UserError:
         raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle raises nearly every type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"training state {path} cannot be used ({reason}); delete it to train anew") from error

@@ -34,15 +34,15 @@ def train_tokenizer(config: TokenizerRunConfig, data: str, folder: Path) -> dict
     Beside the checkpoint: reconstructions.png (renewed at every save), curves.png, evaluation.json, log.jsonl. Called
     again with the same folder it goes on where it stopped. Raises UserError and train.loop.Interrupted as `fit` does.
     """
-    claim(folder / "run.json", {"data": data, **to_dict(config)})
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
     pyramid = derive_pyramid(config.image_size, codes.downsampling, config.scales)
     model = ModelConfig(pyramid, codes, None)
     images = load_images(data, config.image_size, config.limit, config.train.seed)
     train, held_out = images.split(config.held_out, config.train.seed)
-    if len(held_out) == 0:
-        raise UserError(f"{data} has too few images: none is left to hold out")
+    if len(held_out) == 0 or len(train) == 0:
+        raise UserError(f"{data} has too few images for held_out={config.held_out}: one part would be empty")
+    claim(folder / "run.json", {"data": data, **to_dict(config)})
     print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {model.summary()}")
     tokenizer = _new_tokenizer(model, config.train.seed, start)
     task = TokenizerTask(tokenizer, train.images_B3HW, config.losses, config.codebook)
