@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nextscale: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `nextscale info ... | head`
+        sys.stderr.close()
+        return 0
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as in `nextscale info ... | head`
-            sys.stderr.close()
-            return 0
         return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
     except Exception as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):

@@ -71,12 +71,8 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
     tokenizer, transformer = build_on_meta(config)
     names = {n: official_tokenizer_name(n, config, phi_layout) for n in tokenizer.state_dict()}
     usage = vae_tensors.get(USAGE)
-    if (
-        usage is not None
-        and usage.ndim == 2
-        and usage.shape[1] == config.tokenizer.vocab_size != 0
-        and (len(usage) != len(config.pyramid))
-    ):
+    fits = usage is not None and usage.ndim == 2 and usage.shape[1] == config.tokenizer.vocab_size
+    if usage is not None and fits and len(usage) != len(config.pyramid):
         # A tokenizer used with another number of scales than it was trained with: the official code ignores it, too.
         extras[USAGE] = usage
         vae_tensors[USAGE] = torch.zeros(len(config.pyramid), config.tokenizer.vocab_size)

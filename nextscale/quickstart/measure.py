@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,5 @@ def _classifier(rows: np.ndarray, labels: np.ndarray) -> Any:
 
 
 def _nearest(rows: np.ndarray, real: np.ndarray) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        distance = torch.cdist(torch.from_numpy(rows), torch.from_numpy(real)).amin(dim=1)
+    distance = torch.cdist(torch.from_numpy(rows), torch.from_numpy(real)).amin(dim=1)
     return float(distance.mean() / rows.shape[1] ** 0.5)

@@ -111,20 +111,15 @@ def draw_curves(folder: Path) -> None:
     curves(panels, folder / "curves.png")
 
 
-def load_for(config: ModelConfig, data: str, limit: int, seed: int = 0) -> ImageSet:
-    """A data set at the size of a model with square images."""
-    height, width = config.image_size
-    if height != width:
-        raise UserError(f"data sets are read as square images; this model wants {height} x {width}")
-    return load_images(data, height, limit, seed)
-
-
 def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> dict[str, Any]:
     """Evaluate the tokenizer of a checkpoint folder on a data set; write report.json and the picture to `out`."""
     checkpoint = read_checkpoint(folder)
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
     tokenizer = _new_tokenizer(model, 0, checkpoint).eval()
-    images = load_for(model, data, limit)
+    height, width = model.image_size
+    if height != width:
+        raise UserError(f"data sets are read as square images; this model wants {height} x {width}")
+    images = load_images(data, height, limit, seed=0)
     report = evaluate_tokenizer(tokenizer, images)
     if out is not None:
         write_json(out / "report.json", report)
