@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -105,6 +106,7 @@ class Reconstruct:
         from nextscale.pipeline import Pipeline
 
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        _say_enlarged(self.images, pipeline.config.image_size)
         images = pipeline.reconstruct(self.images)
         _write_outputs(images, self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(self.images)} reconstructions to {self.out}")
@@ -142,6 +144,7 @@ class Edit:
         if len(labels) != 1:
             raise UserError(f"--label takes one class; got '{self.label}'")
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        _say_enlarged([self.image], pipeline.config.image_size)
         mask, resized = load_mask(self.mask, self.image, pipeline.config.image_size)
         if resized:
             print(f"note: {self.mask} is not of the size of {self.image} and was resized to it")
@@ -165,7 +168,7 @@ class TokenizerTrain:
     config: Positional[Path]
     """File with settings."""
     data: str
-    """'digits', a folder with one sub-folder per class, or a .parquet file with columns image and label."""
+    """'digits', a folder of images or of class sub-folders, or a .parquet file with columns image and label."""
     out: Path
     """Folder to write: a checkpoint, reconstructions.png, curves.png, evaluation.json, log.jsonl."""
     settings: Annotated[TokenizerRunConfig, arg(name="")] = field(default_factory=TokenizerRunConfig)
@@ -186,7 +189,7 @@ class TokenizerEvaluate:
     model: Positional[Path]
     """Checkpoint folder."""
     data: str
-    """'digits', a folder with one sub-folder per class, or a .parquet file with columns image and label."""
+    """'digits', a folder of images or of class sub-folders, or a .parquet file with columns image and label."""
     out: Path | None = None
     """Folder for report.json and reconstructions.png."""
     limit: int = 1_000_000
@@ -323,6 +326,16 @@ def parse_labels(text: str) -> list[str | None]:
     if not all(parts):
         raise UserError(f"--labels '{text}' has an empty entry; write indices or names separated by commas: 3,7")
     return [None if part == "none" else part for part in parts]
+
+
+def _say_enlarged(images: Sequence[Path], size: tuple[int, int]) -> None:
+    """One line for each image that is smaller than the model's size (height, width)."""
+    from nextscale.data.images import load_image
+
+    for path in images:
+        width, height = load_image(path).size
+        if height < size[0] or width < size[1]:
+            print(f"note: {path} is {width} x {height}, smaller than the model's {size[1]} x {size[0]}; it is enlarged")
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ def test_measures_tell_a_good_generator_from_a_collapsed_and_a_copying_one():
 def test_bad_data_is_named(tmp_path):
     with pytest.raises(UserError, match="is neither 'digits', a folder"):
         load_images(str(tmp_path / "none"), 8, 10, 0)
-    with pytest.raises(UserError, match="has no images in class sub-folders"):
+    with pytest.raises(UserError, match="has no images; expected"):
         load_images(str(tmp_path), 8, 10, 0)
     (tmp_path / "set.parquet").write_bytes(b"PAR1 junk")
     with pytest.raises(UserError, match="is damaged or no parquet file"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -250,6 +251,30 @@ def test_empty_classes_and_hidden_files_are_passed_over(tmp_path):
         (tmp_path / name / "._x.png").write_bytes(b"macOS leaves these")
     data = load_images(str(tmp_path), 8, 10, 0)
     assert (data.class_names, data.labels_B.tolist(), data.unreadable) == (("a", "z"), [0, 1], ())
+
+
+def test_a_folder_without_classes_is_one_class(tmp_path):
+    for i in range(3):
+        picture(0, np.random.default_rng(i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    data = load_images(str(tmp_path), 8, 10, 0)
+    assert (len(data), data.class_names, data.labels_B.tolist()) == (3, (tmp_path.name,), [0, 0, 0])
+    (tmp_path / "cat").mkdir()
+    picture(0, np.random.default_rng(9)).save(tmp_path / "cat" / "x.png")
+    with pytest.raises(UserError, match=r"both class sub-folders \(cat\) and 3 images outside them \(0.png\)"):
+        load_images(str(tmp_path), 8, 10, 0)
+
+
+def test_images_smaller_than_the_size_are_named_or_refused(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for i in range(4):
+        Image.new("RGB", (30, 6 if i == 0 else 30), (i, 0, 0)).save(tmp_path / "a" / f"{i}.png")
+    data = load_images(str(tmp_path), 8, 10, 0)
+    data.say_remarks()
+    assert len(data) == 4
+    assert re.search(r"note: enlarged 1 images too small: .*0\.png \(30 x 6\)", capsys.readouterr().out)
+    with pytest.raises(UserError, match=r"4 of 4 images in .* are smaller than the model's 32 x 32, such as .*0\.png"):
+        load_images(str(tmp_path), 32, 10, 0)
 
 
 @pytest.mark.parametrize("content", [[1], {"module": 3, "step": 1, "config": {}, "optimizer": {}}, 5])

@@ -1,9 +1,9 @@
-"""Small labelled image sets held in memory: scikit-learn's digits, a folder of class folders, a parquet file."""
+"""Small labelled image sets held in memory: scikit-learn's digits, a folder of images, a parquet file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from nextscale.rng import generator
 
 _SUFFIXES = set(Image.registered_extensions())
 _MAX_UNREADABLE = 0.1
+_MAX_ENLARGED = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,18 @@ class ImageSet:
     class_names: tuple[str, ...]
     unreadable: tuple[str, ...] = ()
     """Names of files that were left out because they could not be read."""
+    enlarged: tuple[str, ...] = ()
+    """Names of files that were smaller than the size."""
 
     def __len__(self) -> int:
         return len(self.images_B3HW)
+
+    def say_remarks(self) -> None:
+        """Print what a user should know of how the set was read: one line for each kind of trouble."""
+        kinds = (("left out {} unreadable images", self.unreadable), ("enlarged {} images too small", self.enlarged))
+        for text, names in kinds:
+            if names:
+                print(f"note: {text.format(len(names))}: {'; '.join(names[:5])}")
 
     def subset(self, index: Tensor) -> ImageSet:
         return replace(self, images_B3HW=self.images_B3HW[index], labels_B=self.labels_B[index])
@@ -50,10 +60,12 @@ class ImageSet:
 
 
 def load_images(data: str, size: int, limit: int, seed: int) -> ImageSet:
-    """Images of `data` as size x size: "digits", a folder of class sub-folders, or a .parquet file.
+    """Images of `data` as size x size: "digits", a folder of images, or a .parquet file.
 
-    At most `limit` images, chosen from `seed`. Unreadable files are left out and named in the result; UserError when
-    they are more than a tenth, when nothing is left, or when `data` is none of the three.
+    In a folder each sub-folder is a class; images without sub-folders are one class of the folder's name. At most
+    `limit` images, chosen from `seed`. Unreadable files are left out and named in the result, and so are those that
+    had to be enlarged; UserError when more than a tenth are unreadable, more than half smaller than `size`, when
+    nothing is left, or when `data` is none of the three.
     """
     if data == "digits":
         digits = _digits(size)
@@ -65,7 +77,7 @@ def load_images(data: str, size: int, limit: int, seed: int) -> ImageSet:
         sources, labels, names = _parquet(path)
     else:
         raise UserError(
-            f"--data {data} is neither 'digits', a folder with one sub-folder per class, nor a .parquet file"
+            f"--data {data} is neither 'digits', a folder of images or of class sub-folders, nor a .parquet file"
         )
     chosen = _choose(len(labels), limit, seed).tolist()
     return _read([(*sources(i), labels[i]) for i in chosen], names, size, str(path))
@@ -97,14 +109,28 @@ def _folder(path: Path) -> tuple[Source, list[int], tuple[str, ...]]:
     labels: list[int] = []
     names: list[str] = []
     for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
+        found = _pictures(folder.rglob("*"))
         if found:  # an empty folder would become a class that nothing is known of
             labels += [len(names)] * len(found)
             files += found
             names.append(folder.name)
-    if not files:
-        raise UserError(f"{path} has no images in class sub-folders; expected {path}/CLASS/IMAGE.png and the like")
+    loose = _pictures(path.iterdir())
+    if not files and not loose:
+        raise UserError(
+            f"{path} has no images; expected {path}/CLASS/IMAGE.png and the like, or images without classes"
+        )
+    if files and loose:
+        raise UserError(
+            f"{path} has both class sub-folders ({', '.join(names[:3])}) and {len(loose)} images outside them "
+            f"({loose[0].name}): move these into a class, or away"
+        )
+    if loose:
+        files, labels, names = loose, [0] * len(loose), [path.resolve().name]
     return lambda i: (str(files[i]), files[i]), labels, tuple(names)
+
+
+def _pictures(paths: Iterable[Path]) -> list[Path]:
+    return sorted(f for f in paths if f.suffix.lower() in _SUFFIXES and not f.name.startswith(".") and f.is_file())
 
 
 def _parquet(path: Path) -> tuple[Source, list[int], tuple[str, ...]]:
@@ -146,21 +172,29 @@ def _label_names(metadata: dict[bytes, bytes], raw: list) -> tuple[tuple[str, ..
 
 
 def _read(items: list[tuple[str, ImageLike | None, int]], names: tuple[str, ...], size: int, where: str) -> ImageSet:
-    images, labels, unreadable = [], [], []
+    images, labels, unreadable, enlarged = [], [], [], []
     for name, source, label in _progress(items):
         if not isinstance(source, str | Path | bytes):
             unreadable.append(f"{name} (it holds no image)")
             continue
         try:
-            images.append(torch.from_numpy(np.array(fit(load_image(source), (size, size)))))
+            image = load_image(source)
+            images.append(torch.from_numpy(np.array(fit(image, (size, size)))))
             labels.append(label)
+            if min(image.size) < size:
+                enlarged.append(f"{name} ({image.width} x {image.height})")
         except UserError as error:
             unreadable.append(f"{name} ({error})" if isinstance(source, bytes) else str(error))
     if not images or len(unreadable) > _MAX_UNREADABLE * len(items):
         some = "; ".join(unreadable[:3])
         raise UserError(f"{len(unreadable)} of {len(items)} images in {where} cannot be read: {some}")
+    if len(enlarged) > _MAX_ENLARGED * len(images):
+        raise UserError(
+            f"{len(enlarged)} of {len(images)} images in {where} are smaller than the model's {size} x {size}, such as "
+            f"{enlarged[0]}: a model of them would learn to blur; choose a smaller size, or larger images"
+        )
     stacked = torch.stack(images).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(stacked, torch.tensor(labels), names, tuple(unreadable))
+    return ImageSet(stacked, torch.tensor(labels), names, tuple(unreadable), tuple(enlarged))
 
 
 def _progress(items: list) -> Iterator:

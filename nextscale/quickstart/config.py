@@ -30,8 +30,8 @@ class QuickstartConfig:
     """
 
     data: str = "digits"
-    """'digits' (scikit-learn's, no download), a folder with one sub-folder per class, or a .parquet file with columns
-    image and label."""
+    """'digits' (scikit-learn's, no download), a folder of images or of class sub-folders, or a .parquet file with
+    columns image and label."""
     image_size: int = 0
     """Side of the square images in pixels; 0 means 16 for the digits and 32 for others."""
     scales: str = ""

@@ -75,8 +75,7 @@ def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_ou
         f"{config.data}: {len(data)} images as {size}x{size}, {len(data.class_names)} classes; "
         f"{len(train)} to train on, {len(held_out)} held out"
     )
-    if data.unreadable:
-        print(f"left out {len(data.unreadable)} unreadable images: {'; '.join(data.unreadable[:5])}")
+    data.say_remarks()
     if len(held_out) == 0 or len(train) == 0:
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
 

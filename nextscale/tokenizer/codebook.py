@@ -22,6 +22,8 @@ class CodebookLearner(nn.Module):
 
     count_V: Tensor
     sum_VC: Tensor
+    revived: Tensor
+    """How many codes were revived so far."""
 
     def __init__(self, quantizer: Quantizer, ema_decay: float | None, revive_below: float):
         super().__init__()
@@ -30,6 +32,7 @@ class CodebookLearner(nn.Module):
         codes_VC = quantizer.codebook.weight.detach()
         self.register_buffer("count_V", torch.ones(len(codes_VC)))
         self.register_buffer("sum_VC", codes_VC.clone())
+        self.register_buffer("revived", torch.zeros((), dtype=torch.long))
         quantizer.codebook.weight.requires_grad_(ema_decay is None)
 
     @torch.no_grad()
@@ -47,13 +50,13 @@ class CodebookLearner(nn.Module):
         quantizer.codebook.weight.copy_(self.sum_VC / self.count_V.clamp_min(1e-5).unsqueeze(1))
 
     @torch.no_grad()
-    def revive(self, wanted_BLC: Tensor, rng: torch.Generator) -> int:
-        """Put dead codes where vectors of this batch are; return how many were dead."""
+    def revive(self, wanted_BLC: Tensor, rng: torch.Generator) -> None:
+        """Put dead codes where vectors of this batch are, and count them in `revived`."""
         quantizer = self.quantizer[0]
         use_V = quantizer.usage_KV.sum(dim=0)
         dead = (use_V < self.revive_below * use_V.mean()).nonzero().flatten()
         if len(dead) == 0:
-            return 0
+            return
         rows_RC = wanted_BLC.flatten(0, 1)
         chosen_RC = rows_RC[torch.randint(len(rows_RC), (len(dead),), generator=rng).to(rows_RC.device)]
         quantizer.codebook.weight[dead] = chosen_RC
@@ -61,4 +64,4 @@ class CodebookLearner(nn.Module):
         quantizer.usage_KV[:, dead] = quantizer.usage_KV.mean(dim=1, keepdim=True)
         self.count_V[dead] = 1.0
         self.sum_VC[dead] = chosen_RC
-        return len(dead)
+        self.revived += len(dead)

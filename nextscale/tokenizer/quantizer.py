@@ -115,10 +115,11 @@ class Quantizer(nn.Module):
         """Quantise in training: straight-through features, the loss of VAR's tokenizer, and the tokens."""
         features = features_BChw.float()
         loss, scales = features.new_zeros(()), []
-        for scale in self.scales(features):
-            scales.append(scale)
-            loss = loss + F.mse_loss(scale.canvas_BChw, features.detach())
-            loss = loss + self.config.commitment * F.mse_loss(scale.canvas_BChw.detach(), features)
+        with torch.autocast(features.device.type, enabled=False):  # rounding would change tokens
+            for scale in self.scales(features):
+                scales.append(scale)
+                loss = loss + F.mse_loss(scale.canvas_BChw, features.detach())
+                loss = loss + self.config.commitment * F.mse_loss(scale.canvas_BChw.detach(), features)
         return Quantized(
             features + (scales[-1].canvas_BChw - features).detach(),
             loss / len(self.pyramid),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from nextscale.errors import UserError
 
@@ -24,6 +25,8 @@ class TrainConfig:
     """Largest norm of the gradient; 0 = off."""
     label_drop: float = 0.1
     """Share of labels replaced by "no label", so that guidance has an unconditional model."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What matrix products and convolutions compute in; weights, quantiser and optimizer stay in float32."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks have proportionally less."""
     save_every: int = 200

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nextscale.files import write_text
@@ -34,3 +37,24 @@ def read_log(path: Path) -> list[dict]:
         if isinstance(record, dict) and {"task", "step"} <= record.keys():
             records.append(record)
     return records
+
+
+class Stopwatch:
+    """Examples per second between readings, without the time of pauses."""
+
+    def __init__(self) -> None:
+        self.count, self.since = 0, time.monotonic()
+
+    def read(self) -> float:
+        """Examples per second since the last reading."""
+        now = time.monotonic()
+        rate = self.count / max(now - self.since, 1e-9)
+        self.count, self.since = 0, now
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is not counted."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began

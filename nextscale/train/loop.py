@@ -25,7 +25,7 @@ from nextscale.config import to_dict
 from nextscale.errors import UserError
 from nextscale.rng import generator
 from nextscale.train.config import TrainConfig
-from nextscale.train.log import JsonLog
+from nextscale.train.log import JsonLog, Stopwatch
 from nextscale.train.state import TrainState, load_state, save_state
 
 
@@ -69,6 +69,7 @@ def fit(
     path = folder / "training" / f"{task.name}.pt"
     state = load_state(path, task.module, optimizer, to_dict(config)) if path.exists() else TrainState(0)
     log = JsonLog(folder / "log.jsonl", task.name, from_step=state.step)
+    speed = Stopwatch()
     task.module.train()
     often = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
     bar = tqdm(total=config.steps, initial=state.step, desc=f"training the {task.name}", unit="step", mininterval=often)
@@ -77,7 +78,8 @@ def fit(
             # ---- one step
             index_B = batch_indices(task.examples, config, task.name, step)
             set_learning_rate(optimizer, config, step)
-            loss, scalars = task.loss(index_B, step, generator(config.seed, task.name, "step", step))
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, scalars = task.loss(index_B, step, generator(config.seed, task.name, "step", step))
             loss.backward()
             norm = nn.utils.clip_grad_norm_(task.module.parameters(), config.clip or math.inf)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -90,17 +92,19 @@ def fit(
             task.after_step(step, generator(config.seed, task.name, "after", step))
             # ---- then the rare events
             done = step + 1
+            speed.count += len(index_B)
             if done % config.log_every == 0 or done == config.steps:
                 values = {"loss": loss.item(), **{n: s.item() for n, s in scalars.items()}}
-                log.write(done, values)
+                log.write(done, {**values, "images_per_s": round(speed.read(), 1)})
                 bar.set_postfix({n: f"{v:.3f}" for n, v in values.items()}, refresh=False)
             bar.update()
             if stopping.is_set() or done % config.save_every == 0 or done == config.steps:
-                save_state(path, TrainState(done), task.module, optimizer, to_dict(config))
-                if evaluate is not None and not stopping.is_set():
-                    task.module.eval()
-                    log.write(done, evaluate(done))
-                    task.module.train()
+                with speed.paused():
+                    save_state(path, TrainState(done), task.module, optimizer, to_dict(config))
+                    if evaluate is not None and not stopping.is_set():
+                        task.module.eval()
+                        log.write(done, evaluate(done))
+                        task.module.train()
             if stopping.is_set():
                 raise Interrupted(task.name, done, config.steps)
     task.module.eval()

@@ -65,10 +65,11 @@ class CodebookConfig:
 class TokenizerRunConfig:
     """A whole run of `nextscale tokenizer train`."""
 
-    image_size: int = 32
-    """Side of the square images in pixels."""
+    image_size: int = 0
+    """Side of the square images in pixels; 0 means that of the start checkpoint, else 32."""
     scales: str = ""
-    """Sides of the token maps, coarse to fine; empty derives them from the image size."""
+    """Sides of the token maps, coarse to fine; empty keeps those of the start checkpoint at its size, else derives
+    them from the image size."""
     limit: int = 1_000_000
     """Use at most this many images."""
     held_out: float = 0.02

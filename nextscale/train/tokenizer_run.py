@@ -18,6 +18,7 @@ from nextscale.files import claim, write_json
 from nextscale.metrics.codebook import CodebookUse
 from nextscale.metrics.reconstruction import psnr, ssim
 from nextscale.pictures import curves, grid
+from nextscale.pyramid import Pyramid
 from nextscale.rng import fold
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.train.log import read_log
@@ -36,9 +37,9 @@ def train_tokenizer(config: TokenizerRunConfig, data: str, folder: Path) -> dict
     """
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
-    pyramid = derive_pyramid(config.image_size, codes.downsampling, config.scales)
-    model = ModelConfig(pyramid, codes, None)
-    images = load_images(data, config.image_size, config.limit, config.train.seed)
+    model = ModelConfig(_pyramid(config, start), codes, None)
+    images = load_images(data, _square_side(model), config.limit, config.train.seed)
+    images.say_remarks()
     train, held_out = images.split(config.held_out, config.train.seed)
     if len(held_out) == 0 or len(train) == 0:
         raise UserError(f"{data} has too few images for held_out={config.held_out}: one part would be empty")
@@ -51,7 +52,9 @@ def train_tokenizer(config: TokenizerRunConfig, data: str, folder: Path) -> dict
         write_checkpoint(folder, Checkpoint(model, dict(tokenizer.state_dict()), {}))
         show_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
         report = evaluate_tokenizer(tokenizer, held_out.subset(torch.arange(min(len(held_out), _QUICK))))
-        return {name: report[name] for name in ("psnr_db", "perplexity", "usage")} | {"revived": task.revived}
+        return {name: report[name] for name in ("psnr_db", "perplexity", "usage")} | {
+            "revived": int(task.learner.revived)
+        }
 
     fit(task, config.train, folder, save_and_look)
     save_and_look(config.train.steps)
@@ -59,6 +62,24 @@ def train_tokenizer(config: TokenizerRunConfig, data: str, folder: Path) -> dict
     write_json(folder / "evaluation.json", report)
     draw_curves(folder)
     return report
+
+
+def _pyramid(config: TokenizerRunConfig, start: Checkpoint | None) -> Pyramid:
+    """The start checkpoint's where nothing else is asked for, else as the config says."""
+    if start is None:
+        return derive_pyramid(config.image_size or 32, config.tokenizer.downsampling, config.scales)
+    side = _square_side(start.config)
+    if not config.scales and config.image_size in (0, side):
+        return start.config.pyramid
+    return derive_pyramid(config.image_size or side, start.config.tokenizer.downsampling, config.scales)
+
+
+def _square_side(model: ModelConfig) -> int:
+    """Side of the model's images in pixels; UserError when they are not square."""
+    height, width = model.image_size
+    if height != width:
+        raise UserError(f"data sets are read as square images; this model wants {height} x {width}")
+    return height
 
 
 def _new_tokenizer(model: ModelConfig, seed: int, start: Checkpoint | None) -> Tokenizer:
@@ -116,10 +137,8 @@ def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> di
     checkpoint = read_checkpoint(folder)
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
     tokenizer = _new_tokenizer(model, 0, checkpoint).eval()
-    height, width = model.image_size
-    if height != width:
-        raise UserError(f"data sets are read as square images; this model wants {height} x {width}")
-    images = load_images(data, height, limit, seed=0)
+    images = load_images(data, _square_side(model), limit, seed=0)
+    images.say_remarks()
     report = evaluate_tokenizer(tokenizer, images)
     if out is not None:
         write_json(out / "report.json", report)

@@ -36,7 +36,7 @@ class TokenizerTask:
     ):
         self.tokenizer, self.images = tokenizer, images_B3HW
         self.losses, self.codebook = losses or TokenizerLossConfig(), codebook or CodebookConfig()
-        self.examples, self.revived = len(images_B3HW), 0
+        self.examples = len(images_B3HW)
         decay = self.codebook.ema_decay if self.codebook.update == "ema" else None
         self.learner = CodebookLearner(tokenizer.quantizer, decay, self.codebook.revive_below)
         self.lpips = None
@@ -94,4 +94,4 @@ class TokenizerTask:
         quantized, counts_KV = self.last
         self.learner.update(quantized, counts_KV)
         if self.codebook.revive_every and (step + 1) % self.codebook.revive_every == 0:
-            self.revived += self.learner.revive(quantized.wanted_BLC, rng)
+            self.learner.revive(quantized.wanted_BLC, rng)
