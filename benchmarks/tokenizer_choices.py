@@ -1,0 +1,99 @@
+"""How should a tokenizer's codes learn? Compare choices at equal training time on one machine.
+
+    python benchmarks/tokenizer_choices.py --train cifar10-train.parquet --test cifar10-test.parquet \
+        --out runs/tokenizer-choices --minutes 10
+
+Every variant is `nextscale tokenizer train` with configs/tokenizer_cifar10.yaml and the options below, on one thread,
+two variants side by side. Steps are chosen so that each trains for the same number of minutes: a short run of every
+variant first measures its speed. Finished variants are not repeated; an interrupted one continues. Writes results.json,
+results.md and curves.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from nextscale.files import write_json, write_text
+from nextscale.pictures import curves
+from nextscale.train.log import read_log
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer_cifar10.yaml"
+BATCH, PROBE_STEPS = 32, 60
+VARIANTS = {
+    "as configured": [],  # moving averages, revival, 4 phi
+    "another seed": ["--train.seed", "1"],
+    "no revival": ["--codebook.revive-every", "0"],
+    "gradient codebook": ["--codebook.update", "gradient"],
+    "gradient, no revival": ["--codebook.update", "gradient", "--codebook.revive-every", "0"],
+    "1 phi": ["--tokenizer.num-phi", "1"],
+}
+COLUMNS = ("steps", "minutes", "psnr_db", "ssim", "perplexity", "usage", "revived")
+
+
+def nextscale(*arguments: str, log: Path) -> None:
+    """Run the command line on one thread; its output goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("a") as output:
+        command = [sys.executable, "-m", "nextscale.cli", *arguments]
+        subprocess.run(command, stdout=output, stderr=output, env=environment, check=True)
+
+
+def train(options: argparse.Namespace, name: str, folder: Path, steps: int) -> list[dict]:
+    """Train a variant for some steps; its log."""
+    save_every = max(1, steps // 8)
+    nextscale(
+        "tokenizer", "train", str(CONFIG), "--data", options.train, "--out", str(folder), *VARIANTS[name],
+        "--train.steps", str(steps), "--train.save-every", str(save_every), "--train.log-every", "20",
+        log=folder.with_suffix(".log"),
+    )  # fmt: skip
+    return read_log(folder / "log.jsonl")
+
+
+def measure(options: argparse.Namespace, name: str) -> dict:
+    """Speed, then the training, then the test images."""
+    folder = options.out / name.replace(" ", "-").replace(",", "")
+    speeds = [r["images_per_s"] for r in train(options, name, folder / "probe", PROBE_STEPS) if "images_per_s" in r]
+    steps = round(options.minutes * 60 * speeds[-1] / BATCH)
+    log = train(options, name, folder / "run", steps)
+    nextscale("tokenizer", "evaluate", str(folder / "run"), "--data", options.test, "--out", str(folder / "test"),
+              log=folder / "test.log")  # fmt: skip
+    report = json.loads((folder / "test" / "report.json").read_text())
+    seconds = sum(20 * BATCH / r["images_per_s"] for r in log if "images_per_s" in r)
+    points = {key: [(r["step"], r[key]) for r in log if key in r] for key in ("psnr_db", "perplexity", "usage")}
+    return {**report, "steps": steps, "minutes": seconds / 60, "revived": log[-1]["revived"], "curves": points}
+
+
+def table(results: dict[str, dict]) -> str:
+    rows = [f"| variant | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, result in results.items():
+        cells = [f"{result[c]:.3g}" if c in ("ssim", "usage") else f"{result[c]:.4g}" for c in COLUMNS]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="training images")
+    parser.add_argument("--test", required=True, help="test images")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--minutes", type=float, default=10, help="training time of each variant")
+    parser.add_argument("--side-by-side", type=int, default=2, help="variants trained at once, one thread each")
+    options = parser.parse_args()
+    with ThreadPoolExecutor(options.side_by_side) as pool:
+        results = dict(zip(VARIANTS, pool.map(lambda name: measure(options, name), VARIANTS), strict=True))
+    write_json(options.out / "results.json", results)
+    write_text(options.out / "results.md", table(results))
+    panels = ("psnr_db", "perplexity", "usage")
+    curves({p: {n: r["curves"][p] for n, r in results.items()} for p in panels}, options.out / "curves.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
