@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := runs/quickstart
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/nextscale quickstart --out $(RUN)
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -n 2
+
+soak: $(VENV)/.ready
+	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py -s
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

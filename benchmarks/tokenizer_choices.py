@@ -1,9 +1,9 @@
 """How should a tokenizer's codes learn? Compare choices at equal training time on one machine.
 
-    python benchmarks/tokenizer_choices.py --train cifar10-train.parquet --test cifar10-test.parquet \
+    python -m benchmarks.tokenizer_choices --train cifar10-train.parquet --test cifar10-test.parquet \
         --out runs/tokenizer-choices --minutes 10
 
-Every variant is `nextscale tokenizer train` with configs/tokenizer_cifar10.yaml and the options below, on one thread,
+Every variant is `nextscale tokenizer train` with the recipe tokenizer-cifar10 and the options below, on one thread,
 two variants side by side. Steps are chosen so that each trains for the same number of minutes: a short run of every
 variant first measures its speed. Finished variants are not repeated; an interrupted one continues. Writes results.json,
 results.md and curves.png.
@@ -23,7 +23,7 @@ from nextscale.files import write_json, write_text
 from nextscale.pictures import curves
 from nextscale.train.log import read_log
 
-CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer_cifar10.yaml"
+RECIPE = "tokenizer-cifar10"
 BATCH, PROBE_STEPS = 32, 60
 VARIANTS = {
     "as configured": [],  # moving averages, revival, 4 phi
@@ -49,9 +49,9 @@ def train(options: argparse.Namespace, name: str, folder: Path, steps: int) -> l
     """Train a variant for some steps; its log."""
     save_every = max(1, steps // 8)
     nextscale(
-        "tokenizer", "train", str(CONFIG), "--data", options.train, "--out", str(folder), *VARIANTS[name],
+        "tokenizer", "train", RECIPE, "--data", options.train, "--out", str(folder), *VARIANTS[name],
         "--train.steps", str(steps), "--train.save-every", str(save_every), "--train.log-every", "20",
-        log=folder.with_suffix(".log"),
+        "--device", "cpu", log=folder.with_suffix(".log"),
     )  # fmt: skip
     return read_log(folder / "log.jsonl")
 

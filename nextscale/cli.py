@@ -13,7 +13,7 @@ import tyro
 
 from nextscale import __version__
 from nextscale.commands import COMMANDS
-from nextscale.config import from_dict, nearest
+from nextscale.config import from_dict, nearest, underived
 from nextscale.errors import UserError
 
 T = TypeVar("T")
@@ -84,12 +84,14 @@ def defaults(kind: type, arguments: list[str]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if "settings" not in fields:
         return None
-    path = _config_option(arguments) if fields["config"].default is None else _first_word(arguments)
+    path = (
+        _config_option(arguments) if "config" in fields and fields["config"].default is None else _first_word(arguments)
+    )
     if path is None:
         return None
     settings = read_settings(get_type_hints(kind)["settings"], path)
     required = {n: tyro.MISSING for n, f in fields.items() if f.default is f.default_factory}  # both are "missing"
-    return kind(**required, settings=settings)
+    return kind(**required, settings=underived(settings))
 
 
 def _first_word(arguments: list[str]) -> Path | None:
@@ -110,6 +112,8 @@ def read_settings(kind: type[T], path: Path) -> T:
     """A YAML or JSON file as settings. Raises UserError naming the file and the key at fault."""
     import yaml
 
+    if not path.exists() and not path.suffix:
+        path = _recipe(str(path))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -117,6 +121,14 @@ def read_settings(kind: type[T], path: Path) -> T:
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
     return from_dict(kind, {} if data is None else data, str(path), kind())
+
+
+def _recipe(name: str) -> Path:
+    """The file of a named recipe; UserError with the nearest name when there is none."""
+    known = {p.stem: p for p in (Path(__file__).parent / "recipes").glob("*.yaml")}
+    if name not in known:
+        raise UserError(f"there is no config file and no recipe named '{name}'{nearest(name, sorted(known))}")
+    return known[name]
 
 
 def _summary(command: type) -> str:

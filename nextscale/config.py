@@ -6,6 +6,7 @@ Reading is strict: an unknown key names the nearest known one, a value of the wr
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -119,8 +120,8 @@ class TransformerConfig:
     condition: ClassConditionConfig = field(default_factory=ClassConditionConfig)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "width", self.width or 64 * self.depth)
-        object.__setattr__(self, "heads", self.heads or self.depth)
+        for name, value in self.derived().items():
+            object.__setattr__(self, name, getattr(self, name) or value)
         check(
             "transformer",
             self,
@@ -137,6 +138,10 @@ class TransformerConfig:
                 f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: "
                 "width must be a multiple of heads"
             )
+
+    def derived(self) -> dict[str, Any]:
+        """What fields that are 0 become."""
+        return {"width": 64 * self.depth, "heads": self.depth}
 
     @property
     def ffn_width(self) -> int:
@@ -169,6 +174,39 @@ class ModelConfig:
         height, width = self.image_size
         what = f"{self.transformer.condition.num_classes} classes" if self.transformer else "a tokenizer alone"
         return f"{what}, scales {self.pyramid}, images of {height} x {width} pixels"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images of a set are used, and how they are cut. Held-out images are resized and centre-cropped."""
+
+    limit: int = 10**9
+    """Use at most this many images, chosen at random."""
+    held_out: float = 0.02
+    """Share of every class kept from training, to measure with; data that comes with a split keeps it."""
+    random_crop: bool = False
+    """VAR's cut: short side to 1.125 times the size, then a random square; otherwise resized and centre-cropped."""
+    flip: bool = False
+    """Mirror half of the images."""
+    max_unreadable: float = 0.1
+    """Share of unreadable images at which a run stops; below it they are named and passed over."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "limit must be 1 or more": self.limit >= 1,
+            "held_out must lie between 0 and 1": 0 < self.held_out < 1,
+            "max_unreadable must lie in 0 to 1": 0 <= self.max_unreadable <= 1,
+        }
+        check("data", self, rules)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Scales of VAR's initialisation. The published recipes lower `adaln_gamma` with depth (1e-3 for d16)."""
+
+    adaln: float = 0.5
+    adaln_gamma: float = 1e-3
+    head: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -224,7 +262,20 @@ def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = N
     values = {
         key: _convert(hints[key], value, f"{where}.{key}", getattr(base, key, None)) for key, value in data.items()
     }
-    return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
+    return cls(**values) if base is None else dataclasses.replace(underived(base), **values)  # type: ignore[type-var]
+
+
+def underived(config: T) -> T:
+    """The config with fields that follow from others set back to 0, at every depth, so that they will follow again."""
+    out = copy.copy(config)
+    followers = config.derived() if hasattr(config, "derived") else {}
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Pyramid):
+            object.__setattr__(out, f.name, underived(value))
+        elif f.name in followers and value == followers[f.name]:
+            object.__setattr__(out, f.name, 0)
+    return out
 
 
 def nearest(name: str, known: list[str]) -> str:

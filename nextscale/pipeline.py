@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
-from nextscale.config import ModelConfig, SampleConfig, nearest
+from nextscale.config import InitConfig, ModelConfig, SampleConfig, nearest
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.errors import UserError
-from nextscale.model.init import InitConfig, initialise
+from nextscale.model.init import initialise
 from nextscale.model.var import VAR
 from nextscale.pictures import grid, to_pil
 from nextscale.rng import fold, generator

@@ -11,6 +11,7 @@ from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.official import import_official
 from nextscale.checkpoints.official_config import Hints
 from nextscale.cli import main
+from nextscale.data.examples import MemoryExamples
 from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
@@ -78,8 +79,8 @@ def test_another_aspect_trains_a_step_and_samples(tmp_path, tiny_folder):
     assert pipeline.sample(["dog"]).tensor.shape == (1, 3, 6, 12)
     tokens = pipeline.encode(torch.rand(8, 3, 6, 12))
     config = TrainConfig(steps=3, batch_size=4, log_every=1)
-    labels = torch.arange(8) % 2
-    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, tokens, labels, config), config, tmp_path / "run")
+    examples = MemoryExamples(tokens=tokens, label=torch.arange(8) % 2)
+    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config), config, tmp_path / "run")
     assert np.isfinite([r["loss"] for r in read_log(tmp_path / "run" / "log.jsonl")]).all()
     assert pipeline.sample(["cat"]).tensor.isfinite().all()
 

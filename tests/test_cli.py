@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextscale.cli import main, parse, read_settings
-from nextscale.commands import COMMANDS, parse_labels
+from nextscale.commands import COMMANDS
+from nextscale.commands.use import parse_labels
 from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 from tests.conftest import read_fixture

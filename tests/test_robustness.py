@@ -261,7 +261,7 @@ def test_a_folder_without_classes_is_one_class(tmp_path):
     assert (len(data), data.class_names, data.labels_B.tolist()) == (3, (tmp_path.name,), [0, 0, 0])
     (tmp_path / "cat").mkdir()
     picture(0, np.random.default_rng(9)).save(tmp_path / "cat" / "x.png")
-    with pytest.raises(UserError, match=r"both class sub-folders \(cat\) and 3 images outside them \(0.png\)"):
+    with pytest.raises(UserError, match=r"both class sub-folders \(cat, \.\.\.\) and 3 images outside them \(0.png\)"):
         load_images(str(tmp_path), 8, 10, 0)
 
 
@@ -277,11 +277,15 @@ def test_images_smaller_than_the_size_are_named_or_refused(tmp_path, capsys):
         load_images(str(tmp_path), 32, 10, 0)
 
 
-@pytest.mark.parametrize("content", [[1], {"module": 3, "step": 1, "config": {}, "optimizer": {}}, 5])
+@pytest.mark.parametrize("content", [[1], {"module": 3, "step": 1, "settings": {}, "optimizer": {}}, 5])
 def test_training_states_of_odd_content(content, tmp_path):
+    import hashlib
+
     (tmp_path / "training").mkdir()
-    torch.save(content, tmp_path / "training" / "tokenizer.pt")
-    with pytest.raises(UserError, match="cannot be used|other settings"):
+    path = tmp_path / "training" / "tokenizer-00000001.pt"
+    torch.save(content, path)
+    path.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+    with pytest.warns(UserWarning, match="cannot be used"), pytest.raises(UserError, match="no sound training state"):
         fit(tasks(randomised(tiny_config()))[0], SETTINGS, tmp_path)
 
 
@@ -289,14 +293,14 @@ def test_a_stop_in_the_last_step_is_heard(tmp_path):
     import signal
 
     task = tasks(randomised(tiny_config()))[0]
-    normal = task.loss
+    normal = task.forward
 
-    def stop_at_the_end(index_B, step, rng):
+    def stop_at_the_end(batch, noise, step):
         if step == SETTINGS.steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return normal(index_B, step, rng)
+        return normal(batch, noise, step)
 
-    task.loss = stop_at_the_end
+    task.forward = stop_at_the_end
     with pytest.raises(Interrupted):
         fit(task, SETTINGS, tmp_path)
 

@@ -13,14 +13,14 @@ TREES = {f: ast.parse(f.read_text()) for f in FILES}
 LAYERS = [
     ["nextscale", "nextscale.errors"],
     ["nextscale.pyramid", "nextscale.files", "nextscale.rng", "nextscale.ops"],
-    ["nextscale.config", "nextscale.train.config", "nextscale.train.tokenizer_config"],
+    ["nextscale.config", "nextscale.train.config", "nextscale.train.tokenizer_config", "nextscale.train.run_config"],
     ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
     ["nextscale.tokenizer", "nextscale.model", "nextscale.data"],
     ["nextscale.sample", "nextscale.checkpoints"],
     ["nextscale.metrics"],
     ["nextscale.train"],
     ["nextscale.pipeline", "nextscale.info"],
-    ["nextscale.quickstart"],
+    ["nextscale.quickstart", "nextscale.train.transformer_run", "nextscale.train.estimate"],
     ["nextscale.commands"],
     ["nextscale.cli"],
 ]

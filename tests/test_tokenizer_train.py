@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from nextscale.cli import main
+from nextscale.data.examples import MemoryExamples
 from nextscale.errors import UserError
 from nextscale.metrics.codebook import CodebookUse, counts, perplexity, usage
 from nextscale.metrics.lpips import Lpips
@@ -19,11 +20,13 @@ from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.adversary import PatchDiscriminator, adaptive_weight, hinge_loss
 from nextscale.tokenizer.codebook import CodebookLearner
+from nextscale.tokenizer.quantizer import Quantized
 from nextscale.train.config import TrainConfig
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
 from nextscale.train.tokenizer_config import CodebookConfig, TokenizerLossConfig, derive_pyramid
 from nextscale.train.tokenizer_task import TokenizerTask
+from nextscale.train.world import World
 from tests.conftest import randomised, tiny_config
 
 
@@ -39,7 +42,8 @@ def test_moving_averages_against_a_loop():
     for seed in range(3):
         x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
         quantized = tokenizer(x)[1]
-        learner.update(quantized, counts(quantized.tokens_BL, tokenizer.pyramid, 32))
+        learner.observe(quantized, counts(quantized.tokens_BL, tokenizer.pyramid, 32))
+        learner.learn(World(), None)
         seen, summed = np.zeros(32), np.zeros((32, 4))
         for token, vector in zip(quantized.tokens_BL.flatten(), quantized.wanted_BLC.flatten(0, 1), strict=True):
             seen[token] += 1
@@ -63,13 +67,20 @@ def test_dead_codes_move_to_vectors_of_the_batch_and_living_ones_stay():
     quantizer.usage_KV.zero_()
     quantizer.usage_KV[:, :10] = 5.0
     before, wanted = quantizer.codebook.weight.detach().clone(), torch.randn(2, 30, 4)
-    learner.revive(wanted, torch.Generator().manual_seed(0))
+    alive = torch.randint(10, (2, 30))
+
+    def learn():
+        seen = Quantized(wanted, torch.zeros(()), alive, wanted)
+        learner.observe(seen, counts(alive, quantizer.pyramid, 32))
+        learner.learn(World(), torch.Generator().manual_seed(0))
+
+    learn()
     assert learner.revived == 22
     after = quantizer.codebook.weight.detach()
     assert torch.equal(after[:10], before[:10])
     rows = {tuple(r.tolist()) for r in wanted.flatten(0, 1)}
     assert all(tuple(r.tolist()) in rows for r in after[10:])
-    learner.revive(wanted, torch.Generator().manual_seed(0))
+    learn()
     assert learner.revived == 22, "a revived code gets time to find users"
 
 
@@ -127,13 +138,12 @@ def test_discriminator_and_painter_see_each_other_without_gradient():
     tokenizer = randomised(tiny_config("1,2,8")).tokenizer
     losses = TokenizerLossConfig(l1=0, l2=1, adversarial=0.5, adversarial_start=2, discriminator_channels=4,
                                  discriminator_layers=1)  # fmt: skip
-    task = TokenizerTask(tokenizer, images(8, 16), losses, CodebookConfig(revive_every=0))
+    task = TokenizerTask(tokenizer, MemoryExamples(), losses, CodebookConfig(revive_every=0))
     judge = task.discriminator
-    index = torch.arange(4)
 
     def gradients(step):
-        task.module.zero_grad()
-        loss, scalars = task.loss(index, step, torch.Generator())
+        task.trained.zero_grad()
+        loss, scalars = task({"image": images(4, 16)}, {}, step)
         loss.backward()
         painter = [p.grad.clone() for p in tokenizer.decoder.parameters()]
         return painter, [p.grad.clone() for p in judge.parameters() if p.grad is not None], scalars
@@ -220,16 +230,17 @@ def test_every_loss_together_trains_resumes_and_repeats(codebook, tmp_path):
     def task():
         torch.manual_seed(0)
         tokenizer = randomised(tiny_config("1,2,8")).tokenizer
-        return TokenizerTask(tokenizer, images(8, 16), losses, CodebookConfig(revive_every=2, **codebook))
+        examples = MemoryExamples(image=images(8, 16))
+        return TokenizerTask(tokenizer, examples, losses, CodebookConfig(revive_every=2, **codebook))
 
     whole = task()
     fit(whole, config, tmp_path / "whole")
 
     class Stop(TokenizerTask):
-        def loss(self, index_B, step, rng):
+        def forward(self, batch, noise, step):
             if step == 3:
                 raise KeyboardInterrupt
-            return super().loss(index_B, step, rng)
+            return super().forward(batch, noise, step)
 
     first = task()
     first.__class__ = Stop
@@ -237,14 +248,14 @@ def test_every_loss_together_trains_resumes_and_repeats(codebook, tmp_path):
         fit(first, config, tmp_path / "parts")
     second = task()
     fit(second, config, tmp_path / "parts")
-    ours = second.module.state_dict()
-    assert all(torch.equal(ours[n], t) for n, t in whole.module.state_dict().items())
+    ours = second.trained.state_dict()
+    assert all(torch.equal(ours[n], t) for n, t in whole.trained.state_dict().items())
     assert {"lpips", "discriminator", "l1", "vq"} <= read_log(tmp_path / "whole" / "log.jsonl")[-1].keys()
 
 
 CONFIG = {
     "image_size": 16,
-    "held_out": 0.1,
+    "images": {"held_out": 0.1},
     "tokenizer": {"vocab_size": 16, "code_width": 4, "base_channels": 8, "norm_groups": 4, "res_blocks": 1,
                   "channel_multipliers": [1, 1], "attention": False},
     "train": {"steps": 6, "batch_size": 8, "save_every": 3, "log_every": 2},
@@ -254,11 +265,11 @@ CONFIG = {
 def test_train_and_evaluate_commands(tmp_path, capsys):
     (tmp_path / "c.json").write_text(json.dumps(CONFIG))
     command = ["tokenizer", "train", str(tmp_path / "c.json"), "--data", "digits", "--out", str(tmp_path / "run")]
-    assert main([*command, "--limit", "100"]) == 0
+    assert main([*command, "--images.limit", "100"]) == 0
     assert "dB PSNR" in capsys.readouterr().out
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert files == {"config.json", "tokenizer.safetensors", "reconstructions.png", "curves.png", "evaluation.json",
-                     "log.jsonl", "run.json", "training"}  # fmt: skip
+                     "log.jsonl", "run.json", "training", "best"}  # fmt: skip
     evaluate = ["tokenizer", "evaluate", str(tmp_path / "run"), "--data", "digits", "--limit", "50"]
     assert main([*evaluate, "--out", str(tmp_path / "report")]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -266,8 +277,8 @@ def test_train_and_evaluate_commands(tmp_path, capsys):
     assert report["ssim"] <= 1
     assert len(report["perplexity_per_scale"]) == 6
     assert (tmp_path / "report" / "reconstructions.png").exists()
-    assert main([*command, "--limit", "90"]) == 2
-    assert "run with other settings (limit)" in capsys.readouterr().err
+    assert main([*command, "--images.limit", "90"]) == 2
+    assert "run with other settings (images)" in capsys.readouterr().err
     # fine-tuning starts from its weights and scales; with a rate of nearly zero they stay
     (tmp_path / "start.json").write_text(json.dumps({"train": CONFIG["train"]}))
     tuned = [
@@ -281,7 +292,7 @@ def test_train_and_evaluate_commands(tmp_path, capsys):
         "--start",
         str(tmp_path / "run"),
     ]
-    tuned += ["--limit", "100", "--train.learning-rate", "1e-12", "--codebook.revive-every", "0"]
+    tuned += ["--images.limit", "100", "--train.learning-rate", "1e-12", "--codebook.revive-every", "0"]
     assert main(tuned) == 0
     old, new = (Pipeline.from_pretrained(tmp_path / f).tokenizer for f in ("run", "tuned"))
     assert torch.allclose(old.encoder.conv_in.weight, new.encoder.conv_in.weight, atol=1e-6)
@@ -295,9 +306,9 @@ def test_revival_brings_a_collapsed_codebook_back(tmp_path):
         tokenizer = randomised(tiny_config()).tokenizer
         with torch.no_grad():
             tokenizer.quantizer.codebook.weight[2:] += 100
-        task = TokenizerTask(tokenizer, images(), codebook=CodebookConfig(revive_every=every))
+        task = TokenizerTask(tokenizer, MemoryExamples(image=images()), codebook=CodebookConfig(revive_every=every))
         fit(task, TrainConfig(steps=20, batch_size=12), tmp_path / str(every))
-        used[every] = len(tokenizer.encode(task.images.float() / 127.5 - 1).unique())
+        used[every] = len(tokenizer.encode(images().float() / 127.5 - 1).unique())
     assert used[0] <= 2 < 8 <= used[5]
 
 

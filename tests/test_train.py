@@ -1,11 +1,13 @@
 """The trainer: exact resume with real processes and signals, and the guards that keep a run."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nextscale.data.examples import MemoryExamples, Places
 from nextscale.errors import UserError
-from nextscale.train.config import TrainConfig
+from nextscale.train.config import TrainConfig, learning_rate, weight_decay
 from nextscale.train.log import read_log
-from nextscale.train.loop import adamw, batch_indices, fit, set_learning_rate
+from nextscale.train.loop import fit
+from nextscale.train.step import adamw
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.transformer_task import TransformerTask
 from tests.conftest import randomised, tiny_config
@@ -30,13 +34,15 @@ def tasks(pipeline):
     tokens = torch.randint(0, 32, (20, 30), generator=rng)
     labels = torch.randint(0, 5, (20,), generator=rng)
     return (
-        TokenizerTask(pipeline.tokenizer, images),
-        TransformerTask(pipeline.transformer, pipeline.tokenizer, tokens, labels, SETTINGS),
+        TokenizerTask(pipeline.tokenizer, MemoryExamples(image=images)),
+        TransformerTask(
+            pipeline.transformer, pipeline.tokenizer, MemoryExamples(tokens=tokens, label=labels), SETTINGS
+        ),
     )
 
 
 def weights(task):
-    return {n: t.clone() for n, t in task.module.state_dict().items()}
+    return {n: t.clone() for n, t in task.trained.state_dict().items()}
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -46,24 +52,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
     fit(whole, SETTINGS, tmp_path / "whole")
 
     class StopAfterFive(type(whole)):
-        def loss(self, index_B, step, rng):
+        def forward(self, batch, noise, step):
             if step == 5:
                 raise KeyboardInterrupt
-            return super().loss(index_B, step, rng)
+            return super().forward(batch, noise, step)
 
     first = tasks(randomised(tiny_config()))[which]
     first.__class__ = StopAfterFive
     with pytest.raises(KeyboardInterrupt):
         fit(first, SETTINGS, tmp_path / "parts")
     second = tasks(randomised(tiny_config()))[which]
-    for tensor in second.module.state_dict().values():
+    for tensor in second.trained.state_dict().values():
         tensor.fill_(9)  # all must come from the state
     fit(second, SETTINGS, tmp_path / "parts")
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(second)[name], tensor), name
     logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "parts")]
     for record in logs[0] + logs[1]:
-        assert record.pop("images_per_s") > 0
+        assert min(record.pop("images_per_s"), record.pop("tokens_per_s")) > 0
     assert logs[0] == logs[1]
     assert [r["step"] for r in logs[1]] == list(range(1, 9))
 
@@ -82,7 +88,7 @@ try:
 except Interrupted as stop:
     print("stopped", stop.step)
     sys.exit(5)
-torch.save(task.module.state_dict(), sys.argv[1] + "/final.pt")
+torch.save(task.trained.state_dict(), sys.argv[1] + "/final.pt")
 """
 
 
@@ -103,9 +109,9 @@ def test_signals_in_a_real_process(number, tmp_path):
     """Interrupted, terminated or killed while training, a run goes on and ends with the same weights."""
     steps = 60
     process = start(tmp_path / "cut", steps)
-    state = tmp_path / "cut" / "training" / "tokenizer.pt"
+    states = tmp_path / "cut" / "training"
     deadline = time.monotonic() + 60
-    while not state.exists() and time.monotonic() < deadline:
+    while not list(states.glob("tokenizer-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -124,51 +130,129 @@ def test_signals_in_a_real_process(number, tmp_path):
 def test_changed_settings_are_named_and_refused(tmp_path):
     task = tasks(randomised(tiny_config()))[0]
     fit(task, SETTINGS, tmp_path)
-    with pytest.raises(UserError, match="learning_rate was 0.001, now 0.5"):
-        fit(task, TrainConfig(**{**SETTINGS.__dict__, "learning_rate": 0.5}), tmp_path)
+    with pytest.raises(UserError, match=r"other settings: learning_rate was 0\.001, now 0\.5$"):
+        fit(task, replace(SETTINGS, learning_rate=0.5), tmp_path)
 
 
-def test_a_damaged_state_is_named(tmp_path):
-    task = tasks(randomised(tiny_config()))[0]
-    (tmp_path / "training").mkdir()
-    (tmp_path / "training" / "tokenizer.pt").write_bytes(b"PK junk")
-    with pytest.raises(UserError, match=r"training state .*tokenizer\.pt cannot be used .* delete it to train anew"):
-        fit(task, SETTINGS, tmp_path)
+def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path):
+    """The state before it is used, and the run ends with the same weights; with none left the run is refused."""
+    whole = tasks(randomised(tiny_config()))[0]
+    fit(whole, SETTINGS, tmp_path / "whole")
+    fit(tasks(randomised(tiny_config()))[0], replace(SETTINGS, save_every=1), tmp_path / "hurt")
+    states = sorted((tmp_path / "hurt" / "training").glob("*.pt"))
+    assert [p.name for p in states] == ["tokenizer-00000007.pt", "tokenizer-00000008.pt"]
+    content = bytearray(states[1].read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    states[1].write_bytes(content)
+    again = tasks(randomised(tiny_config()))[0]
+    with pytest.warns(UserWarning, match=r"tokenizer-00000008\.pt cannot be used .*checksum.*trying the state before"):
+        fit(again, SETTINGS, tmp_path / "hurt")
+    assert all(torch.equal(t, weights(again)[n]) for n, t in weights(whole).items())
+    for path in (tmp_path / "hurt" / "training").glob("*.pt"):
+        path.write_bytes(b"PK junk")
+    with (
+        pytest.raises(UserError, match=r"no sound training state is left: delete .*training to train anew"),
+        pytest.warns(UserWarning, match="cannot be used"),
+    ):
+        fit(again, SETTINGS, tmp_path / "hurt")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path):
-    task = tasks(randomised(tiny_config()))[0]
-    fit(task, TrainConfig(**{**SETTINGS.__dict__}), tmp_path)
-    before = (tmp_path / "training" / "tokenizer.pt").read_bytes()
-    longer = tasks(randomised(tiny_config()))[0]
-    with torch.no_grad():
-        longer.tokenizer.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="step 0 are not both finite"):
-        fit(longer, SETTINGS, tmp_path / "other")
-    assert (tmp_path / "training" / "tokenizer.pt").read_bytes() == before
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_place_and_keeps_the_last_state(tmp_path):
+    for which, damage, words in (
+        (
+            0,
+            lambda t: t.tokenizer.decoder.middle[0].conv2.bias,
+            "the first layer at fault is tokenizer.decoder.middle.0.conv2",
+        ),
+        (
+            1,
+            lambda t: t.model.blocks[1].ffn.fc2.bias,
+            "at all scales; the first layer at fault is blocks.1",
+        ),
+    ):
+        folder = tmp_path / f"{which}{words[:20]}"
+        fit(tasks(randomised(tiny_config()))[which], replace(SETTINGS, steps=3), folder)
+        (state,) = (folder / "training").glob("*3.pt")
+        before = state.read_bytes()
+
+        class Broken(type(tasks(randomised(tiny_config()))[which])):
+            def forward(self, batch, noise, step, damage=damage):
+                with torch.no_grad():
+                    damage(self).fill_(float("nan"))
+                return super().forward(batch, noise, step)
+
+        longer = tasks(randomised(tiny_config()))[which]
+        longer.__class__ = Broken
+        with pytest.raises(UserError, match=f"at step 3 are not both finite; {words}.*checkpoint of step 3 is kept"):
+            fit(longer, SETTINGS, folder, accept_changes=True)
+        assert state.read_bytes() == before
+
+
+def test_the_scale_at_fault_is_named():
+    task = tasks(randomised(tiny_config()))[1]
+    nan = float("nan")
+    for values, words in (([1.0, nan, 2.0, nan], "scale 2x2, 4x4"), ([nan] * 4, "all scales"), ([1.0] * 4, "")):
+        assert task.scales_at_fault({"loss_per_scale": torch.tensor(values)}) == words
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path):
+    class Root(type(tasks(randomised(tiny_config()))[1])):
+        def forward(self, batch, noise, step):
+            loss, scalars = super().forward(batch, noise, step)
+            return loss + (self.model.head.bias[0] * 0).abs().sqrt(), scalars  # the slope of a root at 0 is infinite
+
+    task = tasks(randomised(tiny_config()))[1]
+    task.__class__ = Root
+    with pytest.raises(UserError, match=r"the gradient of head\.bias and 0 more parameters is not; no checkpoint"):
+        fit(task, replace(SETTINGS, clip=0.0), tmp_path)
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 30), st.integers(1, 9))
-def test_every_epoch_shows_every_example_once(examples, batch):
-    config = TrainConfig(batch_size=batch)
-    steps = -(-3 * examples // batch)
-    seen = torch.cat([batch_indices(examples, config, "t", s) for s in range(steps)])[: 3 * examples]
-    for epoch in seen.split(examples):
-        assert sorted(epoch.tolist()) == list(range(examples))
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 3))
+def test_every_epoch_shows_every_example_once_over_all_processes(examples, own, processes):
+    config = TrainConfig(batch_size=own * processes, micro_batch=2)
+    places = Places(MemoryExamples(x=torch.zeros(examples)), 0, "t")
+    seen = []
+    for step in range(-(-3 * examples // config.batch_size)):
+        batch = sorted((p.start, p.stop) for rank in config.shares(processes) for p in rank)
+        for start, stop in batch:
+            seen += places.indices(step * config.batch_size + start, step * config.batch_size + stop)
+    for epoch in range(3):
+        assert sorted(seen[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
 
 
-def test_learning_rate_warms_up_and_falls_to_its_end():
-    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0)
-    rates = []
-    for step in range(101):
-        set_learning_rate(optimizer, config, step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1)
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match="batch_size 10 cannot be divided among 4 processes"):
+        TrainConfig(batch_size=10).shares(4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedules_are_var_s(schedule):
+    """Against the official formulas, written out: warm-up from 0.5 %, then down to the final share at the last step."""
+    config = TrainConfig(
+        learning_rate=2.0, final_learning_rate=0.2, schedule=schedule, warmup_start=0.005, flat=0.05,
+        weight_decay=0.05, final_weight_decay=0.08,
+    )  # fmt: skip
+    steps, warmup = 100, 10
+    for step in range(steps):
+        if step < warmup:
+            expected = 0.005 + 0.995 * step / warmup
+        else:
+            passed = (step - warmup) / (steps - 1 - warmup)
+            if schedule == "cosine":
+                expected = 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * passed))
+            else:
+                expected = 1 if passed < 0.05 else 0.1 + 0.9 * (1 - passed) / 0.95
+        assert learning_rate(config, step, steps, warmup) == pytest.approx(2 * expected)
+        decay = 0.08 + (0.05 - 0.08) * (0.5 + 0.5 * math.cos(math.pi * step / (steps - 1)))
+        assert weight_decay(config, step, steps) == pytest.approx(decay)
+    assert learning_rate(config, steps - 1, steps, warmup) == pytest.approx(0.2)
+
+
+def test_epochs_in_place_of_steps():
+    config = TrainConfig(epochs=3, warmup_epochs=0.5, batch_size=10)
+    assert config.schedule_steps(100) == (30, 5)
+    assert TrainConfig(steps=7, warmup_steps=50).schedule_steps(100) == (7, 7)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -195,5 +279,6 @@ def test_training_learns(tmp_path):
     pipeline = randomised(tiny_config("1,2"))
     tokens = torch.arange(5)[:, None].expand(5, 5).contiguous()
     config = TrainConfig(steps=60, batch_size=10, learning_rate=1e-2, label_drop=0.0, warmup_steps=5)
-    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, tokens, torch.arange(5), config), config, tmp_path)
+    examples = MemoryExamples(tokens=tokens, label=torch.arange(5))
+    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config), config, tmp_path)
     assert read_log(tmp_path / "log.jsonl")[-1]["loss"] < 0.2

@@ -149,9 +149,9 @@ def test_a_dropped_branch_contributes_nothing():
 def test_stochastic_depth_keeps_the_mean_and_grows_with_depth():
     model = randomised(tiny_config(depth=5)).transformer
     keep = branch_keep(model, 4000, 0.4, torch.Generator().manual_seed(0))
-    assert keep.shape == (5, 2, 4000)
-    assert torch.allclose(keep.mean(dim=2), torch.ones(5, 2), atol=0.05)
-    assert torch.allclose((keep == 0).float().mean(dim=(1, 2)), torch.linspace(0, 0.4, 5), atol=0.02)
+    assert keep.shape == (4000, 5, 2)
+    assert torch.allclose(keep.mean(dim=0), torch.ones(5, 2), atol=0.05)
+    assert torch.allclose((keep == 0).float().mean(dim=(0, 2)), torch.linspace(0, 0.4, 5), atol=0.02)
     assert branch_keep(model, 4, 0.0, torch.Generator()) is None
 
 

@@ -1,11 +1,15 @@
-"""Small labelled image sets held in memory: scikit-learn's digits, a folder of images, a parquet file."""
+"""Labelled image sets: held in memory as uint8 where they are small, decoded as they are asked for where they are not.
+
+What is held out to measure with is part of a set's definition: the split that the data came with, else a share of every
+class, chosen from the seed.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -13,13 +17,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.data.images import ImageLike, fit, load_image
+from nextscale.config import DataConfig
+from nextscale.data.examples import Batch
+from nextscale.data.images import fit, load_image, random_crop
+from nextscale.data.sources import Source, open_source
 from nextscale.errors import UserError
 from nextscale.rng import generator
 
-_SUFFIXES = set(Image.registered_extensions())
-_MAX_UNREADABLE = 0.1
 _MAX_ENLARGED = 0.5
+_IN_MEMORY = 2**31
+_NEXT_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class ImageSet:
     """Names of files that were left out because they could not be read."""
     enlarged: tuple[str, ...] = ()
     """Names of files that were smaller than the size."""
+    is_held_out_B: Tensor | None = None
+    """The split that the data came with."""
 
     def __len__(self) -> int:
         return len(self.images_B3HW)
@@ -47,155 +56,175 @@ class ImageSet:
                 print(f"note: {text.format(len(names))}: {'; '.join(names[:5])}")
 
     def subset(self, index: Tensor) -> ImageSet:
-        return replace(self, images_B3HW=self.images_B3HW[index], labels_B=self.labels_B[index])
+        mine = None if self.is_held_out_B is None else self.is_held_out_B[index]
+        return replace(self, images_B3HW=self.images_B3HW[index], labels_B=self.labels_B[index], is_held_out_B=mine)
 
     def split(self, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
-        """(training, held-out) parts: this share of every class, at least one image where a class has two."""
-        order = torch.randperm(len(self), generator=generator(seed, "split"))
-        is_held = torch.zeros(len(self), dtype=torch.bool)
-        for label in range(len(self.class_names)):
-            members = order[self.labels_B[order] == label]
+        """(training, held-out) parts, see `split_rows`."""
+        train, held = split_rows(self.labels_B, self.is_held_out_B, held_out, seed)
+        return self.subset(train), self.subset(held)
+
+    def examples(self, flip: bool = False, seed: int = 0) -> ImageExamples:
+        """As a trainer takes them."""
+        return ImageExamples(self.labels_B, flip, seed, memory_B3HW=self.images_B3HW)
+
+
+def split_rows(labels_B: Tensor, is_held_out_B: Tensor | None, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(training, held-out) rows: as the data came, else this share of every class and at least one where it has two."""
+    order = torch.randperm(len(labels_B), generator=generator(seed, "split"))
+    is_held = torch.zeros(len(labels_B), dtype=torch.bool) if is_held_out_B is None else is_held_out_B
+    if is_held_out_B is None:
+        for label in labels_B.unique():
+            members = order[labels_B[order] == label]
             is_held[members[: max(round(held_out * len(members)), int(len(members) > 1))]] = True
-        return self.subset(order[~is_held[order]]), self.subset(order[is_held[order]])
+    return order[~is_held[order]], order[is_held[order]]
 
 
-def load_images(data: str, size: int, limit: int, seed: int) -> ImageSet:
-    """Images of `data` as size x size: "digits", a folder of images, or a .parquet file.
+def load_images(data: str, size: int, limit: int = 10**9, seed: int = 0) -> ImageSet:
+    """All images of `data` (see `open_source`) as size x size, in memory.
 
-    In a folder each sub-folder is a class; images without sub-folders are one class of the folder's name. At most
-    `limit` images, chosen from `seed`. Unreadable files are left out and named in the result, and so are those that
-    had to be enlarged; UserError when more than a tenth are unreadable, more than half smaller than `size`, when
-    nothing is left, or when `data` is none of the three.
+    At most `limit` images, chosen from `seed`. Unreadable files are left out and named in the result, and so are those
+    that had to be enlarged; UserError when more than a tenth are unreadable, more than half smaller than `size`, when
+    nothing is left, or when `data` is no source.
     """
-    if data == "digits":
-        digits = _digits(size)
-        return digits.subset(_choose(len(digits), limit, seed))
-    path = Path(data)
-    if path.is_dir():
-        sources, labels, names = _folder(path)
-    elif path.suffix == ".parquet" and path.is_file():
-        sources, labels, names = _parquet(path)
-    else:
-        raise UserError(
-            f"--data {data} is neither 'digits', a folder of images or of class sub-folders, nor a .parquet file"
-        )
-    chosen = _choose(len(labels), limit, seed).tolist()
-    return _read([(*sources(i), labels[i]) for i in chosen], names, size, str(path))
+    return read_all(open_source(data, size), size, limit, seed)
 
 
-def _choose(count: int, limit: int, seed: int) -> Tensor:
-    """Which of `count` images to use, in order."""
-    return torch.randperm(count, generator=generator(seed, "limit"))[:limit].sort().values
-
-
-def _digits(size: int) -> ImageSet:
-    """scikit-learn's 1,797 handwritten digits, 8x8 in 17 greys, enlarged (bicubic) to the size."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("the bundled digits come with scikit-learn: pip install 'nextscale[quickstart]'") from None
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    enlarged = [np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.BICUBIC)) for p in pixels]
-    images = torch.from_numpy(np.stack(enlarged)).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
-    return ImageSet(images, torch.from_numpy(digits.target).long(), tuple(map(str, range(10))))
-
-
-Source = Callable[[int], tuple[str, ImageLike | None]]
-
-
-def _folder(path: Path) -> tuple[Source, list[int], tuple[str, ...]]:
-    files: list[Path] = []
-    labels: list[int] = []
-    names: list[str] = []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        found = _pictures(folder.rglob("*"))
-        if found:  # an empty folder would become a class that nothing is known of
-            labels += [len(names)] * len(found)
-            files += found
-            names.append(folder.name)
-    loose = _pictures(path.iterdir())
-    if not files and not loose:
-        raise UserError(
-            f"{path} has no images; expected {path}/CLASS/IMAGE.png and the like, or images without classes"
-        )
-    if files and loose:
-        raise UserError(
-            f"{path} has both class sub-folders ({', '.join(names[:3])}) and {len(loose)} images outside them "
-            f"({loose[0].name}): move these into a class, or away"
-        )
-    if loose:
-        files, labels, names = loose, [0] * len(loose), [path.resolve().name]
-    return lambda i: (str(files[i]), files[i]), labels, tuple(names)
-
-
-def _pictures(paths: Iterable[Path]) -> list[Path]:
-    return sorted(f for f in paths if f.suffix.lower() in _SUFFIXES and not f.name.startswith(".") and f.is_file())
-
-
-def _parquet(path: Path) -> tuple[Source, list[int], tuple[str, ...]]:
-    """A table as Hugging Face datasets writes it: column `image` (bytes, or a struct with bytes), column `label`."""
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("reading parquet needs pyarrow: pip install 'nextscale[data]'") from None
-    try:
-        table = parquet.read_table(path)
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged or no parquet file: {str(error).splitlines()[0]}") from error
-    for column in ("image", "label"):
-        if column not in table.column_names:
-            raise UserError(f"{path} has no column '{column}'; it has {', '.join(table.column_names)}")
-    images, raw = table.column("image"), table.column("label").to_pylist()
-    if not raw or any(not isinstance(label, int | str) for label in raw):
-        raise UserError(
-            f"{path}: column 'label' must hold a whole number or a text in every row, and there must be rows"
-        )
-    names, labels = _label_names(table.schema.metadata or {}, raw)
-
-    def source(i: int) -> tuple[str, ImageLike | None]:
-        cell = images[i].as_py()
-        return f"{path} row {i}", cell.get("bytes") if isinstance(cell, dict) else cell
-
-    return source, labels, names
-
-
-def _label_names(metadata: dict[bytes, bytes], raw: list) -> tuple[tuple[str, ...], list[int]]:
-    """Class names from the file's ClassLabel feature, else the labels themselves in order."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get("label", {}).get("names")
-    if names and all(isinstance(v, int) and 0 <= v < len(names) for v in raw):
-        return tuple(names), raw
-    values = sorted(set(raw))
-    return tuple(map(str, values)), [values.index(v) for v in raw]
-
-
-def _read(items: list[tuple[str, ImageLike | None, int]], names: tuple[str, ...], size: int, where: str) -> ImageSet:
-    images, labels, unreadable, enlarged = [], [], [], []
-    for name, source, label in _progress(items):
-        if not isinstance(source, str | Path | bytes):
-            unreadable.append(f"{name} (it holds no image)")
-            continue
+def read_all(source: Source, size: int, limit: int, seed: int, max_unreadable: float = 0.1) -> ImageSet:
+    """As `load_images`, of a source; UserError above another share of unreadable images."""
+    rows, is_held_out_B = choose_rows(source, limit, seed)
+    images, kept, unreadable, enlarged = [], [], [], []
+    for place, row in enumerate(_progress(rows.tolist())):
         try:
-            image = load_image(source)
-            images.append(torch.from_numpy(np.array(fit(image, (size, size)))))
-            labels.append(label)
-            if min(image.size) < size:
-                enlarged.append(f"{name} ({image.width} x {image.height})")
+            pixels, original = _decode(source, row, size)
         except UserError as error:
-            unreadable.append(f"{name} ({error})" if isinstance(source, bytes) else str(error))
-    if not images or len(unreadable) > _MAX_UNREADABLE * len(items):
+            unreadable.append(str(error))
+            continue
+        images.append(torch.from_numpy(pixels))
+        kept.append(place)
+        if min(original) < size:
+            name, _ = source.read(row)
+            enlarged.append(f"{name} ({original[0]} x {original[1]})")
+    if not images or len(unreadable) > max_unreadable * len(rows):
         some = "; ".join(unreadable[:3])
-        raise UserError(f"{len(unreadable)} of {len(items)} images in {where} cannot be read: {some}")
+        raise UserError(f"{len(unreadable)} of {len(rows)} images in {source.where} cannot be read: {some}")
     if len(enlarged) > _MAX_ENLARGED * len(images):
         raise UserError(
-            f"{len(enlarged)} of {len(images)} images in {where} are smaller than the model's {size} x {size}, such as "
-            f"{enlarged[0]}: a model of them would learn to blur; choose a smaller size, or larger images"
+            f"{len(enlarged)} of {len(images)} images in {source.where} are smaller than the model's {size} x {size}, "
+            f"such as {enlarged[0]}: a model of them would learn to blur; choose a smaller size, or larger images"
         )
     stacked = torch.stack(images).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(stacked, torch.tensor(labels), names, tuple(unreadable), tuple(enlarged))
+    labels_B = torch.tensor(source.labels)[rows[kept]]
+    held = None if is_held_out_B is None else is_held_out_B[kept]
+    return ImageSet(stacked, labels_B, source.class_names, tuple(unreadable), tuple(enlarged), held)
 
 
-def _progress(items: list) -> Iterator:
-    yield from tqdm(items, desc="reading images", unit="image", disable=len(items) < 500)
+def choose_rows(source: Source, limit: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """At most `limit` rows of a source, in order, and which of them the data came with as held out."""
+    if source.parts:
+        held = torch.zeros(len(source.labels), dtype=torch.bool)
+        held[source.parts["held_out"]] = True
+        rows = torch.tensor(sorted(source.parts["train"] + source.parts["held_out"]))
+    else:
+        held, rows = None, torch.arange(len(source.labels))
+    rows = rows[torch.randperm(len(rows), generator=generator(seed, "limit"))[:limit].sort().values]
+    return rows, None if held is None else held[rows]
+
+
+def _decode(
+    source: Source, row: int, size: int, crop: Callable[[Image.Image], Image.Image] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Pixels (size, size, 3) of a row, and its width and height before; UserError names a row that cannot be read."""
+    name, picture = source.read(row)
+    if picture is None:
+        raise UserError(f"{name} (it holds no image)")
+    try:
+        image = load_image(picture)
+    except UserError as error:
+        raise UserError(f"{name} ({error})" if isinstance(picture, bytes) else str(error)) from error
+    return np.array(crop(image) if crop else fit(image, (size, size))), image.size
+
+
+def _progress(rows: list[int]) -> Iterator[int]:
+    yield from tqdm(rows, desc="reading images", unit="image", disable=len(rows) < 500)
+
+
+@dataclass
+class ImageExamples:
+    """Images as a trainer takes them: from memory, or decoded when they are asked for."""
+
+    labels_B: Tensor
+    flip: bool = False
+    seed: int = 0
+    memory_B3HW: Tensor | None = None
+    source: Source | None = None
+    rows_B: Tensor | None = None
+    """Rows of the source."""
+    size: int = 0
+    random_crop: bool = False
+    left_out: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels_B)
+
+    def order(self, rng: torch.Generator) -> Tensor:
+        if self.source is None or self.rows_B is None:
+            return torch.randperm(len(self), generator=rng)
+        position = torch.empty(int(self.rows_B.max()) + 1, dtype=torch.int64)
+        position[self.rows_B] = torch.arange(len(self))
+        return position[self.source.order(self.rows_B, rng)]
+
+    def fetch(self, index: Sequence[int], place: Sequence[int] | None) -> Batch:
+        """uint8 images (B, 3, H, W) and labels. An unreadable image is replaced by the next one, and named."""
+        unreadable: list[str] = []
+        chosen = torch.as_tensor(index)
+        if self.memory_B3HW is not None:
+            image_B3HW = self.memory_B3HW[chosen]
+        else:
+            found = [self._read(i, p, unreadable) for i, p in zip(index, place or repeat(None), strict=False)]
+            chosen = torch.tensor([i for i, _ in found])
+            image_B3HW = torch.stack([torch.from_numpy(pixels) for _, pixels in found]).permute(0, 3, 1, 2).contiguous()
+        if self.flip and place is not None:
+            draws = [torch.rand((), generator=generator(self.seed, "flip", p)) for p in place]
+            image_B3HW = torch.where((torch.stack(draws) < 0.5)[:, None, None, None], image_B3HW.flip(-1), image_B3HW)
+        return {"image": image_B3HW, "label": self.labels_B[chosen], "unreadable": unreadable}
+
+    def _read(self, index: int, place: int | None, unreadable: list[str]) -> tuple[int, np.ndarray]:
+        assert self.source is not None, "images are in memory or in a source"
+        assert self.rows_B is not None, "a source comes with its rows"
+        crop = None
+        if self.random_crop and place is not None:
+            draws = torch.rand(2, generator=generator(self.seed, "crop", place)).tolist()
+            crop = partial(random_crop, size=self.size, draws=draws)
+        for attempt in range(_NEXT_TRIES):
+            here = (index + attempt) % len(self)
+            try:
+                return here, _decode(self.source, int(self.rows_B[here]), self.size, crop)[0]
+            except UserError as error:
+                unreadable.append(str(error))
+        raise UserError(f"{_NEXT_TRIES} images in a row cannot be read: {'; '.join(unreadable[-3:])}")
+
+
+def open_images(data: str, size: int, config: DataConfig, seed: int) -> tuple[ImageExamples, ImageExamples, Source]:
+    """(training, held-out) examples of `data` at `size` x `size`, and the source with its class names.
+
+    Sets that fit into memory are read at once, others as they are needed. Raises UserError as `load_images`.
+    """
+    source = open_source(data, size)
+    if not config.random_crop and 3 * size * size * min(len(source.labels), config.limit) <= _IN_MEMORY:
+        images = read_all(source, size, config.limit, seed, config.max_unreadable)
+        images.say_remarks()
+        train, held_out = images.split(config.held_out, seed)
+        parts = train.examples(config.flip, seed), held_out.examples()
+        parts[0].left_out = images.unreadable
+    else:
+        rows, is_held_out_B = choose_rows(source, config.limit, seed)
+        labels_B = torch.tensor(source.labels)[rows]
+        both = split_rows(labels_B, is_held_out_B, config.held_out, seed)
+        parts = (
+            ImageExamples(labels_B[both[0]], config.flip, seed, None, source, rows[both[0]], size, config.random_crop),
+            ImageExamples(labels_B[both[1]], source=source, rows_B=rows[both[1]], size=size),
+        )
+    if not len(parts[0]) or not len(parts[1]):
+        raise UserError(f"{data} has too few images for held_out={config.held_out}: one part would be empty")
+    return *parts, source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,19 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     image = image.resize(covering, Image.Resampling.LANCZOS)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+def random_crop(image: Image.Image, size: int, draws: Sequence[float]) -> Image.Image:
+    """VAR's training cut: resized (Lanczos) to 1.125 times the size on the short side, then a square at random.
+
+    `draws`: two numbers in [0, 1) that decide where.
+    """
+    image = _without_far_ends(image, 1.0)
+    scale = round(1.125 * size) / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = int(draws[0] * (width - size + 1)), int(draws[1] * (height - size + 1))
+    return image.crop((left, top, left + size, top + size))
 
 
 def _without_far_ends(image: Image.Image, aspect: float) -> Image.Image:

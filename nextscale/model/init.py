@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from nextscale.config import InitConfig
 from nextscale.model.var import VAR
-
-
-@dataclass(frozen=True)
-class InitConfig:
-    """Scales of VAR's initialisation. The published recipes lower `adaln_gamma` with depth (1e-3 for d16)."""
-
-    adaln: float = 0.5
-    adaln_gamma: float = 1e-3
-    head: float = 0.02
 
 
 @torch.no_grad()

@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.config import ClassConditionConfig, ModelConfig, to_dict
+from nextscale.config import ClassConditionConfig, InitConfig, ModelConfig, to_dict
 from nextscale.data.datasets import ImageSet, load_images
+from nextscale.data.examples import MemoryExamples
 from nextscale.errors import UserError
 from nextscale.files import claim, write_json
 from nextscale.metrics.reconstruction import psnr
-from nextscale.model.init import InitConfig
 from nextscale.pictures import curves, grid
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import check_available, measure
 from nextscale.sample.generate import log_likelihood
+from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
-from nextscale.train.tokenizer_task import TokenizerTask, to_unit
+from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.transformer_task import TransformerTask
 
 _SAMPLES_PER_CLASS, _SHOWN_CLASSES = 8, 10
@@ -50,11 +51,12 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     model = ModelConfig(pyramid, config.tokenizer, transformer, data.class_names)
     pipeline = Pipeline.from_config(model, config.seed, InitConfig(adaln_gamma=0.1))
 
-    fit(TokenizerTask(pipeline.tokenizer, train.images_B3HW), config.train_tokenizer, folder)
+    fit(TokenizerTask(pipeline.tokenizer, train.examples()), config.train_tokenizer, folder)
+    pipeline.tokenizer.eval()
     tokens_BL = encode_all(pipeline, train.images_B3HW)
     settings = config.train_transformer
-    task = TransformerTask(pipeline.transformer, pipeline.tokenizer, tokens_BL, train.labels_B, settings)
-    fit(task, settings, folder)
+    tokens = MemoryExamples(tokens=tokens_BL, label=train.labels_B)
+    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, tokens, settings), settings, folder)
     pipeline.save_pretrained(folder)
 
     reconstruction = show(pipeline, config, held_out, folder)

@@ -5,12 +5,27 @@ Letters: B batch, L tokens of all scales, K scales, V codes, C code width, R row
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from nextscale.tokenizer.quantizer import Quantized, Quantizer
 
 _USAGE_DECAY = 0.99
+
+
+class Reducer(Protocol):
+    """The processes that train together."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
 
 
 class CodebookLearner(nn.Module):
@@ -34,31 +49,45 @@ class CodebookLearner(nn.Module):
         self.register_buffer("sum_VC", codes_VC.clone())
         self.register_buffer("revived", torch.zeros((), dtype=torch.long))
         quantizer.codebook.weight.requires_grad_(ema_decay is None)
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def update(self, quantized: Quantized, counts_KV: Tensor) -> None:
-        """Take one batch into the statistics and, with `ema`, into the codes."""
+    def observe(self, quantized: Quantized, counts_KV: Tensor) -> None:
+        """Note what codes were wanted for, in one portion of a step's batch. `counts_KV`: how often each was chosen."""
+        self._seen.append((quantized.tokens_BL, quantized.wanted_BLC, counts_KV))
+
+    @torch.no_grad()
+    def learn(self, world: Reducer, rng: torch.Generator | None) -> None:
+        """Take the portions of a step, over all processes, into the statistics and, with `ema`, into the codes.
+
+        With `rng`, dead codes are then revived.
+        """
+        tokens_R = torch.cat([tokens for tokens, _, _ in self._seen]).flatten()
+        wanted_RC = torch.cat([wanted for _, wanted, _ in self._seen]).flatten(0, 1)
+        counts_KV = world.sum(torch.stack([counts for _, _, counts in self._seen]).sum(dim=0).float())
+        self._seen.clear()
         quantizer = self.quantizer[0]
-        quantizer.usage_KV.lerp_(counts_KV.to(quantizer.usage_KV), 1 - _USAGE_DECAY)
-        if self.ema_decay is None:
-            return
-        tokens_R, wanted_RC = quantized.tokens_BL.flatten(), quantized.wanted_BLC.flatten(0, 1)
-        summed_VC = torch.zeros_like(self.sum_VC).index_add_(0, tokens_R, wanted_RC)
-        self.count_V.lerp_(counts_KV.sum(dim=0).to(self.count_V), 1 - self.ema_decay)
-        self.sum_VC.lerp_(summed_VC, 1 - self.ema_decay)
-        # codes that nobody chose keep their place: their sum and count shrink alike
-        quantizer.codebook.weight.copy_(self.sum_VC / self.count_V.clamp_min(1e-5).unsqueeze(1))
+        quantizer.usage_KV.lerp_(counts_KV, 1 - _USAGE_DECAY)
+        if self.ema_decay is not None:
+            summed_VC = world.sum(torch.zeros_like(self.sum_VC).index_add_(0, tokens_R, wanted_RC))
+            self.count_V.lerp_(counts_KV.sum(dim=0), 1 - self.ema_decay)
+            self.sum_VC.lerp_(summed_VC, 1 - self.ema_decay)
+            # codes that nobody chose keep their place: their sum and count shrink alike
+            quantizer.codebook.weight.copy_(self.sum_VC / self.count_V.clamp_min(1e-5).unsqueeze(1))
+        if rng is not None:
+            self._revive(wanted_RC, world, rng)
 
-    @torch.no_grad()
-    def revive(self, wanted_BLC: Tensor, rng: torch.Generator) -> None:
-        """Put dead codes where vectors of this batch are, and count them in `revived`."""
+    def _revive(self, wanted_RC: Tensor, world: Reducer, rng: torch.Generator) -> None:
+        """Put dead codes where vectors of the batch are, and count them in `revived`."""
         quantizer = self.quantizer[0]
         use_V = quantizer.usage_KV.sum(dim=0)
         dead = (use_V < self.revive_below * use_V.mean()).nonzero().flatten()
         if len(dead) == 0:
             return
-        rows_RC = wanted_BLC.flatten(0, 1)
-        chosen_RC = rows_RC[torch.randint(len(rows_RC), (len(dead),), generator=rng).to(rows_RC.device)]
+        rows = len(wanted_RC)
+        chosen = torch.randint(rows * world.size, (len(dead),), generator=rng).to(wanted_RC.device)
+        is_mine = (chosen // rows == world.rank).unsqueeze(1)  # processes hold consecutive parts of the batch
+        chosen_RC = world.sum(torch.where(is_mine, wanted_RC[chosen % rows], 0.0))
         quantizer.codebook.weight[dead] = chosen_RC
         # counted as average users at first, so that they have time to find users
         quantizer.usage_KV[:, dead] = quantizer.usage_KV.mean(dim=1, keepdim=True)

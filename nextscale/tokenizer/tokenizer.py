@@ -19,6 +19,11 @@ from nextscale.tokenizer.autoencoder import Decoder, Encoder
 from nextscale.tokenizer.quantizer import Quantized, Quantizer
 
 
+def to_unit(images_u8: Tensor) -> Tensor:
+    """uint8 images to float32 in [-1, 1]."""
+    return images_u8.float() / 127.5 - 1
+
+
 class Tokenizer(nn.Module):
     """Multi-scale VQ-VAE (VAR, arXiv 2404.02905; MEPA Eq. 1-3).
 

@@ -1,48 +1,45 @@
-"""The training loop, for every task.
+"""The training loop, for every task, on one process or many.
 
-All randomness of a step is folded from (seed, task, step), so a run that was interrupted and resumed ends with the same
-weights, bit for bit, as one that was not.
+All randomness of a step is folded from (seed, task, step), and that of an example from its place in the run, so a run
+that was interrupted and resumed ends with the same weights, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
 
-import math
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from nextscale.config import to_dict
+from nextscale.data.examples import check_unreadable
 from nextscale.errors import UserError
-from nextscale.rng import generator
 from nextscale.train.config import TrainConfig
-from nextscale.train.log import JsonLog, Stopwatch
-from nextscale.train.state import TrainState, load_state, save_state
+from nextscale.train.guard import stop_requested
+from nextscale.train.log import Logger, Stopwatch, Values, open_loggers
+from nextscale.train.state import StateFiles, changes, restore
+from nextscale.train.step import Stepper
+from nextscale.train.task import Task
+from nextscale.train.world import World
 
 
-class Task(Protocol):
-    """What is trained: a module and its loss on some examples."""
+class Watch(Protocol):
+    """What happens whenever a state is saved, with the averaged weights in place when there are any.
 
-    name: str
-    examples: int
+    All processes call both, at the same steps.
+    """
 
-    module: nn.Module
-    """Its parameters are trained; its whole state is saved."""
+    def measure(self, step: int) -> Values:
+        """What is measured on held-out data after this many steps.
 
-    def loss(self, index_B: Tensor, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss on the examples of these indices, and scalars worth logging."""
+        The smallest "validation_loss" is the best; "unreadable" lists the names of examples that cannot be read.
+        """
 
-    def after_step(self, step: int, rng: torch.Generator) -> None:
-        """What learns by other means than the gradient."""
+    def keep(self, step: int, best: bool) -> None:
+        """Write the model as it is; `best`: it is the best so far."""
 
 
 @dataclass
@@ -55,113 +52,139 @@ class Interrupted(Exception):
 
 
 def fit(
-    task: Task, config: TrainConfig, folder: Path, evaluate: Callable[[int], dict[str, float]] | None = None
+    task: Task,
+    config: TrainConfig,
+    folder: Path,
+    watch: Watch | None = None,
+    *,
+    world: World | None = None,
+    settings: dict[str, Any] | None = None,
+    accept_changes: bool = False,
+    max_unreadable: float = 0.1,
 ) -> None:
-    """Train `task` for `config.steps` steps, from where a state in `folder` left off.
+    """Train `task` as `config` says, from where a state in `folder` left off.
 
-    `evaluate` is called with the number of steps done whenever a checkpoint was saved; what it measures is logged.
+    `settings` is what a resumed run is compared with (default: `config`); UserError names what has changed, unless
+    `accept_changes`.
 
-    Progress goes to the screen and to `folder`/log.jsonl, one line per logged step. Ctrl-C or SIGTERM ends the step at
-    hand, saves, and raises Interrupted; a second Ctrl-C does not wait. Raises UserError when the state in `folder`
-    belongs to another config, or when the loss is not finite.
+    Progress goes to the screen and to `folder`/log.jsonl. Ctrl-C or SIGTERM ends the step at hand, saves, and raises
+    Interrupted; a second Ctrl-C does not wait. Raises UserError also when loss or gradient are not finite, when too
+    many examples are unreadable, or when a process that reads them has died.
     """
-    optimizer = adamw(task.module, config)
-    path = folder / "training" / f"{task.name}.pt"
-    state = load_state(path, task.module, optimizer, to_dict(config)) if path.exists() else TrainState(0)
-    log = JsonLog(folder / "log.jsonl", task.name, from_step=state.step)
-    speed = Stopwatch()
-    task.module.train()
-    often = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
-    bar = tqdm(total=config.steps, initial=state.step, desc=f"training the {task.name}", unit="step", mininterval=often)
-    with bar, stop_requested() as stopping:
-        for step in range(state.step, config.steps):
+    run = _Run(Stepper(task, config, world or World()), folder, watch, settings or to_dict(config), accept_changes)
+    stepper, learner = run.stepper, run.stepper.learner
+    task.train()
+    with run.progress() as bar, stop_requested() as stopping:
+        portions = stepper.portions()
+        while learner.step < stepper.steps:
             # ---- one step
-            index_B = batch_indices(task.examples, config, task.name, step)
-            set_learning_rate(optimizer, config, step)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, scalars = task.loss(index_B, step, generator(config.seed, task.name, "step", step))
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(task.module.parameters(), config.clip or math.inf)
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise UserError(
-                    f"training the {task.name}: loss {loss.item()} and gradient norm {norm.item()} at step {step} "
-                    f"are not both finite; the last good checkpoint is {path}; try a lower learning rate"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            task.after_step(step, generator(config.seed, task.name, "after", step))
+            try:
+                finite = stepper.gradients(portions)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):  # torch has no type of its own for this
+                    raise
+                run.save()  # the weights are those of the last whole step
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{reason}; the state after step {learner.step} is saved in {folder}") from error
+            stop, broken = stepper.world.any(stopping.is_set(), not finite)
+            if broken:
+                raise stepper.complaint(next(iter(run.files.steps()), None))
+            stepper.update()
+            check_unreadable(list(stepper.unreadable), len(task.examples), max_unreadable)
             # ---- then the rare events
-            done = step + 1
-            speed.count += len(index_B)
-            if done % config.log_every == 0 or done == config.steps:
-                values = {"loss": loss.item(), **{n: s.item() for n, s in scalars.items()}}
-                log.write(done, {**values, "images_per_s": round(speed.read(), 1)})
-                bar.set_postfix({n: f"{v:.3f}" for n, v in values.items()}, refresh=False)
+            done, at_end = learner.step, learner.step == stepper.steps
+            run.speed.count += config.batch_size
+            if done % config.log_every == 0 or at_end:
+                bar.set_postfix(run.log(), refresh=False)
             bar.update()
-            if stopping.is_set() or done % config.save_every == 0 or done == config.steps:
-                with speed.paused():
-                    save_state(path, TrainState(done), task.module, optimizer, to_dict(config))
-                    if evaluate is not None and not stopping.is_set():
-                        task.module.eval()
-                        log.write(done, evaluate(done))
-                        task.module.train()
-            if stopping.is_set():
-                raise Interrupted(task.name, done, config.steps)
-    task.module.eval()
+            with run.speed.paused():
+                if done % config.save_every == 0 or at_end:
+                    run.watch()
+                if done % config.save_every == 0 or at_end or stop:
+                    run.save()
+            if stop:
+                raise Interrupted(task.name, done, stepper.steps)
+    run.close()
+    task.eval()
 
 
-def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with VAR's groups: weight matrices, convolutions and class embeddings decay; nothing else does."""
-    free = ("pos_start", "pos_embed", "level_embed", "offset", "log_scale")
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        spared = parameter.ndim < 2 or any(part in free for part in name.split("."))
-        (others if spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+class _Run:
+    """What surrounds the steps of a run: its states, its log, its watching."""
 
+    def __init__(
+        self, stepper: Stepper, folder: Path, watch: Watch | None, settings: dict[str, Any], accept_changes: bool
+    ):
+        self.stepper, self.config, self.settings, self.watcher = stepper, stepper.config, settings, watch
+        task, world = stepper.task, stepper.world
+        self.files = StateFiles(folder, task.name, self.config.keep, world)
+        found = self.files.read()
+        if found:
+            changed = changes(found[0]["settings"], settings)
+            if changed and not accept_changes:
+                raise UserError(f"{found[1]} belongs to a run with other settings: {'; '.join(changed)}")
+            restore(stepper.learner, *found)
+        self.loggers: list[Logger] = []
+        if world.main:
+            self.loggers = open_loggers(folder, task.name, self.config.loggers, stepper.learner.step, settings)
+        self.speed = Stopwatch()
+        self.unreadable = folder / "unreadable.txt"
+        self.named: set[str] = set()
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
-    """Linear warm-up, then half a cosine down to the final learning rate."""
-    if step < config.warmup_steps:
-        rate = config.learning_rate * (step + 1) / config.warmup_steps
-    else:
-        progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        span = config.learning_rate - config.final_learning_rate
-        rate = config.final_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    def progress(self) -> tqdm:
+        """The bar on the screen, with steps per second and the time left."""
+        task, learner = self.stepper.task, self.stepper.learner
+        return tqdm(
+            total=self.stepper.steps,
+            initial=learner.step,
+            desc=f"training the {task.name}",
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
+            disable=not self.stepper.world.main,
+        )
 
+    def write(self, values: Values) -> None:
+        """Log values of the steps done so far."""
+        for logger in self.loggers:
+            logger.write(self.stepper.learner.step, values)
 
-def batch_indices(examples: int, config: TrainConfig, name: str, step: int) -> Tensor:
-    """Which examples step `step` sees: consecutive places in an endless row of permutations, one per epoch."""
-    places = range(step * config.batch_size, (step + 1) * config.batch_size)
-    epochs = sorted({place // examples for place in places})
-    orders = {e: torch.randperm(examples, generator=generator(config.seed, name, "order", e)) for e in epochs}
-    return torch.stack([orders[place // examples][place % examples] for place in places])
+    def log(self) -> dict[str, str]:
+        """Log the last step; the numbers worth showing beside the bar."""
+        rate, values = self.speed.read(), self.stepper.values()
+        shown = {n: f"{v:.3f}" for n, v in values.items() if isinstance(v, float)}
+        speed = {"images_per_s": round(rate, 1), "tokens_per_s": round(rate * self.stepper.task.tokens_per_example)}
+        self.write({**values, "learning_rate": self.stepper.rate, **speed})
+        self.name_unreadable()
+        return shown | {"images/s": f"{rate:.0f}"}
 
+    def name_unreadable(self) -> None:
+        """Say which examples could not be read, each once, on the screen and in unreadable.txt."""
+        for name in self.stepper.unreadable.keys() - self.named:
+            tqdm.write(f"note: passed over {name}")
+            with self.unreadable.open("a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
+            self.named.add(name)
 
-@contextmanager
-def stop_requested() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield event
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    def watch(self) -> None:
+        """Measure the model as it is, with averaged weights where there are any, and keep it."""
+        if self.watcher is None:
+            return
+        learner, world = self.stepper.learner, self.stepper.world
+        learner.module.eval()
+        with learner.ema.applied() if learner.ema else nullcontext():
+            values = dict(self.watcher.measure(learner.step))
+            self.stepper.unreadable.update(dict.fromkeys(values.pop("unreadable", ())))
+            loss = values.get("validation_loss")
+            (best,) = world.any(world.main and isinstance(loss, float) and self.files.note_best(learner.step, loss))
+            self.watcher.keep(learner.step, best)
+        learner.module.train()
+        self.write(values)
+        self.name_unreadable()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+    def save(self) -> None:
+        """Write the state."""
+        self.files.save(self.stepper.learner, self.settings)
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    def close(self) -> None:
+        """End the logs."""
+        for logger in self.loggers:
+            logger.close()

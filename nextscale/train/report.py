@@ -66,3 +66,14 @@ def tokenizer_report(report: dict[str, Any]) -> str:
     per_scale = zip(report["scales"].split(","), report["usage_per_scale"], report["perplexity_per_scale"], strict=True)
     lines += [f"  {side:<7}{used:>7.1%}{perplexity:>13.1f}" for side, used, perplexity in per_scale]
     return "\n".join(lines)
+
+
+def training_report(values: dict[str, Any], folder: Path) -> str:
+    """A generator's last validation for people."""
+    lines = [f"done: {folder}"]
+    if values:
+        loss, accuracy = values["validation_loss"], values["validation_accuracy"]
+        lines.append(f"held-out cross-entropy {loss:.3f} nats per token, accuracy {accuracy:.1%}; per scale:")
+        lines.append("  " + " ".join(f"{v:.2f}" for v in values["validation_loss_per_scale"]))
+    lines.append(f"see {folder}/samples.png, curves.png; draw: nextscale sample {folder} --labels 0 --out grid.png")
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nextscale.config import TokenizerConfig
+from nextscale.config import DataConfig, TokenizerConfig
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid
 from nextscale.train.config import TrainConfig
@@ -70,20 +70,13 @@ class TokenizerRunConfig:
     scales: str = ""
     """Sides of the token maps, coarse to fine; empty keeps those of the start checkpoint at its size, else derives
     them from the image size."""
-    limit: int = 1_000_000
-    """Use at most this many images."""
-    held_out: float = 0.02
-    """Share of the images kept from training, to evaluate on."""
+    images: DataConfig = field(default_factory=DataConfig)
     start: str = ""
     """Checkpoint folder to fine-tune from (an imported official tokenizer, say); its tokenizer settings then hold."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-3, save_every=500))
     losses: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise UserError(f"held_out must lie between 0 and 1; got {self.held_out}")
 
 
 def derive_pyramid(size: int, factor: int, scales: str) -> Pyramid:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config import ModelConfig, to_dict
-from nextscale.data.datasets import ImageSet, load_images
+from nextscale.data.datasets import load_images, open_images
+from nextscale.data.examples import Examples
 from nextscale.errors import UserError
 from nextscale.files import claim, write_json
 from nextscale.metrics.codebook import CodebookUse
@@ -20,48 +22,64 @@ from nextscale.metrics.reconstruction import psnr, ssim
 from nextscale.pictures import curves, grid
 from nextscale.pyramid import Pyramid
 from nextscale.rng import fold
-from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.train.log import read_log
+from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+from nextscale.train.log import Values, read_log
 from nextscale.train.loop import fit
 from nextscale.train.tokenizer_config import TokenizerRunConfig, derive_pyramid
-from nextscale.train.tokenizer_task import TokenizerTask, to_unit
+from nextscale.train.tokenizer_task import TokenizerTask
+from nextscale.train.world import World
 
 _BATCH, _SHOWN, _QUICK = 100, 8, 500
 
 
-def train_tokenizer(config: TokenizerRunConfig, data: str, folder: Path) -> dict[str, Any]:
+def train_tokenizer(config: TokenizerRunConfig, data: str, folder: Path, world: World | None = None) -> dict[str, Any]:
     """Train a tokenizer on `data` into `folder`, a checkpoint of a tokenizer alone; return its final evaluation.
 
-    Beside the checkpoint: reconstructions.png (renewed at every save), curves.png, evaluation.json, log.jsonl. Called
-    again with the same folder it goes on where it stopped. Raises UserError and train.loop.Interrupted as `fit` does.
+    Beside the checkpoint: best/ (the one with the highest held-out PSNR), reconstructions.png (renewed at every save),
+    curves.png, evaluation.json, log.jsonl. Called again with the same folder it goes on where it stopped. Raises
+    UserError and train.loop.Interrupted as `fit` does.
     """
+    world = world or World()
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_pyramid(config, start), codes, None)
-    images = load_images(data, _square_side(model), config.limit, config.train.seed)
-    images.say_remarks()
-    train, held_out = images.split(config.held_out, config.train.seed)
-    if len(held_out) == 0 or len(train) == 0:
-        raise UserError(f"{data} has too few images for held_out={config.held_out}: one part would be empty")
-    claim(folder / "run.json", {"data": data, **to_dict(config)})
-    print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {model.summary()}")
+    train, held_out, _ = open_images(data, _square_side(model), config.images, config.train.seed)
+    settings = {"data": data, **to_dict(config)}
+    if world.main:
+        claim(folder / "run.json", settings)
+        print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {model.summary()}")
     tokenizer = _new_tokenizer(model, config.train.seed, start)
-    task = TokenizerTask(tokenizer, train.images_B3HW, config.losses, config.codebook)
-
-    def save_and_look(step: int) -> dict[str, float]:
-        write_checkpoint(folder, Checkpoint(model, dict(tokenizer.state_dict()), {}))
-        show_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
-        report = evaluate_tokenizer(tokenizer, held_out.subset(torch.arange(min(len(held_out), _QUICK))))
-        return {name: report[name] for name in ("psnr_db", "perplexity", "usage")} | {
-            "revived": int(task.learner.revived)
-        }
-
-    fit(task, config.train, folder, save_and_look)
-    save_and_look(config.train.steps)
+    task = TokenizerTask(tokenizer, train, config.losses, config.codebook)
+    watch = _Watch(model, task, held_out, folder, world)
+    fit(task, config.train, folder, watch, world=world, settings=settings, max_unreadable=config.images.max_unreadable)
+    if not world.main:
+        return {}
     report = evaluate_tokenizer(tokenizer, held_out)
     write_json(folder / "evaluation.json", report)
     draw_curves(folder)
     return report
+
+
+class _Watch:
+    """What happens at a save: a look at held-out images, and the model files."""
+
+    def __init__(self, model: ModelConfig, task: TokenizerTask, held_out: Examples, folder: Path, world: World):
+        self.model, self.task, self.held_out, self.folder, self.world = model, task, held_out, folder, world
+
+    def measure(self, step: int) -> Values:
+        if not self.world.main:
+            return {}
+        report = evaluate_tokenizer(self.task.tokenizer, self.held_out, _QUICK)
+        values: Values = {name: report[name] for name in ("psnr_db", "perplexity", "usage")}
+        return values | {"revived": int(self.task.learner.revived), "validation_loss": -report["psnr_db"]}
+
+    def keep(self, step: int, best: bool) -> None:
+        if not self.world.main:
+            return
+        checkpoint = Checkpoint(self.model, dict(self.task.tokenizer.state_dict()), {})
+        for folder in (self.folder, self.folder / "best") if best else (self.folder,):
+            write_checkpoint(folder, checkpoint)
+        show_reconstructions(self.task.tokenizer, self.held_out, self.folder / "reconstructions.png")
 
 
 def _pyramid(config: TokenizerRunConfig, start: Checkpoint | None) -> Pyramid:
@@ -94,33 +112,36 @@ def _new_tokenizer(model: ModelConfig, seed: int, start: Checkpoint | None) -> T
 
 
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: Tokenizer, data: ImageSet) -> dict[str, Any]:
+def evaluate_tokenizer(tokenizer: Tokenizer, examples: Examples, limit: int = 10**9) -> dict[str, Any]:
     """PSNR and SSIM (means of per-image values), codebook usage and perplexity, over all scales and per scale."""
     use = CodebookUse.empty(tokenizer.pyramid, tokenizer.config.vocab_size)
-    noise, similarity = [], []
-    for part in data.images_B3HW.split(_BATCH):
-        real = to_unit(part)
+    noise, similarity, count = [], [], min(len(examples), limit)
+    starts = range(0, count, _BATCH)
+    for start in tqdm(starts, desc="evaluating", unit="batch", disable=len(starts) < 20):
+        part = examples.fetch(range(start, min(start + _BATCH, count)), None)["image"]
+        real = to_unit(part).to(tokenizer.quantizer.codebook.weight.device)
         tokens = tokenizer.encode(real)
         use.add(tokens, tokenizer.pyramid)
         pair = (tokenizer.decode(tokens) + 1) / 2, (real + 1) / 2
         noise.append(psnr(*pair))
         if min(real.shape[-2:]) >= 11:
             similarity.append(ssim(*pair))
-    report: dict[str, Any] = {"images": len(data), "psnr_db": float(torch.cat(noise).mean())}
+    report: dict[str, Any] = {"images": count, "psnr_db": float(torch.cat(noise).mean())}
     if similarity:
         report["ssim"] = float(torch.cat(similarity).mean())
     return report | use.report() | {"scales": str(tokenizer.pyramid)}
 
 
 @torch.no_grad()
-def show_reconstructions(tokenizer: Tokenizer, data: ImageSet, path: Path) -> None:
+def show_reconstructions(tokenizer: Tokenizer, examples: Examples, path: Path) -> None:
     """A picture: some images, and below each what the scales up to k give, coarse to fine."""
-    real = to_unit(data.images_B3HW[:_SHOWN])
+    images = examples.fetch(range(min(len(examples), _SHOWN)), None)["image"]
+    real = to_unit(images).to(tokenizer.quantizer.codebook.weight.device)
     rows: list[Tensor] = [real]
     rows += [tokenizer.paint(canvas) for canvas in tokenizer.canvases(tokenizer.encode(real))]
     names = ["image"] + [f"to {h}x{w}" for h, w in tokenizer.pyramid.sides]
     captions = [name for name in names for _ in range(len(real))]
-    grid((torch.cat(rows) + 1) / 2, captions, path, columns=len(real))
+    grid((torch.cat(rows).cpu() + 1) / 2, captions, path, columns=len(real))
 
 
 def draw_curves(folder: Path) -> None:
@@ -137,10 +158,10 @@ def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> di
     checkpoint = read_checkpoint(folder)
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
     tokenizer = _new_tokenizer(model, 0, checkpoint).eval()
-    images = load_images(data, _square_side(model), limit, seed=0)
+    images = load_images(data, _square_side(model), limit)
     images.say_remarks()
-    report = evaluate_tokenizer(tokenizer, images)
+    report = evaluate_tokenizer(tokenizer, images.examples())
     if out is not None:
         write_json(out / "report.json", report)
-        show_reconstructions(tokenizer, images, out / "reconstructions.png")
+        show_reconstructions(tokenizer, images.examples(), out / "reconstructions.png")
     return report

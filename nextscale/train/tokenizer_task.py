@@ -8,51 +8,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.data.examples import Batch, Examples
 from nextscale.metrics.codebook import counts
 from nextscale.metrics.lpips import Lpips
 from nextscale.tokenizer.adversary import PatchDiscriminator, adaptive_weight, hinge_loss
 from nextscale.tokenizer.codebook import CodebookLearner
-from nextscale.tokenizer.quantizer import Quantized
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+from nextscale.train.task import Task
 from nextscale.train.tokenizer_config import CodebookConfig, TokenizerLossConfig
+from nextscale.train.world import World
 
 
-def to_unit(images_u8: Tensor) -> Tensor:
-    """uint8 images to float32 in [-1, 1]."""
-    return images_u8.float() / 127.5 - 1
+class TokenizerTask(Task):
+    """Reconstruction, codebook, commitment, and optional perceptual and adversarial losses on uint8 images.
 
-
-class TokenizerTask:
-    """Reconstruction, codebook, commitment, and optional perceptual and adversarial losses on uint8 images."""
+    The adversarial loss is weighted by gradients of the portion of the batch at hand (as in VQGAN), so with it the
+    result depends on how a batch is divided.
+    """
 
     name = "tokenizer"
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        images_B3HW: Tensor,
+        examples: Examples,
         losses: TokenizerLossConfig | None = None,
         codebook: CodebookConfig | None = None,
     ):
-        self.tokenizer, self.images = tokenizer, images_B3HW
+        super().__init__()
+        self.tokenizer, self.examples = tokenizer, examples
         self.losses, self.codebook = losses or TokenizerLossConfig(), codebook or CodebookConfig()
-        self.examples = len(images_B3HW)
+        self.tokens_per_example = tokenizer.pyramid.length
+        # a phi that serves no scale of this pyramid
+        self.leaves_parameters_unused = len(set(tokenizer.quantizer.phi_of_scale)) < len(tokenizer.quantizer.phi)
         decay = self.codebook.ema_decay if self.codebook.update == "ema" else None
         self.learner = CodebookLearner(tokenizer.quantizer, decay, self.codebook.revive_below)
         self.lpips = None
         if self.losses.lpips > 0:
             self.lpips = Lpips.from_files(Path(self.losses.lpips_vgg), Path(self.losses.lpips_linear))
-        self.module: nn.Module = nn.ModuleDict({"tokenizer": tokenizer, "learner": self.learner})
+        self.trained: nn.Module = nn.ModuleDict({"tokenizer": tokenizer, "learner": self.learner})
         self.discriminator = None
         if self.losses.adversarial > 0:
             self.discriminator = PatchDiscriminator(
                 self.losses.discriminator_channels, self.losses.discriminator_layers
             )
-            self.module["discriminator"] = self.discriminator
-        self.last: tuple[Quantized, Tensor] | None = None
+            self.trained["discriminator"] = self.discriminator
 
-    def loss(self, index_B: Tensor, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        image_B3HW = to_unit(self.images[index_B])
+    def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image_B3HW = to_unit(batch["image"])
         painted, quantized = self.tokenizer(image_B3HW)
         l1, l2 = F.l1_loss(painted, image_B3HW), F.mse_loss(painted, image_B3HW)
         loss = self.losses.l1 * l1 + self.losses.l2 * l2
@@ -64,7 +67,7 @@ class TokenizerTask:
             loss = loss + self._adversarial(self.discriminator, loss, image_B3HW, painted, step, scalars)
         config = self.tokenizer.config
         counts_KV = counts(quantized.tokens_BL, self.tokenizer.pyramid, config.vocab_size)
-        self.last = quantized, counts_KV
+        self.learner.observe(quantized, counts_KV)
         scalars["codes used"] = (counts_KV.sum(dim=0) > 0).float().mean()
         return loss + quantized.loss, scalars
 
@@ -88,10 +91,7 @@ class TokenizerTask:
         last_layer = self.tokenizer.decoder.conv_out.weight
         return judged + self.losses.adversarial * adaptive_weight(reconstruction, fooled, last_layer) * fooled
 
-    def after_step(self, step: int, rng: torch.Generator) -> None:
-        """Moving averages and revival, from the batch of this step."""
-        assert self.last is not None, "after_step follows loss"
-        quantized, counts_KV = self.last
-        self.learner.update(quantized, counts_KV)
-        if self.codebook.revive_every and (step + 1) % self.codebook.revive_every == 0:
-            self.learner.revive(quantized.wanted_BLC, rng)
+    def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
+        """Moving averages and revival, from the whole batch of this step."""
+        revive = self.codebook.revive_every and (step + 1) % self.codebook.revive_every == 0
+        self.learner.learn(world, rng if revive else None)

@@ -2,44 +2,80 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.data.examples import Batch, Examples
 from nextscale.model.var import VAR
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 from nextscale.train.config import TrainConfig
+from nextscale.train.task import Task
 
 
-class TransformerTask:
-    """Cross-entropy of the tokens of all scales, given label and coarser scales (MEPA Eq. 4-5)."""
+class TransformerTask(Task):
+    """Cross-entropy of the tokens of all scales, given label and coarser scales (MEPA Eq. 4-5).
+
+    Batches hold `label` and either `tokens` (B, L), from a cache, or `image` (uint8), which is encoded first.
+    """
 
     name = "transformer"
 
-    def __init__(self, model: VAR, tokenizer: Tokenizer, tokens_BL: Tensor, labels_B: Tensor, config: TrainConfig):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.tokens, self.labels = tokens_BL, labels_B
-        self.examples = len(tokens_BL)
-        self.module: nn.Module = model
+    def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig):
+        super().__init__()
+        self.model, self.config = model, config
+        self._frozen = (tokenizer,)  # in a tuple: no part of what is trained, moved or saved
+        self.examples, self.trained = examples, model
+        self.tokens_per_example = model.pyramid.length
 
-    def loss(self, index_B: Tensor, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens_BL, label_B = self.tokens[index_B], self.labels[index_B]
-        drop_B = torch.rand(len(index_B), generator=rng) < self.config.label_drop
-        values = self.model.condition.select(drop_B, label_B)
-        keep = branch_keep(self.model, len(index_B), self.config.drop_path, rng)
-        logits_BLV = self.model(values, self.tokenizer.teacher_inputs(tokens_BL), keep).logits_BNV
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-        accuracy = (logits_BLV.argmax(-1) == tokens_BL).float().mean()
-        return loss, {"accuracy": accuracy}
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What encodes images; it must be on the device of the model."""
+        return self._frozen[0]
 
-    def after_step(self, step: int, rng: torch.Generator) -> None:
-        """Nothing to do."""
+    def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        drop_B = torch.rand(count, generator=rng) < self.config.label_drop
+        keep = branch_keep(self.model, count, self.config.drop_path, rng)
+        return {"drop": drop_B} if keep is None else {"drop": drop_B, "keep": keep}
+
+    def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        label_B = batch["label"]
+        with torch.autocast(label_B.device.type, enabled=False):  # rounding would change tokens
+            tokens_BL = batch["tokens"].long() if "tokens" in batch else self.tokenizer.encode(to_unit(batch["image"]))
+            inputs_BLC = self.tokenizer.teacher_inputs(tokens_BL)
+        values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
+        keep = noise["keep"].permute(1, 2, 0) if "keep" in noise else None
+        logits_BLV = self.model(values, inputs_BLC, keep).logits_BNV
+        smoothing = self.config.label_smoothing if noise else 0.0
+        nats_R = F.cross_entropy(
+            logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing
+        )
+        nats_BL, right_BL = nats_R.view_as(tokens_BL), logits_BLV.detach().argmax(-1) == tokens_BL
+        scalars = {
+            "accuracy": right_BL.float().mean(),
+            "loss_per_scale": self._per_scale(nats_BL.detach()),
+            "accuracy_per_scale": self._per_scale(right_BL.float()),
+        }
+        return nats_BL.mean(), scalars
+
+    def _per_scale(self, values_BL: Tensor) -> Tensor:
+        return torch.stack([values_BL[:, start:end].mean() for start, end in self.model.pyramid.spans])
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def scales_at_fault(self, scalars: dict[str, Any]) -> str:
+        finite = scalars["loss_per_scale"].isfinite().tolist()
+        sides = [f"{h}x{w}" for (h, w), good in zip(self.model.pyramid.sides, finite, strict=True) if not good]
+        return "all scales" if not any(finite) else f"scale {', '.join(sides)}" if sides else ""
 
 
 def branch_keep(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Tensor | None:
-    """Stochastic depth (blocks, S, B): 0 where a branch is dropped, else 1 / keep probability. None when off."""
+    """Stochastic depth (B, blocks, S): 0 where a branch is dropped, else 1 / keep probability. None when off."""
     if rate == 0:
         return None
     depth, layers = len(model.blocks), len(model.blocks[0].layers)
-    keep_D11 = 1 - torch.linspace(0, rate, depth).view(-1, 1, 1)
-    return (torch.rand(depth, layers, batch, generator=rng) < keep_D11) / keep_D11
+    keep_D1 = 1 - torch.linspace(0, rate, depth).view(-1, 1)
+    return (torch.rand(batch, depth, layers, generator=rng) < keep_D1) / keep_D1

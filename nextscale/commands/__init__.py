@@ -1,0 +1,23 @@
+"""The commands of `nextscale`, each a dataclass of its options. Parsed without torch; run imports what it needs."""
+
+from __future__ import annotations
+
+from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
+from nextscale.commands.training import Quickstart, Resume, Tokenize, TokenizerEvaluate, TokenizerTrain, Train
+from nextscale.commands.use import Edit, Info, Reconstruct, Sample
+
+COMMANDS: dict[str, type] = {
+    "quickstart": Quickstart,
+    "sample": Sample,
+    "reconstruct": Reconstruct,
+    "edit": Edit,
+    "tokenize": Tokenize,
+    "train": Train,
+    "resume": Resume,
+    "adapt": Adapt,
+    "tokenizer train": TokenizerTrain,
+    "tokenizer evaluate": TokenizerEvaluate,
+    "import-official": ImportOfficial,
+    "export-official": ExportOfficial,
+    "info": Info,
+}

@@ -1,0 +1,104 @@
+"""Commands that turn one checkpoint into another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from nextscale.errors import UserError
+from nextscale.pyramid import Pyramid
+
+
+@dataclass
+class Adapt:
+    """Carry a model over to other classes, another size or aspect, keeping what it has learnt; then fine-tune it."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    out: Path
+    """Folder to write."""
+    classes: str | None = None
+    """How many new classes (5), or their names; NAME=OLD starts from a class of the model: cat=281,dog,koi=goldfish."""
+    scales: str | None = None
+    """New sides of the token maps, coarse to fine: 1,2,3,4 or, for another aspect, 1x1,2x3,4x6."""
+    seed: int = 0
+    """Seed of the new class embeddings."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.adapt import adapt, parse_classes
+        from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+
+        checkpoint = read_checkpoint(self.model)
+        classes = parse_classes(self.classes, checkpoint.config) if self.classes else None
+        pyramid = Pyramid.parse(self.scales) if self.scales else None
+        adapted = adapt(checkpoint, classes, pyramid, self.seed)
+        write_checkpoint(self.out, adapted)
+        print(f"wrote {self.out}: {adapted.config.summary()}")
+
+
+@dataclass
+class ImportOfficial:
+    """Turn official VAR checkpoints (.pth or .safetensors) into a nextscale folder. All tensors are kept exactly."""
+
+    vae: Path
+    """The tokenizer, such as vae_ch160v4096z32.pth."""
+    out: Path
+    """Folder to write."""
+    var: Path | None = None
+    """The transformer, such as var_d16.pth; without it the folder holds a tokenizer alone."""
+    scales: str | None = None
+    """Sides of the token maps, coarse to fine (1,2,3,4 or 1x1,2x3,4x6), where the file does not say them."""
+    heads: int | None = None
+    """Attention heads, where the file does not say and they are not 64 wide."""
+    cosine_lookup: bool = False
+    """The tokenizer was trained with normalised codes (the official code's using_znorm)."""
+    phi_ratio: float = 0.5
+    """Share of the convolution in phi (the official code's quant_resi)."""
+    class_names: Path | None = None
+    """Text file with one class name per line, in label order."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import write_checkpoint
+        from nextscale.checkpoints.official import import_official
+        from nextscale.checkpoints.official_config import Hints
+
+        hints = Hints(
+            Pyramid.parse(self.scales) if self.scales else None,
+            self.heads,
+            self.phi_ratio,
+            self.cosine_lookup,
+            _lines(self.class_names) if self.class_names else (),
+        )
+        checkpoint = import_official(self.vae, self.var, hints)
+        write_checkpoint(self.out, checkpoint)
+        print(f"wrote {self.out}: {checkpoint.config.summary()}")
+
+
+@dataclass
+class ExportOfficial:
+    """Write a nextscale folder as official VAR checkpoints; the suffix chooses .pth or .safetensors."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    vae: Path | None = None
+    """Tokenizer file to write."""
+    var: Path | None = None
+    """Transformer file to write."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import read_checkpoint
+        from nextscale.checkpoints.official import export_official
+
+        if self.vae is None and self.var is None:
+            raise UserError("nothing to write: give --vae FILE, --var FILE, or both")
+        export_official(read_checkpoint(self.model), self.vae, self.var)
+        print("wrote " + " and ".join(str(p) for p in (self.vae, self.var) if p))
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read class names from {path}: {error}") from error

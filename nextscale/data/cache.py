@@ -1,0 +1,219 @@
+"""The token cache: what a tokenizer makes of a data set, once, so that training reads tokens and no pictures.
+
+    cache.json                          what made it: data, cut, tokenizer, scales, classes; written first
+    train-00000.safetensors ...         the examples of one shard: tokens (n, views, L), labels (n)
+    held_out-00000.safetensors ...
+
+Shards are memory-mapped when read. One is written whole, so a run that was killed goes on with the first that is
+missing, and with several processes each makes every n-th.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from nextscale.data.examples import Batch, Examples, check_unreadable
+from nextscale.errors import UserError
+from nextscale.files import read_json, replacing, write_json
+from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+
+FORMAT, VERSION = "nextscale-tokens", 1
+PARTS = ("train", "held_out")
+
+
+def is_cache(path: Path) -> bool:
+    """Whether this folder is a token cache."""
+    return (path / "cache.json").is_file()
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A checksum of all that decides an image's tokens and what the transformer sees of them; not of the decoder."""
+    digest = hashlib.sha256(repr((tokenizer.config, tokenizer.pyramid)).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        if not name.startswith(("decoder.", "post_quant_conv.")) and name != "quantizer.usage_KV":
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class CacheWriter:
+    """Encodes the parts of a data set into a folder, shard by shard.
+
+    `views`: how often each training image is encoded, each time cut and mirrored anew; held-out images once, as they
+    are. `made_of`: what else decides the content; a folder made of something else is refused.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, parts: dict[str, Examples], views: int, shard: int,
+        max_unreadable: float = 0.1,
+    ):  # fmt: skip
+        self.folder, self.tokenizer, self.parts, self.views, self.shard = folder, tokenizer, parts, views, shard
+        self.max_unreadable = max_unreadable
+        self.unreadable: dict[str, None] = {}
+
+    def claim(self, names: tuple[str, ...], made_of: dict[str, Any]) -> None:
+        """Write cache.json, or check that the folder's says the same. Raises UserError naming what differs."""
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tokenizer": fingerprint(self.tokenizer),
+            "scales": str(self.tokenizer.pyramid),
+            "vocab_size": self.tokenizer.config.vocab_size,
+            "class_names": list(names),
+            "examples": {part: len(examples) for part, examples in self.parts.items()},
+            "views": self.views,
+            "shard": self.shard,
+            **made_of,
+        }
+        path = self.folder / "cache.json"
+        if path.exists():
+            before = read_json(path)
+            changed = [f"{k} was {before.get(k)}, now {v}" for k, v in head.items() if before.get(k) != v]
+            if changed:
+                raise UserError(f"{self.folder} holds a cache made otherwise ({'; '.join(changed)}); choose another")
+            for draft in self.folder.glob(".*.part*"):  # a run killed while it wrote leaves one
+                draft.unlink(missing_ok=True)
+        else:
+            write_json(path, head)
+
+    def write(self, rank: int = 0, size: int = 1, batch: int = 64, show: bool = True) -> None:
+        """Encode every missing shard whose number is `rank` modulo `size`."""
+        missing = [
+            (part, number)
+            for part in PARTS
+            for number in range(-(-len(self.parts[part]) // self.shard))
+            if number % size == rank and not (self.folder / _shard_name(part, number)).exists()
+        ]
+        total = sum(len(self._rows(part, number)) * self._views(part) for part, number in missing)
+        with tqdm(total=total, desc="encoding", unit="image", disable=not show) as bar:
+            for part, number in missing:
+                tensors = self._encode(part, self._rows(part, number), batch, bar)
+                with replacing(self.folder / _shard_name(part, number)) as (draft,):
+                    save_file(tensors, draft)
+
+    def _rows(self, part: str, number: int) -> range:
+        return range(number * self.shard, min((number + 1) * self.shard, len(self.parts[part])))
+
+    def _views(self, part: str) -> int:
+        return self.views if part == "train" else 1
+
+    @torch.no_grad()
+    def _encode(self, part: str, rows: range, batch: int, bar: tqdm) -> dict[str, Tensor]:
+        examples, count = self.parts[part], len(self.parts[part])
+        device = self.tokenizer.quantizer.codebook.weight.device
+        dtype = torch.int16 if self.tokenizer.config.vocab_size <= 2**15 else torch.int32
+        views, labels = [], []
+        for view in range(self._views(part)):
+            tokens = []
+            for start in range(rows.start, rows.stop, batch):
+                index = range(start, min(start + batch, rows.stop))
+                place = [view * count + i for i in index] if part == "train" else None
+                fetched = examples.fetch(index, place)
+                self.unreadable.update(dict.fromkeys(fetched.get("unreadable", ())))
+                check_unreadable(list(self.unreadable), count, self.max_unreadable)
+                tokens.append(self.tokenizer.encode(to_unit(fetched["image"].to(device))).to(dtype).cpu())
+                if view == 0:
+                    labels.append(fetched["label"])
+                bar.update(len(index))
+            views.append(torch.cat(tokens))
+        return {"tokens": torch.stack(views, dim=1), "labels": torch.cat(labels)}
+
+
+def _shard_name(part: str, number: int) -> str:
+    return f"{part}-{number:05d}.safetensors"
+
+
+class TokenCache:
+    """A folder that CacheWriter made."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.head: dict[str, Any] = read_json(folder / "cache.json")
+        if not isinstance(self.head, dict) or self.head.get("format") != FORMAT or self.head.get("version") != VERSION:
+            raise UserError(f"{folder}/cache.json is not of a token cache that this nextscale can read")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in label order."""
+        return tuple(self.head["class_names"])
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError unless this tokenizer made the cache."""
+        if fingerprint(tokenizer) != self.head["tokenizer"]:
+            raise UserError(
+                f"{self.folder} was made by another tokenizer (scales {self.head['scales']}, {self.head['vocab_size']} "
+                "codes): make it anew with `nextscale tokenize`, or train with the tokenizer that made it"
+            )
+
+    def examples(self, part: str) -> CachedExamples:
+        """The examples of a part, train or held_out. Raises UserError naming shards that are missing or damaged."""
+        count, size = self.head["examples"][part], self.head["shard"]
+        shards = []
+        for number in range(-(-count // size)):
+            path = self.folder / _shard_name(part, number)
+            if not path.exists():
+                raise UserError(f"{path} is missing: the cache is unfinished; run `nextscale tokenize` again to go on")
+            shards.append(path)
+        return CachedExamples(shards, count, size)
+
+
+class CachedExamples:
+    """Tokens and labels of a cache's part. Epoch e shows view (e + index) mod views of an image."""
+
+    left_out: Sequence[str] = ()
+
+    def __init__(self, shards: Sequence[Path], count: int, size: int):
+        self.paths, self.count, self.size = shards, count, size
+        expected = [min(size, count - i * size) for i in range(len(shards))]
+        for path, (tokens, labels), rows in zip(shards, self._shards, expected, strict=True):
+            if len(tokens) != rows or len(labels) != rows:
+                raise UserError(f"{path} holds {len(tokens)} examples instead of {rows}; delete it and tokenize again")
+
+    @cached_property
+    def _shards(self) -> list[tuple[Tensor, Tensor]]:
+        out = []
+        for path in self.paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    out.append((file.get_tensor("tokens"), file.get_tensor("labels")))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}); delete it and run `nextscale tokenize` again") from error
+        return out
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def tokens_NVL(self) -> Tensor:
+        """All tokens (N, views, L), for measuring."""
+        return torch.cat([tokens for tokens, _ in self._shards])
+
+    @property
+    def labels_N(self) -> Tensor:
+        """All labels."""
+        return torch.cat([labels for _, labels in self._shards])
+
+    def order(self, rng: torch.Generator) -> Tensor:
+        return torch.randperm(self.count, generator=rng)
+
+    def fetch(self, index: Sequence[int], place: Sequence[int] | None) -> Batch:
+        tokens, labels = [], []
+        for n, i in enumerate(index):
+            shard_tokens, shard_labels = self._shards[i // self.size]
+            epoch = place[n] // self.count if place is not None else 0
+            view = (epoch + i) % shard_tokens.shape[1] if place is not None else 0
+            tokens.append(shard_tokens[i % self.size, view])
+            labels.append(shard_labels[i % self.size])
+        return {"tokens": torch.stack(tokens), "label": torch.stack(labels)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}

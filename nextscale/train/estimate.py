@@ -1,0 +1,123 @@
+"""What a run will cost, before it is started: `nextscale train --dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints.native import read_config
+from nextscale.config import ModelConfig
+from nextscale.data.cache import TokenCache, is_cache
+from nextscale.info import condition_flops, scale_flops
+from nextscale.model.var import VAR
+from nextscale.pyramid import Pyramid
+from nextscale.train.config import TrainConfig
+from nextscale.train.run_config import RunConfig
+
+IMAGENET = 1_281_167
+_GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by their data sheets
+_SHARE = 0.4  # of the peak; what well-run training of transformers reaches
+
+
+def estimate(config: RunConfig) -> str:
+    """Parameters, memory per device, arithmetic and time of a run, as text.
+
+    Reads the tokenizer's config and the cache's size where they exist; else it assumes the official tokenizer, 1,000
+    classes and ImageNet's 1,281,167 images, and says so.
+    """
+    model, notes = _model(config)
+    examples = IMAGENET
+    if config.data and is_cache(Path(config.data)):
+        examples = TokenCache(Path(config.data)).head["examples"]["train"]
+    else:
+        notes.append(f"assumed {IMAGENET:,} training images (ImageNet): --data names no token cache")
+    _, transformer = build_on_meta(model)
+    assert transformer is not None, "a generator has a transformer"
+    assert model.transformer is not None, "a generator has a transformer"
+    parameters = sum(p.numel() for p in transformer.parameters())
+    steps, warmup = config.train.schedule_steps(examples)
+    forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
+    per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards
+    epoch = per_image * examples
+    lines = [
+        f"model       {parameters:,} parameters; {model.summary()}",
+        f"steps       {steps:,} of {config.train.batch_size} images ({steps * config.train.batch_size / examples:,.1f} "
+        f"epochs of {examples:,}), {warmup:,} of them warm-up",
+        f"arithmetic  {per_image / 1e12:,.3f} TFLOP per image, {epoch / 1e15:,.1f} PFLOP per epoch, "
+        f"{per_image * config.train.batch_size * steps / 1e18:,.2f} EFLOP in all",
+    ]
+    for name, peak in _GPUS.items():
+        hours = epoch / (peak * _SHARE) / 3600
+        total = per_image * config.train.batch_size * steps / (peak * _SHARE) / 3600
+        lines.append(
+            f"time        {name} at {_SHARE:.0%} of its peak: {hours:,.2f} h per epoch, {total:,.1f} GPU-hours"
+        )
+    lines += _memory(config.train, transformer, parameters)
+    return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
+    folder, notes = Path(config.start or config.tokenizer), []
+    if (config.start or config.tokenizer) and folder.is_dir():
+        base, _ = read_config(folder)
+    else:
+        base = ModelConfig()
+        notes.append("assumed the official tokenizer: give --tokenizer or --start")
+    if config.scales:
+        base = dataclasses.replace(base, pyramid=Pyramid.parse(config.scales))
+    if config.start and base.transformer:
+        return base, notes
+    classes = 1000
+    if config.data and is_cache(Path(config.data)):
+        classes = len(TokenCache(Path(config.data)).names)
+    else:
+        notes.append("assumed 1,000 classes")
+    return dataclasses.replace(base, transformer=config.with_classes(classes), class_names=()), notes
+
+
+def _memory(train: TrainConfig, transformer: VAR, parameters: int) -> list[str]:
+    """Lines on the memory of one device, for the configured portion of the batch."""
+    own = train.micro_batch or train.batch_size
+    copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, averages
+    kept = activation_bytes(transformer, own, train)
+    gib = 2**30
+    what = "weights, gradients, optimizer" + (", averages" if train.ema else "")
+    where = "divided by the number of devices" if train.sharding == "full" else "per device"
+    recomputed = ", recomputed block by block" if train.activation_checkpointing else ""
+    return [
+        f"memory      {what}: {4 * copies * parameters / gib:.2f} GiB {where}",
+        f"            activations of {own} images at once: about {kept / gib:.2f} GiB per device "
+        f"({train.precision}{recomputed})",
+    ]
+
+
+def activation_bytes(transformer: VAR, images: int, train: TrainConfig) -> int:
+    """Bytes that one forward pass keeps for the backward pass.
+
+    Counted on tensors without storage in float32, for one image; half of it in 16-bit precision.
+    """
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage._cdata] = storage.nbytes()
+        alive.append(storage)  # so that no other tensor gets its number
+        return tensor
+
+    alive: list[torch.UntypedStorage] = []
+    pyramid = transformer.pyramid
+    length = pyramid.length - pyramid.counts[0]
+    x_BLC = torch.empty(1, length, transformer.word_embed.in_features, device="meta")
+    labels = torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transformer(labels, x_BLC)
+    own = {p.untyped_storage()._cdata for p in transformer.parameters()}
+    total = sum(size for number, size in seen.items() if number not in own)
+    if train.activation_checkpointing:
+        depth, width = transformer.config.depth, transformer.config.width
+        total = total // depth + depth * pyramid.length * width * 4
+    return total * images // (1 if train.precision == "fp32" else 2)

@@ -1,0 +1,50 @@
+"""`nextscale tokenize`: a data set to a token cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nextscale.checkpoints.checkpoint import build_modules
+from nextscale.checkpoints.native import read_checkpoint
+from nextscale.config import DataConfig, to_dict
+from nextscale.data.cache import CacheWriter
+from nextscale.data.datasets import open_images
+from nextscale.data.examples import Examples
+from nextscale.errors import UserError
+from nextscale.files import write_text
+from nextscale.train.world import World
+
+
+def tokenize(
+    data: str, tokenizer_folder: Path, out: Path, images: DataConfig, seed: int, world: World,
+    *, views: int = 1, shard: int = 8192, batch: int = 64,
+) -> None:  # fmt: skip
+    """Encode both parts of `data` into the cache `out`, going on where an earlier call was stopped.
+
+    Names of unreadable images go to unreadable.txt. Raises UserError when `out` was made otherwise, or when more
+    images are unreadable than `images` allows.
+    """
+    checkpoint = read_checkpoint(tokenizer_folder)
+    config = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
+    tokenizer, _ = build_modules(config)
+    tokenizer.load_state_dict({n: t.float() for n, t in checkpoint.tokenizer.items()})
+    height, width = config.image_size
+    if height != width:
+        raise UserError(f"images are read as squares; this tokenizer wants {height} x {width}")
+    train, held_out, source = open_images(data, height, images, seed)
+    parts: dict[str, Examples] = {"train": train, "held_out": held_out}
+    writer = CacheWriter(out, tokenizer.eval().to(world.device), parts, views, shard, images.max_unreadable)
+    if world.main:
+        writer.claim(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})
+    world.wait()
+    writer.write(world.rank, world.size, batch, show=world.main)
+    if writer.unreadable:
+        write_text(out / f"unreadable-{world.rank}.txt", "".join(f"{n}\n" for n in writer.unreadable))
+        print(
+            f"note: passed over {len(writer.unreadable)} unreadable images, named in {out}/unreadable-{world.rank}.txt"
+        )
+    world.wait()
+    if world.main:
+        counts = f"{len(train)} training and {len(held_out)} held-out images"
+        print(f"wrote {out}: {counts}, {config.pyramid.length} tokens each")

@@ -1,0 +1,231 @@
+"""`nextscale train` and `nextscale resume`: a generator from images or a token cache to a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.checkpoints.checkpoint import Checkpoint, build_modules
+from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.config import ModelConfig, from_dict, to_dict
+from nextscale.data.cache import TokenCache, is_cache
+from nextscale.data.datasets import open_images
+from nextscale.data.examples import Examples
+from nextscale.errors import UserError
+from nextscale.files import read_json, write_json
+from nextscale.model.init import initialise
+from nextscale.model.var import VAR
+from nextscale.pictures import curves, grid
+from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
+from nextscale.rng import generator
+from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.train.log import Values, read_log
+from nextscale.train.loop import fit
+from nextscale.train.parallel import whole_weights
+from nextscale.train.run_config import RunConfig
+from nextscale.train.state import changes
+from nextscale.train.transformer_task import TransformerTask
+from nextscale.train.world import World
+
+_SAMPLES_PER_CLASS, _SHOWN_CLASSES, _BATCH = 8, 10, 64
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    tokenizer_weights: dict[str, Tensor]
+    transformer: VAR
+    train: Examples
+    held_out: Examples
+
+
+def train_transformer(
+    config: RunConfig, folder: Path, world: World, *, extend: bool = False, accept_changes: bool = False
+) -> dict[str, Any]:
+    """Train a generator into `folder`, which `nextscale sample` takes; return its last validation.
+
+    Beside the checkpoint: best/ (lowest validation loss), samples.png, curves.png, log.jsonl, run.json, training/. An
+    unfinished run in `folder` goes on; a finished one is refused unless `extend`, which allows more steps. Raises
+    UserError naming what differs from an earlier run's settings, unless `accept_changes`.
+    """
+    config = config.complete()
+    _check_folder(folder, config, extend, accept_changes)
+    parts = open_parts(config, world)
+    world.wait()  # all have looked before one writes
+    if world.main:
+        write_json(folder / "run.json", to_dict(config))
+        (folder / "finished.json").unlink(missing_ok=True)
+    parts.tokenizer.to(world.device)
+    task = TransformerTask(parts.transformer, parts.tokenizer, parts.train, config.train)
+    watch = _Watch(config, parts, task, folder, world)
+    fit(
+        task,
+        config.train,
+        folder,
+        watch,
+        world=world,
+        settings=to_dict(config),
+        accept_changes=True,  # run.json was compared, and may be newer than the last state
+        max_unreadable=config.images.max_unreadable,
+    )
+    if world.main:
+        draw_curves(folder)
+        write_json(folder / "finished.json", {"settings": to_dict(config), **watch.last})
+    return dict(watch.last)
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The settings of the run in `folder`."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} holds no run: it has no run.json")
+    return from_dict(RunConfig, read_json(folder / "run.json"), f"{folder}/run.json")
+
+
+def _check_folder(folder: Path, config: RunConfig, extend: bool, accept_changes: bool) -> None:
+    """Raise UserError when the folder holds a finished run, or one with other settings."""
+    if (folder / "run.json").exists():
+        changed = changes(to_dict(read_run(folder)), to_dict(config))
+        if extend:
+            changed = [c for c in changed if not c.startswith(("train.steps ", "train.epochs "))]
+        if changed and not accept_changes:
+            raise UserError(
+                f"{folder} holds a run with other settings: {'; '.join(changed)}; choose another --out, or give "
+                "--accept-changes to go on with the new ones"
+            )
+        if (folder / "finished.json").exists() and not extend:
+            raise UserError(
+                f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
+            )
+
+
+def open_parts(config: RunConfig, world: World) -> Parts:
+    """Data, tokenizer and transformer of a run. Raises UserError when they do not belong together."""
+    checkpoint = read_checkpoint(Path(config.start or config.tokenizer))
+    if config.scales and config.tokenizer:
+        checkpoint.config = dataclasses.replace(checkpoint.config, pyramid=Pyramid.parse(config.scales))
+    codes = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
+    tokenizer, _ = build_modules(codes)
+    weights = {n: t for n, t in checkpoint.tokenizer.items() if n != "quantizer.usage_KV"}  # it has a row per scale
+    tokenizer.load_state_dict({n: t.float() for n, t in weights.items()}, strict=False)
+    weights["quantizer.usage_KV"] = tokenizer.quantizer.usage_KV
+    height, width = codes.image_size
+    if is_cache(Path(config.data)):
+        cache = TokenCache(Path(config.data))
+        cache.check_tokenizer(tokenizer)
+        train: Examples = cache.examples("train")
+        held_out: Examples = cache.examples("held_out")
+        names = cache.names
+    else:
+        if height != width:
+            raise UserError(f"images are read as squares; this model wants {height} x {width}: give a token cache")
+        train, held_out, source = open_images(config.data, height, config.images, config.train.seed)
+        names = source.class_names
+    model = _model(config, checkpoint, names)
+    assert model.transformer is not None, "a generator has a transformer"
+    _, transformer = build_modules(model)
+    assert transformer is not None, "a generator has a transformer"
+    if config.start:
+        transformer.load_state_dict({n: t.float() for n, t in checkpoint.transformer.items()})
+    else:
+        initialise(transformer, config.init, generator(config.train.seed, "transformer"))
+    if world.main:
+        print(f"{config.data}: {len(train)} examples to train on, {len(held_out)} held out; {model.summary()}")
+    return Parts(model, tokenizer, weights, transformer, train, held_out)
+
+
+def _model(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, ...]) -> ModelConfig:
+    """The generator's config: the start checkpoint's, or the run's with the data's classes."""
+    if not config.start:
+        return dataclasses.replace(checkpoint.config, transformer=config.with_classes(len(names)), class_names=names)
+    transformer = checkpoint.config.transformer
+    if transformer is None:
+        raise UserError(f"{config.start} is a tokenizer alone: give it as --tokenizer to train a new transformer")
+    if transformer.condition.num_classes != len(names):
+        raise UserError(
+            f"{config.start} knows {transformer.condition.num_classes} classes, {config.data} has {len(names)}: "
+            f"carry the model over first with `nextscale adapt {config.start} --classes {len(names)} --out DIR`"
+        )
+    return checkpoint.config
+
+
+class _Watch:
+    """What happens at a save: validation, the model files, and sample grids."""
+
+    def __init__(self, config: RunConfig, parts: Parts, task: TransformerTask, folder: Path, world: World):
+        self.config, self.parts, self.task, self.folder, self.world = config, parts, task, folder, world
+        self.last: Values = {}
+
+    def measure(self, step: int) -> Values:
+        self.last = validate(self.task, self.parts.held_out, self.config.validation_images, self.world)
+        return self.last
+
+    def keep(self, step: int, best: bool) -> None:
+        weights = whole_weights(self.task.model)
+        if not self.world.main:
+            return
+        checkpoint = Checkpoint(self.parts.model, self.parts.tokenizer_weights, weights)
+        for folder in (self.folder, self.folder / "best") if best else (self.folder,):
+            write_checkpoint(folder, checkpoint)
+        steps, every = self.config.train.schedule_steps(len(self.parts.train))[0], self.config.train.sample_every
+        if step == steps or (every and step % every == 0):
+            pipeline = Pipeline.from_checkpoint(checkpoint, device=self.world.device, dtype=torch.float32)
+            samples = self.folder / "samples"
+            for path in (samples / f"step-{step:08d}.png", self.folder / "samples.png"):
+                draw_samples(pipeline, self.config, path)
+
+
+@torch.no_grad()
+def validate(task: TransformerTask, held_out: Examples, limit: int, world: World) -> Values:
+    """Cross-entropy in nats per token and accuracy on held-out examples, all together and per scale.
+
+    The processes share the work; all must call it.
+    """
+    count = min(len(held_out), limit)
+    starts = list(range(0, count, _BATCH))
+    sums: dict[str, Tensor] = {}
+    unreadable: list[str] = []
+    for turn in range(0, len(starts), world.size):
+        mine = turn + world.rank
+        start = starts[min(mine, len(starts) - 1)]  # all take part in every turn, some for nothing
+        rows = range(start, min(start + _BATCH, count))
+        weight = len(rows) / count if mine < len(starts) else 0.0
+        batch = held_out.fetch(rows, None)
+        unreadable += batch.pop("unreadable", [])
+        loss, scalars = task({n: t.to(world.device) for n, t in batch.items()}, {}, 0)
+        for name, value in {"loss": loss, **scalars}.items():
+            sums[name] = sums.get(name, 0) + value.double() * weight
+    values: Values = {f"validation_{name}": world.sum(value).tolist() for name, value in sums.items()}
+    return values | {"unreadable": unreadable} if unreadable else values
+
+
+def draw_samples(pipeline: Pipeline, config: RunConfig, path: Path) -> None:
+    """A grid of samples, a row for each of the first classes."""
+    classes = range(min(pipeline.transformer.config.condition.num_classes, _SHOWN_CLASSES))
+    images = pipeline.sample([c for c in classes for _ in range(_SAMPLES_PER_CLASS)], config.sampling)
+    grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
+
+
+def draw_curves(folder: Path) -> None:
+    """Loss and accuracy over training, and the validation loss of every scale."""
+    log = [r for r in read_log(folder / "log.jsonl") if r["task"] == TransformerTask.name]
+    validation = [r for r in log if "validation_loss" in r]
+    scales = range(len(validation[-1]["validation_loss_per_scale"])) if validation else ()
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {
+        "nats per token": {
+            "training": [(r["step"], r["loss"]) for r in log if "loss" in r],
+            "validation": [(r["step"], r["validation_loss"]) for r in validation],
+        },
+        "validation, nats per token of each scale": {
+            f"scale {k}": [(r["step"], r["validation_loss_per_scale"][k]) for r in validation] for k in scales
+        },
+    }
+    curves({name: {n: p for n, p in lines.items() if p} for name, lines in panels.items()}, folder / "curves.png")

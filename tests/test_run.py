@@ -1,0 +1,265 @@
+"""`nextscale tokenize`, `train` and `resume`: from pictures to a model that samples, and what is refused on the way."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextscale.cli import main, read_settings
+from nextscale.config import ModelConfig
+from nextscale.pipeline import Pipeline
+from nextscale.presets import preset
+from nextscale.pyramid import Pyramid
+from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.train.config import TrainConfig
+from nextscale.train.estimate import activation_bytes
+from nextscale.train.log import read_log
+from nextscale.train.run_config import RunConfig
+from tests.conftest import randomised, tiny_config
+from tests.test_data import write_folder
+
+CONFIG = {
+    "transformer": {"depth": 2, "width": 32, "heads": 4},
+    "images": {"held_out": 0.25},
+    "train": {"steps": 6, "batch_size": 6, "micro_batch": 3, "save_every": 2, "log_every": 1, "warmup_steps": 2,
+              "sample_every": 4, "ema": 0.5, "label_smoothing": 0.1},
+}  # fmt: skip
+
+
+def zoo(folder) -> list[str]:
+    """Pictures of every kind; their names."""
+    rng = np.random.default_rng(0)
+    rgb, grey = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8), rng.integers(0, 256, (12, 20), dtype=np.uint8)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    frames = [Image.new("RGB", (10, 10), colour) for colour in ("red", "blue")]
+    pictures = {
+        "grey.png": (Image.fromarray(grey), {}),
+        "alpha.png": (Image.fromarray(np.dstack([rgb, grey])), {}),
+        "palette.gif": (Image.fromarray(rgb).quantize(16), {}),
+        "cmyk.jpg": (Image.fromarray(rgb).convert("CMYK"), {}),
+        "sixteen.png": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+        "rotated.jpg": (Image.fromarray(rgb), {"exif": rotated}),
+        "animated.gif": (frames[0], {"save_all": True, "append_images": frames[1:]}),
+        "dot.png": (Image.new("RGB", (1, 1), "teal"), {}),
+        "bits.png": (Image.fromarray(grey).convert("1"), {}),
+        "large.webp": (Image.fromarray(rgb).resize((300, 200)), {}),
+    }
+    folder.mkdir(parents=True)
+    for name, (picture, options) in pictures.items():
+        picture.save(folder / name, **options)
+    return list(pictures)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, capsys):
+    """A folder with pictures, a tokenizer and a config, as the working directory."""
+    write_folder(tmp_path / "photos")
+    pipeline = randomised(tiny_config())
+    Pipeline(ModelConfig(pipeline.config.pyramid, pipeline.config.tokenizer, None), pipeline.tokenizer, None)
+    pipeline.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(text: str) -> int:
+    return main(text.split())
+
+
+TRAIN = "train c.json --data photos --tokenizer tokenizer --out run --device cpu"
+
+
+def test_the_whole_road(place, capsys, monkeypatch):
+    assert run("tokenize photos --tokenizer tokenizer --out cache --images.held-out 0.25 --shard 7 --device cpu") == 0
+    assert run(TRAIN.replace("photos", "cache")) == 0
+    assert "held-out cross-entropy" in capsys.readouterr().out
+    files = {p.name for p in (place / "run").iterdir()}
+    assert files == {"best", "config.json", "curves.png", "finished.json", "log.jsonl", "run.json", "samples",
+                     "samples.png", "tokenizer.safetensors", "training", "transformer.safetensors"}  # fmt: skip
+    assert {p.name for p in (place / "run" / "samples").iterdir()} == {"step-00000004.png", "step-00000006.png"}
+    log = read_log(place / "run" / "log.jsonl")
+    steps = [r for r in log if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 7))
+    assert all(len(r["loss_per_scale"]) == len(r["accuracy_per_scale"]) == 4 for r in steps)
+    assert {"images_per_s", "tokens_per_s", "learning_rate", "gradient_norm"} <= steps[0].keys()
+    assert [r["step"] for r in log if "validation_loss" in r] == [2, 4, 6]
+    assert run("sample run --labels dog,none --out grid.png") == 0
+    assert Pipeline.from_pretrained(place / "run" / "best").config.class_names == ("cat", "dog")
+    # the same from pictures, which are encoded as they come
+    assert run(TRAIN.replace("run", "direct")) == 0
+    direct = [r for r in read_log(place / "direct" / "log.jsonl") if "loss" in r]
+    assert [r["loss"] for r in direct] == [r["loss"] for r in steps]
+
+
+def test_the_cached_step_does_no_tokenizer_work(place, monkeypatch):
+    assert run("tokenize photos --tokenizer tokenizer --out cache --images.held-out 0.25 --device cpu") == 0
+
+    def refuse(*arguments):
+        raise AssertionError("an image was encoded")
+
+    monkeypatch.setattr(Tokenizer, "features", refuse)
+    assert run(TRAIN.replace("photos", "cache")) == 0
+
+
+def test_runs_are_resumed_extended_and_refused(place, capsys):
+    assert run(TRAIN) == 0
+    assert run(TRAIN) == 2
+    assert "the run in run is finished; choose another --out, or give --extend" in capsys.readouterr().err
+    assert run(f"{TRAIN} --train.learning-rate 0.5") == 2
+    assert "other settings: train.learning_rate was 0.001, now 0.5; choose" in capsys.readouterr().err
+    assert run(f"{TRAIN} --train.steps 8 --train.learning-rate 0.5 --extend") == 2
+    assert "train.learning_rate was 0.001" in capsys.readouterr().err
+    assert run(f"{TRAIN} --train.steps 8 --extend") == 0
+    assert [r["step"] for r in read_log(place / "run" / "log.jsonl") if "loss" in r] == list(range(1, 9))
+    # as if killed after step 6: the command without a config goes on with what the run was started with
+    for path in (place / "run" / "training").glob("*8.pt"):
+        path.unlink()
+    (place / "run" / "finished.json").unlink()
+    before = (place / "run" / "transformer.safetensors").read_bytes()
+    (place / "run" / "transformer.safetensors").write_bytes(b"gone")
+    assert run("resume run --device cpu") == 0
+    assert (place / "run" / "transformer.safetensors").read_bytes() == before
+    assert run("resume nowhere") == 2
+    assert "nowhere holds no run" in capsys.readouterr().err
+    # settings that say how, not what, may change at any time; others when it is said
+    assert run(f"{TRAIN} --train.steps 10 --extend --train.workers 1 --train.log-every 3") == 0
+    assert run(f"{TRAIN} --train.steps 10 --extend --train.seed 1 --accept-changes") == 0
+
+
+def test_what_does_not_belong_together_is_named(place, capsys):
+    assert run("train c.json --data photos --out run") == 2
+    assert "give either --tokenizer DIR" in capsys.readouterr().err
+    assert run("train c.json --tokenizer tokenizer --out run") == 2
+    assert "no data: give --data" in capsys.readouterr().err
+    assert run("train c.json --data photos --start tokenizer --out run --device cpu") == 2
+    assert "tokenizer knows 5 classes, photos has 2: carry the model over first" in capsys.readouterr().err
+    randomised(tiny_config(), seed=3).save_pretrained("other")
+    assert run("tokenize photos --tokenizer tokenizer --out cache --device cpu") == 0
+    assert run("train c.json --data cache --tokenizer other --out run --device cpu") == 2
+    assert "cache was made by another tokenizer" in capsys.readouterr().err
+    assert run("tokenize photos --tokenizer tokenizer --out cache --seed 4 --device cpu") == 2
+    assert "holds a cache made otherwise (seed was 0, now 4)" in capsys.readouterr().err
+    assert run("train no-such-recipe --out run") == 2
+    assert "no recipe named 'no-such-recipe'" in capsys.readouterr().err
+
+
+def test_fine_tuning_starts_from_the_adapted_model(place):
+    assert run("adapt tokenizer --classes cat=1,dog --out start") == 0
+    rate = "--train.learning-rate 1e-12 --train.final-learning-rate 0"
+    assert run(f"train c.json --data photos --start start --out tuned --device cpu {rate}") == 0
+    old, new = (Pipeline.from_pretrained(place / name) for name in ("start", "tuned"))
+    for name, tensor in new.transformer.state_dict().items():
+        assert torch.allclose(tensor, old.transformer.state_dict()[name], atol=1e-6), name
+    assert new.config == old.config
+
+
+def test_a_full_disk_keeps_the_last_state(place, capsys):
+    """A limit on file sizes stands for the disk: the first state fits, the next cannot be written."""
+    import resource
+    import signal
+
+    assert run(f"{TRAIN} --train.steps 2") == 0
+    before = {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file() and p.name != "log.jsonl"}
+    capsys.readouterr()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        assert run(f"{TRAIN} --train.steps 4 --extend") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write" in (error := capsys.readouterr().err)
+    assert "what was there before is unchanged" in error
+    for path, content in before.items():
+        if path.suffix in (".pt", ".safetensors"):
+            assert path.read_bytes() == content, path
+    assert run(f"{TRAIN} --train.steps 4 --extend") == 0
+
+
+def test_pictures_of_every_kind_and_damaged_ones(place, capsys, monkeypatch):
+    """The former are converted, the latter named, whether decoded ahead or as they are needed."""
+    from nextscale.data import datasets
+
+    names = zoo(place / "zoo" / "a")
+    for i in range(95 - len(names)):
+        Image.new("RGB", (9, 9), (i, 2 * i, 40)).save(place / "zoo" / "a" / f"plain{i}.png")
+    whole = (place / "zoo" / "a" / "plain0.png").read_bytes()
+    damaged = {"cut.png": whole[:-30], "zero.jpg": b"", "text.jpg": b"this is no picture", "cut2.png": whole[:40],
+               "zero2.png": b""}  # fmt: skip
+    for name, content in damaged.items():
+        (place / "zoo" / "a" / name).write_bytes(content)
+    command = TRAIN.replace("photos", "zoo")
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in damaged)
+    monkeypatch.setattr(datasets, "_IN_MEMORY", 0)
+    assert run(command.replace("run", "lazy") + " --train.steps 20 --train.workers 1") == 0
+    named = (place / "lazy" / "unreadable.txt").read_text()
+    assert all(name in named for name in damaged)
+    assert "plain" not in named
+    assert run(command.replace("run", "strict") + " --train.steps 20 --images.max-unreadable 0.01") == 2
+    assert "examples cannot be read" in capsys.readouterr().err
+
+
+def test_dry_run_of_every_recipe(place, capsys):
+    published = {"16": 310_283_520, "20": 600_917_136, "24": 1_033_399_360, "30": 2_010_020_356, "36": 2_353_893_904}
+    for depth, parameters in published.items():
+        assert run(f"train var-d{depth} --out none --dry-run") == 0
+        out = capsys.readouterr().out
+        assert f"{parameters:,} parameters" in out
+        assert "GPU-hours" in out
+        assert "GiB" in out
+    assert not (place / "none").exists()
+    # 300 GMAC for two sequences with guidance, so 300 GFLOP for one; three times that for a training step
+    assert run("train var-d16 --out none --dry-run") == 0
+    assert 0.88 < float(capsys.readouterr().out.split("arithmetic")[1].split()[0]) < 0.92
+    assert run("train var-d16 --out none --dry-run --transformer.depth 12") == 0
+    assert "133,186,960 parameters" in capsys.readouterr().out, "width and heads follow the depth"
+
+
+def test_recipes_say_what_was_published():
+    from pathlib import Path
+
+    settings = read_settings(RunConfig, Path("var-d30"))
+    assert settings.train.schedule_steps(1_281_167) == (round(350 * 1_281_167 / 1024), round(7 * 1_281_167 / 1024))
+    assert settings.train.learning_rate == pytest.approx(8e-5 * 1024 / 256)
+    assert settings.init.adaln_gamma == 1e-5
+    assert settings.scales == str(preset("var-d30").pyramid)
+
+
+def test_activation_bytes_against_the_tensors_that_autograd_keeps():
+    """On real tensors: the distinct storages that the graph saves, without the weights."""
+    model = randomised(tiny_config("1,2,3,4", depth=3)).transformer
+    found, alive = {}, []
+
+    def keep(tensor):
+        alive.append(tensor)
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 29, 4))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = sum(size for pointer, size in found.items() if pointer not in weights)
+    with torch.device("meta"):
+        from nextscale.model.var import VAR
+
+        shadow = VAR(model.config, Pyramid.parse("1,2,3,4"), 32, 4)
+    estimate = activation_bytes(shadow, 4, TrainConfig())
+    assert estimate == pytest.approx(kept, rel=0.15)
+
+
+def test_values_go_to_tensorboard(place):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(f"{TRAIN} --train.loggers tensorboard") == 0
+    events = EventAccumulator(str(place / "run" / "tensorboard"))
+    events.Reload()
+    assert {"transformer/loss", "transformer/loss_per_scale/3"} <= set(events.Tags()["scalars"])
+    logged = [r["loss"] for r in read_log(place / "run" / "log.jsonl") if "loss" in r]
+    np.testing.assert_allclose([e.value for e in events.Scalars("transformer/loss")], logged, rtol=1e-6)
+    shutil.rmtree(place / "run")

@@ -1,0 +1,50 @@
+"""Killed at any moment, also while it saves, a run goes on and ends with the bytes of one that was left alone.
+
+A few kills here; `make soak` does more (NEXTSCALE_SOAK=24).
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("NEXTSCALE_SOAK", 3))
+# accumulation, data workers, the middle of an epoch (20 examples, batches of 6), a save after every step
+SETTINGS = ["steps=150", "save_every=1", "micro_batch=2", "workers=2", "ema=0.9", "keep=3"]
+
+
+def start(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.train_worker", str(folder), "1", *SETTINGS]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def states(folder: Path) -> int:
+    return max((int(p.stem.split("-")[1]) for p in (folder / "training").glob("transformer-*.pt")), default=0)
+
+
+def test_kills_at_random_moments(tmp_path):
+    rng = random.Random(0)
+    cut, kills, in_a_save = tmp_path / "cut", 0, 0
+    while kills < KILLS:
+        before, process = states(cut), start(cut)
+        while states(cut) < before + 2 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            break  # it was finished first
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        in_a_save += bool(list((cut / "training").glob(".*")))
+        kills += 1
+    print(f"{kills} kills, {in_a_save} of them while a state was written")
+    for folder in (cut, tmp_path / "whole"):
+        process = start(folder)
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert kills == KILLS or states(cut) == 150
+    assert (cut / "final.pt").read_bytes() == (tmp_path / "whole" / "final.pt").read_bytes()
