@@ -7,8 +7,7 @@ of fewer than 16 images. `linear` and `Conv2d` keep clear of those thresholds, w
 bitwise on an AMD EPYC with torch 2.13.0; tests/test_sampling.py holds it for whole images, on one and two threads.
 
 In training that promise is not needed, and there `linear` takes oneDNN's road in float32 on x86: the product as a 1x1
-convolution over the rows, forward and backward (about twice MKL's speed; docs/performance.md). NEXTSCALE_PLAIN=1 turns
-it off.
+convolution over the rows, forward and backward. NEXTSCALE_PLAIN=1 turns all fast paths off.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ _SMALL_CONV = 20480
 _CONVOLVED_ROWS = 128
 """From here on the product as a convolution is the faster one."""
 
-has_onednn = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-fast = has_onednn and not os.environ.get("NEXTSCALE_PLAIN")
+fast = not os.environ.get("NEXTSCALE_PLAIN")
 """Whether fast paths are taken where there are any; the plain ones compute the same function."""
+has_onednn = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out): the matrix product of every layer."""
     rows = x.numel() // x.shape[-1]
-    if fast and rows >= _CONVOLVED_ROWS and _trains(x, weight):
+    if fast and has_onednn and rows >= _CONVOLVED_ROWS and _trains(x, weight):
         return _convolved(x, weight, bias)
     if x.device.type != "cpu" or rows >= _MIN_ROWS:
         return F.linear(x.contiguous(), weight, bias)

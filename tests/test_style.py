@@ -15,7 +15,7 @@ LAYERS = [
     ["nextscale.pyramid", "nextscale.files", "nextscale.rng", "nextscale.ops"],
     ["nextscale.config", "nextscale.train.config", "nextscale.train.tokenizer_config", "nextscale.train.run_config"],
     ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
-    ["nextscale.tokenizer", "nextscale.model", "nextscale.data"],
+    ["nextscale.tokenizer", "nextscale.model", "nextscale.features", "nextscale.data"],
     ["nextscale.sample", "nextscale.checkpoints"],
     ["nextscale.metrics"],
     ["nextscale.train"],

@@ -105,6 +105,8 @@ class Tokenize:
     images: DataConfig = field(default_factory=DataConfig)
     views: int = 1
     """Encode each training image this often, cut and mirrored anew each time."""
+    encoder: str = ""
+    """Also keep the features of a self-supervised encoder (DINOv2, DINOv3): its folder, or its name on the hub."""
     shard: int = 8192
     """Images per file."""
     batch_size: int = 64
@@ -123,7 +125,7 @@ class Tokenize:
         with join_world(self.device) as world:
             tokenize(
                 self.data, self.tokenizer, self.out, self.images, self.seed, world,
-                views=self.views, shard=self.shard, batch=self.batch_size,
+                views=self.views, shard=self.shard, batch=self.batch_size, encoder=self.encoder,
             )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The token cache: what a tokenizer makes of a data set, once, so that training reads tokens and no pictures.
 
     cache.json                          what made it: data, cut, tokenizer, scales, classes; written first
-    train-00000.safetensors ...         the examples of one shard: tokens (n, views, L), labels (n)
+    train-00000.safetensors ...         the examples of one shard: tokens (n, views, L), labels (n), and where an
+                                        encoder was given its features (n, views, h, w, C), float16
     held_out-00000.safetensors ...
 
 Shards are memory-mapped when read. One is written whole, so a run that was killed goes on with the first that is
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.errors import UserError
+from nextscale.features.encoders import PatchEncoder
 from nextscale.files import read_json, replacing, write_json
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 
@@ -49,19 +51,22 @@ class CacheWriter:
     """Encodes the parts of a data set into a folder, shard by shard.
 
     `views`: how often each training image is encoded, each time cut and mirrored anew; held-out images once, as they
-    are. `made_of`: what else decides the content; a folder made of something else is refused.
+    are. `encoder`: whose features of the same views are kept too, on the grid of the last scale.
     """
 
     def __init__(
         self, folder: Path, tokenizer: Tokenizer, parts: dict[str, Examples], views: int, shard: int,
-        max_unreadable: float = 0.1,
+        max_unreadable: float = 0.1, encoder: PatchEncoder | None = None,
     ):  # fmt: skip
         self.folder, self.tokenizer, self.parts, self.views, self.shard = folder, tokenizer, parts, views, shard
-        self.max_unreadable = max_unreadable
+        self.max_unreadable, self.encoder = max_unreadable, encoder
         self.unreadable: dict[str, None] = {}
 
     def claim(self, names: tuple[str, ...], made_of: dict[str, Any]) -> None:
-        """Write cache.json, or check that the folder's says the same. Raises UserError naming what differs."""
+        """Write cache.json, or check that the folder's says the same. Raises UserError naming what differs.
+
+        `made_of`: what else decides the content.
+        """
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -72,6 +77,7 @@ class CacheWriter:
             "examples": {part: len(examples) for part, examples in self.parts.items()},
             "views": self.views,
             "shard": self.shard,
+            "encoder": self.encoder.fingerprint() if self.encoder else "",
             **made_of,
         }
         path = self.folder / "cache.json"
@@ -109,23 +115,29 @@ class CacheWriter:
     @torch.no_grad()
     def _encode(self, part: str, rows: range, batch: int, bar: tqdm) -> dict[str, Tensor]:
         examples, count = self.parts[part], len(self.parts[part])
-        device = self.tokenizer.quantizer.codebook.weight.device
-        dtype = torch.int16 if self.tokenizer.config.vocab_size <= 2**15 else torch.int32
-        views, labels = [], []
+        views: list[dict[str, Tensor]] = []
         for view in range(self._views(part)):
-            tokens = []
+            pieces: dict[str, list[Tensor]] = {}
             for start in range(rows.start, rows.stop, batch):
                 index = range(start, min(start + batch, rows.stop))
-                place = [view * count + i for i in index] if part == "train" else None
-                fetched = examples.fetch(index, place)
+                fetched = examples.fetch(index, [view * count + i for i in index] if part == "train" else None)
                 self.unreadable.update(dict.fromkeys(fetched.get("unreadable", ())))
                 check_unreadable(list(self.unreadable), count, self.max_unreadable)
-                tokens.append(self.tokenizer.encode(to_unit(fetched["image"].to(device))).to(dtype).cpu())
-                if view == 0:
-                    labels.append(fetched["label"])
+                for name, tensor in self._look(fetched).items():
+                    pieces.setdefault(name, []).append(tensor.cpu())
                 bar.update(len(index))
-            views.append(torch.cat(tokens))
-        return {"tokens": torch.stack(views, dim=1), "labels": torch.cat(labels)}
+            views.append({name: torch.cat(tensors) for name, tensors in pieces.items()})
+        labels = views[0]["labels"]
+        return {n: torch.stack([v[n] for v in views], dim=1) for n in views[0] if n != "labels"} | {"labels": labels}
+
+    def _look(self, fetched: Batch) -> dict[str, Tensor]:
+        """What is kept of a batch of images."""
+        dtype = torch.int16 if self.tokenizer.config.vocab_size <= 2**15 else torch.int32
+        image_B3HW = to_unit(fetched["image"].to(self.tokenizer.quantizer.codebook.weight.device))
+        kept = {"tokens": self.tokenizer.encode(image_B3HW).to(dtype), "labels": fetched["label"]}
+        if self.encoder is not None:
+            kept["features"] = self.encoder(image_B3HW, self.tokenizer.pyramid.last).half()
+        return kept
 
 
 def _shard_name(part: str, number: int) -> str:
@@ -174,17 +186,17 @@ class CachedExamples:
     def __init__(self, shards: Sequence[Path], count: int, size: int):
         self.paths, self.count, self.size = shards, count, size
         expected = [min(size, count - i * size) for i in range(len(shards))]
-        for path, (tokens, labels), rows in zip(shards, self._shards, expected, strict=True):
-            if len(tokens) != rows or len(labels) != rows:
-                raise UserError(f"{path} holds {len(tokens)} examples instead of {rows}; delete it and tokenize again")
+        for path, shard, rows in zip(shards, self._shards, expected, strict=True):
+            if not {"tokens", "labels"} <= shard.keys() or any(len(tensor) != rows for tensor in shard.values()):
+                raise UserError(f"{path} does not hold the {rows} examples it should; delete it and tokenize again")
 
     @cached_property
-    def _shards(self) -> list[tuple[Tensor, Tensor]]:
+    def _shards(self) -> list[dict[str, Tensor]]:
         out = []
         for path in self.paths:
             try:
                 with safe_open(path, framework="pt") as file:
-                    out.append((file.get_tensor("tokens"), file.get_tensor("labels")))
+                    out.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}); delete it and run `nextscale tokenize` again") from error
         return out
@@ -195,25 +207,26 @@ class CachedExamples:
     @property
     def tokens_NVL(self) -> Tensor:
         """All tokens (N, views, L), for measuring."""
-        return torch.cat([tokens for tokens, _ in self._shards])
+        return torch.cat([shard["tokens"] for shard in self._shards])
 
     @property
     def labels_N(self) -> Tensor:
         """All labels."""
-        return torch.cat([labels for _, labels in self._shards])
+        return torch.cat([shard["labels"] for shard in self._shards])
 
     def order(self, rng: torch.Generator) -> Tensor:
         return torch.randperm(self.count, generator=rng)
 
     def fetch(self, index: Sequence[int], place: Sequence[int] | None) -> Batch:
-        tokens, labels = [], []
+        rows: dict[str, list[Tensor]] = {}
         for n, i in enumerate(index):
-            shard_tokens, shard_labels = self._shards[i // self.size]
+            shard, row = self._shards[i // self.size], i % self.size
             epoch = place[n] // self.count if place is not None else 0
-            view = (epoch + i) % shard_tokens.shape[1] if place is not None else 0
-            tokens.append(shard_tokens[i % self.size, view])
-            labels.append(shard_labels[i % self.size])
-        return {"tokens": torch.stack(tokens), "label": torch.stack(labels)}
+            view = (epoch + i) % shard["tokens"].shape[1] if place is not None else 0
+            for name, tensor in shard.items():
+                rows.setdefault(name, []).append(tensor[row] if name == "labels" else tensor[row, view])
+        batch = {name: torch.stack(tensors) for name, tensors in rows.items()}
+        return {"label": batch.pop("labels"), **batch}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_shards"}

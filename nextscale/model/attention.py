@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale import ops
 from nextscale.config import TransformerConfig
-from nextscale.model.context import KVCache, ScaleContext
+from nextscale.model.context import KVCache, ScaleContext, attention_segments
 from nextscale.ops import Linear, linear
 
 _MAX_LOG_SCALE = math.log(100)
@@ -51,5 +52,17 @@ class Attention(nn.Module):
             k = F.normalize(k, dim=-1)
         if context.state is not None:
             k, v = context.state.update(context.span, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask_LL, scale=self.softmax_scale)
-        return self.proj(y.transpose(1, 2).reshape(B, N, D)), None
+        y_BHNd = self._attend(q, k, v, context)
+        return self.proj(y_BHNd.transpose(1, 2).reshape(B, N, D)), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ScaleContext) -> Tensor:
+        """Softmax attention (B, H, N, d): to all keys, or under the block-causal mask, piece by piece."""
+        if context.mask_LL is None or not ops.fast:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask_LL, scale=self.softmax_scale)
+        pieces = [
+            F.scaled_dot_product_attention(
+                q[:, :, start:end], k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=self.softmax_scale
+            )
+            for start, end, mask in attention_segments(context.pyramid, q.device)
+        ]
+        return torch.cat(pieces, dim=2)

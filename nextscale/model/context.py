@@ -14,6 +14,9 @@ from torch import Tensor
 
 from nextscale.pyramid import Pyramid
 
+_MASKED = 160
+"""Tokens of the coarsest scales that are attended to together, under a mask; each later scale needs none."""
+
 
 @dataclass(frozen=True)
 class ScaleContext:
@@ -54,3 +57,17 @@ def block_causal_mask(pyramid: Pyramid, device: torch.device) -> Tensor:
     """(L, L), True where the row's token may see the column's: its own scale and all coarser ones."""
     scale_L = torch.tensor(pyramid.scale_of_L, device=device)
     return scale_L[:, None] >= scale_L[None, :]
+
+
+@lru_cache(maxsize=8)
+def attention_segments(pyramid: Pyramid, device: torch.device) -> list[tuple[int, int, Tensor | None]]:
+    """The block-causal mask in pieces: queries start to end may see keys 0 to end, under a mask or all of them.
+
+    Scale by scale the mask is a rectangle without holes, so 62 % of the arithmetic of the whole square does (256 px).
+    The first scales are so short that they are faster in one piece.
+    """
+    ends = [end for _, end in pyramid.spans]
+    first = max((end for end in ends if end <= _MASKED), default=ends[0])
+    mask = block_causal_mask(pyramid, device)[:first, :first] if first != ends[0] else None
+    later = [span for span in pyramid.spans if span[0] >= first]
+    return [(0, first, mask), *((start, end, None) for start, end in later)]

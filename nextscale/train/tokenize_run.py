@@ -12,13 +12,14 @@ from nextscale.data.cache import CacheWriter
 from nextscale.data.datasets import open_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError
+from nextscale.features.encoders import load_encoder
 from nextscale.files import write_text
 from nextscale.train.world import World
 
 
 def tokenize(
     data: str, tokenizer_folder: Path, out: Path, images: DataConfig, seed: int, world: World,
-    *, views: int = 1, shard: int = 8192, batch: int = 64,
+    *, views: int = 1, shard: int = 8192, batch: int = 64, encoder: str = "",
 ) -> None:  # fmt: skip
     """Encode both parts of `data` into the cache `out`, going on where an earlier call was stopped.
 
@@ -34,7 +35,9 @@ def tokenize(
         raise UserError(f"images are read as squares; this tokenizer wants {height} x {width}")
     train, held_out, source = open_images(data, height, images, seed)
     parts: dict[str, Examples] = {"train": train, "held_out": held_out}
-    writer = CacheWriter(out, tokenizer.eval().to(world.device), parts, views, shard, images.max_unreadable)
+    eyes = load_encoder(encoder).to(world.device) if encoder else None
+    tokenizer.eval().to(world.device)
+    writer = CacheWriter(out, tokenizer, parts, views, shard, images.max_unreadable, eyes)
     if world.main:
         writer.claim(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})
     world.wait()

@@ -1,0 +1,1 @@
+"""Frozen encoders whose features a generator is guided by."""

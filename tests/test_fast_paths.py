@@ -1,0 +1,91 @@
+"""Every fast path computes what the plain one does, values and gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nextscale import ops
+from nextscale.model.context import attention_segments, block_causal_mask
+from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
+from tests.conftest import randomised, tiny_config
+
+
+@pytest.fixture(params=[True, False], ids=["fast", "plain"])
+def fast(request, monkeypatch):
+    monkeypatch.setattr(ops, "fast", request.param)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 300), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.booleans())
+def test_linear_against_float64(batch, rows, width, out, biased, fast):
+    before, ops.fast = ops.fast, fast
+    try:
+        rng = torch.Generator().manual_seed(rows)
+        x, w, b, g = (
+            torch.randn(*shape, generator=rng, requires_grad=True)
+            for shape in ((batch, rows, width), (out, width), (out,), (batch, rows, out))
+        )
+        given_bias = b if biased else None
+        y = ops.linear(x, w, given_bias)
+        y.backward(g.detach())
+        ours = [y, x.grad, w.grad] + ([b.grad] if biased else [])
+        x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
+        y64 = F.linear(x64, w64, b64 if biased else None)
+        y64.backward(g.detach().double())
+        for mine, exact in zip(ours, [y64, x64.grad, w64.grad, b64.grad], strict=False):
+            assert mine.shape == exact.shape
+            error = (mine.double() - exact).abs().max() / exact.abs().max().clamp_min(1)
+            assert error < 1e-5, error
+    finally:
+        ops.fast = before
+
+
+def test_inference_keeps_to_the_road_that_does_not_depend_on_the_batch():
+    """Without a gradient to come, the product is F.linear's own, bit for bit."""
+    x, w = torch.randn(400, 32), torch.randn(16, 32, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, w), F.linear(x, w))
+    assert torch.allclose(ops.linear(x, w), F.linear(x, w), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pyramid", [PYRAMID_256, PYRAMID_512, Pyramid.parse("2,3,20"), Pyramid.parse("1x2,3x4,13x14"), Pyramid.parse("14")]
+)
+def test_segments_are_the_block_causal_mask(pyramid):
+    mask = block_causal_mask(pyramid, torch.device("cpu"))
+    rebuilt = torch.zeros_like(mask)
+    for start, end, piece in attention_segments(pyramid, torch.device("cpu")):
+        rebuilt[start:end, :end] = True if piece is None else piece
+    assert torch.equal(rebuilt, mask)
+
+
+@pytest.mark.parametrize("scales", ["1,2,3,4", "1,2,5,9,13"])
+def test_attention_in_pieces_equals_attention_under_the_mask(scales, monkeypatch):
+    model = randomised(tiny_config(scales)).transformer
+    length = model.pyramid.length
+    x = torch.randn(3, length - 1, 4, generator=torch.Generator().manual_seed(0))
+    labels, results = torch.tensor([0, 1, 2]), []
+    for fast in (True, False):
+        monkeypatch.setattr(ops, "fast", fast)
+        model.zero_grad()
+        logits = model(labels, x).logits_BNV
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max().clamp_min(1e-3)
+
+
+def test_one_switch_turns_all_of_them_off():
+    code = "from nextscale import ops; print(ops.fast)"
+    root = str(Path(__file__).parents[1])
+    for value, expected in (("1", "False"), ("", "True")):
+        env = os.environ | {"NEXTSCALE_PLAIN": value, "PYTHONPATH": root}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == expected
