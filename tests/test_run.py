@@ -10,6 +10,7 @@ from PIL import Image
 
 from nextscale.cli import main, read_settings
 from nextscale.config import ModelConfig
+from nextscale.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
 from nextscale.presets import preset
 from nextscale.pyramid import Pyramid
@@ -251,6 +252,23 @@ def test_activation_bytes_against_the_tensors_that_autograd_keeps():
         shadow = VAR(model.config, Pyramid.parse("1,2,3,4"), 32, 4)
     estimate = activation_bytes(shadow, 4, TrainConfig())
     assert estimate == pytest.approx(kept, rel=0.15)
+
+
+def test_token_frequencies_against_a_loop():
+    rng = np.random.default_rng(0)
+    train, labels = rng.integers(0, 5, (40, 3)), rng.integers(0, 2, 40)
+    held, held_labels = rng.integers(0, 5, (10, 3)), rng.integers(0, 2, 10)
+    losses = []
+    for a in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
+        nats = []
+        for tokens, label in zip(held, held_labels, strict=True):
+            for place, token in enumerate(tokens):
+                same = train[labels == label][:, place]
+                nats.append(-np.log(((same == token).sum() + a) / (len(same) + 5 * a)))
+        losses.append(np.mean(nats))
+    arrays = (train, labels, held, held_labels)
+    assert frequency_loss(*map(torch.from_numpy, arrays), classes=2, vocab=5) == pytest.approx(min(losses), rel=1e-5)
+    assert frequency_loss(*map(torch.from_numpy, arrays), classes=10**6, vocab=4096) is None
 
 
 def test_values_go_to_tensorboard(place):

@@ -75,5 +75,9 @@ def training_report(values: dict[str, Any], folder: Path) -> str:
         loss, accuracy = values["validation_loss"], values["validation_accuracy"]
         lines.append(f"held-out cross-entropy {loss:.3f} nats per token, accuracy {accuracy:.1%}; per scale:")
         lines.append("  " + " ".join(f"{v:.2f}" for v in values["validation_loss_per_scale"]))
+    if "frequency_loss" in values:
+        lines.append(
+            f"token frequencies of each class and position alone: {values['frequency_loss']:.3f} nats per token"
+        )
     lines.append(f"see {folder}/samples.png, curves.png; draw: nextscale sample {folder} --labels 0 --out grid.png")
     return "\n".join(lines)

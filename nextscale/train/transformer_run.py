@@ -13,11 +13,12 @@ from torch import Tensor
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config import ModelConfig, from_dict, to_dict
-from nextscale.data.cache import TokenCache, is_cache
+from nextscale.data.cache import CachedExamples, TokenCache, is_cache
 from nextscale.data.datasets import open_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError
 from nextscale.files import read_json, write_json
+from nextscale.metrics.frequencies import frequency_loss
 from nextscale.model.init import initialise
 from nextscale.model.var import VAR
 from nextscale.pictures import curves, grid
@@ -79,8 +80,26 @@ def train_transformer(
     )
     if world.main:
         draw_curves(folder)
+        watch.last = watch.last | _frequencies(parts)
         write_json(folder / "finished.json", {"settings": to_dict(config), **watch.last})
     return dict(watch.last)
+
+
+def _frequencies(parts: Parts) -> Values:
+    """The loss of the simplest model of these tokens, where they are all at hand."""
+    train, held_out = parts.train, parts.held_out
+    if not isinstance(train, CachedExamples) or not isinstance(held_out, CachedExamples):
+        return {}
+    views = train.tokens_NVL.shape[1]
+    loss = frequency_loss(
+        train.tokens_NVL.flatten(0, 1),
+        train.labels_N.repeat_interleave(views),
+        held_out.tokens_NVL[:, 0],
+        held_out.labels_N,
+        len(parts.model.class_names),
+        parts.model.tokenizer.vocab_size,
+    )
+    return {} if loss is None else {"frequency_loss": loss}
 
 
 def read_run(folder: Path) -> RunConfig:

@@ -1,0 +1,40 @@
+"""The models in this repository do what their documents say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextscale.data.datasets import load_images
+from nextscale.data.examples import MemoryExamples
+from nextscale.pipeline import Pipeline
+from nextscale.train.tokenizer_run import evaluate_tokenizer
+
+ROOT = Path(__file__).parents[1]
+CIFAR = ROOT.parent / "shared" / "data" / "cifar10-test.parquet"
+
+
+def sample_photographs() -> torch.Tensor:
+    """scikit-learn's two photographs, cut into 32-pixel squares at a size where a square shows something."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    squares = []
+    for photograph in datasets.load_sample_images().images:
+        small = np.array(Image.fromarray(photograph).resize((160, 96), Image.Resampling.LANCZOS))
+        squares += [small[y : y + 32, x : x + 32] for y in range(0, 96, 32) for x in range(0, 160, 32)]
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+
+
+def test_the_cifar10_tokenizer():
+    folder = ROOT / "models" / "tokenizer-cifar10"
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 8 * 2**20
+    tokenizer = Pipeline.from_pretrained(folder).tokenizer
+    assert tokenizer.config.vocab_size >= 512
+    assert tokenizer.pyramid.last == (8, 8)
+    report = evaluate_tokenizer(tokenizer, MemoryExamples(image=sample_photographs()))
+    assert report["psnr_db"] > 26  # photographs of another kind than it was trained on
+    if CIFAR.exists():
+        report = evaluate_tokenizer(tokenizer, load_images(str(CIFAR), 32, 300, 0).examples())
+        assert report["psnr_db"] >= 24
+        assert report["perplexity"] >= 256
