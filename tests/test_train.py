@@ -268,6 +268,61 @@ def test_weight_decay_groups_are_var_s(shared):
     assert id(model.condition.embedding.weight) in decayed
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_lower_precision_stays_near(which, tmp_path):
+    """bf16 and fp16 (with its loss scale) lose what float32 loses, but for rounding; recomputation changes nothing."""
+    losses = {}
+    variants = {n: {"precision": n} for n in ("fp32", "bf16", "fp16")} | {"again": {"activation_checkpointing": True}}
+    for name, changes in variants.items():
+        fit(tasks(randomised(tiny_config()))[which], replace(SETTINGS, **changes), tmp_path / name)
+        losses[name] = [r["loss"] for r in read_log(tmp_path / name / "log.jsonl")]
+    assert losses["again"] == losses["fp32"]
+    for name in ("bf16", "fp16"):
+        assert losses[name] == pytest.approx(losses["fp32"], rel=0.03)
+        assert losses[name] != losses["fp32"]
+
+
+def test_averaged_weights_are_the_moving_average(tmp_path):
+    """What is watched and kept is the average of the weights after each step, written out."""
+    config, seen, kept = replace(SETTINGS, ema=0.8, save_every=1), [], []
+
+    class Watch:
+        def measure(self, step):
+            return {}
+
+        def keep(self, step, best):
+            kept.append({n: p.detach().clone() for n, p in task.trained.named_parameters()})
+
+    class Seeing(TransformerTask):
+        def after_step(self, step, rng, world):
+            seen.append({n: p.detach().double() for n, p in self.trained.named_parameters()})
+
+    task = tasks(randomised(tiny_config()))[1]
+    average = {n: p.detach().double() for n, p in task.trained.named_parameters()}
+    task.__class__ = Seeing
+    fit(task, config, tmp_path, Watch())
+    for now, held in zip(seen, kept, strict=True):
+        average = {n: 0.8 * average[n] + 0.2 * now[n] for n in average}
+        assert all(torch.allclose(held[n].double(), average[n], atol=1e-6) for n in average)
+    assert all(torch.allclose(p.double(), seen[-1][n], atol=1e-7) for n, p in task.trained.named_parameters())
+
+
+def test_the_best_state_is_kept(tmp_path):
+    """Of ten saves two stay, and the one with the lowest validation loss."""
+    losses, best = [5, 4, 1, 3, 2, 6, 7, 8], []
+
+    class Watch:
+        def measure(self, step):
+            return {"validation_loss": float(losses[step - 1])}
+
+        def keep(self, step, is_best):
+            best.append(is_best)
+
+    fit(tasks(randomised(tiny_config()))[1], replace(SETTINGS, save_every=1), tmp_path, Watch())
+    assert best == [True, True, True] + [False] * 5
+    assert sorted(int(p.stem[-3:]) for p in (tmp_path / "training").glob("*.pt")) == [3, 7, 8]
+
+
 def test_log_survives_a_line_cut_short(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"task": "t", "step": 1}) + '\n{"task": "t", "st')
