@@ -104,8 +104,9 @@ def batches(places: Places, spans: Iterable[tuple[int, int]], workers: int, pin:
 
 
 def _quiet(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process decides what to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and pre-emption reach the whole process group; the training process decides what to do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_unreadable(names: Sequence[str], total: int, largest_share: float) -> None:

@@ -51,7 +51,7 @@ class Stepper:
             for part in self.slices
         )
         places = Places(self.task.examples, self.config.seed, self.task.name)
-        reader = batches(places, list(spans), self.config.workers, pin=self.world.device.type == "cuda")
+        reader = batches(places, spans, self.config.workers, pin=self.world.device.type == "cuda")
         for batch in reader:
             self.unreadable.update(dict.fromkeys(batch.pop("unreadable", ())))
             yield {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
