@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nextscale.cli import main
 from nextscale.data.examples import MemoryExamples
@@ -27,7 +27,7 @@ from nextscale.train.loop import fit
 from nextscale.train.tokenizer_config import CodebookConfig, TokenizerLossConfig, derive_pyramid
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.world import World
-from tests.conftest import randomised, tiny_config
+from tests.conftest import randomised, read_fixture, tiny_config
 
 
 def images(count=24, side=8):
@@ -316,3 +316,32 @@ def test_pyramid_from_size():
     assert str(derive_pyramid(256, 16, "")) == "1,2,3,4,6,8,10,13,16"
     with pytest.raises(UserError, match="image_size 30 must be a multiple of 16"):
         derive_pyramid(30, 16, "")
+
+
+def test_an_official_tokenizer_is_fine_tuned_and_goes_back(tmp_path, capsys):
+    """Imported, trained a little at its own size and scales, and exported again under the official names."""
+    fixture = read_fixture("var_tiny_l2")
+    vae, _ = fixture.files
+    run = [
+        "--data",
+        "digits",
+        "--images.limit",
+        "60",
+        "--device",
+        "cpu",
+        "--train.steps",
+        "4",
+        "--train.batch-size",
+        "8",
+    ]
+    (tmp_path / "empty.json").write_text("{}")
+    scales = ",".join(map(str, fixture.meta["patch_nums"]))
+    assert main(["import-official", "--vae", str(vae), "--scales", scales, "--out", str(tmp_path / "old")]) == 0
+    command = ["tokenizer", "train", str(tmp_path / "empty.json"), *run, "--start", str(tmp_path / "old")]
+    assert main([*command, "--out", str(tmp_path / "new")]) == 0
+    assert main(["export-official", str(tmp_path / "new"), "--vae", str(tmp_path / "new.safetensors")]) == 0
+    before, after = load_file(vae), load_file(tmp_path / "new.safetensors")
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    moved = [n for n in before if not torch.equal(before[n], after[n])]
+    assert any(n.startswith("decoder.") for n in moved)
+    assert any(n.startswith("encoder.") for n in moved)
