@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from nextscale.pictures import curves
 from nextscale.train.log import read_log
 
 RECIPE = "tokenizer-cifar10"
-BATCH, PROBE_STEPS = 32, 60
+BATCH, PROBE_STEPS = 32, 120
 VARIANTS = {
     "as configured": [],  # moving averages, revival, 4 phi
     "another seed": ["--train.seed", "1"],
@@ -60,7 +61,7 @@ def measure(options: argparse.Namespace, name: str) -> dict:
     """Speed, then the training, then the test images."""
     folder = options.out / name.replace(" ", "-").replace(",", "")
     speeds = [r["images_per_s"] for r in train(options, name, folder / "probe", PROBE_STEPS) if "images_per_s" in r]
-    steps = round(options.minutes * 60 * speeds[-1] / BATCH)
+    steps = round(options.minutes * 60 * statistics.median(speeds[1:]) / BATCH)
     log = train(options, name, folder / "run", steps)
     nextscale("tokenizer", "evaluate", str(folder / "run"), "--data", options.test, "--out", str(folder / "test"),
               log=folder / "test.log")  # fmt: skip

@@ -112,7 +112,7 @@ def read_settings(kind: type[T], path: Path) -> T:
     """A YAML or JSON file as settings. Raises UserError naming the file and the key at fault."""
     import yaml
 
-    if not path.exists() and not path.suffix:
+    if not path.is_file() and not path.suffix:
         path = _recipe(str(path))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

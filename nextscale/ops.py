@@ -40,6 +40,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], weight.shape[0])
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T) v for queries (B, H, N, d), keys and values (B, H, M, d), where `mask` (N, M) is True.
+
+    In training in 16 bits on a CPU the scores are written out: there torch's fused kernel takes two to four times as
+    long, most of it in the backward pass.
+    """
+    low = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if not (fast and low and q.device.type == "cpu" and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores_BHNM = torch.matmul(q * scale if scale != 1 else q, k.transpose(-1, -2))
+    if mask is not None:
+        scores_BHNM = scores_BHNM.masked_fill(~mask, -torch.inf)
+    return torch.matmul(scores_BHNM.softmax(dim=-1), v)
+
+
 def _trains(x: Tensor, weight: Tensor) -> bool:
     """Whether this is a float32 product on a CPU that will be differentiated."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):

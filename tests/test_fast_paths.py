@@ -82,6 +82,25 @@ def test_attention_in_pieces_equals_attention_under_the_mask(scales, monkeypatch
         assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max().clamp_min(1e-3)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_attention_written_out_equals_the_fused_kernel(masked, scale, monkeypatch):
+    rng, results = torch.Generator().manual_seed(0), []
+    q, k, v, g = (torch.randn(2, 3, n, 8, generator=rng) for n in (5, 9, 9, 5))
+    mask = torch.rand(5, 9, generator=rng) < 0.6 if masked else None
+    if masked:
+        mask[:, 0] = True
+    for dtype, fast in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, False)):
+        monkeypatch.setattr(ops, "fast", fast)
+        tensors = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        y = ops.attention(*tensors, mask, scale)
+        y.backward(g.to(dtype))
+        results.append([y, *(t.grad for t in tensors)])
+    for ours, fused, exact in zip(*results, strict=True):
+        error, usual = ((t.double() - exact).abs().max() / exact.abs().max() for t in (ours, fused))
+        assert error < max(2 * usual, 0.02), (error, usual)
+
+
 def test_one_switch_turns_all_of_them_off():
     code = "from nextscale import ops; print(ops.fast)"
     root = str(Path(__file__).parents[1])

@@ -55,6 +55,8 @@ class TokenizerTrain:
     out: Path
     """Folder to write: a checkpoint, reconstructions.png, curves.png, evaluation.json, log.jsonl."""
     settings: Annotated[TokenizerRunConfig, arg(name="")] = field(default_factory=TokenizerRunConfig)
+    accept_changes: bool = False
+    """Go on although settings have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -64,7 +66,7 @@ class TokenizerTrain:
         from nextscale.train.world import join_world
 
         with report_interruption(self.out), join_world(self.device) as world:
-            report = train_tokenizer(self.settings, self.data, self.out, world)
+            report = train_tokenizer(self.settings, self.data, self.out, world, accept_changes=self.accept_changes)
         if report:
             print(tokenizer_report(report))
 

@@ -58,11 +58,9 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ScaleContext) -> Tensor:
         """Softmax attention (B, H, N, d): to all keys, or under the block-causal mask, piece by piece."""
         if context.mask_LL is None or not ops.fast:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask_LL, scale=self.softmax_scale)
+            return ops.attention(q, k, v, context.mask_LL, self.softmax_scale)
         pieces = [
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=self.softmax_scale
-            )
+            ops.attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, self.softmax_scale)
             for start, end, mask in attention_segments(context.pyramid, q.device)
         ]
         return torch.cat(pieces, dim=2)

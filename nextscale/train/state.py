@@ -171,3 +171,21 @@ def changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> lis
         elif old != new:
             found.append(f"{name} was {old}, now {new}")
     return found
+
+
+def check_run(folder: Path, settings: dict[str, Any], accept_changes: bool, free: tuple[str, ...] = ()) -> None:
+    """Raise UserError when `folder`/run.json says that the run there has other settings, naming them.
+
+    Settings in `free` may change, and all may with `accept_changes`.
+    """
+    if accept_changes or not (folder / "run.json").exists():
+        return
+    before = read_json(folder / "run.json")
+    if not isinstance(before, dict):
+        raise UserError(f"{folder}/run.json is not the record of a run; choose another --out")
+    changed = [c for c in changes(before, settings) if not c.startswith(tuple(f"{name} " for name in free))]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}; choose another --out, or give "
+            "--accept-changes to go on with the new ones"
+        )

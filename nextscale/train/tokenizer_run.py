@@ -16,7 +16,7 @@ from nextscale.config import ModelConfig, to_dict
 from nextscale.data.datasets import load_images, open_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError
-from nextscale.files import claim, write_json
+from nextscale.files import write_json
 from nextscale.metrics.codebook import CodebookUse
 from nextscale.metrics.reconstruction import psnr, ssim
 from nextscale.pictures import curves, grid
@@ -25,6 +25,7 @@ from nextscale.rng import fold
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 from nextscale.train.log import Values, read_log
 from nextscale.train.loop import fit
+from nextscale.train.state import check_run
 from nextscale.train.tokenizer_config import TokenizerRunConfig, derive_pyramid
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.world import World
@@ -32,26 +33,40 @@ from nextscale.train.world import World
 _BATCH, _SHOWN, _QUICK = 100, 8, 500
 
 
-def train_tokenizer(config: TokenizerRunConfig, data: str, folder: Path, world: World | None = None) -> dict[str, Any]:
+def train_tokenizer(
+    config: TokenizerRunConfig, data: str, folder: Path, world: World | None = None, *, accept_changes: bool = False
+) -> dict[str, Any]:
     """Train a tokenizer on `data` into `folder`, a checkpoint of a tokenizer alone; return its final evaluation.
 
     Beside the checkpoint: best/ (the one with the highest held-out PSNR), reconstructions.png (renewed at every save),
     curves.png, evaluation.json, log.jsonl. Called again with the same folder it goes on where it stopped. Raises
-    UserError and train.loop.Interrupted as `fit` does.
+    UserError and train.loop.Interrupted as `fit` does, and UserError naming what differs from an earlier run's
+    settings, unless `accept_changes`.
     """
     world = world or World()
+    settings = {"data": data, **to_dict(config)}
+    check_run(folder, settings, accept_changes)
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_pyramid(config, start), codes, None)
     train, held_out, _ = open_images(data, _square_side(model), config.images, config.train.seed)
-    settings = {"data": data, **to_dict(config)}
+    world.wait()  # all have looked before one writes
     if world.main:
-        claim(folder / "run.json", settings)
+        write_json(folder / "run.json", settings)
         print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {model.summary()}")
     tokenizer = _new_tokenizer(model, config.train.seed, start)
     task = TokenizerTask(tokenizer, train, config.losses, config.codebook)
     watch = _Watch(model, task, held_out, folder, world)
-    fit(task, config.train, folder, watch, world=world, settings=settings, max_unreadable=config.images.max_unreadable)
+    fit(
+        task,
+        config.train,
+        folder,
+        watch,
+        world=world,
+        settings=settings,
+        accept_changes=True,  # run.json was compared
+        max_unreadable=config.images.max_unreadable,
+    )
     if not world.main:
         return {}
     report = evaluate_tokenizer(tokenizer, held_out)

@@ -30,7 +30,7 @@ from nextscale.train.log import Values, read_log
 from nextscale.train.loop import fit
 from nextscale.train.parallel import whole_weights
 from nextscale.train.run_config import RunConfig
-from nextscale.train.state import changes
+from nextscale.train.state import check_run
 from nextscale.train.transformer_task import TransformerTask
 from nextscale.train.world import World
 
@@ -59,7 +59,11 @@ def train_transformer(
     UserError naming what differs from an earlier run's settings, unless `accept_changes`.
     """
     config = config.complete()
-    _check_folder(folder, config, extend, accept_changes)
+    check_run(folder, to_dict(config), accept_changes, ("train.steps", "train.epochs") if extend else ())
+    if (folder / "finished.json").exists() and not extend:
+        raise UserError(
+            f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
+        )
     parts = open_parts(config, world)
     world.wait()  # all have looked before one writes
     if world.main:
@@ -78,11 +82,18 @@ def train_transformer(
         accept_changes=True,  # run.json was compared, and may be newer than the last state
         max_unreadable=config.images.max_unreadable,
     )
-    if world.main:
-        draw_curves(folder)
-        watch.last = watch.last | _frequencies(parts)
-        write_json(folder / "finished.json", {"settings": to_dict(config), **watch.last})
-    return dict(watch.last)
+    if not world.main:
+        return {}
+    draw_curves(folder)
+    values = _last_validation(folder) | _frequencies(parts)
+    write_json(folder / "finished.json", {"settings": to_dict(config), **values})
+    return values
+
+
+def _last_validation(folder: Path) -> Values:
+    """What was measured last, in this call or an earlier one."""
+    measured = [r for r in read_log(folder / "log.jsonl") if "validation_loss" in r]
+    return {n: v for n, v in measured[-1].items() if n.startswith("validation_")} if measured else {}
 
 
 def _frequencies(parts: Parts) -> Values:
@@ -107,23 +118,6 @@ def read_run(folder: Path) -> RunConfig:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run: it has no run.json")
     return from_dict(RunConfig, read_json(folder / "run.json"), f"{folder}/run.json")
-
-
-def _check_folder(folder: Path, config: RunConfig, extend: bool, accept_changes: bool) -> None:
-    """Raise UserError when the folder holds a finished run, or one with other settings."""
-    if (folder / "run.json").exists():
-        changed = changes(to_dict(read_run(folder)), to_dict(config))
-        if extend:
-            changed = [c for c in changed if not c.startswith(("train.steps ", "train.epochs "))]
-        if changed and not accept_changes:
-            raise UserError(
-                f"{folder} holds a run with other settings: {'; '.join(changed)}; choose another --out, or give "
-                "--accept-changes to go on with the new ones"
-            )
-        if (folder / "finished.json").exists() and not extend:
-            raise UserError(
-                f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
-            )
 
 
 def open_parts(config: RunConfig, world: World) -> Parts:
@@ -181,11 +175,9 @@ class _Watch:
 
     def __init__(self, config: RunConfig, parts: Parts, task: TransformerTask, folder: Path, world: World):
         self.config, self.parts, self.task, self.folder, self.world = config, parts, task, folder, world
-        self.last: Values = {}
 
     def measure(self, step: int) -> Values:
-        self.last = validate(self.task, self.parts.held_out, self.config.validation_images, self.world)
-        return self.last
+        return validate(self.task, self.parts.held_out, self.config.validation_images, self.world)
 
     def keep(self, step: int, best: bool) -> None:
         weights = whole_weights(self.task.model)
