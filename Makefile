@@ -5,7 +5,7 @@ RUN := runs/quickstart
 
 .PHONY: demo test soak lint clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo
 	$(VENV)/bin/nextscale quickstart --out $(RUN)
 
 test: $(VENV)/.ready
@@ -19,10 +19,10 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nextscale needs Python 3.11 or newer; set PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(if $(findstring demo,$@),quickstart,test)]'
 	touch $@
 
 clean:
