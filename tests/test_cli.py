@@ -165,3 +165,21 @@ def test_a_traceback_never_reaches_the_user(tmp_path):
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "x.safetensors") in done.stderr
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["reconstruct {model} {image} --out {out}", "edit {model} {image} --mask {mask} --out {out}"]
+)
+def test_a_picture_smaller_than_the_model_is_enlarged_and_said_so(command, tiny_folder, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (5, 9), "teal").save(tmp_path / "small.png")
+    Image.new("RGB", (5, 9), "white").save(tmp_path / "mask.png")
+    names = {
+        "model": tiny_folder,
+        "image": tmp_path / "small.png",
+        "mask": tmp_path / "mask.png",
+        "out": tmp_path / "o.png",
+    }
+    assert main(command.format(**names).split()) == 0
+    assert "small.png is 5 x 9, smaller than the model's 8 x 8; it is enlarged" in capsys.readouterr().out
