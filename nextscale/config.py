@@ -169,6 +169,14 @@ class ModelConfig:
         h, w = self.pyramid.last
         return h * self.tokenizer.downsampling, w * self.tokenizer.downsampling
 
+    @property
+    def square_side(self) -> int:
+        """Side of the images in pixels, as data sets are read; UserError when they are not square."""
+        height, width = self.image_size
+        if height != width:
+            raise UserError(f"data sets are read as square images; this model wants {height} x {width}")
+        return height
+
     def summary(self) -> str:
         """One line for people: classes, scales, size of the images."""
         height, width = self.image_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
         return tokenizer, None
     codes = config.tokenizer
     return tokenizer, VAR(config.transformer, config.pyramid, codes.vocab_size, codes.code_width)
+
+
+def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
+    """The checkpoint's tokenizer in float32, for `config`'s scales; how often codes were used is counted anew."""
+    tokenizer, _ = build_modules(replace(config, transformer=None, class_names=()))
+    weights = {n: t.float() for n, t in checkpoint.tokenizer.items() if n != "quantizer.usage_KV"}  # a row per scale
+    tokenizer.load_state_dict(weights, strict=False)
+    return tokenizer
 
 
 def build_on_meta(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:

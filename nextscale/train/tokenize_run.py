@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from nextscale.checkpoints.checkpoint import build_modules
+from nextscale.checkpoints.checkpoint import load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.config import DataConfig, to_dict
 from nextscale.data.cache import CacheWriter
 from nextscale.data.datasets import open_images
 from nextscale.data.examples import Examples
-from nextscale.errors import UserError
 from nextscale.features.encoders import load_encoder
 from nextscale.files import write_text
 from nextscale.train.world import World
@@ -27,13 +25,9 @@ def tokenize(
     images are unreadable than `images` allows.
     """
     checkpoint = read_checkpoint(tokenizer_folder)
-    config = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
-    tokenizer, _ = build_modules(config)
-    tokenizer.load_state_dict({n: t.float() for n, t in checkpoint.tokenizer.items()})
-    height, width = config.image_size
-    if height != width:
-        raise UserError(f"images are read as squares; this tokenizer wants {height} x {width}")
-    train, held_out, source = open_images(data, height, images, seed)
+    config = checkpoint.config
+    tokenizer = load_tokenizer(checkpoint, config)
+    train, held_out, source = open_images(data, config.square_side, images, seed)
     parts: dict[str, Examples] = {"train": train, "held_out": held_out}
     eyes = load_encoder(encoder).to(world.device) if encoder else None
     tokenizer.eval().to(world.device)

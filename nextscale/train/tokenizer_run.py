@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints.checkpoint import Checkpoint, build_modules
+from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config import ModelConfig, to_dict
 from nextscale.data.datasets import load_images, open_images
 from nextscale.data.examples import Examples
-from nextscale.errors import UserError
 from nextscale.files import write_json
 from nextscale.metrics.codebook import CodebookUse
 from nextscale.metrics.reconstruction import psnr, ssim
@@ -49,12 +48,12 @@ def train_tokenizer(
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_pyramid(config, start), codes, None)
-    train, held_out, _ = open_images(data, _square_side(model), config.images, config.train.seed)
+    train, held_out, _ = open_images(data, model.square_side, config.images, config.train.seed)
     world.wait()  # all have looked before one writes
     if world.main:
         write_json(folder / "run.json", settings)
         print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {model.summary()}")
-    tokenizer = _new_tokenizer(model, config.train.seed, start)
+    tokenizer = load_tokenizer(start, model) if start else _new_tokenizer(model, config.train.seed)
     task = TokenizerTask(tokenizer, train, config.losses, config.codebook)
     watch = _Watch(model, task, held_out, folder, world)
     fit(
@@ -101,29 +100,17 @@ def _pyramid(config: TokenizerRunConfig, start: Checkpoint | None) -> Pyramid:
     """The start checkpoint's where nothing else is asked for, else as the config says."""
     if start is None:
         return derive_pyramid(config.image_size or 32, config.tokenizer.downsampling, config.scales)
-    side = _square_side(start.config)
+    side = start.config.square_side
     if not config.scales and config.image_size in (0, side):
         return start.config.pyramid
     return derive_pyramid(config.image_size or side, start.config.tokenizer.downsampling, config.scales)
 
 
-def _square_side(model: ModelConfig) -> int:
-    """Side of the model's images in pixels; UserError when they are not square."""
-    height, width = model.image_size
-    if height != width:
-        raise UserError(f"data sets are read as square images; this model wants {height} x {width}")
-    return height
-
-
-def _new_tokenizer(model: ModelConfig, seed: int, start: Checkpoint | None) -> Tokenizer:
-    """A fresh tokenizer from the seed, or one with the weights of a checkpoint."""
+def _new_tokenizer(model: ModelConfig, seed: int) -> Tokenizer:
+    """A fresh tokenizer from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, "tokenizer"))
-        tokenizer, _ = build_modules(model)
-    if start is not None:
-        weights = {n: t.float() for n, t in start.tokenizer.items() if n != "quantizer.usage_KV"}
-        tokenizer.load_state_dict(weights, strict=False)
-    return tokenizer
+        return build_modules(model)[0]
 
 
 @torch.no_grad()
@@ -172,8 +159,8 @@ def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> di
     """Evaluate the tokenizer of a checkpoint folder on a data set; write report.json and the picture to `out`."""
     checkpoint = read_checkpoint(folder)
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
-    tokenizer = _new_tokenizer(model, 0, checkpoint).eval()
-    images = load_images(data, _square_side(model), limit)
+    tokenizer = load_tokenizer(checkpoint, model).eval()
+    images = load_images(data, model.square_side, limit)
     images.say_remarks()
     report = evaluate_tokenizer(tokenizer, images.examples())
     if out is not None:

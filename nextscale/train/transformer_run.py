@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint, build_modules
+from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config import ModelConfig, from_dict, to_dict
 from nextscale.data.cache import CachedExamples, TokenCache, is_cache
@@ -125,12 +125,8 @@ def open_parts(config: RunConfig, world: World) -> Parts:
     checkpoint = read_checkpoint(Path(config.start or config.tokenizer))
     if config.scales and config.tokenizer:
         checkpoint.config = dataclasses.replace(checkpoint.config, pyramid=Pyramid.parse(config.scales))
-    codes = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
-    tokenizer, _ = build_modules(codes)
-    weights = {n: t for n, t in checkpoint.tokenizer.items() if n != "quantizer.usage_KV"}  # it has a row per scale
-    tokenizer.load_state_dict({n: t.float() for n, t in weights.items()}, strict=False)
-    weights["quantizer.usage_KV"] = tokenizer.quantizer.usage_KV
-    height, width = codes.image_size
+    tokenizer = load_tokenizer(checkpoint, checkpoint.config)
+    weights = checkpoint.tokenizer | {"quantizer.usage_KV": tokenizer.quantizer.usage_KV}
     if is_cache(Path(config.data)):
         cache = TokenCache(Path(config.data))
         cache.check_tokenizer(tokenizer)
@@ -138,9 +134,8 @@ def open_parts(config: RunConfig, world: World) -> Parts:
         held_out: Examples = cache.examples("held_out")
         names = cache.names
     else:
-        if height != width:
-            raise UserError(f"images are read as squares; this model wants {height} x {width}: give a token cache")
-        train, held_out, source = open_images(config.data, height, config.images, config.train.seed)
+        side = checkpoint.config.square_side
+        train, held_out, source = open_images(config.data, side, config.images, config.train.seed)
         names = source.class_names
     model = _model(config, checkpoint, names)
     assert model.transformer is not None, "a generator has a transformer"
