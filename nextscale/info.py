@@ -33,6 +33,11 @@ def describe(name: str) -> dict[str, Any]:
         config, _ = read_config(Path(name))
     else:
         raise UserError(f"'{name}' is neither a checkpoint folder nor a model{nearest(name, list(PRESETS))}")
+    return describe_config(name, config)
+
+
+def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
+    """The facts of a model under this name, see `describe`."""
     tokenizer, transformer = build_on_meta(config)
     pyramid = config.pyramid
     counts = {"tokenizer": _parameters(tokenizer), "transformer": _parameters(transformer) if transformer else 0}

@@ -17,10 +17,15 @@ _MIN_TILE = 72
 _CAPTION = 14
 
 
+def to_uint8(images_B3HW: Tensor) -> Tensor:
+    """Float images in [0, 1] as uint8, rounded to the nearest value."""
+    return (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
 def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
-    """Float images in [0, 1] as 8-bit RGB pictures, rounded to the nearest value."""
-    bytes_BHW3 = (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(pixels) for pixels in bytes_BHW3]
+    """Float images in [0, 1], or uint8 ones, as 8-bit RGB pictures."""
+    bytes_B3HW = images_B3HW if images_B3HW.dtype == torch.uint8 else to_uint8(images_B3HW)
+    return [Image.fromarray(pixels) for pixels in bytes_B3HW.permute(0, 2, 3, 1).numpy()]
 
 
 def save_image(image: Image.Image, path: Path) -> None:

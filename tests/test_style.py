@@ -12,15 +12,23 @@ TREES = {f: ast.parse(f.read_text()) for f in FILES}
 # Imports point downwards only: a module may import from its own layer and from those before it.
 LAYERS = [
     ["nextscale", "nextscale.errors"],
-    ["nextscale.pyramid", "nextscale.files", "nextscale.rng", "nextscale.ops"],
+    ["nextscale.pyramid", "nextscale.files", "nextscale.rng", "nextscale.ops", "nextscale.machine"],
     ["nextscale.config", "nextscale.train.config", "nextscale.train.tokenizer_config", "nextscale.train.run_config"],
+    ["nextscale.features.classifier_config", "nextscale.train.classifier_config"],
     ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
-    ["nextscale.tokenizer", "nextscale.model", "nextscale.features", "nextscale.data"],
+    ["nextscale.tokenizer", "nextscale.model", "nextscale.features.network", "nextscale.features.encoders"],
+    ["nextscale.data"],
     ["nextscale.sample", "nextscale.checkpoints"],
-    ["nextscale.metrics"],
+    ["nextscale.metrics", "nextscale.features"],
     ["nextscale.train"],
     ["nextscale.pipeline", "nextscale.info"],
-    ["nextscale.quickstart", "nextscale.train.transformer_run", "nextscale.train.estimate"],
+    [
+        "nextscale.quickstart",
+        "nextscale.train.transformer_run",
+        "nextscale.train.estimate",
+        "nextscale.evaluate",
+        "nextscale.bench",
+    ],
     ["nextscale.commands"],
     ["nextscale.cli"],
 ]

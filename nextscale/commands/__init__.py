@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
+from nextscale.commands.measuring import Bench, ClassifierEvaluate, ClassifierTrain, Evaluate, Statistics
 from nextscale.commands.training import Quickstart, Resume, Tokenize, TokenizerEvaluate, TokenizerTrain, Train
 from nextscale.commands.use import Edit, Info, Reconstruct, Sample
 
@@ -17,6 +18,11 @@ COMMANDS: dict[str, type] = {
     "adapt": Adapt,
     "tokenizer train": TokenizerTrain,
     "tokenizer evaluate": TokenizerEvaluate,
+    "evaluate": Evaluate,
+    "statistics": Statistics,
+    "bench": Bench,
+    "classifier train": ClassifierTrain,
+    "classifier evaluate": ClassifierEvaluate,
     "import-official": ImportOfficial,
     "export-official": ExportOfficial,
     "info": Info,

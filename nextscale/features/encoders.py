@@ -6,7 +6,6 @@ vector per cell of a grid.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.errors import UserError
+from nextscale.features.network import Features, fingerprint
 from nextscale.files import read_json
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,28 +27,47 @@ class PatchEncoder(nn.Module):
     mean_3: Tensor
     std_3: Tensor
 
-    def __init__(self, model: nn.Module, patch: int, special: int, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, model: Any, special: int, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.model, self.patch, self.special = model.eval().requires_grad_(False), patch, special
+        self.model, self.special = model.eval().requires_grad_(False), special
+        self.patch, self.kind = int(model.config.patch_size), str(model.config.model_type)
         self.register_buffer("mean_3", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std_3", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     @torch.no_grad()
     def forward(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features (B, h, w, C), float32, of images in [-1, 1], which are first resized to grid times patch pixels."""
-        h, w = grid
-        size = (h * self.patch, w * self.patch)
+        return self.tokens(image_B3HW, grid)[:, self.special :].unflatten(1, grid)
+
+    @torch.no_grad()
+    def tokens(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
+        """All tokens of the last layer (B, special + h w, C), float32; the class token comes first."""
+        size = (grid[0] * self.patch, grid[1] * self.patch)
         image_B3HW = F.interpolate(image_B3HW.float(), size, mode="bicubic", antialias=True).clamp(-1, 1)
         normal_B3HW = ((image_B3HW + 1) / 2 - self.mean_3) / self.std_3
-        features_BNC = self.model(normal_B3HW).last_hidden_state[:, self.special :].float()
-        return features_BNC.unflatten(1, (h, w))
+        return self.model(normal_B3HW).last_hidden_state.float()
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self)
+
+
+class ClassToken(nn.Module):
+    """An encoder's class token as the feature of a whole image: what FD-DINOv2 is made of (Stein et al. 2023)."""
+
+    def __init__(self, encoder: PatchEncoder, side: int = 224):
+        super().__init__()
+        self.encoder, self.grid, self.name = encoder, side // encoder.patch, encoder.kind
+
+    @torch.no_grad()
+    def forward(self, image_B3HW: Tensor) -> Features:
+        """Of uint8 images, resized to the largest multiple of the patch within 224 pixels (bicubic, antialiased)."""
+        image_B3HW = image_B3HW.float() / 127.5 - 1
+        return Features(self.encoder.tokens(image_B3HW, (self.grid, self.grid))[:, 0])
+
+    def fingerprint(self) -> str:
+        """A checksum of the weights."""
+        return self.encoder.fingerprint()
 
 
 def load_encoder(source: str) -> PatchEncoder:
@@ -74,7 +93,7 @@ def load_encoder(source: str) -> PatchEncoder:
             "model.safetensors of DINOv2 or DINOv3, or such a model's name on the hub"
         ) from error
     special = 1 + getattr(config, "num_register_tokens", 0)
-    return PatchEncoder(model, config.patch_size, special, *_normalisation(Path(source)))
+    return PatchEncoder(model, special, *_normalisation(Path(source)))
 
 
 def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,1 @@
+"""Timing of models as they are used: latency, throughput, memory."""

@@ -1,0 +1,1 @@
+"""Measuring generators: images from anywhere, through feature networks, to a report."""

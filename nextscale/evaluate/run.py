@@ -1,0 +1,255 @@
+"""`nextscale evaluate` and `nextscale statistics`, end to end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.config import SampleConfig
+from nextscale.errors import UserError
+from nextscale.evaluate.collect import Look, claim_folder, collect, gathered
+from nextscale.evaluate.images import Images, NpzImages, open_images
+from nextscale.evaluate.measures import measure, read_as_asked, summary
+from nextscale.evaluate.reference import Arrays, Reference, evenly, read_arrays
+from nextscale.features.load import load_network
+from nextscale.features.network import FeatureNetwork
+from nextscale.files import write_json
+from nextscale.machine import describe_machine
+from nextscale.metrics.lpips import Lpips
+from nextscale.pictures import save_image, to_pil
+from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.train.world import World
+
+_INCEPTION_WIDTH = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how."""
+
+    count: int = 0
+    """Images; 0 = all that there are, 50,000 of a model."""
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    """Of a model."""
+    size: int = 0
+    """Resize and crop pictures to this; 0 = as they are, references as the images that are measured."""
+    split: int = 5000
+    """Images of a split of the Inception Score."""
+    neighbours: int = 3
+    """Of precision and recall."""
+    references: int = 10_000
+    """Images of the reference, evenly spaced, for precision and recall."""
+    shard: int = 1000
+    batch: int = 50
+    dtype: str | None = None
+
+
+def evaluate(
+    source: str,
+    out: Path,
+    networks: Sequence[str],
+    references: Sequence[str],
+    settings: Settings,
+    world: World,
+    *,
+    against: str = "",
+    lpips: tuple[Path, Path] | None = None,
+    images_out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure `source` (see `open_images`, or an .npz of features) into the JSON file `out`; return the report.
+
+    Features are kept in a folder beside `out`; called again, it goes on from there. With several processes each makes
+    its share and the first one reports. Raises UserError for anything that cannot be measured.
+    """
+    began = time.monotonic()
+    work = out.with_suffix(".work")
+    given = _features_of(source)
+    eyes = {network.name: network for network in (_on(world, load_network(n)) for n in networks)}
+    report: dict[str, Any] = {"source": source, "machine": describe_machine(world.device)}
+    labels, pairing = None, None
+    if given is not None:
+        if against or images_out:
+            raise UserError(f"{source} holds features and no images: nothing to compare in pairs or to write")
+        name = given.text("network") or "inception"
+        samples, side = {name: given.features()}, 0
+        prints = {name: given.text("fingerprint")}
+    else:
+        images = _open(source, settings, world)
+        if not (eyes or lpips or against or images_out):
+            raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
+        partner = _open(against, settings, world) if against else None
+        look = _look(eyes, settings, world, partner, lpips, images_out)
+        side = images.fetch(0, 1).shape[-1]
+        joined = _collected(images, look, work / "samples", world)
+        report |= {"protocol": images.identity()}
+        labels, pairing = images.labels(), joined.pop("pairing", None)
+        samples = {n: {k.partition(".")[2]: t for k, t in joined.items() if k.startswith(f"{n}.")} for n in eyes}
+        prints = {n: network.fingerprint() for n, network in eyes.items()}
+    found = _references(references, eyes, replace(settings, size=settings.size or side), world, work, prints)
+    if not world.main:
+        return {}
+    report["measures"] = {}
+    for name, tensors in samples.items():
+        reference = found.get(name)
+        figures = measure(name, tensors, source, reference, settings.split, settings.neighbours)
+        if name == "classifier" and labels is not None and "logits" in tensors:
+            figures["classifier_read_as_asked"] = read_as_asked(tensors["logits"], labels)
+        about = {"weights": prints[name], "images": len(tensors["pool"])}
+        if reference is not None:
+            about["reference"] = {"from": reference.where, "images": reference.images or "unknown"}
+        report["measures"][name] = figures | about
+    if pairing is not None:
+        report["measures"]["lpips"] = summary(pairing) | {"against": against, "images": len(pairing)}
+    report["settings"] = {"split": settings.split, "neighbours": settings.neighbours}
+    report["seconds"] = round(time.monotonic() - began, 1)
+    write_json(out, report)
+    return report
+
+
+def make_statistics(
+    data: str, network: str, out: Path, settings: Settings, world: World, *, keep: int = 10_000
+) -> Reference | None:
+    """Statistics of a data set under one feature network, as an .npz that `evaluate` takes as reference.
+
+    Returns None on all processes but the first.
+    """
+    eye = _on(world, load_network(network))
+    images = open_images(data, settings.count, settings.size, settings.sampling, settings.batch)
+    joined = _collected(images, _look({eye.name: eye}, settings, world), out.with_suffix(".work"), world)
+    if not world.main:
+        return None
+    tensors = {name.partition(".")[2]: tensor for name, tensor in joined.items()}
+    reference = Reference.of(data, tensors, eye.name, eye.fingerprint())
+    reference.save(out, keep)
+    return reference
+
+
+def _on(world: World, network: FeatureNetwork) -> FeatureNetwork:
+    return network.to(world.device) if isinstance(network, torch.nn.Module) else network
+
+
+def _features_of(source: str) -> Arrays | None:
+    """The file's features, when `source` is an .npz of features."""
+    if not source.endswith(".npz"):
+        return None
+    arrays = read_arrays(Path(source))
+    if arrays.has_features:
+        return arrays
+    if not arrays.has_samples:
+        raise UserError(f"{source} holds statistics alone: it can be a --reference, not what is measured")
+    return None
+
+
+def _open(source: str, settings: Settings, world: World) -> Images:
+    return open_images(
+        source, settings.count, settings.size, settings.sampling, settings.batch,
+        dtype=settings.dtype, device=world.device,
+    )  # fmt: skip
+
+
+def _look(
+    eyes: dict[str, FeatureNetwork],
+    settings: Settings,
+    world: World,
+    partner: Images | None = None,
+    lpips: tuple[Path, Path] | None = None,
+    images_out: Path | None = None,
+) -> Look:
+    if bool(partner) != bool(lpips):
+        raise UserError("LPIPS compares images in pairs: give both --against and --lpips NETWORK HEADS")
+    pairing = None
+    if lpips is not None:
+        judge = Lpips.from_files(*lpips).to(world.device)
+
+        def pairing(a: Tensor, b: Tensor) -> Tensor:
+            return judge(to_unit(a), to_unit(b))
+
+    def keep(first: int, pixels: Tensor) -> None:
+        assert images_out is not None, "only called when images are kept"
+        for i, picture in enumerate(to_pil(pixels), start=first):
+            save_image(picture, images_out / f"{i:06d}.png")
+
+    return Look(
+        list(eyes.values()), partner, pairing, settings.shard, settings.batch, world.device,
+        keep if images_out else None,
+    )  # fmt: skip
+
+
+def _collected(images: Images, look: Look, folder: Path, world: World) -> dict[str, Tensor]:
+    """All features of the images; what other processes made is waited for. Empty but on the first process."""
+    if world.main:
+        claim_folder(images, look, folder)
+    world.wait()
+    collect(images, look, folder, world.rank, world.size)
+    world.wait()
+    return gathered(folder, len(images), look.shard) if world.main else {}
+
+
+def _references(
+    sources: Sequence[str],
+    eyes: dict[str, FeatureNetwork],
+    settings: Settings,
+    world: World,
+    work: Path,
+    prints: dict[str, str],
+) -> dict[str, Reference]:
+    """The reference of each network. UserError when one is of another network, or needs one that is not given."""
+    found: dict[str, Reference] = {}
+    for number, source in enumerate(sources):
+        folder = work / f"reference-{number}"
+        arrays = read_arrays(Path(source)) if source.endswith(".npz") else None
+        if arrays is not None and arrays.has_statistics:
+            reference = _of_statistics(arrays, eyes, settings, world, folder)
+            name = reference.network
+            if reference.fingerprint and prints.get(name) and reference.fingerprint != prints[name]:
+                raise UserError(f"{source} was made with other weights of the {name} network: make it anew")
+            if name not in prints:
+                raise UserError(f"{source} is of the {name} network; the features measured are {', '.join(prints)}'s")
+            found[name] = reference
+        elif arrays is not None and arrays.has_features:
+            name = arrays.text("network") or "inception"
+            found[name] = Reference.of(source, arrays.features(), name, arrays.text("fingerprint"))
+        elif not eyes:
+            raise UserError(f"{source} holds images, whose features are not known: give --features, or statistics")
+        else:
+            images = open_images(source, 0, 0 if arrays else settings.size, settings.sampling, settings.batch)
+            joined = _collected(images, _look(eyes, settings, world), folder, world)
+            for name in eyes if world.main else ():
+                tensors = {k.partition(".")[2]: t for k, t in joined.items() if k.startswith(f"{name}.")}
+                whole = Reference.of(source, tensors, name, prints[name])
+                some = evenly(len(tensors["pool"]), settings.references)
+                found[name] = replace(whole, pool_MD=tensors["pool"][some])
+    return found
+
+
+def _of_statistics(
+    arrays: Arrays, eyes: dict[str, FeatureNetwork], settings: Settings, world: World, folder: Path
+) -> Reference:
+    """ADM's reference: statistics of everything, and images whose features precision and recall are made of."""
+    reference = arrays.reference(None)
+    width = len(reference.moments["pool"].mean_D)
+    if not reference.network and width != _INCEPTION_WIDTH:
+        raise UserError(f"{arrays.path} does not say of which network it is, and {width} channels are not Inception's")
+    name = reference.network or "inception"
+    if reference.pool_MD is None and arrays.has_samples and name in eyes:
+        images = NpzImages(arrays.path)
+        joined = _collected(images, _look({name: eyes[name]}, settings, world), folder, world)
+        if world.main:
+            reference = replace(reference, pool_MD=joined[f"{name}.pool"])
+    return replace(reference, network=name)
+
+
+def as_text(report: dict[str, Any], out: Path) -> str:
+    """The figures for people."""
+    lines = []
+    for network, figures in report["measures"].items():
+        lines.append(f"{network}, {figures['images']} images:")
+        lines += [f"  {name:<28}{value:>12.4f}" for name, value in figures.items() if isinstance(value, float)]
+        lines += [f"  note: {note}" for note in figures.get("notes", ())]
+    return "\n".join([*lines, f"wrote {out}"])

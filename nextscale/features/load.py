@@ -1,0 +1,39 @@
+"""Which feature network a user means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nextscale.errors import UserError
+from nextscale.features.classifier import FORMAT, load_classifier
+from nextscale.features.inception import FILE, Inception
+from nextscale.features.network import FeatureNetwork
+
+
+def load_network(source: str) -> FeatureNetwork:
+    """The network of a file or folder: Inception's ported weights (.pth or .safetensors), the folder of a classifier of
+    ours, or of an encoder (DINOv2, by its class token), or an encoder's name on the hub.
+
+    Raises UserError when there is none, or it is of another kind.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix in (".pth", ".pt", ".safetensors"):
+        return Inception.from_file(path)
+    if _is_classifier(path):
+        return load_classifier(path)
+    if not path.exists() and "/" not in source:
+        raise UserError(
+            f"there is no feature network {source}; give {FILE}, the folder of a classifier that `nextscale "
+            "classifier train` wrote, or the folder or hub name of DINOv2"
+        )
+    from nextscale.features.encoders import ClassToken, load_encoder  # transformers is slow to import
+
+    return ClassToken(load_encoder(source))
+
+
+def _is_classifier(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,48 @@
+"""What a feature network is: frozen, from 8-bit images to one vector per image."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a batch, float32."""
+
+    pool_BD: Tensor
+    """One vector for each image."""
+    spatial_BS: Tensor | None = None
+    """Features that still know places, flattened."""
+    logits_BC: Tensor | None = None
+    """Scores of classes."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name: pool, spatial, logits."""
+        named = {"pool": self.pool_BD, "spatial": self.spatial_BS, "logits": self.logits_BC}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+class FeatureNetwork(Protocol):
+    """A frozen network, whose name tells whose features its figures are made of."""
+
+    @property
+    def name(self) -> str:
+        """inception, dinov2, or classifier."""
+
+    def __call__(self, image_B3HW: Tensor) -> Features:
+        """Features of uint8 images, which may have any one size."""
+
+    def fingerprint(self) -> str:
+        """A checksum of the weights: features of different weights must not be compared."""
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A checksum of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
