@@ -7,16 +7,16 @@ import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import tyro
 
 from nextscale import __version__
 from nextscale.commands import COMMANDS
-from nextscale.config import from_dict, nearest, underived
+from nextscale.config import nearest, underived
+from nextscale.config_files import read_settings
 from nextscale.errors import UserError
 
-T = TypeVar("T")
 _INTRO = f"""nextscale {__version__}: next-scale image generation.
 
 usage: nextscale COMMAND [OPTIONS]        nextscale COMMAND --help explains one command
@@ -106,29 +106,6 @@ def _config_option(arguments: list[str]) -> Path | None:
             following = arguments[i + 1 : i + 2]
             return Path(value) if equals else Path(following[0]) if following else None
     return None
-
-
-def read_settings(kind: type[T], path: Path) -> T:
-    """A YAML or JSON file as settings. Raises UserError naming the file and the key at fault."""
-    import yaml
-
-    if not path.is_file() and not path.suffix:
-        path = _recipe(str(path))
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
-    return from_dict(kind, {} if data is None else data, str(path), kind())
-
-
-def _recipe(name: str) -> Path:
-    """The file of a named recipe; UserError with the nearest name when there is none."""
-    known = {p.stem: p for p in (Path(__file__).parent / "recipes").glob("*.yaml")}
-    if name not in known:
-        raise UserError(f"there is no config file and no recipe named '{name}'{nearest(name, sorted(known))}")
-    return known[name]
 
 
 def _summary(command: type) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -67,17 +68,40 @@ def grid(images_B3HW: Tensor, captions: Sequence[str], path: Path, columns: int 
 
 def curves(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
     """Line plots side by side: {panel: {line: [(x, y), ...]}}. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(series), 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (panel, lines) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
+    figure, panels = _figure(len(series))
+    for axes, (panel, lines) in zip(panels, series.items(), strict=True):
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
         axes.set(title=panel, xlabel="step")
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small")
+    _save_figure(figure, path)
+
+
+def spreads(panels: dict[str, list[tuple[float | str, float, float]]], x_name: str, path: Path) -> None:
+    """Means with deviations, (x, mean, deviation): lines over numbers, points over names. Needs matplotlib."""
+    figure, all_axes = _figure(len(panels))
+    for axes, (panel, points) in zip(all_axes, panels.items(), strict=True):
+        x, mean, deviation = zip(*points, strict=True)
+        axes.errorbar(x, mean, deviation, fmt="o-" if isinstance(x[0], int | float) else "o", capsize=3, linewidth=1)
+        axes.set(title=panel, xlabel=x_name)
+        axes.grid(alpha=0.3)
+        if isinstance(x[0], str):
+            axes.tick_params("x", rotation=30)
+    _save_figure(figure, path)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    """A figure of panels side by side, and their axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * panels, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save_figure(figure: Any, path: Path) -> None:
     with replacing(path) as (draft,):
         figure.savefig(draft, format="png", dpi=110)

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nextscale.cli import main, parse, read_settings
+from nextscale.cli import main, parse
 from nextscale.commands import COMMANDS
 from nextscale.commands.use import parse_labels
 from nextscale.config import SampleConfig
+from nextscale.config_files import read_settings
 from nextscale.errors import UserError
 from tests.conftest import read_fixture
 

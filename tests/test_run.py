@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.cli import main, read_settings
+from nextscale.cli import main
 from nextscale.config import ModelConfig
+from nextscale.config_files import read_settings
 from nextscale.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
 from nextscale.presets import preset

@@ -14,7 +14,8 @@ LAYERS = [
     ["nextscale", "nextscale.errors"],
     ["nextscale.pyramid", "nextscale.files", "nextscale.rng", "nextscale.ops", "nextscale.machine"],
     ["nextscale.config", "nextscale.train.config", "nextscale.train.tokenizer_config", "nextscale.train.run_config"],
-    ["nextscale.features.classifier_config", "nextscale.train.classifier_config"],
+    ["nextscale.features.classifier_config", "nextscale.train.classifier_config", "nextscale.config_files"],
+    ["nextscale.experiments.entry"],
     ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
     ["nextscale.tokenizer", "nextscale.model", "nextscale.features.network", "nextscale.features.encoders"],
     ["nextscale.data"],
@@ -29,6 +30,7 @@ LAYERS = [
         "nextscale.evaluate",
         "nextscale.bench",
     ],
+    ["nextscale.experiments"],
     ["nextscale.commands"],
     ["nextscale.cli"],
 ]

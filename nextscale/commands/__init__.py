@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
-from nextscale.commands.measuring import Bench, ClassifierEvaluate, ClassifierTrain, Evaluate, Statistics
+from nextscale.commands.measuring import (
+    Bench,
+    ClassifierEvaluate,
+    ClassifierTrain,
+    Evaluate,
+    ExperimentList,
+    ExperimentRun,
+    ExperimentShow,
+    Statistics,
+)
 from nextscale.commands.training import Quickstart, Resume, Tokenize, TokenizerEvaluate, TokenizerTrain, Train
 from nextscale.commands.use import Edit, Info, Reconstruct, Sample
 
@@ -21,6 +30,9 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "statistics": Statistics,
     "bench": Bench,
+    "experiment list": ExperimentList,
+    "experiment show": ExperimentShow,
+    "experiment run": ExperimentRun,
     "classifier train": ClassifierTrain,
     "classifier evaluate": ClassifierEvaluate,
     "import-official": ImportOfficial,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -12,6 +12,8 @@ from nextscale.commands.use import Dtype
 from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 from nextscale.train.classifier_config import ClassifierRunConfig
+
+Scale = Literal["tiny", "cifar", "paper"]
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Evaluate:
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line win."""
+    reconstruct: str = ""
+    """Pictures that the model's tokenizer reconstructs and that are measured in place of samples."""
     against: str = ""
     """Images to compare with in pairs, in any of the forms of SOURCE; of a model with the same seed and labels."""
     lpips: tuple[Path, Path] | None = None
@@ -60,8 +64,9 @@ class Evaluate:
 
         positive("--batch-size, --shard", self.batch_size, self.shard)
         settings = Settings(
-            self.num, self.settings, self.size, shard=self.shard, batch=self.batch_size, dtype=self.dtype
-        )
+            self.num, self.settings, self.size, shard=self.shard, batch=self.batch_size, dtype=self.dtype,
+            reconstruct=self.reconstruct,
+        )  # fmt: skip
         with join_world(self.device) as world:
             report = evaluate(
                 self.source, self.out, self.features, self.reference, settings, world,
@@ -139,6 +144,78 @@ class Bench:
         report = bench(models, self.batch_sizes, self.dtypes or (None,), self.rounds, self.settings, self.device)
         print(as_text(report))
         print(json.dumps(report))
+
+
+@dataclass
+class ExperimentList:
+    """List the tables and figures that one command makes."""
+
+    def run(self) -> None:
+        from nextscale.experiments.entry import names, read_entry
+
+        for name in names():
+            entry = read_entry(name)
+            print(f"{name:<20}{entry['title']}: {entry['source']}")
+
+
+@dataclass
+class ExperimentShow:
+    """Show an experiment: its rows, what was published, what it measures, needs and costs."""
+
+    name: Positional[str]
+    """As `nextscale experiment list` shows it."""
+    scale: Scale = "paper"
+    """tiny, cifar or paper."""
+    device: str = "auto"
+    """cpu shows the size for two CPU cores, where the scale has one."""
+
+    def run(self) -> None:
+        from nextscale.experiments.entry import load
+        from nextscale.experiments.show import as_text
+        from nextscale.train.world import join_world
+
+        with join_world(self.device) as world:
+            print(as_text(load(self.name, self.scale, on_cpu=world.device.type == "cpu")))
+
+
+@dataclass
+class ExperimentRun:
+    """Run an experiment: a table with the published figures beside ours, a picture, JSON.
+
+    Running the same command again goes on where it was stopped; finished runs are not repeated.
+    """
+
+    name: Positional[str]
+    """As `nextscale experiment list` shows it."""
+    scale: Scale = "tiny"
+    """tiny (minutes, bundled digits), cifar (CIFAR-10, one GPU or two CPU cores), paper (as published)."""
+    out: Path = Path("runs/experiments")
+    """Folder for the runs of all experiments; results are in OUT/SCALE/NAME."""
+    data: str = ""
+    """Images to train on, or a token cache."""
+    tokenizer: str = ""
+    """Checkpoint folder whose tokenizer is used."""
+    features: str = ""
+    """Feature network, as in `nextscale evaluate`."""
+    reference: str = ""
+    """What to compare with: pictures, or an .npz of statistics."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.experiments.entry import load
+        from nextscale.experiments.run import resolve, run_experiment
+        from nextscale.train.report import report_interruption
+        from nextscale.train.world import join_world
+
+        with report_interruption(self.out), join_world(self.device) as world:
+            experiment = load(self.name, self.scale, on_cpu=world.device.type == "cpu")
+            given = {n: getattr(self, n) for n in ("data", "tokenizer", "features", "reference")}
+            run_experiment(experiment, resolve(experiment, given), self.out, world)
+            if world.main:
+                folder = self.out / self.scale / self.name
+                print((folder / "table.md").read_text(encoding="utf-8"))
+                print(f"see {folder}/table.md, figure.png, results.json")
 
 
 @dataclass

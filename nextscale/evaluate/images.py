@@ -20,6 +20,7 @@ from nextscale.errors import UserError
 from nextscale.features.network import fingerprint
 from nextscale.pictures import to_uint8
 from nextscale.pipeline import Pipeline
+from nextscale.tokenizer.tokenizer import to_unit
 
 
 class Images(Protocol):
@@ -112,6 +113,29 @@ class PictureImages:
         return {"pictures": self.where, "images": self.count, "size": list(self.side), "resized": self.resized}
 
 
+class Reconstructions:
+    """Pictures through a model's tokenizer and back: what a generator over it could reach at best."""
+
+    def __init__(self, pipeline: Pipeline, where: str, pictures: Images):
+        self.pipeline, self.where, self.pictures = pipeline, where, pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @torch.no_grad()
+    def fetch(self, start: int, stop: int) -> Tensor:
+        tokenizer = self.pipeline.tokenizer
+        image_B3HW = to_unit(self.pictures.fetch(start, stop)).to(self.pipeline.device)
+        return to_uint8((tokenizer.decode(tokenizer.encode(image_B3HW)) + 1) / 2)
+
+    def labels(self) -> Tensor | None:
+        return self.pictures.labels()
+
+    def identity(self) -> dict[str, Any]:
+        weights = fingerprint(self.pipeline.tokenizer)
+        return {"reconstructed by": self.where, "weights": weights, "pictures": self.pictures.identity()}
+
+
 class NpzImages:
     """Samples as ADM's scripts write them: arr_0, uint8 (N, H, W, 3); labels, where there are any, in arr_1."""
 
@@ -157,15 +181,21 @@ def _count(where: str, found: int, wanted: int) -> int:
     return wanted or found
 
 
-def open_images(source: str, count: int, size: int, settings: SampleConfig, batch: int, **load: Any) -> Images:
+def open_images(
+    source: str, count: int, size: int, settings: SampleConfig, batch: int, reconstruct: str = "", **load: Any
+) -> Images:
     """The images of a checkpoint folder or hub name, an .npz of samples, or pictures (folder, table, hub data set).
 
     `count`: how many, 0 for all (50,000 of a model). `size`: to resize and crop pictures to, 0 for as they are.
-    `load`: dtype and device of a model.
+    `reconstruct`: pictures that the model's tokenizer reconstructs, in place of samples. `load`: dtype and device of a
+    model.
     """
     path = Path(source)
     if path.suffix == ".npz":
         return NpzImages(path, count)
+    if reconstruct:
+        pipeline = Pipeline.from_pretrained(source, **load)
+        return Reconstructions(pipeline, source, PictureImages(reconstruct, pipeline.config.square_side, count))
     if (path / "config.json").is_file():
         return ModelImages(Pipeline.from_pretrained(source, **load), source, count or 50_000, settings, batch)
     return PictureImages(source, size, count)

@@ -21,6 +21,8 @@ _PUBLISHED = {
     "precision": "precision",
     "recall": "recall",
 }
+NEUTRAL = tuple(_PUBLISHED)
+"""Names of figures whatever the features."""
 
 
 def name_of(measure: str, network: str) -> str:

@@ -48,6 +48,8 @@ class Settings:
     shard: int = 1000
     batch: int = 50
     dtype: str | None = None
+    reconstruct: str = ""
+    """Pictures that the model's tokenizer reconstructs, in place of samples."""
 
 
 def evaluate(
@@ -80,7 +82,7 @@ def evaluate(
         samples, side = {name: given.features()}, 0
         prints = {name: given.text("fingerprint")}
     else:
-        images = _open(source, settings, world)
+        images = _open(source, settings, world, settings.reconstruct)
         if not (eyes or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
         partner = _open(against, settings, world) if against else None
@@ -146,9 +148,9 @@ def _features_of(source: str) -> Arrays | None:
     return None
 
 
-def _open(source: str, settings: Settings, world: World) -> Images:
+def _open(source: str, settings: Settings, world: World, reconstruct: str = "") -> Images:
     return open_images(
-        source, settings.count, settings.size, settings.sampling, settings.batch,
+        source, settings.count, settings.size, settings.sampling, settings.batch, reconstruct,
         dtype=settings.dtype, device=world.device,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ Its figures are named after it, so that nobody takes them for the published ones
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -91,3 +92,11 @@ def load_classifier(folder: Path) -> Classifier:
     model = Classifier(config, tuple(names)).eval().requires_grad_(False)
     model.load_state_dict(read_safetensors(folder / "model.safetensors", shapes_of(model)))
     return model
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether this folder holds a classifier."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False

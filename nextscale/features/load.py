@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from nextscale.errors import UserError
-from nextscale.features.classifier import FORMAT, load_classifier
+from nextscale.features.classifier import is_classifier, load_classifier
 from nextscale.features.inception import FILE, Inception
 from nextscale.features.network import FeatureNetwork
 
@@ -20,7 +19,7 @@ def load_network(source: str) -> FeatureNetwork:
     path = Path(source)
     if path.is_file() or path.suffix in (".pth", ".pt", ".safetensors"):
         return Inception.from_file(path)
-    if _is_classifier(path):
+    if is_classifier(path):
         return load_classifier(path)
     if not path.exists() and "/" not in source:
         raise UserError(
@@ -30,10 +29,3 @@ def load_network(source: str) -> FeatureNetwork:
     from nextscale.features.encoders import ClassToken, load_encoder  # transformers is slow to import
 
     return ClassToken(load_encoder(source))
-
-
-def _is_classifier(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False

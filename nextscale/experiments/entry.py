@@ -1,0 +1,132 @@
+"""An experiment as a file: entries/NAME.yaml, over the common settings of each scale in entries/scales.yaml.
+
+A row is one line of the table. Its settings are laid over those of the scale: `run` are settings of `nextscale train`,
+`tokenizer` of `nextscale tokenizer train`, `sampling` of `nextscale sample`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextscale.config import SampleConfig, from_dict, nearest
+from nextscale.config_files import read_settings, read_yaml
+from nextscale.errors import UserError
+from nextscale.features.classifier_config import ClassifierConfig
+from nextscale.train.classifier_config import ClassifierRunConfig
+from nextscale.train.run_config import RunConfig
+from nextscale.train.tokenizer_config import TokenizerRunConfig
+
+FOLDER = Path(__file__).parent / "entries"
+SCALES = ("tiny", "cifar", "paper")
+KINDS = ("generator", "tokenizer")
+_OVERLAYS = ("run", "sampling", "tokenizer", "recipe", "tokenizer_recipe")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table at one scale."""
+
+    name: str
+    x: float | None
+    """Where it stands on the picture's axis; None: it has a name alone."""
+    published: dict[str, float]
+    """Figures of the paper by neutral name (distance, score, ...); what is absent was not available."""
+    run: RunConfig
+    tokenizer: TokenizerRunConfig
+    sampling: SampleConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An entry at one scale, ready to run."""
+
+    name: str
+    title: str
+    source: str
+    """Which paper's table or figure, and where the published figures come from."""
+    kind: str
+    x_name: str
+    figures: tuple[str, ...]
+    """Columns, by neutral name."""
+    scale: str
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    images: int
+    """How many are measured of each row and seed."""
+    needs: dict[str, str]
+    """Inputs (data, tokenizer, features, reference) to what they are by default; empty: the user must name one."""
+    classifier: ClassifierRunConfig | None
+    """Trained first, where no features are named."""
+    views: int
+    """Of the token cache; 0 = none is made."""
+    note: str = ""
+
+
+def names() -> list[str]:
+    """All experiments."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "scales")
+
+
+def read_entry(name: str) -> dict[str, Any]:
+    """The file of an experiment; UserError with the nearest name when there is none."""
+    if name not in names():
+        raise UserError(f"there is no experiment '{name}'{nearest(name, names())}")
+    return read_yaml(FOLDER / f"{name}.yaml")
+
+
+def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
+    """An experiment at a scale. `on_cpu`: in the size for two CPU cores, where the scale has one of its own.
+
+    Raises UserError when there is no such experiment or scale, or a file has a setting that is not known.
+    """
+    entry = read_entry(name)
+    common = read_yaml(FOLDER / "scales.yaml")
+    if scale not in SCALES:
+        raise UserError(f"there is no scale '{scale}'; known: {', '.join(SCALES)}")
+    where = f"experiment {name} at scale {scale}"
+    layers = [common[scale], *([common[scale].get("cpu", {})] if on_cpu else []), entry.get(scale, {})]
+    if on_cpu:
+        layers.append(entry.get(scale, {}).get("cpu", {}))
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        settings |= {key: value for key, value in layer.items() if key not in (*_OVERLAYS, "cpu", "note")}
+    note = " ".join(str(layer["note"]) for layer in layers if layer.get("note"))
+    rows = tuple(_row(row, layers, scale, where) for row in entry["rows"] if row.get(scale, {}) is not None)
+    classifier = None
+    if "classifier" in settings:
+        base = ClassifierRunConfig(classifier=ClassifierConfig())
+        classifier = from_dict(ClassifierRunConfig, settings["classifier"], f"{where}: classifier", base)
+    return Experiment(
+        name=name,
+        title=entry["title"],
+        source=entry["source"],
+        kind=entry["kind"],
+        x_name=entry.get("x", ""),
+        figures=tuple(entry["figures"]),
+        scale=scale,
+        rows=rows,
+        seeds=tuple(settings["seeds"]),
+        images=int(settings["images"]),
+        needs=dict(settings["needs"]),
+        classifier=classifier,
+        views=int(settings.get("views", 0)),
+        note=note,
+    )
+
+
+def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: str) -> Row:
+    own = [*layers, row, row.get(scale) or {}]
+    recipe = next((layer["recipe"] for layer in reversed(own) if "recipe" in layer), None)
+    run = read_settings(RunConfig, Path(recipe)) if recipe else RunConfig()
+    code_recipe = next((layer["tokenizer_recipe"] for layer in reversed(own) if "tokenizer_recipe" in layer), None)
+    codes = read_settings(TokenizerRunConfig, Path(code_recipe)) if code_recipe else TokenizerRunConfig()
+    sampling = run.sampling
+    for layer in own:
+        run = from_dict(RunConfig, layer.get("run", {}), f"{where}: run", run)
+        codes = from_dict(TokenizerRunConfig, layer.get("tokenizer", {}), f"{where}: tokenizer", codes)
+        sampling = from_dict(SampleConfig, layer.get("sampling", {}), f"{where}: sampling", sampling)
+    published = {figure: float(value) for figure, value in row.get("published", {}).items()}  # YAML reads 3e8 as text
+    here = row | (row.get(scale) or {})  # a smaller model stands in for a published one under its own name
+    return Row(here["name"], here.get("at"), published, run, codes, sampling)

@@ -1,0 +1,193 @@
+"""Running an experiment: what it needs first, then every row with every seed, then the table.
+
+What is finished is not done again: trainings and measurements lie in folders named after a checksum of all that decides
+them, so rows and experiments of one scale share them. A training that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from nextscale.checkpoints.native import read_config
+from nextscale.config import to_dict
+from nextscale.data.cache import is_cache
+from nextscale.errors import UserError
+from nextscale.evaluate.measures import NEUTRAL, name_of
+from nextscale.evaluate.run import Settings, evaluate, make_statistics
+from nextscale.experiments.entry import Experiment, Row
+from nextscale.experiments.report import write_results
+from nextscale.features.classifier import is_classifier
+from nextscale.files import read_json, write_json
+from nextscale.info import describe_config
+from nextscale.train.classifier_run import train_classifier
+from nextscale.train.run_config import RunConfig
+from nextscale.train.tokenize_run import tokenize
+from nextscale.train.tokenizer_run import evaluate_folder, train_tokenizer
+from nextscale.train.transformer_run import train_transformer
+from nextscale.train.world import World
+
+_ROOT = Path(__file__).parents[2]
+_OPTIONS = {
+    "data": "images to train on",
+    "tokenizer": "a checkpoint folder with a tokenizer",
+    "features": "a feature network (see `nextscale evaluate --help`)",
+    "reference": "images to compare with, or their statistics",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What an experiment works on."""
+
+    data: str
+    tokenizer: str
+    features: str
+    reference: str
+
+
+def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
+    """The user's inputs over the entry's. UserError names an option that is missing, and what it wants."""
+    values = {}
+    for name, default in experiment.needs.items():
+        value = given.get(name) or default
+        if not value:
+            raise UserError(
+                f"experiment {experiment.name} at scale {experiment.scale} needs --{name}: {_OPTIONS[name]}. "
+                f"{experiment.note}".strip()
+            )
+        if value.startswith("models/") and not Path(value).exists() and (_ROOT / value).exists():
+            value = str(_ROOT / value)  # a model that the repository holds, from another working folder
+        values[name] = value
+    return Inputs(**values)
+
+
+def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: World) -> dict[str, Any]:
+    """Run what is not done yet, in `out`/SCALE; write results.json, table.md and figure.png in `out`/SCALE/NAME.
+
+    Returns the results; empty on all processes but the first. Raises what training and evaluation raise.
+    """
+    folder = out / experiment.scale
+    lab = _Lab(experiment, inputs, folder, world)
+    values: dict[str, list[dict[str, float]]] = {row.name: [] for row in experiment.rows}
+    jobs = [(row, seed) for seed in experiment.seeds for row in experiment.rows]
+    for number, (row, seed) in enumerate(jobs, start=1):
+        if world.main:
+            print(f"== {experiment.name}: {row.name}, seed {seed} ({number} of {len(jobs)})", flush=True)
+        figures = lab.generator(row, seed) if experiment.kind == "generator" else lab.tokenizer(row, seed)
+        values[row.name].append(figures)
+        world.wait()
+    return write_results(experiment, inputs, values, folder / experiment.name, world) if world.main else {}
+
+
+def key(*parts: Any) -> str:
+    """A short checksum of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+class _Lab:
+    """Where trainings and measurements of one scale are made and kept."""
+
+    def __init__(self, experiment: Experiment, inputs: Inputs, folder: Path, world: World):
+        self.experiment, self.folder, self.world = experiment, folder, world
+        self.data, self.reference = inputs.data, inputs.reference
+        self.features = inputs.features if inputs.features != "train" else self._classifier()
+        self.codes = inputs.tokenizer
+
+    def _classifier(self) -> str:
+        """A classifier of the data, trained once."""
+        config = self.experiment.classifier
+        assert config is not None, "an entry that trains its feature network says how"
+        folder = self.folder / f"classifier-{key(self.data, to_dict(config))}"
+        if not (folder / "finished.json").exists():
+            values = train_classifier(config, self.data, folder, self.world)
+            self._finish(folder, values)
+        assert is_classifier(folder), "training wrote it"
+        return str(folder)
+
+    def _finish(self, folder: Path, values: dict[str, Any]) -> None:
+        if self.world.main:
+            write_json(folder / "finished.json", values)
+        self.world.wait()
+
+    def _trained_tokenizer(self, row: Row, seed: int) -> Path:
+        config = dataclasses.replace(row.tokenizer, train=dataclasses.replace(row.tokenizer.train, seed=seed))
+        folder = self.folder / f"tokenizer-{key(self.data, to_dict(config))}"
+        if not (folder / "finished.json").exists():
+            self._finish(folder, train_tokenizer(config, self.data, folder, self.world))
+        return folder
+
+    def _cache(self, row: Row, codes: str) -> str:
+        """The data as tokens, made once for all seeds."""
+        views, images = self.experiment.views, row.run.images
+        if not views or is_cache(Path(self.data)):
+            return self.data
+        folder = self.folder / f"cache-{key(self.data, codes, to_dict(images), views)}"
+        if not (folder / "finished.json").exists():
+            tokenize(self.data, Path(codes), folder, images, 0, self.world, views=views)
+            self._finish(folder, {})
+        return str(folder)
+
+    def _run(self, row: Row, seed: int) -> tuple[Path, dict[str, Any]]:
+        """A trained generator of this row, and its last validation."""
+        codes = self.codes if self.codes != "train" else str(self._trained_tokenizer(self.experiment.rows[0], 0))
+        data = self._cache(row, codes)
+        train = dataclasses.replace(row.run.train, seed=seed)
+        config: RunConfig = dataclasses.replace(row.run, data=data, tokenizer=codes, train=train, sampling=row.sampling)
+        decides = to_dict(dataclasses.replace(config, sampling=RunConfig().sampling))  # its grid decides no weight
+        folder = self.folder / f"run-{key(decides)}"
+        if not (folder / "finished.json").exists():
+            # rows that share a training differ in sampling alone, which must not make their settings differ
+            config = dataclasses.replace(config, sampling=self.experiment.rows[0].sampling)
+            train_transformer(config, folder, self.world)
+        self.world.wait()
+        return folder, read_json(folder / "finished.json")
+
+    def generator(self, row: Row, seed: int) -> dict[str, float]:
+        """Figures of a generator: what it costs, its validation, its samples."""
+        folder, finished = self._run(row, seed)
+        config, _ = read_config(folder)
+        facts = describe_config(row.name, config)
+        gflop = (facts["transformer_flops"] * (2 if row.sampling.cfg > 0 else 1)) / 1e9
+        sampling = dataclasses.replace(row.sampling, seed=seed)
+        settings = Settings(count=self.experiment.images, sampling=sampling)
+        figures = self._measured(folder, settings)
+        return figures | {
+            "validation_loss": finished["validation_loss"],
+            "parameters": facts["transformer_parameters"],
+            "gflop": gflop,
+        }
+
+    def tokenizer(self, row: Row, seed: int) -> dict[str, float]:
+        """Figures of a tokenizer: its reconstructions of the reference."""
+        folder = self._trained_tokenizer(row, seed)
+        report = folder / "report.json"
+        if not report.exists() and self.world.main:
+            evaluate_folder(folder, self.reference, self.experiment.images, folder)
+        self.world.wait()
+        measured = self._measured(folder, Settings(count=self.experiment.images, reconstruct=self.reference))
+        return read_json(report) | measured
+
+    def _statistics(self, side: int) -> str:
+        """The reference as statistics for images of this side, made once."""
+        if self.reference.endswith(".npz"):
+            return self.reference
+        path = self.folder / f"reference-{key(self.reference, self.features, side)}.npz"
+        if not path.exists():
+            make_statistics(self.reference, self.features, path, Settings(size=side), self.world)
+        self.world.wait()
+        return str(path)
+
+    def _measured(self, folder: Path, settings: Settings) -> dict[str, float]:
+        """Figures of `nextscale evaluate` under neutral names."""
+        name = f"measured-{key(dataclasses.asdict(settings), self.features, self.reference)}.json"
+        out = folder / name
+        if not out.exists():
+            reference = self._statistics(read_config(folder)[0].square_side)
+            evaluate(str(folder), out, [self.features], [reference], settings, self.world)
+        self.world.wait()
+        ((network, found),) = read_json(out)["measures"].items()
+        return {m: found[name_of(m, network)] for m in NEUTRAL if name_of(m, network) in found} | {"network": network}

@@ -1,0 +1,47 @@
+"""What an experiment would do, before it does it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nextscale.config import to_dict
+from nextscale.experiments.entry import Experiment
+from nextscale.experiments.run import key
+from nextscale.train.estimate import estimate
+
+
+def as_text(experiment: Experiment) -> str:
+    """Rows, published figures, needs, and for generators the cost of each training that is not shared."""
+    lines = [
+        f"{experiment.name} at scale {experiment.scale}: {experiment.title}",
+        f"source      {experiment.source}",
+        f"measures    {', '.join(experiment.figures)}; {experiment.images:,} images, seeds "
+        f"{', '.join(map(str, experiment.seeds))}",
+    ]
+    lines += [f"needs       --{n} {v or '(name one)'}" for n, v in experiment.needs.items()]
+    lines += [f"note        {experiment.note}"] if experiment.note else []
+    shown: set[str] = set()
+    for row in experiment.rows:
+        published = ", ".join(f"{n} {v:g}" for n, v in row.published.items()) or "not available"
+        lines += ["", f"{row.name}: published {published}"]
+        if experiment.kind == "generator":
+            lines.append(f"    sampling    {_plain(to_dict(row.sampling))}")
+            cost = key(to_dict(row.run))
+            if cost in shown:
+                lines.append("    training    shared with a row above")
+            else:
+                codes = experiment.needs["tokenizer"]
+                run = dataclasses.replace(row.run, tokenizer=codes if Path(codes).is_dir() else "")
+                lines += [f"    {line}" for line in estimate(run).splitlines()]
+            shown.add(cost)
+        else:
+            train = row.tokenizer.train
+            lines.append(f"    training    {train.steps:,} steps of {train.batch_size} images")
+            lines.append(f"    tokenizer   {_plain(to_dict(row.tokenizer.tokenizer))}")
+            lines.append(f"    codebook    {_plain(to_dict(row.tokenizer.codebook))}")
+    return "\n".join(lines)
+
+
+def _plain(settings: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

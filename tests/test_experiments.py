@@ -1,0 +1,115 @@
+"""Experiments: every entry at every scale, one of them whole at the tiny scale, killed in the middle and continued."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nextscale.cli import main
+from nextscale.errors import UserError
+from nextscale.experiments.entry import SCALES, load, names
+from nextscale.experiments.report import table
+from nextscale.experiments.run import resolve
+from nextscale.experiments.show import as_text
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", names())
+def test_every_entry_is_complete_at_every_scale(name, scale):
+    for on_cpu in (True, False):
+        experiment = load(name, scale, on_cpu=on_cpu)
+        assert len(experiment.rows) >= 2
+        assert len({row.name for row in experiment.rows}) == len(experiment.rows)
+        assert set(experiment.needs) == {"data", "tokenizer", "features", "reference"}
+    text = as_text(load(name, scale, on_cpu=True))
+    assert experiment.title in text
+    assert text.count("published ") >= len(experiment.rows)
+
+
+def test_paper_scale_is_the_published_configuration(capsys):
+    sizes = load("var-sizes", "paper")
+    assert [row.run.transformer.depth for row in sizes.rows] == [16, 20, 24, 30]
+    assert [row.run.train.epochs for row in sizes.rows] == [200, 250, 350, 350]
+    assert sizes.images == 50_000
+    assert all((r.sampling.cfg, r.sampling.top_k, r.sampling.top_p) == (1.5, 900, 0.96) for r in sizes.rows)
+    assert sizes.rows[0].published == {
+        "distance": 3.55, "score": 280.4, "precision": 0.84, "recall": 0.51, "parameters": 310e6
+    }  # fmt: skip
+    assert main(["experiment", "show", "var-sizes"]) == 0
+    out = capsys.readouterr().out
+    assert "GPU-hours" in out
+    assert "310,283,520 parameters" in out
+    assert main(["experiment", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in names())
+
+
+def test_what_is_missing_is_named(capsys):
+    with pytest.raises(UserError, match=r"var-sizes at scale cifar needs --data: images to train on"):
+        resolve(load("var-sizes", "cifar"), {})
+    with pytest.raises(UserError, match=r"needs --features: a feature network .*pt_inception-2015-12-05"):
+        resolve(load("var-sizes", "paper"), {"data": "imagenet", "tokenizer": "vae"})
+    assert main(["experiment", "show", "var-size"]) == 2
+    assert "there is no experiment 'var-size'; did you mean 'var-sizes'?" in capsys.readouterr().err
+
+
+def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path):
+    """Finished runs are not repeated, an interrupted training goes on, and the table holds what was measured."""
+    options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "nextscale.cli", "experiment", "run", "var-guidance", *options]
+    tiny = tmp_path / "tiny"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(list(tiny.glob("run-*/measured-*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tiny / "var-guidance").exists(), "killed before the end"
+    finished = [
+        f for f in tiny.glob("*/*") if f.name in ("finished.json", "log.jsonl") or f.name.startswith("measured")
+    ]
+    finished = {f: f.stat().st_mtime_ns for f in finished if (f.parent / "finished.json").exists() and f.is_file()}
+    assert len(finished) >= 6
+    subprocess.run(command, check=True, capture_output=True)
+    assert all(f.stat().st_mtime_ns == at for f, at in finished.items()), "something finished was done again"
+
+    results = json.loads((tiny / "var-guidance" / "results.json").read_text())
+    assert [row["at"] for row in results["rows"]] == [0, 1, 3]
+    assert results["features"] == "classifier"
+    assert len(list(tiny.glob("run-*"))) == 2, "one training for each seed, whatever the guidance"
+    for row in results["rows"]:
+        figure = row["figures"]["distance"]
+        assert len(figure["values"]) == 2
+        assert figure["mean"] == pytest.approx(statistics.fmean(figure["values"]))
+        assert figure["deviation"] == pytest.approx(statistics.stdev(figure["values"]))
+    lines = (tiny / "var-guidance" / "table.md").read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| var-guidance"))
+    assert "classifier_fd" in head
+    assert "| cfg 3 |" in "\n".join(lines)
+    assert (tiny / "var-guidance" / "figure.png").stat().st_size > 1000
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "training the" not in again.stderr, "nothing is left to train"
+
+
+def test_the_table_sets_published_figures_beside_ours():
+    figure = {"values": [1.0, 3.0], "mean": 2.0, "deviation": 1.4142}
+    results = {
+        "experiment": "e", "title": "T", "source": "S", "scale": "paper", "seeds": [0, 1], "images": 50000,
+        "features": "inception", "inputs": {"data": "imagenet", "tokenizer": "train"},
+        "machine": {"device": "D", "threads": 2, "torch": "2", "date": "2026-01-01"},
+        "rows": [
+            {"name": "a", "at": None, "published": {"distance": 3.55}, "figures": {"distance": figure}},
+            {"name": "b", "at": None, "published": {}, "figures": {"distance": figure}},
+        ],
+    }  # fmt: skip
+    lines = table(results).splitlines()
+    assert "| e | fid, published | fid |" in lines
+    assert "| a | 3.55 | 2 ± 1.414 |" in lines
+    assert "| b | not available | 2 ± 1.414 |" in lines
+    assert "`nextscale experiment run e --scale paper --data imagenet`, D, 2 threads, torch 2, 2026-01-01." in lines
