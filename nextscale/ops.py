@@ -6,14 +6,15 @@ kernels keep that promise but where they switch to another order of summation: m
 of fewer than 16 images. `linear` and `Conv2d` keep clear of those thresholds, which costs next to nothing. Measured
 bitwise on an AMD EPYC with torch 2.13.0; tests/test_sampling.py holds it for whole images, on one and two threads.
 
-In training that promise is not needed, and there `linear` takes oneDNN's road in float32 on x86: the product as a 1x1
-convolution over the rows, forward and backward. NEXTSCALE_PLAIN=1 turns all fast paths off.
+In training that promise is not needed, and there `linear` takes oneDNN's road in float32 on x86, forward and backward.
+NEXTSCALE_PLAIN=1 turns all fast paths off.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,24 @@ from torch import Tensor, nn
 
 _MIN_ROWS = 16
 _SMALL_CONV = 20480
-_CONVOLVED_ROWS = 128
-"""From here on the product as a convolution is the faster one."""
+_PRODUCT_ROWS = 128
+"""From here on oneDNN's product is the faster one."""
 
 fast = not os.environ.get("NEXTSCALE_PLAIN")
 """Whether fast paths are taken where there are any; the plain ones compute the same function."""
-has_onednn = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+has_onednn = (
+    torch.backends.mkldnn.is_available()
+    and platform.machine() in ("x86_64", "AMD64")
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out): the matrix product of every layer."""
     rows = x.numel() // x.shape[-1]
-    if fast and has_onednn and rows >= _CONVOLVED_ROWS and _trains(x, weight):
-        return _convolved(x, weight, bias)
+    if fast and has_onednn and rows >= _PRODUCT_ROWS and _trains(x, weight):
+        y = _Product.apply(x.reshape(rows, -1), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
     if x.device.type != "cpu" or rows >= _MIN_ROWS:
         return F.linear(x.contiguous(), weight, bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, _MIN_ROWS - rows))
@@ -62,11 +68,34 @@ def _trains(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype == torch.float32 and (x.requires_grad or weight.requires_grad)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product as a 1x1 convolution of one image, a pixel for each row, with the channels last in memory."""
-    pixels_1IR1 = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y_1OR1 = F.conv2d(pixels_1IR1, weight[:, :, None, None], bias)
-    return y_1OR1.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+class _Product(torch.autograd.Function):
+    """x (R, in) times weight (out, in) transposed, plus bias, forward and backward by oneDNN.
+
+    Backward it is a 1x1 convolution of one image, a pixel for each row, with the channels last in memory: oneDNN's
+    convolutions are its fastest products there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_RI, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return torch.ops.mkldnn._linear_pointwise(x_RI, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_RI, weight = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad)
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            _pixels(gradients[0].contiguous()), _pixels(x_RI), weight[:, :, None, None], ctx.bias_sizes,
+            [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted,
+        )  # fmt: skip
+        dx = dx.permute(0, 2, 3, 1).reshape(x_RI.shape) if wanted[0] else None
+        return dx, dweight.flatten(1) if wanted[1] else None, dbias if wanted[2] else None
+
+
+def _pixels(x_RI: Tensor) -> Tensor:
+    """Rows (R, I) as one image (1, I, R, 1) whose channels are last in memory."""
+    return x_RI.view(1, -1, 1, x_RI.shape[-1]).permute(0, 3, 1, 2)
 
 
 class Linear(nn.Linear):

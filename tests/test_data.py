@@ -46,6 +46,30 @@ def write_parquet(path, rows, group=4):
     parquet.write_table(table, path, row_group_size=group)
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_labels_that_a_metadata_file_lists(form, tmp_path):
+    """Hugging Face's imagefolder with metadata: labels come from the file, not from the folders."""
+    (tmp_path / "images").mkdir()
+    rows = [{"file_name": f"images/{i}.png", "label": ("cat", "dog")[i % 2]} for i in range(4)]
+    for i, row in enumerate(rows):
+        (tmp_path / row["file_name"]).write_bytes(png(i))
+    table = tmp_path / f"metadata.{form}"
+    if form == "csv":
+        table.write_text("file_name,label\n" + "".join(f"{r['file_name']},{r['label']}\n" for r in rows))
+    else:
+        table.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = open_source(str(tmp_path), 8)
+    assert source.class_names == ("cat", "dog")
+    assert source.labels == [0, 1, 0, 1]
+    assert [name for name, _ in map(source.read, range(4))] == [str(tmp_path / r["file_name"]) for r in rows]
+    (tmp_path / "images" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"lists 1 files that are not there, such as .*images/3.png"):
+        open_source(str(tmp_path), 8)
+    table.write_text("name,label\nx,y\n" if form == "csv" else '{"name": "x"}\n')
+    with pytest.raises(UserError, match="must list file_name and label in every row"):
+        open_source(str(tmp_path), 8)
+
+
 @pytest.fixture(scope="module")
 def roads(tmp_path_factory):
     """The same 24 pictures as class folders, as one table, and as a folder of tables."""

@@ -7,6 +7,7 @@ disk is read in the same reproducible order, and an interrupted run goes on anyw
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -116,7 +117,8 @@ class Folder:
 
 
 def folder_source(path: Path) -> Folder:
-    """PATH/CLASS/IMAGE, PATH/IMAGE (one class of the folder's name), or both below PATH/train and PATH/validation."""
+    """PATH/CLASS/IMAGE, PATH/IMAGE (one class of the folder's name) or what PATH/metadata.csv lists; or each of these
+    below PATH/train and PATH/validation."""
     subfolders = {p.name: p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
     training = next((subfolders[n] for n in _TRAIN if n in subfolders), None)
     held_out = next((subfolders[n] for n in _HELD_OUT if n in subfolders), None)
@@ -134,6 +136,9 @@ def folder_source(path: Path) -> Folder:
 
 def _classes(path: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
     """Files with their class, and the names of the classes in order."""
+    listed = _listed(path)
+    if listed:
+        return listed, tuple(sorted({name for _, name in listed}))
     files: list[tuple[Path, str]] = []
     for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
         files += [(f, folder.name) for f in _pictures(folder.rglob("*"))]
@@ -149,6 +154,24 @@ def _classes(path: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
         )
     files = files or [(f, path.resolve().name) for f in loose]
     return files, tuple(sorted({name for _, name in files}))  # an empty folder is no class: nothing is known of it
+
+
+def _listed(path: Path) -> list[tuple[Path, str]]:
+    """Files and labels that metadata.csv or metadata.jsonl lists (Hugging Face's imagefolder); none without one."""
+    table = next((f for f in (path / "metadata.csv", path / "metadata.jsonl") if f.is_file()), None)
+    if table is None:
+        return []
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file)) if table.suffix == ".csv" else [json.loads(line) for line in file if line]
+        label = next((n for n in ("label", "labels") if n in rows[0]), None)
+        files = [(path / row["file_name"], path.resolve().name if label is None else str(row[label])) for row in rows]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{table} must list file_name and label in every row: {error!r}") from error
+    absent = [str(f) for f, _ in files if not f.is_file()]
+    if absent:
+        raise UserError(f"{table} lists {len(absent)} files that are not there, such as {absent[0]}")
+    return sorted(files)
 
 
 def _pictures(paths: Iterable[Path]) -> list[Path]:
