@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,3 +105,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"there is no {path}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text reads like owner/name on the Hugging Face hub."""
+    return re.match(r"^[\w.-]+/[\w.-]+$", text) is not None

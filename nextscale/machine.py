@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The device that work is done on, and what a figure was measured on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from typing import Any
 import torch
 
 import nextscale
+from nextscale.errors import UserError
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """The named device; UserError when torch does not know it or cannot reach it here."""
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

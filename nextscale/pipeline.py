@@ -22,6 +22,8 @@ from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config import InitConfig, ModelConfig, SampleConfig, nearest
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.errors import UserError
+from nextscale.files import is_hub_name
+from nextscale.machine import find_device
 from nextscale.model.init import initialise
 from nextscale.model.var import VAR
 from nextscale.pictures import grid, to_pil
@@ -31,7 +33,6 @@ from nextscale.sample.generate import Kept, Sample, ScaleStep, generate, generat
 from nextscale.tokenizer.tokenizer import Tokenizer
 
 Labels = Tensor | Sequence["int | str | None"]
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Pipeline:
         tokenizer.load_state_dict(checkpoint.tokenizer, assign=True)
         if transformer is not None:
             transformer.load_state_dict(checkpoint.transformer, assign=True)
-        device = _device(device)
+        device = find_device(device)
         pipeline = cls(checkpoint.config, tokenizer, transformer)
         tensors = {**checkpoint.tokenizer, **checkpoint.transformer}
         pipeline._stored = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -297,17 +298,6 @@ def _settings(config: SampleConfig | None, overrides: dict[str, Any]) -> SampleC
     return dataclasses.replace(config or SampleConfig(), **overrides)
 
 
-def _device(name: torch.device | str) -> torch.device:
-    """The named device; UserError when torch does not know it or cannot reach it here."""
-    try:
-        device = torch.empty(0, device=name).device
-        if device.type == "meta":
-            raise RuntimeError("it holds no values")
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
-
-
 def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     if isinstance(dtype, str):
         named = getattr(torch, dtype, None)
@@ -321,7 +311,7 @@ def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkp
 
 def _locate(source: str | Path, *, revision: str | None, token: str | None) -> Path:
     """The folder of a checkpoint, fetched from the hub when `source` is no folder but reads like `owner/name`."""
-    if Path(source).is_dir() or not _HUB_NAME.match(str(source)):
+    if Path(source).is_dir() or not is_hub_name(str(source)):
         return Path(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

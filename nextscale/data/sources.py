@@ -24,10 +24,10 @@ from torch import Tensor
 
 from nextscale.data.images import ImageLike
 from nextscale.errors import UserError
+from nextscale.files import is_hub_name
 
 _SUFFIXES = set(Image.registered_extensions())
 _TRAIN, _HELD_OUT = ("train", "training"), ("validation", "valid", "val", "dev", "test")
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _GROUPS_IN_MEMORY, _WINDOW = 20, 16
 
 
@@ -65,7 +65,7 @@ def open_source(data: str, size: int) -> Source:
         return Parquet(data, [str(t) for t in tables], data) if tables and not has_classes else folder_source(path)
     if path.suffix == ".parquet" and path.is_file():
         return Parquet(data, [data], data)
-    if _HUB_NAME.match(data) and not path.suffix:
+    if is_hub_name(data) and not path.suffix:
         return Parquet(data, _hub_files(data), f"datasets/{data}", on_hub=True)
     raise UserError(
         f"--data {data} is neither 'digits', a folder of images, of class sub-folders or of .parquet files, "

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nextscale.errors import UserError
+from nextscale.machine import find_device
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,7 @@ def _device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    device = find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
