@@ -55,6 +55,8 @@ def test_what_is_missing_is_named(capsys):
         resolve(load("var-sizes", "cifar"), {})
     with pytest.raises(UserError, match=r"needs --features: a feature network .*pt_inception-2015-12-05"):
         resolve(load("var-sizes", "paper"), {"data": "imagenet", "tokenizer": "vae"})
+    with pytest.raises(UserError, match="the rows of var-sizes differ in training: one --model cannot stand for them"):
+        resolve(load("var-sizes", "tiny"), {"model": "runs/d16"})
     assert main(["experiment", "show", "var-size"]) == 2
     assert "there is no experiment 'var-size'; did you mean 'var-sizes'?" in capsys.readouterr().err
 
@@ -93,6 +95,12 @@ def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path):
     assert "classifier_fd" in head
     assert "| cfg 3 |" in "\n".join(lines)
     assert (tiny / "var-guidance" / "figure.png").stat().st_size > 1000
+    (model, *_) = sorted(tiny.glob("run-*"))
+    alone = [*command[:-1], str(tmp_path / "alone"), "--model", str(model)]
+    run = subprocess.run(alone, check=True, capture_output=True, text=True)
+    assert "training the transformer" not in run.stderr, "a model that is given is measured as it is"
+    measured = json.loads((tmp_path / "alone" / "tiny" / "var-guidance" / "results.json").read_text())
+    assert [len(row["figures"]["distance"]["values"]) for row in measured["rows"]] == [2, 2, 2]
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "training the" not in again.stderr, "nothing is left to train"
 

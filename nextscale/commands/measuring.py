@@ -191,6 +191,8 @@ class ExperimentRun:
     """tiny (minutes, bundled digits), cifar (CIFAR-10, one GPU or two CPU cores), paper (as published)."""
     out: Path = Path("runs/experiments")
     """Folder for the runs of all experiments; results are in OUT/SCALE/NAME."""
+    model: str = ""
+    """A checkpoint that is measured as it is, where the rows differ in sampling alone; nothing is trained then."""
     data: str = ""
     """Images to train on, or a token cache."""
     tokenizer: str = ""
@@ -210,7 +212,7 @@ class ExperimentRun:
 
         with report_interruption(self.out), join_world(self.device) as world:
             experiment = load(self.name, self.scale, on_cpu=world.device.type == "cpu")
-            given = {n: getattr(self, n) for n in ("data", "tokenizer", "features", "reference")}
+            given = {n: getattr(self, n) for n in ("model", "data", "tokenizer", "features", "reference")}
             run_experiment(experiment, resolve(experiment, given), self.out, world)
             if world.main:
                 folder = self.out / self.scale / self.name

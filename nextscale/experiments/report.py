@@ -83,10 +83,10 @@ def table(results: dict[str, Any]) -> str:
     about += "; mean ± standard deviation over seeds." if len(results["seeds"]) > 1 else "."
     if results["scale"] != "paper":
         about += (
-            f" Published figures are of ImageNet at 256 pixels, ours of {inputs['data']} with smaller models: compare "
-            "rows with rows, not columns."
+            " Published figures are of ImageNet at 256 pixels, ours of smaller models and images: compare rows with "
+            "rows, not columns."
         )
-    options = " ".join(f"--{name} {value}" for name, value in inputs.items() if value != "train")
+    options = " ".join(f"--{name} {value}" for name, value in inputs.items() if value not in ("", "train"))
     command = f"nextscale experiment run {results['experiment']} --scale {results['scale']} {options}"
     machine = results["machine"]
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"

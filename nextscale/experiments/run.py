@@ -47,14 +47,19 @@ class Inputs:
     tokenizer: str
     features: str
     reference: str
+    model: str = ""
+    """A trained generator in place of a training."""
 
 
 def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
     """The user's inputs over the entry's. UserError names an option that is missing, and what it wants."""
-    values = {}
+    model = given.get("model", "")
+    if model and (experiment.kind != "generator" or len({key(to_dict(row.run)) for row in experiment.rows}) > 1):
+        raise UserError(f"the rows of {experiment.name} differ in training: one --model cannot stand for them all")
+    values = {"model": model}
     for name, default in experiment.needs.items():
         value = given.get(name) or default
-        if not value:
+        if not value and not (model and name in ("data", "tokenizer")):
             raise UserError(
                 f"experiment {experiment.name} at scale {experiment.scale} needs --{name}: {_OPTIONS[name]}. "
                 f"{experiment.note}".strip()
@@ -95,7 +100,7 @@ class _Lab:
         self.experiment, self.folder, self.world = experiment, folder, world
         self.data, self.reference = inputs.data, inputs.reference
         self.features = inputs.features if inputs.features != "train" else self._classifier()
-        self.codes = inputs.tokenizer
+        self.codes, self.model = inputs.tokenizer, inputs.model
 
     def _classifier(self) -> str:
         """A classifier of the data, trained once."""
@@ -132,7 +137,9 @@ class _Lab:
         return str(folder)
 
     def _run(self, row: Row, seed: int) -> tuple[Path, dict[str, Any]]:
-        """A trained generator of this row, and its last validation."""
+        """A trained generator of this row, and what its training ended with."""
+        if self.model:
+            return Path(self.model), {}
         codes = self.codes if self.codes != "train" else str(self._trained_tokenizer(self.experiment.rows[0], 0))
         data = self._cache(row, codes)
         train = dataclasses.replace(row.run.train, seed=seed)
@@ -155,11 +162,8 @@ class _Lab:
         sampling = dataclasses.replace(row.sampling, seed=seed)
         settings = Settings(count=self.experiment.images, sampling=sampling)
         figures = self._measured(folder, settings)
-        return figures | {
-            "validation_loss": finished["validation_loss"],
-            "parameters": facts["transformer_parameters"],
-            "gflop": gflop,
-        }
+        figures |= {"parameters": facts["transformer_parameters"], "gflop": gflop}
+        return figures | {n: v for n, v in finished.items() if n == "validation_loss"}
 
     def tokenizer(self, row: Row, seed: int) -> dict[str, float]:
         """Figures of a tokenizer: its reconstructions of the reference."""
@@ -184,7 +188,7 @@ class _Lab:
     def _measured(self, folder: Path, settings: Settings) -> dict[str, float]:
         """Figures of `nextscale evaluate` under neutral names."""
         name = f"measured-{key(dataclasses.asdict(settings), self.features, self.reference)}.json"
-        out = folder / name
+        out = (self.folder / f"model-{key(str(folder.resolve()))}" if self.model else folder) / name
         if not out.exists():
             reference = self._statistics(read_config(folder)[0].square_side)
             evaluate(str(folder), out, [self.features], [reference], settings, self.world)
