@@ -254,6 +254,13 @@ def test_what_cannot_be_measured_is_refused(places, tmp_path):
         Image.new("RGB", size).save(mixed / f"{i}.png")
     with pytest.raises(UserError, match="1.png is 20 x 16, the first image of .* 16 x 16; give --size"):
         run(mixed)
+    with pytest.raises(UserError, match="two feature networks are named classifier"):
+        run(places / "real", networks=("classifier", "classifier"))
+    with pytest.raises(UserError, match="real has 40 images, .*mixed 2: give --num to pair as many"):
+        evaluate(str(places / "real"), tmp_path / "pair.json", [], [], Settings(size=16), World(), against=str(mixed))
+    np.savez(tmp_path / "features.npz", pool=np.zeros((9, 64)), network="classifier", fingerprint="other")
+    with pytest.raises(UserError, match="features.npz was made with other weights of the classifier network"):
+        run(places / "real", references=[str(tmp_path / "features.npz")])
     assert PictureImages(str(mixed), size=8).fetch(0, 2).shape == (2, 3, 8, 8)
 
 

@@ -43,6 +43,7 @@ def claim_folder(images: Images, look: Look, folder: Path) -> None:
         "networks": {network.name: network.fingerprint() for network in look.networks},
         "partner": look.partner.identity() if look.partner else None,
         "shard": look.shard,
+        "images written": look.keep is not None,
     }
     claim(folder / "features.json", settings)
     for draft in folder.glob(".*.part*"):  # a run killed while it wrote leaves one

@@ -72,7 +72,7 @@ def evaluate(
     began = time.monotonic()
     work = out.with_suffix(".work")
     given = _features_of(source)
-    eyes = {network.name: network for network in (_on(world, load_network(n)) for n in networks)}
+    eyes = _networks(networks, world)
     report: dict[str, Any] = {"source": source, "machine": describe_machine(world.device)}
     labels, pairing = None, None
     if given is not None:
@@ -86,6 +86,8 @@ def evaluate(
         if not (eyes or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
         partner = _open(against, settings, world) if against else None
+        if partner is not None and len(partner) != len(images):
+            raise UserError(f"{source} has {len(images)} images, {against} {len(partner)}: give --num to pair as many")
         look = _look(eyes, settings, world, partner, lpips, images_out)
         side = images.fetch(0, 1).shape[-1]
         joined = _collected(images, look, work / "samples", world)
@@ -121,7 +123,7 @@ def make_statistics(
 
     Returns None on all processes but the first.
     """
-    eye = _on(world, load_network(network))
+    (eye,) = _networks([network], world).values()
     images = open_images(data, settings.count, settings.size, settings.sampling, settings.batch)
     joined = _collected(images, _look({eye.name: eye}, settings, world), out.with_suffix(".work"), world)
     if not world.main:
@@ -132,8 +134,15 @@ def make_statistics(
     return reference
 
 
-def _on(world: World, network: FeatureNetwork) -> FeatureNetwork:
-    return network.to(world.device) if isinstance(network, torch.nn.Module) else network
+def _networks(sources: Sequence[str], world: World) -> dict[str, FeatureNetwork]:
+    """Feature networks by name; UserError when two have the same."""
+    found: dict[str, FeatureNetwork] = {}
+    for source in sources:
+        network = load_network(source)
+        if network.name in found:
+            raise UserError(f"two feature networks are named {network.name}: measure them in two reports")
+        found[network.name] = network.to(world.device) if isinstance(network, torch.nn.Module) else network
+    return found
 
 
 def _features_of(source: str) -> Arrays | None:
@@ -163,7 +172,7 @@ def _look(
     lpips: tuple[Path, Path] | None = None,
     images_out: Path | None = None,
 ) -> Look:
-    if bool(partner) != bool(lpips):
+    if (partner is None) != (lpips is None):
         raise UserError("LPIPS compares images in pairs: give both --against and --lpips NETWORK HEADS")
     pairing = None
     if lpips is not None:
@@ -206,17 +215,14 @@ def _references(
     for number, source in enumerate(sources):
         folder = work / f"reference-{number}"
         arrays = read_arrays(Path(source)) if source.endswith(".npz") else None
-        if arrays is not None and arrays.has_statistics:
-            reference = _of_statistics(arrays, eyes, settings, world, folder)
+        if arrays is not None and (arrays.has_statistics or arrays.has_features):
+            reference = _of_file(arrays, eyes, settings, world, folder)
             name = reference.network
             if reference.fingerprint and prints.get(name) and reference.fingerprint != prints[name]:
                 raise UserError(f"{source} was made with other weights of the {name} network: make it anew")
             if name not in prints:
                 raise UserError(f"{source} is of the {name} network; the features measured are {', '.join(prints)}'s")
             found[name] = reference
-        elif arrays is not None and arrays.has_features:
-            name = arrays.text("network") or "inception"
-            found[name] = Reference.of(source, arrays.features(), name, arrays.text("fingerprint"))
         elif not eyes:
             raise UserError(f"{source} holds images, whose features are not known: give --features, or statistics")
         else:
@@ -230,10 +236,13 @@ def _references(
     return found
 
 
-def _of_statistics(
+def _of_file(
     arrays: Arrays, eyes: dict[str, FeatureNetwork], settings: Settings, world: World, folder: Path
 ) -> Reference:
-    """ADM's reference: statistics of everything, and images whose features precision and recall are made of."""
+    """Statistics, with features for precision and recall or (ADM) images to make them of; or features alone."""
+    if not arrays.has_statistics:
+        name = arrays.text("network") or "inception"
+        return Reference.of(str(arrays.path), arrays.features(), name, arrays.text("fingerprint"))
     reference = arrays.reference(None)
     width = len(reference.moments["pool"].mean_D)
     if not reference.network and width != _INCEPTION_WIDTH:
