@@ -112,6 +112,10 @@ def test_a_classifier_is_saved_loaded_and_does_not_look_at_the_batch(tmp_path):
     assert both.pool_BD.shape == (2, 64)
     assert both.logits_BC.shape == (2, 3)
     assert torch.allclose(both.pool_BD[:1], alone.pool_BD, atol=1e-6)
+    assert torch.allclose(again(x.flip(-1)).pool_BD, both.pool_BD, atol=1e-6), "the mirror image has the same features"
+    views = again.look(x), again.look(x.flip(-1))
+    assert torch.allclose(both.logits_BC, (views[0][1] + views[1][1]) / 2, atol=1e-6)
+    assert not torch.allclose(views[0][0], views[1][0])
     assert torch.allclose(again(pictures(48)).logits_BC, again(pictures(48)).logits_BC), "other sizes are resized"
     (tmp_path / "classifier" / "config.json").write_text('{"format": "nextscale-classifier", "version": 7}')
     with pytest.raises(UserError, match="another format or version"):

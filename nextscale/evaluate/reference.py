@@ -80,6 +80,11 @@ class Arrays:
     def has_samples(self) -> bool:
         return "arr_0" in self.names
 
+    @property
+    def network(self) -> str:
+        """Whose features these are: Inception's where the file does not say."""
+        return self.text("network") or "inception"
+
     def features(self) -> dict[str, Tensor]:
         """Features of single images by kind."""
         return {n: torch.from_numpy(self.values[n]).float() for n in ("pool", "spatial", "logits") if n in self.names}

@@ -71,16 +71,12 @@ def evaluate(
     """
     began = time.monotonic()
     work = out.with_suffix(".work")
-    given = _features_of(source)
     eyes = _networks(networks, world)
-    report: dict[str, Any] = {"source": source, "machine": describe_machine(world.device)}
-    labels, pairing = None, None
+    given = _features_of(source)
     if given is not None:
         if against or images_out:
             raise UserError(f"{source} holds features and no images: nothing to compare in pairs or to write")
-        name = given.text("network") or "inception"
-        samples, side = {name: given.features()}, 0
-        prints = {name: given.text("fingerprint")}
+        seen = _Seen({given.network: given.features()}, {given.network: given.text("fingerprint")})
     else:
         images = _open(source, settings, world, settings.reconstruct)
         if not (eyes or lpips or against or images_out):
@@ -88,32 +84,68 @@ def evaluate(
         partner = _open(against, settings, world) if against else None
         if partner is not None and len(partner) != len(images):
             raise UserError(f"{source} has {len(images)} images, {against} {len(partner)}: give --num to pair as many")
-        look = _look(eyes, settings, world, partner, lpips, images_out)
-        side = images.fetch(0, 1).shape[-1]
-        joined = _collected(images, look, work / "samples", world)
-        report |= {"protocol": images.identity()}
-        labels, pairing = images.labels(), joined.pop("pairing", None)
-        samples = {n: {k.partition(".")[2]: t for k, t in joined.items() if k.startswith(f"{n}.")} for n in eyes}
-        prints = {n: network.fingerprint() for n, network in eyes.items()}
-    found = _references(references, eyes, replace(settings, size=settings.size or side), world, work, prints)
+        seen = _see(images, eyes, _look(eyes, settings, world, partner, lpips, images_out), work / "samples", world)
+    beside = replace(settings, size=settings.size or seen.side)
+    found = _references(references, eyes, beside, world, work, seen.prints)
     if not world.main:
         return {}
-    report["measures"] = {}
-    for name, tensors in samples.items():
-        reference = found.get(name)
-        figures = measure(name, tensors, source, reference, settings.split, settings.neighbours)
-        if name == "classifier" and labels is not None and "logits" in tensors:
-            figures["classifier_read_as_asked"] = read_as_asked(tensors["logits"], labels)
-        about = {"weights": prints[name], "images": len(tensors["pool"])}
-        if reference is not None:
-            about["reference"] = {"from": reference.where, "images": reference.images or "unknown"}
-        report["measures"][name] = figures | about
-    if pairing is not None:
-        report["measures"]["lpips"] = summary(pairing) | {"against": against, "images": len(pairing)}
-    report["settings"] = {"split": settings.split, "neighbours": settings.neighbours}
-    report["seconds"] = round(time.monotonic() - began, 1)
+    measures: dict[str, Any] = {n: _figures(n, seen, source, found.get(n), settings) for n in seen.features}
+    if seen.pairing is not None:
+        measures["lpips"] = summary(seen.pairing) | {"against": against, "images": len(seen.pairing)}
+    report = {
+        "source": source,
+        "machine": describe_machine(world.device),
+        "protocol": seen.protocol,
+        "settings": {"split": settings.split, "neighbours": settings.neighbours},
+        "measures": measures,
+        "seconds": round(time.monotonic() - began, 1),
+    }
     write_json(out, report)
     return report
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of the images that are measured. On all processes but the first, only what they share."""
+
+    features: dict[str, dict[str, Tensor]]
+    """By network."""
+    prints: dict[str, str]
+    """Checksums of the networks."""
+    side: int = 0
+    """Width of the images; 0 = unknown."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    pairing: Tensor | None = None
+
+
+def _see(images: Images, eyes: dict[str, FeatureNetwork], look: Look, folder: Path, world: World) -> _Seen:
+    joined = _collected(images, look, folder, world)
+    return _Seen(
+        {n: _of_network(joined, n) for n in eyes},
+        {n: network.fingerprint() for n, network in eyes.items()},
+        images.fetch(0, 1).shape[-1],
+        images.identity(),
+        images.labels(),
+        joined.get("pairing"),
+    )
+
+
+def _figures(name: str, seen: _Seen, source: str, reference: Reference | None, settings: Settings) -> dict[str, Any]:
+    """Everything that one network's features say."""
+    tensors = seen.features[name]
+    figures = measure(name, tensors, source, reference, settings.split, settings.neighbours)
+    if name == "classifier" and seen.labels is not None and "logits" in tensors:
+        figures["classifier_read_as_asked"] = read_as_asked(tensors["logits"], seen.labels)
+    figures |= {"weights": seen.prints[name], "images": len(tensors["pool"])}
+    if reference is not None:
+        figures["reference"] = {"from": reference.where, "images": reference.images or "unknown"}
+    return figures
+
+
+def _of_network(joined: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """One network's features among those of all."""
+    return {k.partition(".")[2]: t for k, t in joined.items() if k.startswith(f"{name}.")}
 
 
 def make_statistics(
@@ -128,8 +160,7 @@ def make_statistics(
     joined = _collected(images, _look({eye.name: eye}, settings, world), out.with_suffix(".work"), world)
     if not world.main:
         return None
-    tensors = {name.partition(".")[2]: tensor for name, tensor in joined.items()}
-    reference = Reference.of(data, tensors, eye.name, eye.fingerprint())
+    reference = Reference.of(data, _of_network(joined, eye.name), eye.name, eye.fingerprint())
     reference.save(out, keep)
     return reference
 
@@ -229,7 +260,7 @@ def _references(
             images = open_images(source, 0, 0 if arrays else settings.size, settings.sampling, settings.batch)
             joined = _collected(images, _look(eyes, settings, world), folder, world)
             for name in eyes if world.main else ():
-                tensors = {k.partition(".")[2]: t for k, t in joined.items() if k.startswith(f"{name}.")}
+                tensors = _of_network(joined, name)
                 whole = Reference.of(source, tensors, name, prints[name])
                 some = evenly(len(tensors["pool"]), settings.references)
                 found[name] = replace(whole, pool_MD=tensors["pool"][some])
@@ -241,8 +272,7 @@ def _of_file(
 ) -> Reference:
     """Statistics, with features for precision and recall or (ADM) images to make them of; or features alone."""
     if not arrays.has_statistics:
-        name = arrays.text("network") or "inception"
-        return Reference.of(str(arrays.path), arrays.features(), name, arrays.text("fingerprint"))
+        return Reference.of(str(arrays.path), arrays.features(), arrays.network, arrays.text("fingerprint"))
     reference = arrays.reference(None)
     width = len(reference.moments["pool"].mean_D)
     if not reference.network and width != _INCEPTION_WIDTH:

@@ -52,7 +52,15 @@ class Classifier(nn.Module):
         self.head = nn.Linear(2 * last, len(class_names))
 
     def forward(self, image_B3HW: Tensor) -> Features:
-        """Images of another size are resized (bilinear, antialiased)."""
+        """Features and scores, averaged over the mirror image where the config says so."""
+        pool_BD, logits_BC = self.look(image_B3HW)
+        if self.config.mirror:
+            other_BD, other_BC = self.look(image_B3HW.flip(-1))
+            pool_BD, logits_BC = (pool_BD + other_BD) / 2, (logits_BC + other_BC) / 2
+        return Features(pool_BD, None, logits_BC)
+
+    def look(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and scores of the images as they are. Those of another size are resized (bilinear, antialiased)."""
         x_BChw = image_B3HW.float() / 127.5 - 1
         side = (self.config.image_size, self.config.image_size)
         if x_BChw.shape[-2:] != side:
@@ -61,7 +69,7 @@ class Classifier(nn.Module):
         for stage in self.stages:
             x_BChw = stage(x_BChw)
         pool_BD = torch.cat([x_BChw.mean(dim=(2, 3)), x_BChw.amax(dim=(2, 3))], dim=1)
-        return Features(pool_BD.float(), None, self.head(pool_BD).float())
+        return pool_BD.float(), self.head(pool_BD).float()
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""

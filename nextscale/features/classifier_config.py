@@ -17,6 +17,8 @@ class ClassifierConfig:
     """Channels of the stages; each halves the resolution."""
     groups: int = 16
     """Groups of every norm; must divide all widths."""
+    mirror: bool = True
+    """Features and scores are means over an image and its mirror image; trained on single images all the same."""
 
     def __post_init__(self) -> None:
         rules = {
