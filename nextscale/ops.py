@@ -65,32 +65,39 @@ def _trains(x: Tensor, weight: Tensor) -> bool:
     """Whether this is a float32 product on a CPU that will be differentiated."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
+    if torch.compiler.is_compiling():  # the compiler chooses products of its own
+        return False
     return x.dtype == weight.dtype == torch.float32 and (x.requires_grad or weight.requires_grad)
 
 
 class _Product(torch.autograd.Function):
     """x (R, in) times weight (out, in) transposed, plus bias, forward and backward by oneDNN.
 
-    Backward it is a 1x1 convolution of one image, a pixel for each row, with the channels last in memory: oneDNN's
-    convolutions are its fastest products there.
+    What is fastest differs: the gradient of x is a 1x1 convolution's, of one image with a pixel for each row and the
+    channels last in memory; that of the weight an inner product's. benchmarks/products.py measures them.
     """
 
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_RI, weight)
-        ctx.bias_sizes = None if bias is None else list(bias.shape)
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_RI, weight = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad)
-        dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            _pixels(gradients[0].contiguous()), _pixels(x_RI), weight[:, :, None, None], ctx.bias_sizes,
-            [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted,
-        )  # fmt: skip
-        dx = dx.permute(0, 2, 3, 1).reshape(x_RI.shape) if wanted[0] else None
-        return dx, dweight.flatten(1) if wanted[1] else None, dbias if wanted[2] else None
+        dy_RO = gradients[0].contiguous()
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.convolution_backward(
+                _pixels(dy_RO), _pixels(x_RI), weight[:, :, None, None], None,
+                [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False],
+            )[0].permute(0, 2, 3, 1).reshape(x_RI.shape)  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            operands = dy_RO.to_mkldnn(), x_RI.to_mkldnn()
+            dweight = torch.ops.aten.mkldnn_linear_backward_weights(*operands, weight, False)[0].to_dense()
+        if ctx.needs_input_grad[2]:
+            dbias = dy_RO.sum(dim=0)
+        return dx, dweight, dbias
 
 
 def _pixels(x_RI: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Every fast path computes what the plain one does, values and gradients."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,23 @@ def test_one_switch_turns_all_of_them_off():
         env = os.environ | {"NEXTSCALE_PLAIN": value, "PYTHONPATH": root}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.stdout.strip() == expected
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_compute_the_same():
+    """In training, where the fast paths step aside for what the compiler chooses."""
+    pipeline = randomised(tiny_config("1,2,12", depth=1))
+    model, tokens = pipeline.transformer, torch.randint(32, (2, 149), generator=torch.Generator().manual_seed(0))
+    inputs, labels = pipeline.tokenizer.teacher_inputs(tokens), torch.tensor([1, 2])
+
+    def gradients():
+        model.zero_grad()
+        logits = model(labels, inputs).logits_BNV
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    plain = gradients()
+    for block in model.blocks:
+        block.compile()
+    for eager, compiled in zip(plain, gradients(), strict=True):
+        assert (eager - compiled).abs().max() <= 1e-4 * eager.abs().max().clamp_min(1e-3)
