@@ -96,7 +96,7 @@ def read_all(source: Source, size: int, limit: int, seed: int, max_unreadable: f
     images, kept, unreadable, enlarged = [], [], [], []
     for place, row in enumerate(_progress(rows.tolist())):
         try:
-            pixels, original = _decode(source, row, size)
+            pixels, original = decode(source, row, size)
         except UserError as error:
             unreadable.append(str(error))
             continue
@@ -131,10 +131,13 @@ def choose_rows(source: Source, limit: int, seed: int) -> tuple[Tensor, Tensor |
     return rows, None if held is None else held[rows]
 
 
-def _decode(
+def decode(
     source: Source, row: int, size: int, crop: Callable[[Image.Image], Image.Image] | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Pixels (size, size, 3) of a row, and its width and height before; UserError names a row that cannot be read."""
+    """Pixels (size, size, 3) of a row, and its width and height before; UserError names a row that cannot be read.
+
+    `size` 0: as it is. `crop`: how it is cut, in place of the centre.
+    """
     name, picture = source.read(row)
     if picture is None:
         raise UserError(f"{name} (it holds no image)")
@@ -142,7 +145,8 @@ def _decode(
         image = load_image(picture)
     except UserError as error:
         raise UserError(f"{name} ({error})" if isinstance(picture, bytes) else str(error)) from error
-    return np.array(crop(image) if crop else fit(image, (size, size))), image.size
+    cut = crop(image) if crop else fit(image, (size, size)) if size else image
+    return np.array(cut), image.size
 
 
 def _progress(rows: list[int]) -> Iterator[int]:
@@ -199,7 +203,7 @@ class ImageExamples:
         for attempt in range(_NEXT_TRIES):
             here = (index + attempt) % len(self)
             try:
-                return here, _decode(self.source, int(self.rows_B[here]), self.size, crop)[0]
+                return here, decode(self.source, int(self.rows_B[here]), self.size, crop)[0]
             except UserError as error:
                 unreadable.append(str(error))
         raise UserError(f"{_NEXT_TRIES} images in a row cannot be read: {'; '.join(unreadable[-3:])}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextscale.config import SampleConfig, to_dict
-from nextscale.data.images import fit, load_image
+from nextscale.data.datasets import decode
 from nextscale.data.sources import open_source
 from nextscale.errors import UserError
 from nextscale.features.network import fingerprint
@@ -27,6 +27,8 @@ class Images(Protocol):
     """Images by number."""
 
     where: str
+    width: int
+    """Of each, in pixels."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +49,7 @@ class ModelImages:
         if settings.official_seeding:
             raise UserError("official_seeding makes an image depend on its batch, so it cannot be measured in shards")
         self.pipeline, self.where, self.count, self.settings, self.batch = pipeline, where, count, settings, batch
-        self.classes = pipeline.transformer.config.condition.num_classes
+        self.classes, self.width = pipeline.transformer.config.condition.num_classes, pipeline.config.image_size[1]
 
     def __len__(self) -> int:
         return self.count
@@ -79,30 +81,23 @@ class PictureImages:
         self.where = data
         self.source = open_source(data, size or 8)
         self.count = _count(data, len(self.source.labels), count)
-        first = load_image(self._picture(0)[1])
-        self.side = (size, size) if size else (first.height, first.width)
-        self.resized = bool(size)
+        self.size, (self.width, self.height) = size, (size, size)
+        if not size:
+            self.width, self.height = decode(self.source, 0, 0)[1]
 
     def __len__(self) -> int:
         return self.count
 
-    def _picture(self, i: int) -> tuple[str, Any]:
-        name, picture = self.source.read(i)
-        if picture is None:
-            raise UserError(f"{name} holds no image")
-        return name, picture
-
     def fetch(self, start: int, stop: int) -> Tensor:
         pixels = []
         for i in range(start, stop):
-            name, picture = self._picture(i)
-            image = load_image(picture)
-            if not self.resized and (image.height, image.width) != self.side:
+            image_HW3, (width, height) = decode(self.source, i, self.size)
+            if not self.size and (width, height) != (self.width, self.height):
                 raise UserError(
-                    f"{name} is {image.width} x {image.height}, the first image of {self.where} "
-                    f"{self.side[1]} x {self.side[0]}; give --size to resize and crop them all"
+                    f"{self.source.read(i)[0]} is {width} x {height}, the first image of {self.where} "
+                    f"{self.width} x {self.height}; give --size to resize and crop them all"
                 )
-            pixels.append(torch.from_numpy(np.array(fit(image, self.side))))
+            pixels.append(torch.from_numpy(image_HW3))
         return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
 
     def labels(self) -> Tensor | None:
@@ -110,14 +105,19 @@ class PictureImages:
         return torch.tensor(self.source.labels[: self.count]) if known else None
 
     def identity(self) -> dict[str, Any]:
-        return {"pictures": self.where, "images": self.count, "size": list(self.side), "resized": self.resized}
+        return {
+            "pictures": self.where,
+            "images": self.count,
+            "size": [self.height, self.width],
+            "resized": self.size > 0,
+        }
 
 
 class Reconstructions:
     """Pictures through a model's tokenizer and back: what a generator over it could reach at best."""
 
     def __init__(self, pipeline: Pipeline, where: str, pictures: Images):
-        self.pipeline, self.where, self.pictures = pipeline, where, pictures
+        self.pipeline, self.where, self.pictures, self.width = pipeline, where, pictures, pictures.width
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -151,7 +151,7 @@ class NpzImages:
             raise UserError(f"{path} is no .npz with samples in arr_0: {error}") from error
         if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or self.by_column:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3); got {self.dtype} {self.shape}")
-        self.count = _count(self.where, self.shape[0], count)
+        self.count, self.width = _count(self.where, self.shape[0], count), self.shape[2]
 
     def __len__(self) -> int:
         return self.count

@@ -93,14 +93,13 @@ class Arrays:
         """A text that the file may hold."""
         return str(self.values[name]) if name in self.names else ""
 
-    def reference(self, pool_MD: Tensor | None) -> Reference:
-        """The file's statistics. `pool_MD`: features for precision and recall where the file has only samples."""
+    def reference(self) -> Reference:
+        """The file's statistics, with features of single images where it has them."""
         moments = {}
         for kind, (mu, sigma) in _NAMES.items():
             if mu in self.names and sigma in self.names:
                 moments[kind] = _moments(self.path, self.values[mu], self.values[sigma])
-        if self.has_features and pool_MD is None:
-            pool_MD = self.features()["pool"]
+        pool_MD = self.features()["pool"] if self.has_features else None
         count = int(self.values["images"]) if "images" in self.names else 0
         return Reference(str(self.path), moments, pool_MD, self.text("network"), self.text("fingerprint"), count)
 

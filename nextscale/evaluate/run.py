@@ -124,7 +124,7 @@ def _see(images: Images, eyes: dict[str, FeatureNetwork], look: Look, folder: Pa
     return _Seen(
         {n: _of_network(joined, n) for n in eyes},
         {n: network.fingerprint() for n, network in eyes.items()},
-        images.fetch(0, 1).shape[-1],
+        images.width,
         images.identity(),
         images.labels(),
         joined.get("pairing"),
@@ -273,7 +273,7 @@ def _of_file(
     """Statistics, with features for precision and recall or (ADM) images to make them of; or features alone."""
     if not arrays.has_statistics:
         return Reference.of(str(arrays.path), arrays.features(), arrays.network, arrays.text("fingerprint"))
-    reference = arrays.reference(None)
+    reference = arrays.reference()
     width = len(reference.moments["pool"].mean_D)
     if not reference.network and width != _INCEPTION_WIDTH:
         raise UserError(f"{arrays.path} does not say of which network it is, and {width} channels are not Inception's")

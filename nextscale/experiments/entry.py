@@ -20,7 +20,6 @@ from nextscale.train.tokenizer_config import TokenizerRunConfig
 
 FOLDER = Path(__file__).parent / "entries"
 SCALES = ("tiny", "cifar", "paper")
-KINDS = ("generator", "tokenizer")
 _OVERLAYS = ("run", "sampling", "tokenizer", "recipe", "tokenizer_recipe")
 
 

@@ -75,8 +75,8 @@ class Classifier(nn.Module):
         """A checksum of the weights."""
         return fingerprint(self)
 
-    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors. `weights`: in place of the module's own."""
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -84,7 +84,7 @@ class Classifier(nn.Module):
             "class_names": list(self.class_names),
         }
         with replacing(folder / "model.safetensors", folder / "config.json") as (tensors, config):
-            save_file(separated(weights or dict(self.state_dict())), tensors)
+            save_file(separated(dict(self.state_dict())), tensors)
             write_json(config, head)
 
 

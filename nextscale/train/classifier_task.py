@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextscale.data.examples import Batch, Examples
 from nextscale.features.classifier import Classifier
@@ -31,9 +31,6 @@ class ClassifierTask(Task):
         logits_BC = self.model.look(image_B3HW)[1] if noise else self.model(image_B3HW).tensors()["logits"]
         loss = F.cross_entropy(logits_BC, label_B, label_smoothing=self.smoothing if noise else 0.0)
         return loss, {"accuracy": (logits_BC.detach().argmax(-1) == label_B).float().mean()}
-
-    def blocks(self) -> list[nn.Module]:
-        return []
 
 
 def moved(image_B3HW: Tensor, shift_B2: Tensor, reach: int) -> Tensor:
