@@ -18,7 +18,7 @@ from nextscale.rng import fold
 from nextscale.train.classifier_config import ClassifierRunConfig
 from nextscale.train.classifier_task import ClassifierTask
 from nextscale.train.log import Values, read_log
-from nextscale.train.loop import fit
+from nextscale.train.loop import fit_run
 from nextscale.train.state import check_run
 from nextscale.train.world import World
 
@@ -45,16 +45,8 @@ def train_classifier(
         torch.manual_seed(fold(config.train.seed, "classifier"))
         model = Classifier(config.classifier, source.class_names)
     task = ClassifierTask(model, train, config.shift, config.train.label_smoothing)
-    fit(
-        task,
-        config.train,
-        folder,
-        _Watch(task, held_out, folder, world),
-        world=world,
-        settings=settings,
-        accept_changes=True,  # run.json was compared
-        max_unreadable=config.images.max_unreadable,
-    )
+    watch = _Watch(task, held_out, folder, world)
+    fit_run(task, config.train, folder, watch, world, settings, config.images.max_unreadable)
     if not world.main:
         return {}
     log = read_log(folder / "log.jsonl")

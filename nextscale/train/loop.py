@@ -108,6 +108,26 @@ def fit(
     task.eval()
 
 
+def fit_run(
+    task: Task,
+    config: TrainConfig,
+    folder: Path,
+    watch: Watch,
+    world: World,
+    settings: dict[str, Any],
+    unreadable: float,
+) -> None:
+    """`fit` for a run whose settings `check_run` has compared with run.json, which may be newer than the last state.
+
+
+    `unreadable`: largest share of unreadable examples.
+    """
+    fit(
+        task, config, folder, watch,
+        world=world, settings=settings, accept_changes=True, max_unreadable=unreadable,
+    )  # fmt: skip
+
+
 class _Run:
     """What surrounds the steps of a run: its states, its log, its watching."""
 

@@ -23,7 +23,7 @@ from nextscale.pyramid import Pyramid
 from nextscale.rng import fold
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 from nextscale.train.log import Values, read_log
-from nextscale.train.loop import fit
+from nextscale.train.loop import fit_run
 from nextscale.train.state import check_run
 from nextscale.train.tokenizer_config import TokenizerRunConfig, derive_pyramid
 from nextscale.train.tokenizer_task import TokenizerTask
@@ -56,16 +56,7 @@ def train_tokenizer(
     tokenizer = load_tokenizer(start, model) if start else _new_tokenizer(model, config.train.seed)
     task = TokenizerTask(tokenizer, train, config.losses, config.codebook)
     watch = _Watch(model, task, held_out, folder, world)
-    fit(
-        task,
-        config.train,
-        folder,
-        watch,
-        world=world,
-        settings=settings,
-        accept_changes=True,  # run.json was compared
-        max_unreadable=config.images.max_unreadable,
-    )
+    fit_run(task, config.train, folder, watch, world, settings, config.images.max_unreadable)
     if not world.main:
         return {}
     report = evaluate_tokenizer(tokenizer, held_out)

@@ -27,7 +27,7 @@ from nextscale.pyramid import Pyramid
 from nextscale.rng import generator
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.train.log import Values, read_log
-from nextscale.train.loop import fit
+from nextscale.train.loop import fit_run
 from nextscale.train.parallel import whole_weights
 from nextscale.train.run_config import RunConfig
 from nextscale.train.state import check_run
@@ -72,16 +72,7 @@ def train_transformer(
     parts.tokenizer.to(world.device)
     task = TransformerTask(parts.transformer, parts.tokenizer, parts.train, config.train)
     watch = _Watch(config, parts, task, folder, world)
-    fit(
-        task,
-        config.train,
-        folder,
-        watch,
-        world=world,
-        settings=to_dict(config),
-        accept_changes=True,  # run.json was compared, and may be newer than the last state
-        max_unreadable=config.images.max_unreadable,
-    )
+    fit_run(task, config.train, folder, watch, world, to_dict(config), config.images.max_unreadable)
     if not world.main:
         return {}
     draw_curves(folder)
