@@ -68,7 +68,7 @@ def open_source(data: str, size: int) -> Source:
     if is_hub_name(data) and not path.suffix:
         return Parquet(data, _hub_files(data), f"datasets/{data}", on_hub=True)
     raise UserError(
-        f"--data {data} is neither 'digits', a folder of images, of class sub-folders or of .parquet files, "
+        f"{data} is neither 'digits', a folder of images, of class sub-folders or of .parquet files, "
         "a .parquet file, nor owner/name on the Hugging Face hub"
     )
 

@@ -184,7 +184,7 @@ def _count(where: str, found: int, wanted: int) -> int:
 def open_images(
     source: str, count: int, size: int, settings: SampleConfig, batch: int, reconstruct: str = "", **load: Any
 ) -> Images:
-    """The images of a checkpoint folder or hub name, an .npz of samples, or pictures (folder, table, hub data set).
+    """The images of a checkpoint folder, an .npz of samples, or pictures (folder, table, hub data set).
 
     `count`: how many, 0 for all (50,000 of a model). `size`: to resize and crop pictures to, 0 for as they are.
     `reconstruct`: pictures that the model's tokenizer reconstructs, in place of samples. `load`: dtype and device of a

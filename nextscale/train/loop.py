@@ -119,7 +119,6 @@ def fit_run(
 ) -> None:
     """`fit` for a run whose settings `check_run` has compared with run.json, which may be newer than the last state.
 
-
     `unreadable`: largest share of unreadable examples.
     """
     fit(
