@@ -234,6 +234,14 @@ class SampleConfig:
     """Paint with a Gumbel-softmax mixture of codes: nicer pictures, not for measuring."""
     official_seeding: bool = False
     """One generator for the whole call, as the official code: its tokens, but an image depends on its batch."""
+    refiner: str = ""
+    """A second checkpoint, as a rule of a smaller model, that draws the late scales (collaborative decoding, CoDe)."""
+    draft_scales: int = 0
+    """With a refiner: scales that the first model draws before it takes over (CoDe's N; 8 of 10 in its paper)."""
+    prune: tuple[float, ...] = ()
+    """Share of tokens left out at each of the last scales (FastVAR), coarse to fine: 0.4,0.5. Empty = none."""
+    prune_first_block: int = 3
+    """Blocks before this one compute all tokens even so."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -242,6 +250,10 @@ class SampleConfig:
             "top_p must lie in 0 (off) to 1": 0 <= self.top_p <= 1,
             "temperature must be 0.001 to 1000 (for the likeliest token use top_k=1)": 1e-3 <= self.temperature <= 1e3,
             "seed must lie in 0 to 2^63 - 1": 0 <= self.seed < 2**63,
+            "draft_scales must be 0 or more": self.draft_scales >= 0,
+            "prune must list shares of 0 to below 1": all(0 <= ratio < 1 for ratio in self.prune),
+            "prune_first_block must be 0 or more": self.prune_first_block >= 0,
+            "draft_scales and prune cannot be combined": not (self.draft_scales and self.prune),
         }
         check("sampling", self, rules)
 

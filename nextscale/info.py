@@ -17,7 +17,13 @@ from nextscale.checkpoints.native import read_config
 from nextscale.config import ModelConfig, TransformerConfig, nearest
 from nextscale.errors import UserError
 from nextscale.presets import PRESETS, preset
+from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
+
+
+def _cached(pyramid: Pyramid, k: int) -> int:
+    """Tokens in the cache after scale k; the last scale is not kept."""
+    return min(pyramid.spans[k][1], pyramid.spans[-1][0])
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
                 "side": list(side),
                 "tokens": pyramid.counts[k],
                 "flops": scale_flops(config, k),
-                "cache_bytes": 2 * 4 * config.transformer.depth * config.transformer.width * pyramid.spans[k][1],
+                "cache_bytes": 2 * 4 * config.transformer.depth * config.transformer.width * _cached(pyramid, k),
             }
             for k, side in enumerate(pyramid.sides)
         ]

@@ -6,24 +6,36 @@ kernels keep that promise but where they switch to another order of summation: m
 of fewer than 16 images. `linear` and `Conv2d` keep clear of those thresholds, which costs next to nothing. Measured
 bitwise on an AMD EPYC with torch 2.13.0; tests/test_sampling.py holds it for whole images, on one and two threads.
 
-In training that promise is not needed, and there `linear` takes oneDNN's road in float32 on x86, forward and backward.
-NEXTSCALE_PLAIN=1 turns all fast paths off.
+oneDNN's own products (x86) keep the promise but for a single row, and are faster. `linear` takes them in inference, the
+faster yet where a weight was packed (`Linear.pack`), and in training, where the promise is not needed, in float32,
+forward and backward. NEXTSCALE_PLAIN=1 turns all fast paths off.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.errors import UserError
+
 _MIN_ROWS = 16
 _SMALL_CONV = 20480
+_LARGE_MAP = 4096
+"""Cells of a map from which Winograd's transformations pay."""
+_PACKED_FOR = 64
+"""Rows that oneDNN lays a packed weight out for: with any number but 0 the layout is good from 2 rows to thousands."""
+_PACK_ROWS = 32
+"""Products of fewer rows, as of the first scales, do not make a weight be packed."""
 _PRODUCT_ROWS = 128
 """From here on oneDNN's product is the faster one."""
+
+_UNPACKED = "load them with Pipeline.from_pretrained(..., pack=False)"
 
 fast = not os.environ.get("NEXTSCALE_PLAIN")
 """Whether fast paths are taken where there are any; the plain ones compute the same function."""
@@ -34,27 +46,61 @@ has_onednn = (
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in) transposed, plus bias (out): the matrix product of every layer."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x (..., in) times weight (out, in) transposed, plus bias (out), then perhaps tanh-GELU: every layer's product."""
+    if _by_onednn(x, weight):
+        return _inferred(x, weight, bias, gelu)
     rows = x.numel() // x.shape[-1]
     if fast and has_onednn and rows >= _PRODUCT_ROWS and _trains(x, weight):
-        y = _Product.apply(x.reshape(rows, -1), weight, bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
-    if x.device.type != "cpu" or rows >= _MIN_ROWS:
-        return F.linear(x.contiguous(), weight, bias)
-    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, _MIN_ROWS - rows))
-    return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], weight.shape[0])
+        y = _Product.apply(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    elif x.device.type != "cpu" or rows >= _MIN_ROWS:
+        y = F.linear(x.contiguous(), weight, bias)
+    else:
+        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, _MIN_ROWS - rows))
+        y = F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], weight.shape[0])
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is a product of inference that oneDNN computes."""
+    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if weight.is_mkldnn:
+        if gradient:
+            raise UserError(f"these weights are packed for inference and give no gradients; {_UNPACKED}")
+        return True
+    if gradient or not fast or x.device.type != "cpu" or x.dtype != weight.dtype or weight.dtype not in _computed():
+        return False
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def _inferred(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """`linear` by oneDNN. A row's result is the same to the last bit, whatever rows are beside it, packed or not."""
+    rows_RI = x.reshape(-1, x.shape[-1])
+    rows = len(rows_RI)
+    if rows == 1:  # alone it would be summed in another order
+        rows_RI = torch.cat((rows_RI, rows_RI))
+    activation = "gelu" if gelu else "none"
+    y = torch.ops.mkldnn._linear_pointwise(rows_RI, weight, bias, activation, [], "tanh" if gelu else "")
+    return y[:rows].view(*x.shape[:-1], weight.shape[0])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T) v for queries (B, H, N, d), keys and values (B, H, M, d), where `mask` (N, M) is True.
 
-    In training in 16 bits on a CPU the scores are written out: there torch's fused kernel takes two to four times as
-    long, most of it in the backward pass.
+    In 16 bits on a CPU the scores are written out: there torch's fused kernel takes 1.6 times as long, in training two
+    to four times.
     """
     low = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if not (fast and low and q.device.type == "cpu" and torch.is_grad_enabled()):
+    if not (fast and low and q.device.type == "cpu"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if torch.is_grad_enabled() or len(q) <= 2:
+        return _written_out(q, k, v, mask, scale)
+    # few enough scores to stay in the cache
+    parts = zip(q.split(2), k.split(2), v.split(2), strict=True)
+    return torch.cat([_written_out(*part, mask, scale) for part in parts])
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores_BHNM = torch.matmul(q * scale if scale != 1 else q, k.transpose(-1, -2))
     if mask is not None:
         scores_BHNM = scores_BHNM.masked_fill(~mask, -torch.inf)
@@ -106,24 +152,103 @@ def _pixels(x_RI: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear over `linear`."""
+    """nn.Linear over `linear`, whose weight can be packed: laid out in memory as oneDNN's products read it.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    A packed weight takes the original's place. It is saved, moved and converted like any other, bit for bit, but
+    gives no gradients. Packing waits for the first product that gains by it, so that a fresh process starts at once.
+    """
+
+    may_pack = False
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        return self.product(x, self.bias, gelu)
+
+    def product(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+        """`linear` by this weight, and by a bias that need not be its own."""
+        if self.may_pack and x.numel() >= _PACK_ROWS * x.shape[-1]:
+            self.pack()
+        return linear(x, self.weight, bias, gelu)
+
+    def pack(self) -> None:
+        """Pack the weight where that pays: on an x86 CPU, in float32, or in bfloat16 if the CPU computes in it."""
+        self.may_pack = False
+        if fast and self.weight.device.type == "cpu" and self.weight.dtype in _computed() and not self.weight.is_mkldnn:
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _PACKED_FOR)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def train(self, mode: bool = True) -> Linear:
+        if mode and (self.may_pack or self.weight.is_mkldnn):
+            raise UserError(f"weights that are packed for inference cannot be trained; {_UNPACKED}")
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        if self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        return super()._apply(*arguments, **options)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_mkldnn:
+            destination[f"{prefix}weight"] = self.weight.to_dense()
+
+
+def pack(module: nn.Module) -> None:
+    """Make every `Linear` of a module, for inference alone, pack its weight at the first product that gains by it."""
+    module.requires_grad_(False)
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.may_pack = True
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that does not draw values on the meta device, where torch would load its compiler for that."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+@lru_cache(maxsize=1)
+def has_nnpack() -> bool:
+    """Whether this torch has NNPACK and the CPU runs it. (Asking also initialises it, without which calls fail.)"""
+    return hasattr(torch, "_nnpack_spatial_convolution") and bool(torch._nnpack_available())
+
+
+@lru_cache(maxsize=1)
+def _computed() -> tuple[torch.dtype, ...]:
+    """What oneDNN computes fast on this machine."""
+    if not has_onednn:
+        return ()
+    in_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if in_bfloat16 else (torch.float32,)
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d whose result for an image is the same alone and in a batch."""
+
+    winograd = False
+    """Whether a 3x3 convolution of a large map may go by Winograd's algorithm in inference: about 0.4 of the time, with
+    rounding errors of 1e-5 of the largest value instead of 1e-7. Good for pictures, not for choosing tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
         if self.kernel_size == (1, 1) and self.stride == (1, 1):
             y = linear(x.flatten(2).transpose(1, 2), self.weight[:, :, 0, 0], self.bias)
-            return y.transpose(1, 2).unflatten(2, x.shape[-2:]).contiguous()
+            y = y.transpose(1, 2).unflatten(2, x.shape[-2:])
+            return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        if self.winograd and self._large(x):
+            one_by_one = [torch._nnpack_spatial_convolution(i, self.weight, self.bias, 1, 1) for i in x.split(1)]
+            return one_by_one[0] if len(x) == 1 else torch.cat(one_by_one)
         if x.shape[0] == 1 and x.numel() <= _SMALL_CONV:
             return super().forward(torch.cat((x, x)))[:1]
         return super().forward(x)
+
+    def _large(self, x: Tensor) -> bool:
+        """Whether this is a convolution that NNPACK's Winograd computes, and of a map where it is the fastest."""
+        same_size = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
+        inference = not torch.is_grad_enabled() and x.dtype == self.weight.dtype == torch.float32
+        return fast and same_size and inference and x.shape[-2] * x.shape[-1] >= _LARGE_MAP and has_nnpack()
 
 
 def shrink(x_BChw: Tensor, side: tuple[int, int]) -> Tensor:

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.config import ModelConfig
 from nextscale.errors import UserError
-from nextscale.info import as_text, condition_flops, describe, scale_flops
+from nextscale.info import as_text, condition_flops, describe, describe_config, scale_flops
 from tests.conftest import tiny_config
 
 CONFIGS = [tiny_config(), tiny_config("1,2x3", shared_adaln=True, ffn_ratio=2.0), ModelConfig()]
@@ -32,14 +32,14 @@ def test_cache_bytes_are_those_of_the_cache():
     _, model = build_on_meta(config)
     states = [s for block in model.new_cache(1) for s in block if s is not None]
     size = sum(t.numel() * t.element_size() for s in states for t in (s.k_BHLd, s.v_BHLd))
-    D, depth, L = config.transformer.width, config.transformer.depth, config.pyramid.length
-    assert size == 2 * 4 * depth * D * L
+    D, depth, kept = config.transformer.width, config.transformer.depth, config.pyramid.spans[-1][0]
+    assert size == 2 * 4 * depth * D * kept == describe_config("", config)["per_scale"][-1]["cache_bytes"]
 
 
 def test_facts_of_a_preset_and_of_a_folder(tiny_folder):
     facts = describe("var-d16")
     assert facts["parameters"] == 310_283_520
-    assert facts["per_scale"][-1]["cache_bytes"] == 2 * 4 * 16 * 1024 * 680
+    assert facts["per_scale"][-1]["cache_bytes"] == 2 * 4 * 16 * 1024 * (680 - 256)
     # the official sampler was measured at about 300 GMAC per guided image, its decoder at 394 GFLOP
     assert 2 * facts["transformer_flops"] / 2e9 == pytest.approx(300, rel=0.01)
     assert facts["tokenizer_flops"]["decode"] / 1e9 == pytest.approx(394, rel=0.005)

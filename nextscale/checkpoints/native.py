@@ -10,6 +10,7 @@ Tensors keep their stored dtype on disk; what they compute in is decided when th
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from nextscale.errors import UserError
 from nextscale.files import read_json, replacing, write_json
 
 FORMAT, VERSION = "nextscale", 1
+_OWN_MAPPING = 2**18
 TOKENIZER, TRANSFORMER, ORIGINAL = "tokenizer.safetensors", "transformer.safetensors", "original.safetensors"
 
 
@@ -93,15 +95,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped; with `expected`, names and shapes are checked before any is read."""
+    """All tensors of a file, memory-mapped; with `expected`, names and shapes are checked before any is read.
+
+    Every large tensor has a mapping of its own, so that who converts and drops one gives its memory back.
+    """
     if not path.is_file():
         raise UserError(f"there is no {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if expected is not None:
-                check_tensors(path, {n: tuple(file.get_slice(n).get_shape()) for n in names}, expected)
-            tensors = {name: file.get_tensor(name) for name in names}
+                check_tensors(path, shapes, expected)
+            small = {name for name, shape in shapes.items() if math.prod(shape) < _OWN_MAPPING}
+            tensors = {name: file.get_tensor(name) for name in shapes if name in small}
+        for name in shapes.keys() - small:
+            with safe_open(path, framework="pt") as file:
+                tensors[name] = file.get_tensor(name)
+        tensors = {name: tensors[name] for name in shapes}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     if expected is not None:

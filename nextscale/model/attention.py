@@ -8,15 +8,20 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale import ops
 from nextscale.config import TransformerConfig
 from nextscale.model.context import KVCache, ScaleContext, attention_segments
-from nextscale.ops import Linear, linear
+from nextscale.ops import Linear
 
 _MAX_LOG_SCALE = math.log(100)
+
+
+def _rescaled(x_BHNd: Tensor, length: Tensor | float = 1.0) -> Tensor:
+    """Vectors rescaled to `length` along the last dimension, in one pass over them; those of no length stay."""
+    norm = torch.linalg.vector_norm(x_BHNd, dim=-1, keepdim=True).clamp_min(1e-12)
+    return x_BHNd * (length / norm)
 
 
 class Attention(nn.Module):
@@ -40,16 +45,16 @@ class Attention(nn.Module):
 
     def new_state(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` sequences of `length` tokens."""
-        return KVCache(batch, self.heads, length, self.head_width, like=self.qkv.weight)
+        return KVCache(batch, self.heads, length, self.head_width, like=self.q_bias)
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
         B, N, D = x_BND.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = linear(x_BND, self.qkv.weight, bias).view(B, N, 3, self.heads, self.head_width)
+        qkv = self.qkv.product(x_BND, bias).view(B, N, 3, self.heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
         if self.log_scale is not None:
-            q = F.normalize(q, dim=-1) * self.log_scale.clamp_max(_MAX_LOG_SCALE).exp()
-            k = F.normalize(k, dim=-1)
+            q = _rescaled(q, self.log_scale.clamp_max(_MAX_LOG_SCALE).exp())
+            k = _rescaled(k)
         if context.state is not None:
             k, v = context.state.update(context.span, k, v)
         y_BHNd = self._attend(q, k, v, context)
@@ -61,6 +66,6 @@ class Attention(nn.Module):
             return ops.attention(q, k, v, context.mask_LL, self.softmax_scale)
         pieces = [
             ops.attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, self.softmax_scale)
-            for start, end, mask in attention_segments(context.pyramid, q.device)
+            for start, end, mask in attention_segments(context.pyramid, q.shape[2], q.device)
         ]
         return torch.cat(pieces, dim=2)

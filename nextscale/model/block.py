@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
         return self.fc2
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
-        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh")), None
+        return self.fc2(self.fc1(x_BND, gelu=True)), None
 
 
 class AdaLN(nn.Module):
@@ -68,7 +68,7 @@ class AdaLN(nn.Module):
 
 def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
     """LN(x) (1 + scale) + shift, with a LayerNorm that has no weights of its own."""
-    return F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps) * (1 + scale_B1D) + shift_B1D
+    return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps), 1 + scale_B1D)
 
 
 class Block(nn.Module):
@@ -76,9 +76,9 @@ class Block(nn.Module):
 
     mixers: Sequence[Attention]
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, index: int):
         super().__init__()
-        self.eps = config.norm_eps
+        self.eps, self.index = config.norm_eps, index
         self.mixers = nn.ModuleList([Attention(config)])  # type: ignore[assignment]
         self.ffn = FeedForward(config)
         self.adaln = AdaLN(config, len(self.layers))
@@ -100,7 +100,26 @@ class Block(nn.Module):
         for s, layer in enumerate(self.layers):
             gamma, scale, shift = adaln_B3SD[:, :, s].unsqueeze(2).unbind(1)  # (B, 1, D) each
             here = replace(context, state=states[s]) if states else context
-            y, record = layer(modulate(x_BND, scale, shift, self.eps), here)
-            x_BND = x_BND + y * gamma
+            if context.pruning is None:
+                y, record = layer(modulate(x_BND, scale, shift, self.eps), here)
+                x_BND = torch.addcmul(x_BND, y, gamma)
+            else:
+                x_BND, record = self._pruned(x_BND, (gamma, scale, shift), here, s)
             records.append(record)
         return x_BND, records
+
+    def _pruned(
+        self, x_BND: Tensor, adaln_3B1D: tuple[Tensor, Tensor, Tensor], context: ScaleContext, s: int
+    ) -> tuple[Tensor, Any]:
+        """x after layer s, which computes only the tokens that the pruning chooses."""
+        gamma, scale, shift = adaln_3B1D
+        pruning = context.pruning
+        assert pruning is not None, "called only under a pruning"
+        here = replace(context, span=pruning.span(context.k, self.index))
+
+        def branch(rows_BnD: Tensor) -> tuple[Tensor, Any]:
+            y, record = self.layers[s](modulate(rows_BnD, scale, shift, self.eps), here)
+            return y * gamma, record
+
+        added_BND, record = pruning.added(context.k, self.index, s, x_BND, branch)
+        return x_BND + added_BND, record

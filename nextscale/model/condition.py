@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.config import ClassConditionConfig
 from nextscale.errors import UserError
+from nextscale.ops import Embedding
 
 
 class Condition(Protocol):
@@ -39,7 +40,7 @@ class ClassCondition(nn.Module):
     def __init__(self, config: ClassConditionConfig, width: int):
         super().__init__()
         self.num_classes = config.num_classes
-        self.embedding = nn.Embedding(config.num_classes + 1, width)
+        self.embedding = Embedding(config.num_classes + 1, width)
 
     def forward(self, label_B: Tensor) -> Tensor:
         return self.embedding(label_B)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nextscale.model.prune import Pruning
 from nextscale.pyramid import Pyramid
 
 _MASKED = 160
@@ -29,6 +30,10 @@ class ScaleContext:
     """True where a token may look; None when it may see all tokens at hand and all cached ones."""
     state: Any = None
     """This layer's own state (a KVCache for attention), or None when all scales run at once."""
+    k: int = 0
+    """The finest scale at hand."""
+    pruning: Pruning | None = None
+    """Which tokens are left out, or None when all are computed."""
 
 
 class Layer(Protocol):
@@ -38,15 +43,21 @@ class Layer(Protocol):
 
 
 class KVCache:
-    """Keys and values of one attention layer, allocated once for all L positions: two tensors (B, H, L, d)."""
+    """Keys and values of one attention layer, in two tensors (B, H, `length`, d) that are allocated once.
+
+    `length` leaves out the last scale, which no later one looks at.
+    """
 
     def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor):
         self.k_BHLd = like.new_empty(batch, heads, length, head_width)
         self.v_BHLd = like.new_empty(batch, heads, length, head_width)
 
     def update(self, span: tuple[int, int], k_BHNd: Tensor, v_BHNd: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the positions of `span`; return everything up to its end."""
+        """Everything up to the end of `span`, whose keys and values these are; they are kept if there is room."""
         start, end = span
+        if end > self.k_BHLd.shape[2]:
+            past_k, past_v = self.k_BHLd[:, :, :start], self.v_BHLd[:, :, :start]
+            return torch.cat((past_k, k_BHNd), dim=2), torch.cat((past_v, v_BHNd), dim=2)
         self.k_BHLd[:, :, start:end] = k_BHNd
         self.v_BHLd[:, :, start:end] = v_BHNd
         return self.k_BHLd[:, :, :end], self.v_BHLd[:, :, :end]
@@ -60,14 +71,16 @@ def block_causal_mask(pyramid: Pyramid, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def attention_segments(pyramid: Pyramid, device: torch.device) -> list[tuple[int, int, Tensor | None]]:
-    """The block-causal mask in pieces: queries start to end may see keys 0 to end, under a mask or all of them.
+def attention_segments(pyramid: Pyramid, length: int, device: torch.device) -> list[tuple[int, int, Tensor | None]]:
+    """The block-causal mask of the first `length` tokens in pieces: which queries see all keys up to their last one.
 
-    Scale by scale the mask is a rectangle without holes, so 62 % of the arithmetic of the whole square does (256 px).
-    The first scales are so short that they are faster in one piece.
+    Queries start to end may see keys 0 to end, under a mask or all of them. Scale by scale the mask is a rectangle
+    without holes, so 62 % of the arithmetic of the whole square does (256 px). The first scales are so short that they
+    are faster in one piece.
     """
-    ends = [end for _, end in pyramid.spans]
+    spans = [span for span in pyramid.spans if span[1] <= length]
+    ends = [end for _, end in spans]
     first = max((end for end in ends if end <= _MASKED), default=ends[0])
     mask = block_causal_mask(pyramid, device)[:first, :first] if first != ends[0] else None
-    later = [span for span in pyramid.spans if span[0] >= first]
+    later = [span for span in spans if span[0] >= first]
     return [(0, first, mask), *((start, end, None) for start, end in later)]

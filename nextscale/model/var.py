@@ -20,7 +20,8 @@ from nextscale.errors import UserError
 from nextscale.model.block import Block, modulate
 from nextscale.model.condition import ClassCondition
 from nextscale.model.context import ScaleContext, block_causal_mask
-from nextscale.ops import Linear
+from nextscale.model.prune import Pruning
+from nextscale.ops import Embedding, Linear
 from nextscale.pyramid import Pyramid
 
 Cache = list[list[Any]]
@@ -60,8 +61,8 @@ class VAR(nn.Module):
         self.word_embed = Linear(code_width, D)
         self.pos_start = nn.Parameter(torch.empty(1, pyramid.counts[0], D))
         self.pos_embed = nn.Parameter(torch.empty(1, pyramid.length, D))
-        self.level_embed = nn.Embedding(len(pyramid), D)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
+        self.level_embed = Embedding(len(pyramid), D)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))  # type: ignore[assignment]
         self.shared_adaln = Linear(D, 3 * len(self.blocks[0].layers) * D) if config.shared_adaln else None
         self.head_adaln = Linear(D, 2 * D)
         self.head = Linear(D, vocab_size)
@@ -91,18 +92,33 @@ class VAR(nn.Module):
         if expected:
             x_BND = torch.cat([x_BND, self._embed(x_BLC, (self.pyramid.counts[0], self.pyramid.length))], dim=1)
         mask_LL = block_causal_mask(self.pyramid, x_BND.device)
-        return self._run(x_BND, conditioning, (0, self.pyramid.length), mask_LL, None, branch_keep)
+        context = ScaleContext(self.pyramid, (0, self.pyramid.length), mask_LL, k=len(self.pyramid) - 1)
+        return self._run(x_BND, conditioning, context, None, branch_keep)
 
-    def step(self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache) -> Output:
+    def step(
+        self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, pruning: Pruning | None = None
+    ) -> Output:
         """Logits (B, N, V) of scale k. `x_BNC` is the tokenizer's next input, None at scale 0, which starts anew."""
         span = self.pyramid.spans[k]
-        if k == 0 or x_BNC is None:
-            return self._run(self.start(conditioning), conditioning, span, None, cache)
-        return self._run(self._embed(x_BNC, span), conditioning, span, None, cache)
+        x_BND = self.start(conditioning) if k == 0 or x_BNC is None else self._embed(x_BNC, span)
+        context = ScaleContext(self.pyramid, span, k=k, pruning=pruning)
+        return self._run(x_BND, conditioning, context, cache)
+
+    def catch_up(self, conditioning: Conditioning, x_BLC: Tensor, k: int, cache: Cache) -> Output:
+        """As `step` for scale k, by a model that has not seen the scales before: all of them in one pass.
+
+        `x_BLC`: the tokenizer's inputs of scales 1 to k. Fills the cache; later scales go on by `step`.
+        """
+        first, (start, end) = self.pyramid.counts[0], self.pyramid.spans[k]
+        x_BND = torch.cat([self.start(conditioning), self._embed(x_BLC, (first, end))], dim=1)
+        mask_LL = block_causal_mask(self.pyramid, x_BND.device)[:end, :end]
+        context = ScaleContext(self.pyramid, (0, end), mask_LL, k=k)
+        return self._run(x_BND, conditioning, context, cache, wanted=start)
 
     def new_cache(self, batch: int) -> Cache:
         """State of every layer of every block for `batch` sequences, allocated once."""
-        return [block.new_states(batch, self.pyramid.length) for block in self.blocks]
+        length = self.pyramid.spans[-1][0]  # nothing looks at the last scale but itself
+        return [block.new_states(batch, length) for block in self.blocks]
 
     def start(self, conditioning: Conditioning) -> Tensor:
         """Embedding of scale 0 (B, N, D): the condition itself, plus positions."""
@@ -122,13 +138,13 @@ class VAR(nn.Module):
         self,
         x_BND: Tensor,
         conditioning: Conditioning,
-        span: tuple[int, int],
-        mask_LL: Tensor | None,
+        context: ScaleContext,
         cache: Cache | None,
         branch_keep: Tensor | None = None,
+        wanted: int = 0,
     ) -> Output:
+        """Through the blocks to logits, of the tokens from `wanted` on."""
         records = []
-        context = ScaleContext(self.pyramid, span, mask_LL)
         for i, block in enumerate(self.blocks):
             adaln_B3SD = conditioning.blocks_B3SD[i]
             if branch_keep is not None:  # dropping a branch is a gamma of zero
@@ -137,5 +153,5 @@ class VAR(nn.Module):
             x_BND, record = block(x_BND, adaln_B3SD, context, cache[i] if cache else None)
             records.append(record)
         scale, shift = conditioning.head_B2D.unsqueeze(2).unbind(1)
-        x_BND = modulate(x_BND, scale, shift, self.config.norm_eps)
+        x_BND = modulate(x_BND[:, wanted:], scale, shift, self.config.norm_eps)
         return Output(self.head(x_BND).float(), records)

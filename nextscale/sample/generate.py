@@ -5,15 +5,16 @@ Letters: B batch, N tokens of one scale, L of all scales, V codes, C code width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nextscale.config import SampleConfig
 from nextscale.errors import UserError
+from nextscale.model.prune import Pruning
 from nextscale.model.var import VAR
 from nextscale.ops import linear
 from nextscale.sample.draw import ImageStreams, OfficialStream, Stream
@@ -43,6 +44,32 @@ class Kept:
     """bool, True where the image's token stays."""
 
 
+class Steps(Protocol):
+    """A transformer at work on one batch."""
+
+    def logits(self, inputs_BNC: list[Tensor], k: int) -> Tensor:
+        """Logits (B, N, V) of scale k, given the tokenizer's inputs of scales 1 to k."""
+
+
+class Eager:
+    """`Steps` by plain calls. May begin at any scale: what came before is then caught up with in one pass."""
+
+    def __init__(self, model: VAR, values: Any, config: SampleConfig):
+        self.model, self.conditioning = model, model.conditioning(values)
+        self.cache, self.seen = model.new_cache(len(values)), 0
+        self.pruning = Pruning(model.pyramid, config.prune, config.prune_first_block) if config.prune else None
+
+    def logits(self, inputs_BNC: list[Tensor], k: int) -> Tensor:
+        if self.seen < k:
+            output = self.model.catch_up(self.conditioning, torch.cat(inputs_BNC, dim=1), k, self.cache)
+        else:
+            output = self.model.step(
+                self.conditioning, inputs_BNC[-1] if inputs_BNC else None, k, self.cache, self.pruning
+            )
+        self.seen = k + 1
+        return output.logits_BNV
+
+
 @torch.no_grad()
 def generate_scales(
     tokenizer: Tokenizer,
@@ -51,23 +78,28 @@ def generate_scales(
     config: SampleConfig,
     first_image: int = 0,
     kept: Kept | None = None,
+    refiner: VAR | None = None,
+    begin: Callable[[VAR, Any, SampleConfig], Steps] = Eager,
 ) -> Iterator[ScaleStep]:
     """Sample a batch, yielding each scale as it is done.
 
     `values`: the condition as `model.condition.parse` returned it. `first_image`: number of the batch's first image
     under the seed, so that a long run can be cut into batches without changing an image. `kept`: cells that hold
-    given tokens instead of drawn ones (editing).
+    given tokens instead of drawn ones (editing). `refiner`: the model that draws the scales from `draft_scales` on
+    (collaborative decoding, CoDe, arXiv 2411.17787). `begin` says how a model's steps are run.
     """
     pyramid, batch = model.pyramid, len(values)
+    _check_refiner(config, refiner, len(pyramid))
     guided = config.cfg > 0
     both = model.condition.with_none(values) if guided else values
-    conditioning, cache = model.conditioning(both), model.new_cache(len(both))
+    steps = begin(model, both, config)
     stream = _stream(config, first_image, tokenizer.quantizer.codebook.weight.device)
-    canvas, x_BNC = tokenizer.blank_canvas(batch), None
+    canvas = tokenizer.blank_canvas(batch)
+    inputs: list[Tensor] = []
     for k in range(len(pyramid)):
-        if x_BNC is not None and guided:
-            x_BNC = x_BNC.repeat(2, 1, 1)
-        logits = model.step(conditioning, x_BNC, k, cache).logits_BNV
+        if refiner is not None and k == config.draft_scales:
+            steps = begin(refiner, both, config)
+        logits = steps.logits(inputs, k)
         if guided:
             logits = guide(logits[:batch], logits[batch:], config.cfg * pyramid.progress(k))
         likely = filtered(logits, config.temperature, config.top_k, config.top_p)
@@ -82,7 +114,19 @@ def generate_scales(
         codes = tokenizer.quantizer.codes(tokens) if mixed is None else mixed
         canvas = tokenizer.add_codes(canvas, codes, k)
         yield ScaleStep(k, logits, tokens, canvas)
-        x_BNC = tokenizer.next_input(canvas, k + 1) if k + 1 < len(pyramid) else None
+        if k + 1 < len(pyramid):
+            x_BNC = tokenizer.next_input(canvas, k + 1)
+            inputs.append(x_BNC.repeat(2, 1, 1) if guided else x_BNC)
+
+
+def _check_refiner(config: SampleConfig, refiner: VAR | None, scales: int) -> None:
+    if refiner is None and config.draft_scales:
+        raise UserError(f"draft_scales={config.draft_scales} needs a refiner: a second model for the later scales")
+    if refiner is not None and not 1 <= config.draft_scales < scales:
+        raise UserError(
+            f"with a refiner draft_scales must be 1 to {scales - 1}, the scales that are drawn before it takes over; "
+            f"got {config.draft_scales}"
+        )
 
 
 def _stream(config: SampleConfig, first_image: int, device: torch.device) -> Stream:
@@ -117,11 +161,13 @@ def generate(
     config: SampleConfig,
     first_image: int = 0,
     kept: Kept | None = None,
+    refiner: VAR | None = None,
+    begin: Callable[[VAR, Any, SampleConfig], Steps] = Eager,
 ) -> Sample:
     """Sample a batch of images: `generate_scales` run to its end."""
     tokens, canvas = [], tokenizer.blank_canvas(len(values))
     finite = torch.ones((), dtype=torch.bool, device=canvas.device)
-    for step in generate_scales(tokenizer, model, values, config, first_image, kept):
+    for step in generate_scales(tokenizer, model, values, config, first_image, kept, refiner, begin):
         tokens.append(step.tokens_BN)
         finite &= step.logits_BNV.isfinite().all()
         canvas = step.canvas_BChw

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.config import TokenizerConfig
 from nextscale.ops import Conv2d
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU; without a gradient to come in place, since fresh memory costs more than the arithmetic."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -27,8 +33,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x_BChw)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv1(_silu(self.norm1(x_BChw)))
+        y = self.conv2(_silu(self.norm2(y)))
         return self.shortcut(x_BChw) + y
 
 
@@ -116,7 +122,7 @@ class Encoder(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         x = self.middle(self.levels(self.conv_in(image_B3HW)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(_silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -137,7 +143,10 @@ class Decoder(nn.Module):
             before = width
         self.norm_out = nn.GroupNorm(config.norm_groups, before, eps=1e-6)
         self.conv_out = Conv2d(before, 3, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                module.winograd = True
 
     def forward(self, features_BChw: Tensor) -> Tensor:
         x = self.levels(self.middle(self.conv_in(features_BChw)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(_silu(self.norm_out(x)))

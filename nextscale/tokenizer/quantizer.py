@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.config import TokenizerConfig
-from nextscale.ops import Conv2d, enlarge, linear, shrink
+from nextscale.ops import Conv2d, Embedding, enlarge, linear, shrink
 from nextscale.pyramid import Pyramid
 
 
@@ -62,9 +62,10 @@ class Quantizer(nn.Module):
     def __init__(self, config: TokenizerConfig, pyramid: Pyramid):
         super().__init__()
         self.config, self.pyramid = config, pyramid
-        self.codebook = nn.Embedding(config.vocab_size, config.code_width)
+        self.codebook = Embedding(config.vocab_size, config.code_width)
         # As small as the features of a fresh encoder: codes drawn far outside them are never chosen, so never learn.
-        nn.init.normal_(self.codebook.weight, std=0.1)
+        if not self.codebook.weight.is_meta:
+            nn.init.normal_(self.codebook.weight, std=0.1)
         num_phi = config.num_phi if config.phi_ratio > 0 else 0
         self.phi = nn.ModuleList(Phi(config.code_width, config.phi_ratio) for _ in range(num_phi))
         self.phi_of_scale = pyramid.phi_index(num_phi) if num_phi else ()

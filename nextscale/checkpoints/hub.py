@@ -1,0 +1,33 @@
+"""Checkpoints on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nextscale.errors import UserError
+from nextscale.files import is_hub_name
+
+
+def locate(source: str | Path, *, revision: str | None, token: str | None) -> Path:
+    """The folder of a checkpoint, fetched from the hub when `source` is no folder but reads like `owner/name`."""
+    if Path(source).is_dir() or not is_hub_name(str(source)):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"there is no folder {source}, and the hub gave no model of that name: {reason}") from error
+
+
+def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a checkpoint folder as `owner/name`; the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    patterns = ["*.json", "*.safetensors", "README.md"]
+    return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns))

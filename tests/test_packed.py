@@ -1,0 +1,152 @@
+"""The layouts of inference on a CPU: the same function as the plain one, and the same promises."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nextscale import ops
+from nextscale.errors import UserError
+from nextscale.ops import Conv2d, Linear
+from nextscale.pipeline import Pipeline
+from tests.conftest import randomised, tiny_config
+
+needs_onednn = pytest.mark.skipif(
+    not ops.has_onednn, reason="no oneDNN products on this CPU: there the plain path runs"
+)
+DTYPES = [d for d in (torch.float32, torch.bfloat16) if d in ops._computed()]
+
+
+@needs_onednn
+@torch.no_grad()
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(DTYPES or [0]),
+)
+def test_packed_product_against_float64_and_against_each_row_alone(rows, width, out, biased, gelu, dtype):
+    rng = torch.Generator().manual_seed(rows)
+    layer = Linear(width, out, bias=biased).to(dtype)
+    x = torch.randn(1, rows, width, generator=rng).to(dtype)
+    plain = layer(x, gelu=gelu)
+    layer.pack()
+    assert layer.weight.is_mkldnn
+    y = layer(x, gelu=gelu)
+    assert torch.equal(y, plain), "packing changed a result"
+    exact = F.linear(x.double(), layer.weight.to_dense().double(), layer.bias.double() if biased else None)
+    exact = F.gelu(exact, approximate="tanh") if gelu else exact
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (y.double() - exact).abs().max() <= bound * exact.abs().max().clamp_min(1)
+    for row in (0, rows // 2, rows - 1):
+        assert torch.equal(layer(x[:, row : row + 1], gelu=gelu), y[:, row : row + 1])
+
+
+@needs_onednn
+def test_weights_are_packed_at_the_first_product_that_gains_by_it():
+    layer = Linear(8, 8)
+    ops.pack(layer)
+    layer(torch.randn(4, 8))
+    assert not layer.weight.is_mkldnn
+    layer(torch.randn(64, 8))
+    assert layer.weight.is_mkldnn
+
+
+@needs_onednn
+def test_packed_weights_are_saved_moved_and_converted_bit_for_bit():
+    layer = Linear(24, 40)
+    before = layer.weight.detach().clone()
+    layer.pack()
+    assert torch.equal(layer.state_dict()["weight"], before)
+    layer.to(torch.float64)
+    assert torch.equal(layer.weight, before.double())
+    assert not layer.weight.is_mkldnn
+
+
+@needs_onednn
+def test_packed_weights_refuse_to_be_trained(tiny_folder):
+    pipeline = Pipeline.from_pretrained(tiny_folder)
+    with pytest.raises(UserError, match="pack=False"):
+        pipeline.transformer.train()
+    layer = Linear(24, 40)
+    layer.pack()
+    with pytest.raises(UserError, match="pack=False"):
+        layer(torch.randn(3, 24, requires_grad=True))
+    Pipeline.from_pretrained(tiny_folder, pack=False).transformer.train()
+
+
+def folder_of(pipeline, path):
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_packed_models_keep_the_promise_about_batches(dtype, threads, threads_set, tmp_path):
+    threads_set(threads)
+    folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
+    pipeline = Pipeline.from_pretrained(folder, dtype=dtype)
+    labels = [3, 1, 4, 1, 0, 2, 2] + [1] * 11
+    fresh = pipeline.sample([4], top_k=8, seed=5, first_image=2)
+    together = pipeline.sample(labels, top_k=8, seed=5, batch_size=18)
+    assert torch.equal(fresh.tensor[0], together.tensor[2]), "before packing and after it"
+    for size in (1, 2, 3):
+        parts = pipeline.sample(labels, top_k=8, seed=5, batch_size=size)
+        assert torch.equal(parts.tokens, together.tokens)
+        assert torch.equal(parts.tensor, together.tensor)
+
+
+def test_packed_model_samples_and_saves_as_the_plain_one(tmp_path, monkeypatch):
+    folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
+    packed = Pipeline.from_pretrained(folder)
+    a = packed.sample([0, 1, 2], seed=3)
+    packed.save_pretrained(tmp_path / "again")
+    for name in ("transformer.safetensors", "tokenizer.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    monkeypatch.setattr(ops, "fast", False)
+    b = Pipeline.from_pretrained(folder).sample([0, 1, 2], seed=3)
+    assert torch.equal(a.tokens, b.tokens)
+    assert (a.tensor - b.tensor).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_winograd_against_float64_and_its_images_alone(count):
+    torch.manual_seed(0)
+    conv = Conv2d(24, 40, 3, padding=1)
+    conv.winograd = True
+    x = torch.randn(count, 24, 70, 66)
+    assert conv._large(x) == ops.has_nnpack()
+    y = conv(x)
+    exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    assert (y - exact).abs().max() <= 5e-5 * exact.abs().max()
+    for i in range(count):
+        assert torch.equal(conv(x[i : i + 1])[0], y[i])
+
+
+def test_winograd_is_for_decoders_in_inference_alone(tiny):
+    tokenizer = tiny.tokenizer
+    assert all(m.winograd for m in tokenizer.decoder.modules() if isinstance(m, Conv2d))
+    assert not any(m.winograd for m in tokenizer.encoder.modules() if isinstance(m, Conv2d))
+    conv = next(m for m in tokenizer.decoder.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3))
+    assert not conv._large(torch.randn(1, conv.in_channels, 80, 80)), "gradients are enabled here"
+
+
+def test_without_onednn_and_nnpack_the_plain_path_runs(tmp_path, monkeypatch):
+    folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
+    usual = Pipeline.from_pretrained(folder).sample([0, 1], seed=3)
+    monkeypatch.setattr(ops, "has_onednn", False)
+    monkeypatch.setattr(ops, "has_nnpack", lambda: False)
+    ops._computed.cache_clear()
+    try:
+        pipeline = Pipeline.from_pretrained(folder)
+        plain = pipeline.sample([0, 1], seed=3)
+        assert not any(m.weight.is_mkldnn for m in pipeline.transformer.modules() if isinstance(m, Linear))
+    finally:
+        ops._computed.cache_clear()
+    assert torch.equal(plain.tokens, usual.tokens)
+    assert (plain.tensor - usual.tensor).abs().max() <= 1e-4
