@@ -239,7 +239,7 @@ class SampleConfig:
     draft_scales: int = 0
     """With a refiner: scales that the first model draws before it takes over (CoDe's N; 8 of 10 in its paper)."""
     prune: tuple[float, ...] = ()
-    """Share of tokens left out at each of the last scales (FastVAR), coarse to fine: 0.4,0.5. Empty = none."""
+    """Share of tokens left out at each of the last scales (FastVAR), coarse to fine: 0.4 0.5. Empty = none."""
     prune_first_block: int = 3
     """Blocks before this one compute all tokens even so."""
 

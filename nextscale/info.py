@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
-from nextscale.config import ModelConfig, TransformerConfig, nearest
+from nextscale.config import ModelConfig, SampleConfig, TransformerConfig, nearest
 from nextscale.errors import UserError
+from nextscale.model.prune import Pruning
 from nextscale.presets import PRESETS, preset
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -76,17 +77,33 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
     return facts
 
 
-def scale_flops(config: ModelConfig, k: int) -> int:
+def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, head: bool = True) -> int:
     """FLOPs of the transformer at scale k, one sequence: embedding, projections, attention, feed-forward, head."""
     model = config.transformer
     assert model is not None, "a tokenizer alone has no transformer to count"
-    N, seen, D = config.pyramid.counts[k], config.pyramid.spans[k][1], model.width
-    embed = config.tokenizer.code_width * D if k else 0
-    projections = 4 * D * D  # q, k, v and output
-    attention = 2 * seen * D  # queries by keys, weights by values
-    ffn = 2 * D * model.ffn_width
-    head = D * config.tokenizer.vocab_size
-    return 2 * N * (embed + model.depth * (projections + attention + ffn) + head)
+    N, D = config.pyramid.counts[k], model.width
+    total = N * config.tokenizer.code_width * D if k else 0
+    for block in range(model.depth):
+        computed = pruning.computed[k] if pruning and pruning.applies(k, block) else N
+        seen = (pruning.span(k, block) if pruning else config.pyramid.spans[k])[1]
+        projections = 4 * D * D  # q, k, v and output
+        attention = 2 * seen * D  # queries by keys, weights by values
+        total += computed * (projections + attention + 2 * D * model.ffn_width)
+    return 2 * (total + N * D * config.tokenizer.vocab_size * head)
+
+
+def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConfig | None = None) -> int:
+    """FLOPs of the transformer, or of both with a refiner, to sample one image: guidance doubles them."""
+    pruning = Pruning(config.pyramid, settings.prune, settings.prune_first_block) if settings.prune else None
+    scales, models = range(len(config.pyramid)), [m.transformer for m in (config, refiner) if m and m.transformer]
+    total = sum(condition_flops(model) for model in models)
+    if refiner is None:
+        total += sum(scale_flops(config, k, pruning) for k in scales)
+    else:  # which takes in at once all that was drawn before
+        taken_over = settings.draft_scales
+        total += sum(scale_flops(config, k) for k in scales[:taken_over])
+        total += sum(scale_flops(refiner, k, head=k >= taken_over) for k in scales)
+    return total * (2 if settings.cfg > 0 else 1)
 
 
 def condition_flops(model: TransformerConfig) -> int:

@@ -75,7 +75,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _inferred(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """`linear` by oneDNN. A row's result is the same to the last bit, whatever rows are beside it, packed or not."""
-    rows_RI = x.reshape(-1, x.shape[-1])
+    rows_RI = x.reshape(-1, x.shape[-1]).contiguous()  # the operator leaves other layouts to another library
     rows = len(rows_RI)
     if rows == 1:  # alone it would be summed in another order
         rows_RI = torch.cat((rows_RI, rows_RI))

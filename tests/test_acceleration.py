@@ -148,7 +148,7 @@ def test_pruned_scales_against_brute_force():
 
 
 def area(map_ND, side, row, column):
-    """Mean of the cells of a 2x2 map that cell (row, column) of a larger map lies in, as area interpolation takes them."""
+    """Mean of the cells of a 2x2 map that cell (row, column) of a larger map meets: area interpolation."""
     old = map_ND.reshape(2, 2, -1)
     rows, columns = (range(i * 2 // side, -(-(i + 1) * 2 // side)) for i in (row, column))
     return np.mean([old[r, c] for r in rows for c in columns], axis=0)

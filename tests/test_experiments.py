@@ -121,3 +121,22 @@ def test_the_table_sets_published_figures_beside_ours():
     assert "| a | 3.55 | 2 ± 1.414 |" in lines
     assert "| b | not available | 2 ± 1.414 |" in lines
     assert "`nextscale experiment run e --scale paper --data imagenet`, D, 2 threads, torch 2, 2026-01-01." in lines
+
+
+def test_accelerations_train_a_refiner_and_count_what_was_computed(tmp_path):
+    options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "nextscale.cli", "experiment", "run", "var-accelerations", *options]
+    subprocess.run(command, check=True, capture_output=True)
+    tiny = tmp_path / "tiny"
+    assert len(list(tiny.glob("run-*"))) == 4, "two models for each of two seeds"
+    rows = json.loads((tiny / "var-accelerations" / "results.json").read_text())["rows"]
+    gflop = {row["name"]: row["figures"]["gflop"]["mean"] for row in rows}
+    assert gflop["the refiner alone"] < gflop["CoDe, refiner for the last map"] < gflop["all of it"]
+    assert gflop["last map: 50 % left out"] < gflop["all of it"]
+
+
+def test_a_refiner_goes_with_a_model():
+    with pytest.raises(UserError, match="takes --model and --refiner together"):
+        resolve(load("var-accelerations", "tiny"), {"model": "runs/a"})
+    with pytest.raises(UserError, match="has no use for a --refiner"):
+        resolve(load("var-guidance", "tiny"), {"model": "runs/a", "refiner": "runs/b"})

@@ -3,9 +3,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config import ModelConfig
+from nextscale.config import ModelConfig, SampleConfig
 from nextscale.errors import UserError
-from nextscale.info import as_text, condition_flops, describe, describe_config, scale_flops
+from nextscale.info import as_text, condition_flops, describe, describe_config, sample_flops, scale_flops
+from nextscale.sample.generate import Eager
 from tests.conftest import tiny_config
 
 CONFIGS = [tiny_config(), tiny_config("1,2x3", shared_adaln=True, ffn_ratio=2.0), ModelConfig()]
@@ -48,3 +49,34 @@ def test_facts_of_a_preset_and_of_a_folder(tiny_folder):
     assert describe(str(tiny_folder))["tokens"] == 30
     with pytest.raises(UserError, match="did you mean 'var-d1"):
         describe("var-d11")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SampleConfig(cfg=0),
+        SampleConfig(cfg=1.5),
+        SampleConfig(prune=(0.4, 0.5), prune_first_block=1),
+        SampleConfig(cfg=0, draft_scales=2),
+    ],
+)
+@torch.no_grad()
+def test_flops_of_a_sample_equal_torch_s_counter(sampling):
+    """With pruning and with a refiner, whose first pass computes attention as a square under a mask."""
+    config, small = tiny_config(depth=2), tiny_config(depth=1, width=16)
+    models = [build_on_meta(c)[1] for c in (config, small)]
+    rows = 2 if sampling.cfg else 1
+    values = torch.zeros(rows, dtype=torch.int64, device="meta")
+    inputs = [torch.empty(rows, n, config.tokenizer.code_width, device="meta") for n in config.pyramid.counts[1:]]
+    with FlopCounterMode(display=False) as counter:
+        steps = Eager(models[0], values, sampling)
+        for k in range(len(config.pyramid)):
+            if sampling.draft_scales and k == sampling.draft_scales:
+                steps = Eager(models[1], values, sampling)
+            steps.logits(inputs[:k], k)
+    ours = sample_flops(config, sampling, small if sampling.draft_scales else None)
+    square = 0
+    if sampling.draft_scales:
+        spans = config.pyramid.spans[: sampling.draft_scales + 1]
+        square = spans[-1][1] ** 2 - sum((end - start) * end for start, end in spans)
+    assert counter.get_total_flops() == ours + 2 * rows * 2 * small.transformer.width * square

@@ -12,7 +12,7 @@ from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 from nextscale.sample.draw import ImageStreams, inverse_cdf
 from nextscale.sample.generate import log_likelihood
-from nextscale.sample.logits import filtered, guide, keep_top_k, keep_top_p
+from nextscale.sample.logits import filtered, guide, keep_top_k, keep_top_k_top_p, keep_top_p
 from tests.conftest import randomised, tiny_config
 
 rows = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12)
@@ -39,6 +39,18 @@ def test_top_p_against_a_loop(values, p):
         if total <= 1 - p:
             gone.add(i)
     assert kept == [i not in gone for i in range(len(values))]
+
+
+@given(
+    st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12, unique=True), st.integers(1, 14), st.floats(0.01, 1)
+)
+def test_both_filters_at_once_are_one_after_the_other(values, k, p):
+    logits = torch.tensor([values])
+    one_by_one = keep_top_p(keep_top_k(logits, k), p)
+    together = keep_top_k_top_p(logits, k, p)
+    if not torch.equal(one_by_one, together):  # rounding may decide, where a sum hits 1 - p
+        sums = keep_top_k(logits, k).softmax(-1).sort(-1).values.cumsum(-1)
+        assert (sums - (1 - p)).abs().min() < 1e-5
 
 
 def test_filters_off_and_temperature():

@@ -40,10 +40,11 @@ def main() -> None:
     model, dtype, batch, settings = sys.argv[1:]
     pipeline = Pipeline.from_pretrained(model, dtype=dtype or None)
     pipeline.sample([None] * int(batch), from_dict(SampleConfig, json.loads(settings)), batch_size=int(batch))
-    print(_peak_resident())
+    print(peak_resident())
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """Most bytes of memory that this process has held so far; 0 where the system does not tell."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:

@@ -193,6 +193,8 @@ class ExperimentRun:
     """Folder for the runs of all experiments; results are in OUT/SCALE/NAME."""
     model: str = ""
     """A checkpoint that is measured as it is, where the rows differ in sampling alone; nothing is trained then."""
+    refiner: str = ""
+    """With --model, a second one that draws the late scales, where the experiment has a use for it."""
     data: str = ""
     """Images to train on, or a token cache."""
     tokenizer: str = ""
@@ -212,7 +214,7 @@ class ExperimentRun:
 
         with report_interruption(self.out), join_world(self.device) as world:
             experiment = load(self.name, self.scale, on_cpu=world.device.type == "cpu")
-            given = {n: getattr(self, n) for n in ("model", "data", "tokenizer", "features", "reference")}
+            given = {n: getattr(self, n) for n in ("model", "refiner", "data", "tokenizer", "features", "reference")}
             run_experiment(experiment, resolve(experiment, given), self.out, world)
             if world.main:
                 folder = self.out / self.scale / self.name

@@ -35,6 +35,8 @@ class Row:
     run: RunConfig
     tokenizer: TokenizerRunConfig
     sampling: SampleConfig
+    alone: bool = False
+    """The refiner is measured, without the row's own model."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Experiment:
     """Trained first, where no features are named."""
     views: int
     """Of the token cache; 0 = none is made."""
+    refiner: RunConfig | None
+    """How the model is trained that draws the late scales in rows with `draft_scales`."""
     note: str = ""
 
 
@@ -111,6 +115,7 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         needs=dict(settings["needs"]),
         classifier=classifier,
         views=int(settings.get("views", 0)),
+        refiner=_row({"name": "refiner", **entry["refiner"]}, layers, scale, where).run if "refiner" in entry else None,
         note=note,
     )
 
@@ -128,4 +133,5 @@ def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: s
         sampling = from_dict(SampleConfig, layer.get("sampling", {}), f"{where}: sampling", sampling)
     published = {figure: float(value) for figure, value in row.get("published", {}).items()}  # YAML reads 3e8 as text
     here = row | (row.get(scale) or {})  # a smaller model stands in for a published one under its own name
-    return Row(here["name"], here.get("at"), published, run, codes, sampling)
+    alone = bool(here.get("alone"))
+    return Row(here["name"], here.get("at"), published, run, codes, sampling, alone)

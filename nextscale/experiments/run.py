@@ -22,7 +22,7 @@ from nextscale.experiments.entry import Experiment, Row
 from nextscale.experiments.report import write_results
 from nextscale.features.classifier import is_classifier
 from nextscale.files import read_json, write_json
-from nextscale.info import describe_config
+from nextscale.info import describe_config, sample_flops
 from nextscale.train.classifier_run import train_classifier
 from nextscale.train.run_config import RunConfig
 from nextscale.train.tokenize_run import tokenize
@@ -49,6 +49,8 @@ class Inputs:
     reference: str
     model: str = ""
     """A trained generator in place of a training."""
+    refiner: str = ""
+    """One for the late scales, where the experiment has a use for it."""
 
 
 def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
@@ -56,7 +58,12 @@ def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
     model = given.get("model", "")
     if model and (experiment.kind != "generator" or len({key(to_dict(row.run)) for row in experiment.rows}) > 1):
         raise UserError(f"the rows of {experiment.name} differ in training: one --model cannot stand for them all")
-    values = {"model": model}
+    refiner = given.get("refiner", "")
+    if experiment.refiner is None and refiner:
+        raise UserError(f"experiment {experiment.name} has no use for a --refiner")
+    if experiment.refiner is not None and bool(refiner) != bool(model):
+        raise UserError(f"experiment {experiment.name} takes --model and --refiner together, or trains both")
+    values = {"model": model, "refiner": refiner}
     for name, default in experiment.needs.items():
         value = given.get(name) or default
         if not value and not (model and name in ("data", "tokenizer")):
@@ -100,7 +107,7 @@ class _Lab:
         self.experiment, self.folder, self.world = experiment, folder, world
         self.data, self.reference = inputs.data, inputs.reference
         self.features = inputs.features if inputs.features != "train" else self._classifier()
-        self.codes, self.model = inputs.tokenizer, inputs.model
+        self.codes, self.model, self.refiner = inputs.tokenizer, inputs.model, inputs.refiner
 
     def _classifier(self) -> str:
         """A classifier of the data, trained once."""
@@ -153,13 +160,24 @@ class _Lab:
         self.world.wait()
         return folder, read_json(folder / "finished.json")
 
+    def _refiner(self, seed: int) -> tuple[Path, dict[str, Any]]:
+        """The model that draws the late scales, given by the user or trained."""
+        if self.refiner:
+            return Path(self.refiner), {}
+        run = self.experiment.refiner
+        assert run is not None, "an entry with draft_scales says how the refiner is trained"
+        return self._run(dataclasses.replace(self.experiment.rows[0], run=run), seed)
+
     def generator(self, row: Row, seed: int) -> dict[str, float]:
         """Figures of a generator: what it costs, its validation, its samples."""
-        folder, finished = self._run(row, seed)
+        folder, finished = self._refiner(seed) if row.alone else self._run(row, seed)
         config, _ = read_config(folder)
         facts = describe_config(row.name, config)
-        gflop = (facts["transformer_flops"] * (2 if row.sampling.cfg > 0 else 1)) / 1e9
-        sampling = dataclasses.replace(row.sampling, seed=seed)
+        sampling, second = dataclasses.replace(row.sampling, seed=seed), None
+        if sampling.draft_scales:
+            refiner, _ = self._refiner(seed)
+            sampling, (second, _) = dataclasses.replace(sampling, refiner=str(refiner)), read_config(refiner)
+        gflop = sample_flops(config, sampling, second) / 1e9
         settings = Settings(count=self.experiment.images, sampling=sampling)
         figures = self._measured(folder, settings)
         figures |= {"parameters": facts["transformer_parameters"], "gflop": gflop}

@@ -25,12 +25,20 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
 
 
+def keep_top_k_top_p(logits: Tensor, k: int, p: float) -> Tensor:
+    """`keep_top_k`, then `keep_top_p`, sorting no more than k; whatever ties with the least likely one kept stays."""
+    ordered = logits.topk(min(k, logits.shape[-1]), dim=-1).values.flip(-1)
+    drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= (1 - p)
+    drop[..., -1:] = False
+    return logits.masked_fill(logits < ordered.masked_fill(drop, torch.inf).amin(dim=-1, keepdim=True), -torch.inf)
+
+
 def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Temperature, then top-k, then top-p; 0 turns either filter off."""
     if temperature != 1:
         logits = logits / temperature
+    if top_k > 0 and top_p > 0:
+        return keep_top_k_top_p(logits, top_k, top_p)
     if top_k > 0:
-        logits = keep_top_k(logits, top_k)
-    if top_p > 0:
-        logits = keep_top_p(logits, top_p)
-    return logits
+        return keep_top_k(logits, top_k)
+    return keep_top_p(logits, top_p) if top_p > 0 else logits

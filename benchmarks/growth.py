@@ -1,0 +1,164 @@
+"""How the cost of sampling grows, one axis at a time from VAR-d16, 256 px, batch 1: image size, batch, depth.
+
+    python -m benchmarks.growth --out docs/performance/growth [--dtype float32] [--limit-s 540]
+
+Random weights; every point in a process of its own. Writes growth.json and growth.png; goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextscale.bench.memory import peak_resident
+from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.files import write_json
+from nextscale.info import describe_config
+from nextscale.machine import describe_machine, find_device
+from nextscale.pipeline import Pipeline
+from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
+
+SCALES = {256: PYRAMID_256, 512: PYRAMID_512, 1024: PYRAMID_1024}
+START = {"size": 256, "batch": 1, "depth": 16}
+AXES = {"size": (256, 512, 1024), "batch": (1, 2, 4, 8, 16, 32, 64), "depth": (12, 16, 20, 24, 30)}
+
+
+def config_of(point: dict[str, int]) -> ModelConfig:
+    return ModelConfig(pyramid=SCALES[point["size"]], transformer=TransformerConfig(depth=point["depth"]))
+
+
+def measure(point: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
+    """One batch of random weights; a single image after another one, in which the weights were packed."""
+    tokenizer, transformer = build_on_meta(config_of(point))
+    assert transformer is not None, "this config has one"
+    for module in (tokenizer, transformer):
+        module.to(getattr(torch, dtype)).to_empty(device=device)
+        for parameter in module.parameters():
+            torch.nn.init.uniform_(parameter, -0.03, 0.03)
+    tokenizer.set_compute_dtype(getattr(torch, dtype))
+    pipeline = Pipeline(config_of(point), tokenizer, transformer).pack()
+    if point["batch"] == 1:
+        pipeline.sample([0], seed=1)  # packs the weights
+    marks, canvas = [time.perf_counter()], None
+    for step in pipeline.sample_scales([0] * point["batch"], seed=0):
+        canvas = step.canvas_BChw
+        marks.append(time.perf_counter())
+    assert canvas is not None, "a pyramid has a scale"
+    pipeline.tokenizer.paint(canvas)
+    marks.append(time.perf_counter())
+    memory = torch.cuda.max_memory_allocated() if device != "cpu" else peak_resident()
+    return {
+        **point,
+        "seconds": marks[-1] - marks[0],
+        "seconds_decoder": marks[-1] - marks[-2],
+        "seconds_per_scale": [b - a for a, b in itertools.pairwise(marks[:-1])],
+        "peak_bytes": memory,
+    }
+
+
+def points() -> list[dict[str, int]]:
+    """All points, each once."""
+    out = []
+    for axis, values in AXES.items():
+        for value in values:
+            point = {**START, axis: value}
+            if point not in out:
+                out.append(point)
+    return out
+
+
+def gflop(point: dict[str, int]) -> float:
+    """Of one image, guided."""
+    facts = describe_config("", config_of(point))
+    return (2 * facts["transformer_flops"] + facts["tokenizer_flops"]["decode"]) / 1e9
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    file = options.out / "growth.json"
+    report = json.loads(file.read_text()) if file.is_file() else {"dtype": options.dtype, "points": []}
+    done = [{name: p[name] for name in START} for p in report["points"]]
+    for point in points():
+        if point in done:
+            continue
+        command = [sys.executable, "-m", "benchmarks.growth", "--out", options.out, "--dtype", options.dtype]
+        command += ["--device", options.device, "--point", json.dumps(point)]
+        try:
+            text = [str(part) for part in command]
+            run = subprocess.run(text, capture_output=True, text=True, timeout=options.limit_s, check=False)
+            failed = "" if run.returncode == 0 else f"ended with status {run.returncode}: {run.stderr.strip()[-200:]}"
+        except subprocess.TimeoutExpired:
+            failed = f"took more than {options.limit_s} s"
+        found = {**point, "failed": failed} if failed else json.loads(run.stdout.splitlines()[-1])
+        found["gflop_per_image"] = gflop(point)
+        report["points"].append(found)
+        report["machine"] = describe_machine(find_device(options.device))
+        write_json(file, report)
+        print(as_line(found), flush=True)
+    return report
+
+
+def as_line(point: dict[str, Any]) -> str:
+    where = f"{point['size']:>5} px, batch {point['batch']:>2}, depth {point['depth']}: "
+    if point.get("failed"):
+        return where + point["failed"]
+    each = point["seconds"] / point["batch"]
+    return where + (
+        f"{each:8.2f} s/image (decoder {point['seconds_decoder'] / point['batch']:.2f}), "
+        f"{point['gflop_per_image'] / each:6.0f} GFLOP/s, {point['peak_bytes'] / 2**30:6.2f} GiB"
+    )
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Seconds an image and peak memory along each axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6))
+    for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
+        held = {name: value for name, value in START.items() if name != axis}
+        row = [p for p in report["points"] if all(p[n] == v for n, v in held.items()) and not p.get("failed")]
+        row = sorted((p for p in row if p[axis] in values), key=lambda p: p[axis])
+        x = [p[axis] for p in row]
+        panel.plot(x, [p["seconds"] / p["batch"] for p in row], "o-", label="seconds an image")
+        panel.plot(x, [p["seconds_decoder"] / p["batch"] for p in row], "^:", label="of these the decoder")
+        panel.plot(x, [p["peak_bytes"] / 2**30 for p in row], "s--", label="peak memory, GiB")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(x, [str(v) for v in x])
+        panel.set_xlabel({"size": "image side, pixels", "batch": "images at once", "depth": "depth"}[axis])
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.suptitle(f"Sampling VAR from depth 16, 256 px, batch 1, in {report['dtype']}, guided")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit-s", type=float, default=540, help="seconds that one point may take")
+    parser.add_argument("--point", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(measure(json.loads(options.point), options.dtype, options.device)))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = collect(options)
+    draw(report, options.out / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
