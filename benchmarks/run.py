@@ -1,6 +1,6 @@
 """Sampling with equal weights, ours beside the official code: time, memory, start-up, and whether it is one function.
 
-    python -m benchmarks.run --official PATH [--model var-d16] [--batches 1 8] [--rounds 5] [--device cpu]
+    python -m benchmarks.run --official PATH [--model var-d16] [--batches 1 8] [--rounds 5] [--device cpu] [--start-up]
 
 PATH is your clone of FoundationVision/VAR; without it ours is measured against its own plain path. Every implementation
 works in a process of its own, with weights from a file; the timed rounds go through all of them in turn. Prints a table
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--start-up", action="store_true", help="measure the start-up alone")
     options = parser.parse_args()
 
     # On a GPU the official code is run as its demo does, in 16 bits; on a CPU in float32.
@@ -203,6 +204,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pipeline = write_weights(folder, options)
+        if options.start_up:
+            print(json.dumps({name: spread(values) for name, values in start_up(folder, options.rounds).items()}))
+            return
         facts = describe_config(options.model, pipeline.config)
         gflop = (2 * facts["transformer_flops"] + facts["tokenizer_flops"]["decode"]) / 1e9
         compared = compare(names, folder, pipeline, options)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.hub import locate, upload
-from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.checkpoints.native import read_modules, write_checkpoint
 from nextscale.config import InitConfig, ModelConfig, SampleConfig, nearest
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.errors import UserError
@@ -100,10 +100,10 @@ class Pipeline:
         sampling (`Pipeline.pack`); say False to train the modules. Raises UserError naming the file and tensor when
         something is amiss.
         """
-        checkpoint = read_checkpoint(locate(source, revision=revision, token=token))
+        checkpoint, modules = read_modules(locate(source, revision=revision, token=token))
         device = find_device(device)
         computes = _compute_dtype(dtype, device, checkpoint)
-        pipeline = cls._around(checkpoint)
+        pipeline = cls._around(checkpoint, modules)
         del checkpoint  # from here on a tensor that is converted or packed frees the original
         pipeline.to(device, computes)
         return pipeline.pack() if pack else pipeline
@@ -114,11 +114,14 @@ class Pipeline:
     ) -> Pipeline:
         """Build the modules around a checkpoint's tensors. Arguments as in `from_pretrained`."""
         device = find_device(device)
-        return cls._around(checkpoint).to(device, _compute_dtype(dtype, device, checkpoint))
+        return cls._around(checkpoint, build_on_meta(checkpoint.config)).to(
+            device, _compute_dtype(dtype, device, checkpoint)
+        )
 
     @classmethod
-    def _around(cls, checkpoint: Checkpoint) -> Pipeline:
-        tokenizer, transformer = build_on_meta(checkpoint.config)
+    def _around(cls, checkpoint: Checkpoint, modules: tuple[Tokenizer, VAR | None]) -> Pipeline:
+        """Modules on the meta device, filled with a checkpoint's tensors as they are."""
+        tokenizer, transformer = modules
         tokenizer.load_state_dict(checkpoint.tokenizer, assign=True)
         if transformer is not None:
             transformer.load_state_dict(checkpoint.transformer, assign=True)

@@ -194,3 +194,15 @@ def test_labels(tiny):
 def test_teacher_inputs_of_the_wrong_length_are_named(tiny):
     with pytest.raises(UserError, match=r"teacher inputs must be \(B, 29, 4\)"):
         tiny.transformer(torch.tensor([1]), torch.zeros(1, 30, 4))
+
+
+def test_training_after_inference_mode():
+    """What is kept between calls must not have been made as an inference tensor."""
+    pipeline = randomised(tiny_config("1,2,3,5"))  # a pyramid of this test alone
+    inputs = torch.randn(2, 38, pipeline.config.tokenizer.code_width)
+    values = torch.tensor([0, 1])
+    with torch.inference_mode():
+        pipeline.transformer(values, inputs)
+    pipeline.transformer.requires_grad_(True)
+    pipeline.transformer(values, inputs).logits_BNV.square().mean().backward()
+    assert pipeline.transformer.level_embed.weight.grad.abs().max() > 0

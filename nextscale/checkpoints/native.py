@@ -22,6 +22,8 @@ from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, c
 from nextscale.config import ModelConfig, from_dict, to_dict
 from nextscale.errors import UserError
 from nextscale.files import read_json, replacing, write_json
+from nextscale.model.var import VAR
+from nextscale.tokenizer.tokenizer import Tokenizer
 
 FORMAT, VERSION = "nextscale", 1
 _OWN_MAPPING = 2**18
@@ -86,12 +88,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a folder. Raises UserError naming the file and the tensor at fault."""
+    return read_modules(folder)[0]
+
+
+def read_modules(folder: Path) -> tuple[Checkpoint, tuple[Tokenizer, VAR | None]]:
+    """A folder's checkpoint, and the modules it is for, on the meta device: what its tensors were checked against."""
     config, origin = read_config(folder)
     tokenizer, transformer = build_on_meta(config)
     tensors = read_safetensors(folder / TOKENIZER, shapes_of(tokenizer))
     weights = read_safetensors(folder / TRANSFORMER, shapes_of(transformer)) if transformer is not None else {}
     extras = read_safetensors(folder / ORIGINAL) if (folder / ORIGINAL).exists() else {}
-    return Checkpoint(config, tensors, weights, origin, extras)
+    return Checkpoint(config, tensors, weights, origin, extras), (tokenizer, transformer)
 
 
 def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> dict[str, Tensor]:

@@ -64,10 +64,18 @@ class KVCache:
 
 
 @lru_cache(maxsize=8)
+def scale_indices(pyramid: Pyramid, device: torch.device) -> Tensor:
+    """Which scale each position belongs to, int64 (L,). Copied to the device once: a captured graph may not wait."""
+    with torch.inference_mode(False):  # what is kept may be used in training later
+        return torch.tensor(pyramid.scale_of_L, device=device)
+
+
+@lru_cache(maxsize=8)
 def block_causal_mask(pyramid: Pyramid, device: torch.device) -> Tensor:
     """(L, L), True where the row's token may see the column's: its own scale and all coarser ones."""
-    scale_L = torch.tensor(pyramid.scale_of_L, device=device)
-    return scale_L[:, None] >= scale_L[None, :]
+    scale_L = scale_indices(pyramid, device)
+    with torch.inference_mode(False):
+        return scale_L[:, None] >= scale_L[None, :]
 
 
 @lru_cache(maxsize=8)

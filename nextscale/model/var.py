@@ -19,7 +19,7 @@ from nextscale.config import TransformerConfig
 from nextscale.errors import UserError
 from nextscale.model.block import Block, modulate
 from nextscale.model.condition import ClassCondition
-from nextscale.model.context import ScaleContext, block_causal_mask
+from nextscale.model.context import ScaleContext, block_causal_mask, scale_indices
 from nextscale.model.prune import Pruning
 from nextscale.ops import Embedding, Linear
 from nextscale.pyramid import Pyramid
@@ -131,8 +131,8 @@ class VAR(nn.Module):
     def _place(self, span: tuple[int, int]) -> Tensor:
         """Level and position embeddings of a span (1, N, D)."""
         start, end = span
-        scales = torch.tensor(self.pyramid.scale_of_L[start:end], device=self.pos_embed.device)
-        return self.level_embed(scales) + self.pos_embed[:, start:end]
+        scales_L = scale_indices(self.pyramid, self.pos_embed.device)
+        return self.level_embed(scales_L[start:end]) + self.pos_embed[:, start:end]
 
     def _run(
         self,
