@@ -29,7 +29,7 @@ from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
 
 SCALES = {256: PYRAMID_256, 512: PYRAMID_512, 1024: PYRAMID_1024}
 START = {"size": 256, "batch": 1, "depth": 16}
-AXES = {"size": (256, 512, 1024), "batch": (1, 2, 4, 8, 16, 32, 64), "depth": (12, 16, 20, 24, 30)}
+AXES = {"size": (256, 512, 1024), "batch": (1, 4, 16, 64), "depth": (12, 16, 20, 24, 30)}
 
 
 def config_of(point: dict[str, int]) -> ModelConfig:

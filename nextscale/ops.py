@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from nextscale.errors import UserError
 
 _MIN_ROWS = 16
+_SCORES = 2**23
+"""Attention scores that are written out at once in inference."""
 _SMALL_CONV = 20480
 _LARGE_MAP = 4096
 """Cells of a map from which Winograd's transformations pay."""
@@ -93,11 +95,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     low = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if not (fast and low and q.device.type == "cpu"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    if torch.is_grad_enabled() or len(q) <= 2:
+    if torch.is_grad_enabled():
         return _written_out(q, k, v, mask, scale)
-    # few enough scores to stay in the cache
-    parts = zip(q.split(2), k.split(2), v.split(2), strict=True)
-    return torch.cat([_written_out(*part, mask, scale) for part in parts])
+    pairs = zip(q.split(2), k.split(2), v.split(2), strict=True)
+    return torch.cat([_in_portions(*pair, mask, scale) for pair in pairs])
+
+
+def _in_portions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As `_written_out`, a portion of the queries after another: few enough scores to stay in the cache."""
+    at_once = max(_SCORES // (2 * q.shape[1] * k.shape[2]), 32)  # whatever the batch, so that it changes no bit
+    portions = q.split(at_once, dim=2)
+    masks = [None] * len(portions) if mask is None else mask.split(at_once)
+    outs = [_written_out(part, k, v, rows, scale) for part, rows in zip(portions, masks, strict=True)]
+    return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -150,3 +150,20 @@ def test_without_onednn_and_nnpack_the_plain_path_runs(tmp_path, monkeypatch):
         ops._computed.cache_clear()
     assert torch.equal(plain.tokens, usual.tokens)
     assert (plain.tensor - usual.tensor).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_in_portions_equals_attention_at_once(masked, monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 4, n, 8, generator=rng).bfloat16() for n in (100, 130, 130))
+    mask = torch.rand(100, 130, generator=rng) < 0.5 if masked else None
+    with torch.no_grad():
+        whole = ops.attention(q, k, v, mask, 0.5)
+        monkeypatch.setattr(ops, "_SCORES", 2 * 4 * 130 * 40)
+        portions = ops.attention(q, k, v, mask, 0.5)
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=0.5)
+        alone = ops.attention(q[1:2], k[1:2], v[1:2], mask, 0.5)
+    assert portions.shape == whole.shape
+    for ours in (whole, portions):
+        assert (ours.double() - exact).abs().max() <= 0.02 * exact.abs().max()
+    assert torch.equal(alone[0], portions[1])
