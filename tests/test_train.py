@@ -337,3 +337,13 @@ def test_training_learns(tmp_path):
     examples = MemoryExamples(tokens=tokens, label=torch.arange(5))
     fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config), config, tmp_path)
     assert read_log(tmp_path / "log.jsonl")[-1]["loss"] < 0.2
+
+
+def test_a_reader_that_dies_is_told_from_other_failures():
+    from nextscale.train.loop import _worker_death
+
+    assert "handed over" in _worker_death(ConnectionResetError(104, "reset by peer"), 2)
+    assert "handed over" in _worker_death(EOFError(), 1)
+    assert _worker_death(RuntimeError("DataLoader worker (pid 7) is killed\nmore"), 1).endswith("is killed")
+    assert _worker_death(RuntimeError("shapes differ"), 1) == ""
+    assert _worker_death(EOFError(), 0) == ""

@@ -80,11 +80,11 @@ def fit(
             # ---- one step
             try:
                 finite = stepper.gradients(portions)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):  # torch has no type of its own for this
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                reason = _worker_death(error, config.workers)
+                if not reason:
                     raise
                 run.save()  # the weights are those of the last whole step
-                reason = str(error).splitlines()[0]
                 raise UserError(f"{reason}; the state after step {learner.step} is saved in {folder}") from error
             stop, broken = stepper.world.any(stopping.is_set(), not finite)
             if broken:
@@ -106,6 +106,19 @@ def fit(
                 raise Interrupted(task.name, done, stepper.steps)
     run.close()
     task.eval()
+
+
+def _worker_death(error: Exception, workers: int) -> str:
+    """How a process that reads examples ended, or nothing when it is not what this error is about.
+
+    torch has no type of its own for it; and a death amid the handing over of a batch breaks the connection instead.
+    """
+    text = str(error)
+    if "DataLoader worker" in text:
+        return text.splitlines()[0]
+    if workers and not isinstance(error, RuntimeError):
+        return f"a DataLoader worker died while it handed over a batch ({type(error).__name__})"
+    return ""
 
 
 def fit_run(
