@@ -81,23 +81,24 @@ def curves(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path) ->
 
 def spreads(panels: dict[str, list[tuple[float | str, float, float]]], x_name: str, path: Path) -> None:
     """Means with deviations, (x, mean, deviation): lines over numbers, points over names. Needs matplotlib."""
-    figure, all_axes = _figure(len(panels))
+    longest = max((len(str(x)) for points in panels.values() for x, _, _ in points), default=0)
+    figure, all_axes = _figure(len(panels), height=3.5 if longest <= 12 else 5.5)
     for axes, (panel, points) in zip(all_axes, panels.items(), strict=True):
         x, mean, deviation = zip(*points, strict=True)
         axes.errorbar(x, mean, deviation, fmt="o-" if isinstance(x[0], int | float) else "o", capsize=3, linewidth=1)
         axes.set(title=panel, xlabel=x_name)
         axes.grid(alpha=0.3)
         if isinstance(x[0], str):
-            axes.tick_params("x", rotation=30)
+            axes.tick_params("x", rotation=90 if longest > 12 else 30)
     _save_figure(figure, path)
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int, height: float = 3.5) -> tuple[Any, Any]:
     """A figure of panels side by side, and their axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * panels, 3.5), layout="constrained")
+    figure = Figure(figsize=(5 * panels, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
