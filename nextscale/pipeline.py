@@ -309,7 +309,8 @@ class Pipeline:
             raise UserError(f"a mask tensor must be ({height}, {width}); got {tuple(mask_HW.shape)}")
         keep_1L = keep_cells(mask_HW.to(self.device), self.config.pyramid)[None]
         kept = Kept(self.encode([image]).to(self.device), keep_1L)
-        sample = generate(self.tokenizer, self.transformer, values, settings, first_image, kept)
+        refiner = self._refiner_for(settings)
+        sample = generate(self.tokenizer, self.transformer, values, settings, first_image, kept, refiner)
         return Images(sample.tokens_BL.cpu(), sample.images_B3HW.cpu(), (self.caption(int(values[0])),))
 
     def encode(self, images: Sequence[ImageLike] | Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nextscale.config import SampleConfig
 from nextscale.errors import UserError
@@ -51,6 +52,16 @@ def test_a_refiner_draws_the_late_scales_alone(tmp_path):
     assert torch.equal(both.tokens[:, :start], plain.tokens[:, :start])
     assert not torch.equal(both.tokens[:, start:], plain.tokens[:, start:])
     assert torch.equal(large.sample([1, 2], seed=0).tokens, plain.tokens), "a refiner stays where none was asked for"
+
+
+def test_editing_takes_turns_as_well():
+    pipeline = randomised(tiny_config(SCALES))
+    height, width = pipeline.config.image_size
+    image, mask = Image.new("RGB", (width, height), "teal"), torch.zeros(height, width)
+    mask[:, : width // 2] = 1
+    plain = pipeline.edit(image, mask, 1, seed=3).tokens
+    pipeline.refine_with(pipeline)
+    assert torch.equal(pipeline.edit(image, mask, 1, seed=3, draft_scales=2).tokens, plain)
 
 
 def test_refiners_that_do_not_fit(tiny, tmp_path):
