@@ -8,19 +8,18 @@ Random weights; every point in a process of its own. Writes growth.json and grow
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nextscale.bench.memory import peak_resident
+from nextscale.bench.run import time_batch
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.config import ModelConfig, SampleConfig, TransformerConfig
 from nextscale.files import write_json
 from nextscale.info import describe_config
 from nextscale.machine import describe_machine, find_device
@@ -46,21 +45,16 @@ def measure(point: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
             torch.nn.init.uniform_(parameter, -0.03, 0.03)
     tokenizer.set_compute_dtype(getattr(torch, dtype))
     pipeline = Pipeline(config_of(point), tokenizer, transformer).pack()
+    settings = SampleConfig()
     if point["batch"] == 1:
-        pipeline.sample([0], seed=1)  # packs the weights
-    marks, canvas = [time.perf_counter()], None
-    for step in pipeline.sample_scales([0] * point["batch"], seed=0):
-        canvas = step.canvas_BChw
-        marks.append(time.perf_counter())
-    assert canvas is not None, "a pyramid has a scale"
-    pipeline.tokenizer.paint(canvas)
-    marks.append(time.perf_counter())
+        time_batch(pipeline, 1, settings)  # packs the weights
+    scales, decoder = time_batch(pipeline, point["batch"], settings)
     memory = torch.cuda.max_memory_allocated() if device != "cpu" else peak_resident()
     return {
         **point,
-        "seconds": marks[-1] - marks[0],
-        "seconds_decoder": marks[-1] - marks[-2],
-        "seconds_per_scale": [b - a for a, b in itertools.pairwise(marks[:-1])],
+        "seconds": sum(scales) + decoder,
+        "seconds_decoder": decoder,
+        "seconds_per_scale": scales,
         "peak_bytes": memory,
     }
 

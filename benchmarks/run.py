@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.official import official_shape, official_tensors
+from nextscale.bench.run import spread
 from nextscale.info import describe_config
 from nextscale.machine import describe_machine, find_device
 from nextscale.pipeline import Pipeline
@@ -158,10 +159,6 @@ def start_up(folder: Path, rounds: int) -> dict[str, list[float]]:
             if turn:
                 out[name].append(float(run.stdout.split()[-1]) - began)
     return out
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:

@@ -66,7 +66,7 @@ def bench(
                 cases.append(_case(model, dtype, pipeline, batch, kept, settings, memory))
             if len(models) == 2:
                 ratios = [b / a for a, b in zip(times[0].whole(), times[1].whole(), strict=True)]
-                cases[-2]["times_as_fast"] = _spread(ratios)
+                cases[-2]["times_as_fast"] = spread(ratios)
     return {
         "models": list(models),
         "rounds": rounds,
@@ -108,7 +108,7 @@ def _case(
         "model": model,
         "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
         "batch": batch,
-        "seconds": _spread(times.whole()),
+        "seconds": spread(times.whole()),
         "seconds_per_image": seconds / batch,
         "images_per_s": batch / seconds,
         "seconds_per_scale": [statistics.median(column) for column in zip(*times.scales, strict=True)],
@@ -119,7 +119,8 @@ def _case(
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

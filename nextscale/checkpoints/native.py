@@ -27,6 +27,7 @@ from nextscale.tokenizer.tokenizer import Tokenizer
 
 FORMAT, VERSION = "nextscale", 1
 _OWN_MAPPING = 2**18
+"""Values from which a tensor is mapped by itself."""
 TOKENIZER, TRANSFORMER, ORIGINAL = "tokenizer.safetensors", "transformer.safetensors", "original.safetensors"
 
 
