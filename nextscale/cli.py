@@ -13,7 +13,7 @@ import tyro
 
 from nextscale import __version__
 from nextscale.commands import COMMANDS
-from nextscale.config import nearest, underived
+from nextscale.config_dict import nearest, underived
 from nextscale.config_files import read_settings
 from nextscale.errors import UserError
 

@@ -1,32 +1,17 @@
-"""The config tree: dataclasses, their JSON form, and overrides. Needs no torch.
+"""The config tree: dataclasses of settings. Needs no torch.
 
 One `ModelConfig` describes a whole generator (pyramid, tokenizer, transformer) and is what `config.json` holds.
-Reading is strict: an unknown key names the nearest known one, a value of the wrong type says where it stands.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import difflib
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from nextscale.config_dict import check
 from nextscale.errors import UserError
 from nextscale.pyramid import PYRAMID_256, Pyramid
-
-T = TypeVar("T")
-
-
-def check(part: str, config: Any, rules: dict[str, bool]) -> None:
-    """Raise UserError for the first rule that does not hold; a rule starts with the name of its setting."""
-    for rule, holds in rules.items():
-        if not holds:
-            name = rule.split()[0].rstrip(",")
-            raise UserError(f"{part}: {rule}; got {name}={getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +87,68 @@ class ClassConditionConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixture of experts (MEPA, arXiv 2607.00371, Sec. 4.2): FFN experts and a router in every block."""
+
+    router: Literal["none", "stmoe", "smoe", "expert-choice", "moe++"] = "none"
+    """Who chooses: each token, knowing its scale (stmoe, Eq. 9); each scale, for all its tokens (smoe, Eq. 8); each
+    expert, among the tokens of an image and scale (expert-choice); each token, also among idle experts (moe++). none:
+    a dense FFN."""
+    count: int = 8
+    """FFN experts M, each as wide as the dense FFN."""
+    active: int = 3
+    """Experts m that work on a token; with expert-choice on average."""
+    renormalise: bool = False
+    """Divide the gates by their sum. Otherwise (Eq. 7) they are the softmax over all experts as it is, and sum to
+    less than 1."""
+    scale_embedding: bool = True
+    """stmoe: an own scale embedding per layer (Eq. 9); without it, the one that tokens carry has to do."""
+    zero: int = 1
+    """moe++: experts that return nothing."""
+    copy: int = 1
+    """moe++: experts that return their input."""
+    constant: int = 2
+    """moe++: experts that mix their input and a learned vector."""
+    gating_residual: bool = True
+    """moe++: the router also sees the scores of the block before."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "count must be 1 to 4096": 1 <= self.count <= 4096,
+            "active must be 1 to the number of experts": 1 <= self.active <= self.count + self.idle,
+            "zero, copy and constant must be 0 to 4096": all(
+                0 <= n <= 4096 for n in (self.zero, self.copy, self.constant)
+            ),
+        }
+        check("experts", self, rules)
+
+    @property
+    def idle(self) -> int:
+        """Experts without an FFN."""
+        return self.zero + self.copy + self.constant if self.router == "moe++" else 0
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The head of semantic guidance (MEPA, Sec. 4.3): from a middle block's output to an encoder's features."""
+
+    width: int = 0
+    """Width of the encoder's features, 768 of a ViT-B; 0 = no head. In training it follows from the encoder."""
+    hidden: int = 2048
+    """Width of the two hidden layers of the projector, Linear-SiLU-Linear-SiLU-Linear (as REPA, arXiv 2410.06940)."""
+    block: int = 0
+    """The block whose output is projected, counted from 1; 0 means depth // 2."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "width must be 0 to 2^20": 0 <= self.width <= 2**20,
+            "hidden must be 1 to 2^20": 1 <= self.hidden <= 2**20,
+            "block must be 0 or more": self.block >= 0,
+        }
+        check("alignment", self, rules)
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Block-causal transformer of VAR. `depth` alone gives a published model: width 64 x depth, heads = depth."""
 
@@ -118,6 +165,8 @@ class TransformerConfig:
     """One adaLN projection for all blocks plus a learned offset per block (published 512 px model)."""
     norm_eps: float = 1e-6
     condition: ClassConditionConfig = field(default_factory=ClassConditionConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
 
     def __post_init__(self) -> None:
         for name, value in self.derived().items():
@@ -133,6 +182,8 @@ class TransformerConfig:
                 "norm_eps must be above 0": 0 < self.norm_eps < 1,
             },
         )
+        if self.alignment.block > self.depth:
+            raise UserError(f"transformer: alignment.block {self.alignment.block} is beyond the depth, {self.depth}")
         if self.width % self.heads:
             raise UserError(
                 f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: "
@@ -145,7 +196,13 @@ class TransformerConfig:
 
     @property
     def ffn_width(self) -> int:
+        """Hidden width of the FFN, F."""
         return round(self.width * self.ffn_ratio)
+
+    @property
+    def aligned_block(self) -> int:
+        """The block, counted from 1, whose output the alignment head projects."""
+        return self.alignment.block or max(self.depth // 2, 1)
 
 
 @dataclass(frozen=True)
@@ -256,90 +313,3 @@ class SampleConfig:
             "draft_scales and prune cannot be combined": not (self.draft_scales and self.prune),
         }
         check("sampling", self, rules)
-
-
-def to_dict(config: Any) -> Any:
-    """The JSON form of a config: nested dicts and lists; a pyramid is its list of [h, w] sides."""
-    if isinstance(config, Pyramid):
-        return [list(side) for side in config.sides]
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    return [to_dict(v) for v in config] if isinstance(config, tuple | list) else config
-
-
-def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = None) -> T:
-    """Build dataclass `cls` from parsed JSON or YAML. Raises UserError naming the place of an unknown key or value.
-
-    Settings that `data` leaves out keep their value in `base`, at every depth; without a base, their defaults.
-    """
-    if not isinstance(data, dict):
-        raise UserError(f"{where} must be a table of settings, got {data!r}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            raise UserError(f"{where} has no setting '{key}'{nearest(str(key), known)}")
-    values = {
-        key: _convert(hints[key], value, f"{where}.{key}", getattr(base, key, None)) for key, value in data.items()
-    }
-    return cls(**values) if base is None else dataclasses.replace(underived(base), **values)  # type: ignore[type-var]
-
-
-def underived(config: T) -> T:
-    """The config with fields that follow from others set back to 0, at every depth, so that they will follow again."""
-    out = copy.copy(config)
-    followers = config.derived() if hasattr(config, "derived") else {}
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, Pyramid):
-            object.__setattr__(out, f.name, underived(value))
-        elif f.name in followers and value == followers[f.name]:
-            object.__setattr__(out, f.name, 0)
-    return out
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A hint for an unknown name: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-
-
-def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
-    """`value` as the type `hint`, or a UserError that says where it stands."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Pyramid:
-        if not isinstance(value, str | list | tuple):
-            raise UserError(f"{where} is {value!r}; it must list map sides, coarse to fine: [1, 2, 4]")
-        return Pyramid.parse(value) if isinstance(value, str) else Pyramid(tuple(value))
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where, base)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where, base)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, arguments))}")
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    return _scalar(hint, value, where)
-
-
-def _scalar(hint: Any, value: Any, where: str) -> Any:
-    """A bool, int, float or str. YAML reads 1e-4 as a string, so strings that spell a number are taken."""
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
-        return value
-    if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if hint is float:
-                return number
-            if number == int(number):
-                return int(value)
-        except (ValueError, OverflowError):
-            pass
-    wanted = getattr(hint, "__name__", None) or "list"
-    raise UserError(f"{where} is {value!r}; it must be {'a list' if wanted == 'tuple' else 'of type ' + wanted}")

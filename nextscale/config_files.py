@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nextscale.config import from_dict, nearest
+from nextscale.config_dict import from_dict, nearest
 from nextscale.errors import UserError
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
-from nextscale.config import ModelConfig, SampleConfig, TransformerConfig, nearest
+from nextscale.config import ModelConfig, SampleConfig, TransformerConfig
+from nextscale.config_dict import nearest
 from nextscale.errors import UserError
 from nextscale.model.prune import Pruning
 from nextscale.presets import PRESETS, preset

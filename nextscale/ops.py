@@ -47,13 +47,16 @@ has_onednn = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 
+wide_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Without them (AVX2) MKL's products for training are the faster ones, and GELU is faster on its own."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out), then perhaps tanh-GELU: every layer's product."""
     if _by_onednn(x, weight):
         return _inferred(x, weight, bias, gelu)
     rows = x.numel() // x.shape[-1]
-    if fast and has_onednn and rows >= _PRODUCT_ROWS and _trains(x, weight):
+    if rows >= _PRODUCT_ROWS and _gains(x) and _trains(x, weight):
         y = _Product.apply(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], weight.shape[0])
     elif x.device.type != "cpu" or rows >= _MIN_ROWS:
         y = F.linear(x.contiguous(), weight, bias)
@@ -81,9 +84,11 @@ def _inferred(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Ten
     rows = len(rows_RI)
     if rows == 1:  # alone it would be summed in another order
         rows_RI = torch.cat((rows_RI, rows_RI))
-    activation = "gelu" if gelu else "none"
-    y = torch.ops.mkldnn._linear_pointwise(rows_RI, weight, bias, activation, [], "tanh" if gelu else "")
-    return y[:rows].view(*x.shape[:-1], weight.shape[0])
+    fused = gelu and wide_vectors
+    y = torch.ops.mkldnn._linear_pointwise(
+        rows_RI, weight, bias, "gelu" if fused else "none", [], "tanh" if fused else ""
+    )[:rows].view(*x.shape[:-1], weight.shape[0])
+    return F.gelu(y, approximate="tanh") if gelu and not fused else y
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -118,12 +123,8 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 
 
 def _trains(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a float32 product on a CPU that will be differentiated."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.compiler.is_compiling():  # the compiler chooses products of its own
-        return False
-    return x.dtype == weight.dtype == torch.float32 and (x.requires_grad or weight.requires_grad)
+    """Whether this product will be differentiated, in float32."""
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and weight.dtype == torch.float32
 
 
 class _Product(torch.autograd.Function):
@@ -136,29 +137,59 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_RI, weight)
-        return torch.ops.mkldnn._linear_pointwise(x_RI, weight, bias, "none", [], "")
+        return product(x_RI, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_RI, weight = ctx.saved_tensors
         dy_RO = gradients[0].contiguous()
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.ops.aten.convolution_backward(
-                _pixels(dy_RO), _pixels(x_RI), weight[:, :, None, None], None,
-                [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False],
-            )[0].permute(0, 2, 3, 1).reshape(x_RI.shape)  # fmt: skip
-        if ctx.needs_input_grad[1]:
-            operands = dy_RO.to_mkldnn(), x_RI.to_mkldnn()
-            dweight = torch.ops.aten.mkldnn_linear_backward_weights(*operands, weight, False)[0].to_dense()
-        if ctx.needs_input_grad[2]:
-            dbias = dy_RO.sum(dim=0)
-        return dx, dweight, dbias
+        dx, dweight, dbias = ctx.needs_input_grad
+        return (
+            input_gradient(dy_RO, weight) if dx else None,
+            weight_gradient(dy_RO, x_RI) if dweight else None,
+            dy_RO.sum(dim=0) if dbias else None,
+        )
+
+
+def product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x times weight transposed, plus bias, as training computes it; autograd does not look inside."""
+    if len(x_RI) < _PRODUCT_ROWS or not _gains(x_RI):
+        return F.linear(x_RI, weight_OI, bias_O)
+    return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
+
+
+def input_gradient(dy_RO: Tensor, weight_OI: Tensor) -> Tensor:
+    """Gradient of x in x times weight transposed: dy times weight, (R, I)."""
+    if len(dy_RO) < _PRODUCT_ROWS or not _gains(dy_RO):
+        return dy_RO @ weight_OI
+    rows, (_, width) = len(dy_RO), weight_OI.shape
+    x_1IR1 = _pixels(dy_RO.new_empty(1, width).expand(rows, width))  # only its shape is looked at
+    return torch.ops.aten.convolution_backward(
+        _pixels(dy_RO), x_1IR1, weight_OI[:, :, None, None], None,
+        [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False],
+    )[0].permute(0, 2, 3, 1).reshape(rows, width)  # fmt: skip
+
+
+def weight_gradient(dy_RO: Tensor, x_RI: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient of the weight in x times weight transposed: dy transposed times x, (O, I); written to `out` if given."""
+    if len(dy_RO) < _PRODUCT_ROWS or not _gains(dy_RO):
+        return torch.mm(dy_RO.T, x_RI, out=out)
+    weight_OI = dy_RO.new_empty(1, 1).expand(dy_RO.shape[1], x_RI.shape[1])  # only its shape is looked at
+    operands = dy_RO.to_mkldnn(), x_RI.to_mkldnn()
+    gradient = torch.ops.aten.mkldnn_linear_backward_weights(*operands, weight_OI, False)[0].to_dense()
+    return gradient if out is None else out.copy_(gradient)
+
+
+def _gains(x: Tensor) -> bool:
+    """Whether products of training with these rows gain by oneDNN: in float32 on a CPU with wide vectors."""
+    if not (fast and has_onednn and wide_vectors) or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == torch.float32 and not torch.compiler.is_compiling()  # the compiler has products of its own
 
 
 def _pixels(x_RI: Tensor) -> Tensor:
     """Rows (R, I) as one image (1, I, R, 1) whose channels are last in memory."""
-    return x_RI.view(1, -1, 1, x_RI.shape[-1]).permute(0, 3, 1, 2)
+    return x_RI.unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)
 
 
 class Linear(nn.Linear):
@@ -202,11 +233,55 @@ class Linear(nn.Linear):
             destination[f"{prefix}weight"] = self.weight.to_dense()
 
 
+class StackedLinear(nn.Module):
+    """The `Linear` layers of several experts, in one weight (M, out, in) and one bias (M, out). Packed as they are."""
+
+    may_pack = False
+
+    def __init__(self, count: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(count, out_features))
+        self._packed: list[Tensor] = []
+
+    def product(self, j: int, x: Tensor, gelu: bool = False) -> Tensor:
+        """`linear` by the weight and bias of expert j."""
+        if self.may_pack and x.numel() >= _PACK_ROWS * x.shape[-1]:
+            self.pack()
+        return linear(x, self._packed[j] if self._packed else self.weight[j], self.bias[j], gelu)
+
+    def pack(self) -> None:
+        """As `Linear.pack`; a weight of no size stands in for the packed ones."""
+        self.may_pack = False
+        if fast and self.weight.device.type == "cpu" and self.weight.dtype in _computed() and not self._packed:
+            whole = self.weight.detach()
+            self._packed = [torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR) for weight in whole]
+            self.weight = nn.Parameter(whole.new_empty(0), requires_grad=False)
+
+    def train(self, mode: bool = True) -> StackedLinear:
+        if mode and (self.may_pack or self._packed):
+            raise UserError(f"weights that are packed for inference cannot be trained; {_UNPACKED}")
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        if self._packed:
+            self.weight, self._packed = nn.Parameter(self._whole(), requires_grad=False), []
+        return super()._apply(*arguments, **options)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed:
+            destination[f"{prefix}weight"] = self._whole()
+
+    def _whole(self) -> Tensor:
+        return torch.stack([packed.to_dense() for packed in self._packed])
+
+
 def pack(module: nn.Module) -> None:
     """Make every `Linear` of a module, for inference alone, pack its weight at the first product that gains by it."""
     module.requires_grad_(False)
     for part in module.modules():
-        if isinstance(part, Linear):
+        if isinstance(part, Linear | StackedLinear):
             part.may_pack = True
 
 

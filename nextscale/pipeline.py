@@ -20,7 +20,8 @@ from tqdm import tqdm
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.hub import locate, upload
 from nextscale.checkpoints.native import read_modules, write_checkpoint
-from nextscale.config import InitConfig, ModelConfig, SampleConfig, nearest
+from nextscale.config import InitConfig, ModelConfig, SampleConfig
+from nextscale.config_dict import nearest
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.errors import UserError
 from nextscale.machine import find_device, keep_freed_memory

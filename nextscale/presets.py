@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nextscale.config import ModelConfig, TransformerConfig, nearest
+from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.config_dict import nearest
 from nextscale.errors import UserError
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextscale.config import ModelConfig, SampleConfig, TokenizerConfig, TransformerConfig, from_dict, to_dict
+from nextscale.config import ModelConfig, SampleConfig, TokenizerConfig, TransformerConfig
+from nextscale.config_dict import from_dict, to_dict
 from nextscale.errors import UserError
 from nextscale.presets import PRESETS, preset
 from nextscale.quickstart.config import QuickstartConfig

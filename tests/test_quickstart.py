@@ -34,7 +34,7 @@ TINY = {
 
 
 def tiny_settings(**changes) -> QuickstartConfig:
-    from nextscale.config import from_dict
+    from nextscale.config_dict import from_dict
 
     return from_dict(QuickstartConfig, {**TINY, **changes})
 

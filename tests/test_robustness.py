@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nextscale.cli import main
-from nextscale.config import from_dict
+from nextscale.config_dict import from_dict
 from nextscale.data.datasets import load_images
 from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline

@@ -12,12 +12,25 @@ TREES = {f: ast.parse(f.read_text()) for f in FILES}
 # Imports point downwards only: a module may import from its own layer and from those before it.
 LAYERS = [
     ["nextscale", "nextscale.errors"],
-    ["nextscale.pyramid", "nextscale.files", "nextscale.rng", "nextscale.ops", "nextscale.machine"],
+    [
+        "nextscale.pyramid",
+        "nextscale.config_dict",
+        "nextscale.files",
+        "nextscale.rng",
+        "nextscale.ops",
+        "nextscale.machine",
+    ],
     ["nextscale.config", "nextscale.train.config", "nextscale.train.tokenizer_config", "nextscale.train.run_config"],
     ["nextscale.features.classifier_config", "nextscale.train.classifier_config", "nextscale.config_files"],
     ["nextscale.experiments.entry"],
     ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
-    ["nextscale.tokenizer", "nextscale.model", "nextscale.features.network", "nextscale.features.encoders"],
+    [
+        "nextscale.tokenizer",
+        "nextscale.model",
+        "nextscale.moe",
+        "nextscale.features.network",
+        "nextscale.features.encoders",
+    ],
     ["nextscale.data"],
     ["nextscale.sample", "nextscale.checkpoints"],
     ["nextscale.metrics", "nextscale.features"],

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from nextscale.config import SampleConfig, from_dict, to_dict
+from nextscale.config import SampleConfig
+from nextscale.config_dict import from_dict, to_dict
 from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
 

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from nextscale.bench.memory import peak_memory
-from nextscale.config import SampleConfig, to_dict
+from nextscale.config import SampleConfig
+from nextscale.config_dict import to_dict
 from nextscale.errors import UserError
 from nextscale.info import describe_config
 from nextscale.machine import describe_machine

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.checkpoints.checkpoint import Checkpoint
-from nextscale.config import ModelConfig, TransformerConfig, nearest
+from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.config_dict import nearest
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid, Side
 from nextscale.rng import generator

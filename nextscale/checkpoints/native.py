@@ -19,7 +19,8 @@ from torch import Tensor
 
 import nextscale
 from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
-from nextscale.config import ModelConfig, from_dict, to_dict
+from nextscale.config import ModelConfig
+from nextscale.config_dict import from_dict, to_dict
 from nextscale.errors import UserError
 from nextscale.files import read_json, replacing, write_json
 from nextscale.model.var import VAR

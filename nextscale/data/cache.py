@@ -214,6 +214,12 @@ class CachedExamples:
         """All labels."""
         return torch.cat([shard["labels"] for shard in self._shards])
 
+    @property
+    def feature_width(self) -> int:
+        """Width of the encoder's features beside the tokens; 0 where there are none."""
+        features = self._shards[0].get("features")
+        return 0 if features is None else features.shape[-1]
+
     def order(self, rng: torch.Generator) -> Tensor:
         return torch.randperm(self.count, generator=rng)
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextscale.config import SampleConfig, to_dict
+from nextscale.config import SampleConfig
+from nextscale.config_dict import to_dict
 from nextscale.data.datasets import decode
 from nextscale.data.sources import open_source
 from nextscale.errors import UserError

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextscale.config import SampleConfig, from_dict, nearest
+from nextscale.config import SampleConfig
+from nextscale.config_dict import from_dict, nearest
 from nextscale.config_files import read_settings, read_yaml
 from nextscale.errors import UserError
 from nextscale.features.classifier_config import ClassifierConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.checkpoints.native import read_config
-from nextscale.config import to_dict
+from nextscale.config_dict import to_dict
 from nextscale.data.cache import is_cache
 from nextscale.errors import UserError
 from nextscale.evaluate.measures import NEUTRAL, name_of

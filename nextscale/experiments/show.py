@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from nextscale.config import to_dict
+from nextscale.config_dict import to_dict
 from nextscale.experiments.entry import Experiment
 from nextscale.experiments.run import key
 from nextscale.train.estimate import estimate

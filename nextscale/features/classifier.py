@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.checkpoints.checkpoint import shapes_of
 from nextscale.checkpoints.native import read_safetensors, separated
-from nextscale.config import from_dict, to_dict
+from nextscale.config_dict import from_dict, to_dict
 from nextscale.errors import UserError
 from nextscale.features.classifier_config import ClassifierConfig
 from nextscale.features.network import Features, fingerprint

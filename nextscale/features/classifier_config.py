@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nextscale.config import check
+from nextscale.config_dict import check
 
 
 @dataclass(frozen=True)

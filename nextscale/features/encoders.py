@@ -47,6 +47,11 @@ class PatchEncoder(nn.Module):
         normal_B3HW = ((image_B3HW + 1) / 2 - self.mean_3) / self.std_3
         return self.model(normal_B3HW).last_hidden_state.float()
 
+    @property
+    def width(self) -> int:
+        """Width C of a feature."""
+        return int(self.model.config.hidden_size)
+
     def fingerprint(self) -> str:
         """A checksum of the weights."""
         return fingerprint(self)

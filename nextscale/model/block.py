@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nextscale.config import TransformerConfig
 from nextscale.model.attention import Attention
 from nextscale.model.context import ScaleContext
+from nextscale.moe.layer import MixtureOfExperts
 from nextscale.ops import Linear
 
 
@@ -76,15 +77,15 @@ class Block(nn.Module):
 
     mixers: Sequence[Attention]
 
-    def __init__(self, config: TransformerConfig, index: int):
+    def __init__(self, config: TransformerConfig, index: int, scales: int):
         super().__init__()
         self.eps, self.index = config.norm_eps, index
         self.mixers = nn.ModuleList([Attention(config)])  # type: ignore[assignment]
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config) if config.experts.router == "none" else MixtureOfExperts(config, scales, index)
         self.adaln = AdaLN(config, len(self.layers))
 
     @property
-    def layers(self) -> tuple[Attention | FeedForward, ...]:
+    def layers(self) -> tuple[Attention | FeedForward | MixtureOfExperts, ...]:
         """The S layers in the order they run."""
         return *self.mixers, self.ffn
 
@@ -93,13 +94,21 @@ class Block(nn.Module):
         return [mixer.new_state(batch, length) for mixer in self.mixers] + [None]
 
     def forward(
-        self, x_BND: Tensor, adaln_B3SD: Tensor, context: ScaleContext, states: list[Any] | None
+        self,
+        x_BND: Tensor,
+        adaln_B3SD: Tensor,
+        context: ScaleContext,
+        states: list[Any] | None,
+        previous: list[Any] | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """The block's output and what each layer recorded. `states` are the layers' own, None without a cache."""
+        """The block's output and what each layer recorded.
+
+        `states` are the layers' own, None without a cache; `previous` is what the block before recorded.
+        """
         records = []
         for s, layer in enumerate(self.layers):
             gamma, scale, shift = adaln_B3SD[:, :, s].unsqueeze(2).unbind(1)  # (B, 1, D) each
-            here = replace(context, state=states[s]) if states else context
+            here = replace(context, state=states[s] if states else None, previous=previous[s] if previous else None)
             if context.pruning is None:
                 y, record = layer(modulate(x_BND, scale, shift, self.eps), here)
                 x_BND = torch.addcmul(x_BND, y, gamma)

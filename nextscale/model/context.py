@@ -34,6 +34,22 @@ class ScaleContext:
     """The finest scale at hand."""
     pruning: Pruning | None = None
     """Which tokens are left out, or None when all are computed."""
+    previous: Any = None
+    """What the same layer of the block before recorded; None in the first block."""
+
+    def scales(self, device: torch.device) -> Tensor:
+        """Which scale each token at hand belongs to, int64: (N,), or (1,) when all are of one."""
+        start, end = self.span
+        if self.mask_LL is None:  # a step; under a pruning its span counts computed tokens
+            start = self.pyramid.spans[self.k][0]
+            end = start + 1
+        return scale_indices(self.pyramid, device)[start:end]
+
+    def segments(self, count: int) -> list[tuple[int, int]]:
+        """The `count` tokens at hand, scale by scale."""
+        if self.mask_LL is None:
+            return [(0, count)]
+        return [span for span in self.pyramid.spans if span[1] <= count]
 
 
 class Layer(Protocol):

@@ -9,6 +9,8 @@ from torch import nn
 
 from nextscale.config import InitConfig
 from nextscale.model.var import VAR
+from nextscale.moe.routers import Router
+from nextscale.ops import StackedLinear
 
 
 @torch.no_grad()
@@ -25,6 +27,12 @@ def initialise(model: VAR, config: InitConfig, generator: torch.Generator) -> VA
             normal(module.weight)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+        elif isinstance(module, StackedLinear):
+            normal(module.weight)
+            module.bias.zero_()
+    for module in model.modules():
+        if isinstance(module, Router) and module.scale_embed is not None:
+            module.scale_embed.weight.div_(std)  # as large as the normalised tokens beside them
     normal(model.pos_start)
     normal(model.pos_embed)
     model.head.weight.mul_(config.head)  # first predictions near uniform

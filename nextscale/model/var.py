@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nextscale.config import TransformerConfig
 from nextscale.errors import UserError
+from nextscale.model.align import Projector
 from nextscale.model.block import Block, modulate
 from nextscale.model.condition import ClassCondition
 from nextscale.model.context import ScaleContext, block_causal_mask, scale_indices
@@ -46,6 +47,8 @@ class Output:
     """float32."""
     records: list[list[Any]]
     """What each layer of each block recorded (routing, in mixtures of experts); None for dense layers."""
+    projected_BNE: Tensor | None = None
+    """The alignment head's output, of the first scales, where it was asked for."""
 
 
 class VAR(nn.Module):
@@ -62,10 +65,13 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, pyramid.counts[0], D))
         self.pos_embed = nn.Parameter(torch.empty(1, pyramid.length, D))
         self.level_embed = Embedding(len(pyramid), D)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))  # type: ignore[assignment]
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            Block(config, i, len(pyramid)) for i in range(config.depth)
+        )
         self.shared_adaln = Linear(D, 3 * len(self.blocks[0].layers) * D) if config.shared_adaln else None
         self.head_adaln = Linear(D, 2 * D)
         self.head = Linear(D, vocab_size)
+        self.projector = Projector(config) if config.alignment.width else None
 
     def conditioning(self, values: Any) -> Conditioning:
         """Everything derived from a batch of condition values (labels)."""
@@ -78,11 +84,12 @@ class VAR(nn.Module):
             self.head_adaln(active_BD).view(len(cond_BD), 2, -1),
         )
 
-    def forward(self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None) -> Output:
+    def forward(self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None, guided: int = 0) -> Output:
         """Logits (B, L, V) of all scales at once.
 
         `values`: the condition (labels, int64 (B,)). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
         (B, L - N of scale 0, C). `branch_keep`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
+        `guided`: how many scales the alignment head projects, for semantic guidance.
         """
         expected = self.pyramid.length - self.pyramid.counts[0]
         if x_BLC.ndim != 3 or x_BLC.shape[1] != expected:
@@ -93,7 +100,7 @@ class VAR(nn.Module):
             x_BND = torch.cat([x_BND, self._embed(x_BLC, (self.pyramid.counts[0], self.pyramid.length))], dim=1)
         mask_LL = block_causal_mask(self.pyramid, x_BND.device)
         context = ScaleContext(self.pyramid, (0, self.pyramid.length), mask_LL, k=len(self.pyramid) - 1)
-        return self._run(x_BND, conditioning, context, None, branch_keep)
+        return self._run(x_BND, conditioning, context, None, branch_keep, guided=guided)
 
     def step(
         self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, pruning: Pruning | None = None
@@ -142,16 +149,22 @@ class VAR(nn.Module):
         cache: Cache | None,
         branch_keep: Tensor | None = None,
         wanted: int = 0,
+        guided: int = 0,
     ) -> Output:
         """Through the blocks to logits, of the tokens from `wanted` on."""
-        records = []
+        projected_BNE = None
+        records: list[list[Any]] = []
         for i, block in enumerate(self.blocks):
             adaln_B3SD = conditioning.blocks_B3SD[i]
             if branch_keep is not None:  # dropping a branch is a gamma of zero
                 gamma_B1SD = adaln_B3SD[:, :1] * branch_keep[i].T[:, None, :, None]
                 adaln_B3SD = torch.cat([gamma_B1SD, adaln_B3SD[:, 1:]], dim=1)
-            x_BND, record = block(x_BND, adaln_B3SD, context, cache[i] if cache else None)
+            x_BND, record = block(
+                x_BND, adaln_B3SD, context, cache[i] if cache else None, records[-1] if records else None
+            )
             records.append(record)
+            if guided and self.projector is not None and i + 1 == self.config.aligned_block:
+                projected_BNE = self.projector(x_BND[:, : self.pyramid.spans[guided - 1][1]])
         scale, shift = conditioning.head_B2D.unsqueeze(2).unbind(1)
         x_BND = modulate(x_BND[:, wanted:], scale, shift, self.config.norm_eps)
-        return Output(self.head(x_BND).float(), records)
+        return Output(self.head(x_BND).float(), records, projected_BNE)

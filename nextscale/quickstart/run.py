@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.config import ClassConditionConfig, InitConfig, ModelConfig, to_dict
+from nextscale.config import ClassConditionConfig, InitConfig, ModelConfig
+from nextscale.config_dict import to_dict
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import MemoryExamples
 from nextscale.errors import UserError

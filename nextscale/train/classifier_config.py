@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nextscale.config import DataConfig, check
+from nextscale.config import DataConfig
+from nextscale.config_dict import check
 from nextscale.features.classifier_config import ClassifierConfig
 from nextscale.train.config import TrainConfig
 

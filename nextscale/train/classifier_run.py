@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nextscale.config import to_dict
+from nextscale.config_dict import to_dict
 from nextscale.data.datasets import load_images, open_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nextscale.config import check
+from nextscale.config_dict import check
 from nextscale.errors import UserError
 
 

@@ -76,7 +76,7 @@ def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
         classes = len(TokenCache(Path(config.data)).names)
     else:
         notes.append("assumed 1,000 classes")
-    return dataclasses.replace(base, transformer=config.with_classes(classes), class_names=()), notes
+    return dataclasses.replace(base, transformer=config.with_classes(classes, 0), class_names=()), notes
 
 
 def _memory(train: TrainConfig, transformer: VAR, parameters: int) -> list[str]:

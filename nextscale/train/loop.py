@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from nextscale.config import to_dict
+from nextscale.config_dict import to_dict
 from nextscale.data.examples import check_unreadable
 from nextscale.errors import UserError
 from nextscale.train.config import TrainConfig

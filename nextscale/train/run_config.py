@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
-from nextscale.config import DataConfig, InitConfig, SampleConfig, TransformerConfig, check
+from nextscale.config import DataConfig, InitConfig, SampleConfig, TransformerConfig
+from nextscale.config_dict import check
 from nextscale.errors import UserError
 from nextscale.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised beside the cross-entropy (MEPA, Eq. 10-13): even use of experts, semantic guidance."""
+
+    balance: float = 0.01
+    """Weight of the load-balance loss of every mixture of experts (not in the paper; Switch's and GShard's)."""
+    idle_balance: float = 0.75
+    """moe++: what an idle expert counts in the load-balance loss, against 1 of an FFN expert."""
+    encoder: str = ""
+    """Semantic guidance by this frozen encoder: its folder or name on the hub, or 'cache' for the features that a token
+    cache holds (`nextscale tokenize --encoder`). Empty = none."""
+    group: str = "intermediate"
+    """Scales whose aggregated features are guided: last, large, intermediate, small, or numbers from 1 on: 5,6,7."""
+    cross_entropy: float = 0.5
+    """With guidance: weight lambda of the cross-entropy beside the guidance's 1 (Eq. 13)."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            f"{n} must be 0 or more": 0 <= getattr(self, n) < math.inf
+            for n in ("balance", "idle_balance", "cross_entropy")
+        }
+        check("loss", self, rules)
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,7 @@ class RunConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """The number of classes is taken from the data."""
     init: InitConfig = field(default_factory=InitConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """For the sample grids."""
@@ -43,7 +70,8 @@ class RunConfig:
             raise UserError("give either --tokenizer DIR (to train from scratch) or --start DIR (to fine-tune)")
         return self
 
-    def with_classes(self, count: int) -> TransformerConfig:
-        """The transformer for this many classes."""
+    def with_classes(self, count: int, features: int) -> TransformerConfig:
+        """The transformer for this many classes, with an alignment head for features of this width; 0 = none."""
         condition = dataclasses.replace(self.transformer.condition, num_classes=count)
-        return dataclasses.replace(self.transformer, condition=condition)
+        alignment = dataclasses.replace(self.transformer.alignment, width=features)
+        return dataclasses.replace(self.transformer, condition=condition, alignment=alignment)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nextscale.checkpoints.checkpoint import load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint
-from nextscale.config import DataConfig, to_dict
+from nextscale.config import DataConfig
+from nextscale.config_dict import to_dict
 from nextscale.data.cache import CacheWriter
 from nextscale.data.datasets import open_images
 from nextscale.data.examples import Examples

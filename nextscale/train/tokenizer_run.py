@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
-from nextscale.config import ModelConfig, to_dict
+from nextscale.config import ModelConfig
+from nextscale.config_dict import to_dict
 from nextscale.data.datasets import load_images, open_images
 from nextscale.data.examples import Examples
 from nextscale.files import write_json

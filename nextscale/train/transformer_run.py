@@ -12,11 +12,13 @@ from torch import Tensor
 
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
-from nextscale.config import ModelConfig, from_dict, to_dict
+from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.config_dict import from_dict, to_dict
 from nextscale.data.cache import CachedExamples, TokenCache, is_cache
 from nextscale.data.datasets import open_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError
+from nextscale.features.encoders import PatchEncoder, load_encoder
 from nextscale.files import read_json, write_json
 from nextscale.metrics.frequencies import frequency_loss
 from nextscale.model.init import initialise
@@ -47,6 +49,8 @@ class Parts:
     transformer: VAR
     train: Examples
     held_out: Examples
+    encoder: PatchEncoder | None
+    """What semantic guidance aims at, where the examples hold no features."""
 
 
 def train_transformer(
@@ -70,7 +74,7 @@ def train_transformer(
         write_json(folder / "run.json", to_dict(config))
         (folder / "finished.json").unlink(missing_ok=True)
     parts.tokenizer.to(world.device)
-    task = TransformerTask(parts.transformer, parts.tokenizer, parts.train, config.train)
+    task = TransformerTask(parts.transformer, parts.tokenizer, parts.train, config.train, config.loss, parts.encoder)
     watch = _Watch(config, parts, task, folder, world)
     fit_run(task, config.train, folder, watch, world, to_dict(config), config.images.max_unreadable)
     if not world.main:
@@ -128,23 +132,55 @@ def open_parts(config: RunConfig, world: World) -> Parts:
         side = checkpoint.config.square_side
         train, held_out, source = open_images(config.data, side, config.images, config.train.seed)
         names = source.class_names
-    model = _model(config, checkpoint, names)
-    assert model.transformer is not None, "a generator has a transformer"
-    _, transformer = build_modules(model)
-    assert transformer is not None, "a generator has a transformer"
-    if config.start:
-        transformer.load_state_dict({n: t.float() for n, t in checkpoint.transformer.items()})
-    else:
-        initialise(transformer, config.init, generator(config.train.seed, "transformer"))
+    encoder, width = _target(config, train, world)
+    model = _model(config, checkpoint, names, width)
+    transformer = _transformer(config, model, checkpoint.transformer)
     if world.main:
         print(f"{config.data}: {len(train)} examples to train on, {len(held_out)} held out; {model.summary()}")
-    return Parts(model, tokenizer, weights, transformer, train, held_out)
+    return Parts(model, tokenizer, weights, transformer, train, held_out, encoder)
 
 
-def _model(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, ...]) -> ModelConfig:
-    """The generator's config: the start checkpoint's, or the run's with the data's classes."""
+def _target(config: RunConfig, train: Examples, world: World) -> tuple[PatchEncoder | None, int]:
+    """The encoder of semantic guidance, unless the cache holds its features, and their width; 0 without guidance."""
+    name = config.loss.encoder
+    if not name:
+        return None, 0
+    if isinstance(train, CachedExamples):
+        if name != "cache":
+            raise UserError(
+                f"{config.data} is a token cache: features must be in it (make it with `nextscale tokenize --encoder "
+                f"{name}`) and are used with --loss.encoder cache"
+            )
+        if not train.feature_width:
+            raise UserError(
+                f"{config.data} holds no features: make it anew with `nextscale tokenize --encoder ENCODER`"
+            )
+        return None, train.feature_width
+    if name == "cache":
+        raise UserError(f"loss.encoder is 'cache', but {config.data} is no token cache; name an encoder")
+    encoder = load_encoder(name).to(world.device)
+    return encoder, encoder.width
+
+
+def _transformer(config: RunConfig, model: ModelConfig, weights: dict[str, Tensor]) -> VAR:
+    """The transformer to train: initialised, then with the weights it starts from, if any."""
+    _, transformer = build_modules(model)
+    assert transformer is not None, "a generator has a transformer"
+    initialise(transformer, config.init, generator(config.train.seed, "transformer"))
+    if config.start:  # a start without an alignment head gets a new one
+        fresh = {n: t for n, t in transformer.state_dict().items() if n.startswith("projector.")}
+        transformer.load_state_dict(fresh | {n: t.float() for n, t in weights.items()})
+    if transformer.projector is not None:
+        transformer.projector.requires_grad_(bool(config.loss.encoder))
+    return transformer
+
+
+def _model(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, ...], width: int) -> ModelConfig:
+    """The generator's config: the start checkpoint's, or the run's with the data's classes; with an alignment head for
+    features of this width, if there are any."""
     if not config.start:
-        return dataclasses.replace(checkpoint.config, transformer=config.with_classes(len(names)), class_names=names)
+        transformer: TransformerConfig | None = config.with_classes(len(names), width)
+        return dataclasses.replace(checkpoint.config, transformer=transformer, class_names=names)
     transformer = checkpoint.config.transformer
     if transformer is None:
         raise UserError(f"{config.start} is a tokenizer alone: give it as --tokenizer to train a new transformer")
@@ -153,6 +189,14 @@ def _model(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, ...]) ->
             f"{config.start} knows {transformer.condition.num_classes} classes, {config.data} has {len(names)}: "
             f"carry the model over first with `nextscale adapt {config.start} --classes {len(names)} --out DIR`"
         )
+    if width and transformer.alignment.width != width:
+        if transformer.alignment.width:
+            raise UserError(
+                f"the alignment head of {config.start} was trained for features of width "
+                f"{transformer.alignment.width}; those of {config.loss.encoder} have {width}"
+            )
+        head = dataclasses.replace(config.transformer.alignment, width=width)
+        return dataclasses.replace(checkpoint.config, transformer=dataclasses.replace(transformer, alignment=head))
     return checkpoint.config
 
 
@@ -218,7 +262,7 @@ def draw_curves(folder: Path) -> None:
     scales = range(len(validation[-1]["validation_loss_per_scale"])) if validation else ()
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {
         "nats per token": {
-            "training": [(r["step"], r["loss"]) for r in log if "loss" in r],
+            "training": [(r["step"], r["cross_entropy"]) for r in log if "cross_entropy" in r],
             "validation": [(r["step"], r["validation_loss"]) for r in validation],
         },
         "validation, nats per token of each scale": {

@@ -9,26 +9,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.data.examples import Batch, Examples
-from nextscale.model.var import VAR
+from nextscale.features.encoders import PatchEncoder
+from nextscale.model.align import alignment_loss, group_scales
+from nextscale.model.var import VAR, Output
+from nextscale.moe.balance import balance_loss, expert_load
+from nextscale.moe.routers import Routing
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 from nextscale.train.config import TrainConfig
+from nextscale.train.run_config import LossConfig
 from nextscale.train.task import Task
 
 
 class TransformerTask(Task):
-    """Cross-entropy of the tokens of all scales, given label and coarser scales (MEPA Eq. 4-5).
+    """Cross-entropy of the tokens of all scales, given label and coarser scales (MEPA Eq. 4-5), with the losses of
+    mixtures of experts (Eq. 10) and of semantic guidance (Eq. 12-13) where the model has them.
 
-    Batches hold `label` and either `tokens` (B, L), from a cache, or `image` (uint8), which is encoded first.
+    Batches hold `label` and either `tokens` (B, L), from a cache, or `image` (uint8), which is encoded first. What
+    guidance aims at are the batch's `features` (B, h, w, E), or else those of the `encoder`.
     """
 
     name = "transformer"
 
-    def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig):
+    def __init__(
+        self,
+        model: VAR,
+        tokenizer: Tokenizer,
+        examples: Examples,
+        config: TrainConfig,
+        loss: LossConfig | None = None,
+        encoder: PatchEncoder | None = None,
+    ):
         super().__init__()
-        self.model, self.config = model, config
-        self._frozen = (tokenizer,)  # in a tuple: no part of what is trained, moved or saved
+        self.model, self.config, self.loss = model, config, loss or LossConfig()
+        self._frozen = (tokenizer, encoder)  # in a tuple: no part of what is trained, moved or saved
         self.examples, self.trained = examples, model
         self.tokens_per_example = model.pyramid.length
+        scales = group_scales(self.loss.group, len(model.pyramid))
+        self.guided_scales = scales if self.loss.encoder else ()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -47,18 +64,50 @@ class TransformerTask(Task):
             inputs_BLC = self.tokenizer.teacher_inputs(tokens_BL)
         values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
         keep = noise["keep"].permute(1, 2, 0) if "keep" in noise else None
-        logits_BLV = self.model(values, inputs_BLC, keep).logits_BNV
+        guided = max(self.guided_scales, default=-1) + 1
+        output = self.model(values, inputs_BLC, keep, guided)
         smoothing = self.config.label_smoothing if noise else 0.0
         nats_R = F.cross_entropy(
-            logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing
+            output.logits_BNV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing
         )
-        nats_BL, right_BL = nats_R.view_as(tokens_BL), logits_BLV.detach().argmax(-1) == tokens_BL
+        nats_BL, right_BL = nats_R.view_as(tokens_BL), output.logits_BNV.detach().argmax(-1) == tokens_BL
+        loss, others = self._whole_loss(nats_BL.mean(), output, batch)
         scalars = {
+            "cross_entropy": nats_BL.detach().mean(),
             "accuracy": right_BL.float().mean(),
             "loss_per_scale": self._per_scale(nats_BL.detach()),
             "accuracy_per_scale": self._per_scale(right_BL.float()),
         }
-        return nats_BL.mean(), scalars
+        return loss if noise else nats_BL.mean(), scalars | others
+
+    def _whole_loss(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy with what stands beside it, and each of those by name."""
+        others: dict[str, Tensor] = {}
+        if output.projected_BNE is not None:
+            guidance = alignment_loss(
+                output.projected_BNE, self._features(batch), self.model.pyramid, self.guided_scales
+            )
+            loss = guidance + self.loss.cross_entropy * loss
+            others["guidance"] = guidance.detach()
+        routings = [r for records in output.records for r in records if isinstance(r, Routing)]
+        if routings:
+            idle = self.model.config.experts.idle
+            balance = sum(balance_loss(r, idle, self.loss.idle_balance) for r in routings)
+            assert isinstance(balance, Tensor), "a sum of losses"
+            loss = loss + self.loss.balance * balance
+            others["balance"] = balance.detach() / len(routings)
+            others["expert_load"] = torch.stack([expert_load(r.chosen_BNM) for r in routings]).mean(dim=0)
+        return loss, others
+
+    @torch.no_grad()
+    def _features(self, batch: Batch) -> Tensor:
+        """What guidance aims at, (B, h, w, E)."""
+        if "features" in batch:
+            return batch["features"]
+        encoder = self._frozen[1]
+        assert encoder is not None, "open_parts gives an encoder where a cache has no features"
+        with torch.autocast(batch["image"].device.type, enabled=False):
+            return encoder(to_unit(batch["image"]), self.model.pyramid.last)
 
     def _per_scale(self, values_BL: Tensor) -> Tensor:
         return torch.stack([values_BL[:, start:end].mean() for start, end in self.model.pyramid.spans])

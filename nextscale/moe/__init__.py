@@ -1,0 +1,1 @@
+"""Mixtures of experts: a router decides, one executor works, whoever the router is."""

@@ -1,0 +1,164 @@
+"""The one executor of experts: whoever routes, each expert computes the rows that were given to it, and no others.
+
+No row is dropped and none is computed for nothing; memory grows with the pairs of row and expert, not with rows times
+experts. Three ways to the same function:
+
+- `Experts._loop`, one expert after the other: what a CPU does in inference, and what the others are tested against;
+- `_Differentiated`, the same with gradients, written out;
+- `grouped`: on a GPU in 16 bits, all experts in one product, without waiting for the host.
+
+Letters: T rows, D width, F hidden width, M experts, R pairs of row and expert, sorted by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nextscale import ops
+from nextscale.ops import StackedLinear, input_gradient, product, weight_gradient
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Which rows go to which expert: R pairs, sorted by expert and then by row."""
+
+    row_R: Tensor
+    expert_R: Tensor
+    ends_M: Tensor
+    """int32: where the pairs of each expert end. Pairs after the last end are padding."""
+
+    @staticmethod
+    def of(chosen_TM: Tensor, at_most: int) -> Dispatch:
+        """From a mask with `at_most` pairs. On a GPU there are always so many, some of them padding: then nothing has
+        to wait until the mask is known."""
+        T, M = chosen_TM.shape
+        ends_M = chosen_TM.sum(dim=0).cumsum(0).to(torch.int32)
+        if chosen_TM.device.type == "cpu":
+            expert_R, row_R = chosen_TM.T.nonzero().unbind(1)
+        else:
+            pair_R = chosen_TM.T.flatten().logical_not().argsort(stable=True)[: min(at_most, M * T)]
+            expert_R, row_R = pair_R // T, pair_R % T
+        return Dispatch(row_R, expert_R, ends_M)
+
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(expert, start, end) of each expert that has rows; waits for the device."""
+        ends = self.ends_M.tolist()
+        return [(j, i, e) for j, (i, e) in enumerate(zip([0, *ends], ends, strict=False)) if e > i]
+
+
+class Experts(nn.Module):
+    """M feed-forward networks, D to F to D with tanh-GELU, as the dense block's."""
+
+    def __init__(self, count: int, width: int, hidden: int):
+        super().__init__()
+        self.count = count
+        self.fc1 = StackedLinear(count, width, hidden)
+        self.fc2 = StackedLinear(count, hidden, width)
+
+    def forward(self, x_TD: Tensor, gates_TM: Tensor, chosen_TM: Tensor, at_most: int) -> Tensor:
+        """sum_j gates[i, j] E_j(x_i) over the experts j that row i has chosen (Eq. 6), (T, D).
+
+        `chosen_TM` is a mask with `at_most` pairs.
+        """
+        dispatch = Dispatch.of(chosen_TM, at_most)
+        gate_R = gates_TM[dispatch.row_R, dispatch.expert_R]
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        if not ops.fast:
+            return self._loop(x_TD, gate_R, dispatch)
+        low = _low_precision(x_TD)
+        if low and x_TD.device.type == "cuda":
+            return grouped(x_TD.to(low), gate_R, dispatch, *(w.to(low) for w in weights))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights)):
+            rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
+            with torch.autocast(x_TD.device.type, enabled=False):
+                return _Differentiated.apply(rows, gate_R.to(rows.dtype), dispatch.row_R, dispatch.pieces(), *cast)
+        return self._loop(x_TD, gate_R, dispatch)
+
+    def _loop(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+        """One expert after the other; so the order of the sum is the same, whatever rows share the batch."""
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for j, start, end in dispatch.pieces():
+            row_r = dispatch.row_R[start:end]
+            out_rD = self.fc2.product(j, self.fc1.product(j, x_TD[row_r], gelu=True))
+            y_TD.index_add_(0, row_r, out_rD * gate_R[start:end, None])
+        return y_TD.to(x_TD.dtype)
+
+
+def _low_precision(x: Tensor) -> torch.dtype | None:
+    """The 16-bit type that a layer computes in here, or None for float32."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+class _Differentiated(torch.autograd.Function):
+    """The loop with its backward pass written out: a weight's gradient goes straight to its place in the stack, where
+    autograd would add up one array of all experts for each of them; and gates need no output to be kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, gate_R: Tensor, row_R: Tensor, pieces: list[tuple[int, int, int]],
+        w1_MFD: Tensor, b1_MF: Tensor, w2_MDF: Tensor, b2_MD: Tensor,
+    ) -> Tensor:  # fmt: skip
+        y_TD, kept = torch.zeros_like(x_TD), []
+        for j, start, end in pieces:
+            row_r = row_R[start:end]
+            h_rF = product(x_TD[row_r], w1_MFD[j], b1_MF[j])
+            a_rF = F.gelu(h_rF, approximate="tanh")
+            out_rD = product(a_rF, w2_MDF[j], b2_MD[j])
+            y_TD.index_add_(0, row_r, out_rD.mul_(gate_R[start:end, None]))
+            kept += [h_rF, a_rF]
+        ctx.save_for_backward(x_TD, gate_R, row_R, w1_MFD, w2_MDF, b2_MD, *kept)
+        ctx.pieces = pieces
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, gate_R, row_R, w1_MFD, w2_MDF, b2_MD, *kept = ctx.saved_tensors
+        dx_TD, dgate_R = torch.zeros_like(x_TD), torch.empty_like(gate_R)
+        dw1_MFD, dw2_MDF, db2_MD = torch.empty_like(w1_MFD), torch.empty_like(w2_MDF), torch.zeros_like(b2_MD)
+        db1_MF = w1_MFD.new_zeros(w1_MFD.shape[:2])
+        for j in set(range(len(w1_MFD))) - {piece[0] for piece in ctx.pieces}:
+            dw1_MFD[j] = dw2_MDF[j] = 0
+        for n, (j, start, end) in enumerate(ctx.pieces):
+            h_rF, a_rF = kept[2 * n : 2 * n + 2]
+            row_r, gate_r1 = row_R[start:end], gate_R[start:end, None]
+            dy_rD = dy_TD[row_r]
+            da_rF = input_gradient(dy_rD, w2_MDF[j])  # as if the gate were 1
+            dgate_R[start:end] = torch.linalg.vecdot(da_rF, a_rF) + dy_rD @ b2_MD[j]
+            dout_rD = dy_rD.mul_(gate_r1)
+            weight_gradient(dout_rD, a_rF, out=dw2_MDF[j])
+            db2_MD[j] = dout_rD.sum(dim=0)
+            dh_rF = torch.ops.aten.gelu_backward(da_rF.mul_(gate_r1), h_rF, approximate="tanh")
+            weight_gradient(dh_rF, x_TD[row_r], out=dw1_MFD[j])
+            db1_MF[j] = dh_rF.sum(dim=0)
+            dx_TD.index_add_(0, row_r, input_gradient(dh_rF, w1_MFD[j]))
+        return dx_TD, dgate_R, None, None, dw1_MFD, db1_MF, dw2_MDF, db2_MD
+
+
+def grouped(
+    x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, w1_MFD: Tensor, b1_MF: Tensor, w2_MDF: Tensor, b2_MD: Tensor
+) -> Tensor:
+    """All experts in one grouped product each way (torch's `grouped_mm`), T x D.
+
+    It leaves padding rows uninitialised, in its output and in its input's gradient; a product with 0 would not clear
+    them, so they are masked on both sides. D and F must be multiples of 8 in 16 bits, 4 in float32.
+    """
+    pair_R = torch.arange(len(dispatch.row_R), device=x_TD.device)
+    real_R1 = (pair_R < dispatch.ends_M[-1]).unsqueeze(1)
+
+    def products(x: Tensor, weight_M: Tensor, bias_M: Tensor) -> Tensor:
+        out = F.grouped_mm(torch.where(real_R1, x, 0), weight_M.transpose(1, 2), offs=dispatch.ends_M)
+        return torch.where(real_R1, out, 0) + bias_M[dispatch.expert_R]
+
+    a_RF = F.gelu(products(x_TD[dispatch.row_R], w1_MFD, b1_MF), approximate="tanh")
+    out_RD = torch.where(real_R1, products(a_RF, w2_MDF, b2_MD), 0) * gate_R.unsqueeze(1)
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, dispatch.row_R, out_RD.float())
+    return y_TD.to(x_TD.dtype)
