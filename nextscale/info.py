@@ -54,6 +54,7 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
         "name": name,
         "parameters": counts["transformer"] or counts["tokenizer"],
         "transformer_parameters": counts["transformer"],
+        "active_parameters": active_parameters(config, counts["transformer"]),
         "tokenizer_parameters": counts["tokenizer"],
         "image_size": list(config.image_size),
         "scales": str(pyramid),
@@ -78,6 +79,27 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
     return facts
 
 
+def active_parameters(config: ModelConfig, total: int) -> int:
+    """Of the transformer's `total` parameters those that work on a token: m of M experts (MEPA, Table 2)."""
+    model = config.transformer
+    if model is None or model.experts.router == "none":
+        return total
+    expert = 2 * model.width * model.ffn_width + model.ffn_width + model.width
+    return total - model.depth * expert * (model.experts.count - min(model.experts.active, model.experts.count))
+
+
+def _routed_flops(model: TransformerConfig) -> int:
+    """Multiply-adds of one token in the FFN of a block: the dense one, or the router's and those of m experts.
+
+    With idle experts (moe++) m is the most that there may be; with expert choice it is the mean.
+    """
+    D, experts = model.width, model.experts
+    if experts.router == "none":
+        return 2 * D * model.ffn_width
+    others = experts.count + experts.idle + 2 * experts.constant * (experts.router == "moe++")
+    return min(experts.active, experts.count) * 2 * D * model.ffn_width + others * D
+
+
 def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, head: bool = True) -> int:
     """FLOPs of the transformer at scale k, one sequence: embedding, projections, attention, feed-forward, head."""
     model = config.transformer
@@ -89,7 +111,7 @@ def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, hea
         seen = (pruning.span(k, block) if pruning else config.pyramid.spans[k])[1]
         projections = 4 * D * D  # q, k, v and output
         attention = 2 * seen * D  # queries by keys, weights by values
-        total += computed * (projections + attention + 2 * D * model.ffn_width)
+        total += computed * (projections + attention + _routed_flops(model))
     return 2 * (total + N * D * config.tokenizer.vocab_size * head)
 
 
@@ -131,8 +153,10 @@ def _tokenizer_flops(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, in
 
 def as_text(facts: dict[str, Any]) -> str:
     """The facts as a table for people."""
+    experts = facts["active_parameters"] < facts["transformer_parameters"]
+    active = f", {facts['active_parameters']:,} of them active" if experts else ""
     lines = [
-        f"{facts['name']}: {facts['parameters']:,} parameters",
+        f"{facts['name']}: {facts['parameters']:,} parameters{active}",
         f"  tokenizer            {facts['tokenizer_parameters']:,} parameters; "
         f"{_flop(facts['tokenizer_flops']['encode'])} to encode, "
         f"{_flop(facts['tokenizer_flops']['decode'])} to decode an image",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -149,6 +150,19 @@ class _Product(torch.autograd.Function):
             weight_gradient(dy_RO, x_RI) if dweight else None,
             dy_RO.sum(dim=0) if dbias else None,
         )
+
+
+def full_precision(x: Tensor) -> Any:
+    """A context without autocast on x's device."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def low_precision(x: Tensor) -> torch.dtype | None:
+    """The 16-bit type that a layer computes in on x, or None for float32."""
+    kind = x.device.type
+    autocast = not x.is_meta and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 import pytest
 
 from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.info import describe
 from nextscale.presets import PRESETS
 
 PUBLISHED = {
@@ -13,7 +14,15 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("name", "millions"), [("mepa-d12", 252), ("mepa-d16", 585)])
+def test_active_parameters_are_the_published_ones_within_a_percent(name, millions):
+    """MEPA's Table 2; nextscale counts routers, scale embeddings and the alignment head, which the paper may not."""
+    facts = describe(name)
+    assert facts["active_parameters"] == pytest.approx(millions * 1e6, rel=0.01)
+    assert facts["active_parameters"] < facts["transformer_parameters"] / 2
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     tokenizer, transformer = build_on_meta(PRESETS[name])
     assert sum(p.numel() for p in transformer.parameters()) == PUBLISHED[name]

@@ -1,6 +1,7 @@
 """An experiment as a file: entries/NAME.yaml, over the common settings of each scale in entries/scales.yaml.
 
-A row is one line of the table. Its settings are laid over those of the scale: `run` are settings of `nextscale train`,
+An entry may be `like` another, whose settings at each scale then lie under its own. A row is one line of the table. Its
+settings are laid over those of the scale: `run` are settings of `nextscale train`,
 `tokenizer` of `nextscale tokenizer train`, `sampling` of `nextscale sample`. Needs no torch.
 """
 
@@ -90,9 +91,9 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
     if scale not in SCALES:
         raise UserError(f"there is no scale '{scale}'; known: {', '.join(SCALES)}")
     where = f"experiment {name} at scale {scale}"
-    layers = [common[scale], *([common[scale].get("cpu", {})] if on_cpu else []), entry.get(scale, {})]
-    if on_cpu:
-        layers.append(entry.get(scale, {}).get("cpu", {}))
+    like = [read_entry(entry["like"])] if "like" in entry else []
+    shared = [source.get(scale, {}) for source in (common, *like, entry)]
+    layers = [layer for source in shared for layer in (source, *([source.get("cpu", {})] if on_cpu else []))]
     settings: dict[str, Any] = {}
     for layer in layers:
         settings |= {key: value for key, value in layer.items() if key not in (*_OVERLAYS, "cpu", "note")}

@@ -23,9 +23,11 @@ def write_results(
 ) -> dict[str, Any]:
     """Write everything into `folder`; `values`: by row, the figures of each seed. Returns what results.json holds."""
     rows: list[dict[str, Any]] = []
+    per_scale = dict.fromkeys(f for found in values.values() for m in found for f in m if f.startswith("nats_"))
+    columns = [c for f in experiment.figures for c in (per_scale if f == "per_scale" else (f,))]
     for row in experiment.rows:
         measured = values[row.name]
-        figures = {f: _spread([m[f] for m in measured]) for f in experiment.figures if f in measured[0]}
+        figures = {f: _spread([m[f] for m in measured]) for f in columns if f in measured[0]}
         rows.append({"name": row.name, "at": row.x, "published": row.published, "figures": figures})
     network = next((m["network"] for found in values.values() for m in found if "network" in m), "")
     results = {
@@ -48,7 +50,7 @@ def write_results(
              row["figures"][figure]["deviation"])
             for row in rows if figure in row["figures"]
         ]
-        for figure in experiment.figures
+        for figure in columns
     }  # fmt: skip
     spreads({name: points for name, points in panels.items() if points}, experiment.x_name, folder / "figure.png")
     return results
@@ -70,16 +72,17 @@ def _spread(values: list[float]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The Markdown table: published figures, under their published names, beside ours."""
     rows, network, inputs = results["rows"], results["features"], results["inputs"]
-    figures = list(rows[0]["figures"])
+    figures = list(dict.fromkeys(f for row in rows for f in row["figures"]))
     published = [f for f in figures if any(f in row["published"] for row in rows)]
     head = [results["experiment"], *(f"{ours(f, 'inception')}, published" for f in published)]
     head += [ours(f, network) for f in figures]
     lines = [f"# {results['title']}", "", f"{results['source']}.", "", _line(head), "|---" * len(head) + "|"]
     for row in rows:
         cells = [_number(row["published"][f]) if f in row["published"] else "not available" for f in published]
-        lines.append(_line([row["name"], *cells, *(_measured(row["figures"][f]) for f in figures)]))
+        lines.append(_line([row["name"], *cells, *(_measured(row["figures"].get(f)) for f in figures)]))
     seeds = ", ".join(map(str, results["seeds"]))
-    about = f"Scale {results['scale']}: {results['images']:,} images of each row, seeds {seeds}"
+    images = f"{results['images']:,} images of each row" if results["images"] else "no images drawn"
+    about = f"Scale {results['scale']}: {images}, seeds {seeds}"
     about += "; mean ± standard deviation over seeds." if len(results["seeds"]) > 1 else "."
     if results["scale"] != "paper":
         about += (
@@ -97,8 +100,10 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _measured(figure: dict[str, Any]) -> str:
-    """Mean, with the deviation where the seeds differ."""
+def _measured(figure: dict[str, Any] | None) -> str:
+    """Mean, with the deviation where the seeds differ; a dash where the row has no such figure."""
+    if figure is None:
+        return "-"
     return _number(figure["mean"]) + (f" ± {_number(figure['deviation'])}" if figure["deviation"] else "")
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from nextscale.checkpoints.native import read_config
+from nextscale.config import ModelConfig
 from nextscale.config_dict import to_dict
 from nextscale.data.cache import is_cache
 from nextscale.errors import UserError
@@ -71,10 +73,25 @@ def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
                 f"experiment {experiment.name} at scale {experiment.scale} needs --{name}: {_OPTIONS[name]}. "
                 f"{experiment.note}".strip()
             )
-        if value.startswith("models/") and not Path(value).exists() and (_ROOT / value).exists():
-            value = str(_ROOT / value)  # a model that the repository holds, from another working folder
-        values[name] = value
+        values[name] = own_path(value)
     return Inputs(**values)
+
+
+def own_path(name: str) -> str:
+    """The path of a model that the repository holds (models/...), also from another working folder."""
+    ours = name.startswith("models/") and not Path(name).exists() and (_ROOT / name).exists()
+    return str(_ROOT / name) if ours else name
+
+
+def trained_figures(finished: dict[str, Any], config: ModelConfig) -> dict[str, float]:
+    """Figures of a training's last validation: nats per token, of all and of each scale, and how even the load is."""
+    if "validation_loss" not in finished:
+        return {}
+    scales = zip(config.pyramid.sides, finished["validation_loss_per_scale"], strict=True)
+    figures = {"validation_loss": finished["validation_loss"]} | {f"nats_{h}x{w}": v for (h, w), v in scales}
+    if "validation_expert_load" in finished:
+        figures["load_variance"] = statistics.variance(finished["validation_expert_load"])
+    return figures
 
 
 def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: World) -> dict[str, Any]:
@@ -100,6 +117,15 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def decides(config: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults: a run stays the same run when a new setting comes up."""
+    return {
+        f.name: decides(value) if dataclasses.is_dataclass(value) else to_dict(value)
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != getattr(type(config)(), f.name)
+    }
+
+
 class _Lab:
     """Where trainings and measurements of one scale are made and kept."""
 
@@ -113,7 +139,7 @@ class _Lab:
         """A classifier of the data, trained once."""
         config = self.experiment.classifier
         assert config is not None, "an entry that trains its feature network says how"
-        folder = self.folder / f"classifier-{key(self.data, to_dict(config))}"
+        folder = self.folder / f"classifier-{key(self.data, decides(config))}"
         if not (folder / "finished.json").exists():
             values = train_classifier(config, self.data, folder, self.world)
             self._finish(folder, values)
@@ -127,19 +153,19 @@ class _Lab:
 
     def _trained_tokenizer(self, row: Row, seed: int) -> Path:
         config = dataclasses.replace(row.tokenizer, train=dataclasses.replace(row.tokenizer.train, seed=seed))
-        folder = self.folder / f"tokenizer-{key(self.data, to_dict(config))}"
+        folder = self.folder / f"tokenizer-{key(self.data, decides(config))}"
         if not (folder / "finished.json").exists():
             self._finish(folder, train_tokenizer(config, self.data, folder, self.world))
         return folder
 
     def _cache(self, row: Row, codes: str) -> str:
-        """The data as tokens, made once for all seeds."""
-        views, images = self.experiment.views, row.run.images
+        """The data as tokens, and the encoder's features for semantic guidance, made once for all seeds."""
+        views, images, encoder = self.experiment.views, row.run.images, own_path(row.run.loss.encoder)
         if not views or is_cache(Path(self.data)):
             return self.data
-        folder = self.folder / f"cache-{key(self.data, codes, to_dict(images), views)}"
+        folder = self.folder / f"cache-{key(self.data, codes, decides(images), views, encoder)}"
         if not (folder / "finished.json").exists():
-            tokenize(self.data, Path(codes), folder, images, 0, self.world, views=views)
+            tokenize(self.data, Path(codes), folder, images, 0, self.world, views=views, encoder=encoder)
             self._finish(folder, {})
         return str(folder)
 
@@ -151,8 +177,10 @@ class _Lab:
         data = self._cache(row, codes)
         train = dataclasses.replace(row.run.train, seed=seed)
         config: RunConfig = dataclasses.replace(row.run, data=data, tokenizer=codes, train=train, sampling=row.sampling)
-        decides = to_dict(dataclasses.replace(config, sampling=RunConfig().sampling))  # its grid decides no weight
-        folder = self.folder / f"run-{key(decides)}"
+        if config.loss.encoder and is_cache(Path(data)):
+            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, encoder="cache"))
+        sampling = RunConfig().sampling  # its grid decides no weight
+        folder = self.folder / f"run-{key(decides(dataclasses.replace(config, sampling=sampling)))}"
         if not (folder / "finished.json").exists():
             # rows that share a training differ in sampling alone, which must not make their settings differ
             config = dataclasses.replace(config, sampling=self.experiment.rows[0].sampling)
@@ -179,9 +207,9 @@ class _Lab:
             sampling, (second, _) = dataclasses.replace(sampling, refiner=str(refiner)), read_config(refiner)
         gflop = sample_flops(config, sampling, second) / 1e9
         settings = Settings(count=self.experiment.images, sampling=sampling)
-        figures = self._measured(folder, settings)
-        figures |= {"parameters": facts["transformer_parameters"], "gflop": gflop}
-        return figures | {n: v for n, v in finished.items() if n == "validation_loss"}
+        figures = self._measured(folder, settings) if settings.count else {}
+        figures |= {"parameters": facts["transformer_parameters"], "active_parameters": facts["active_parameters"]}
+        return figures | {"gflop": gflop} | trained_figures(finished, config)
 
     def tokenizer(self, row: Row, seed: int) -> dict[str, float]:
         """Figures of a tokenizer: its reconstructions of the reference."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.config import TransformerConfig
 from nextscale.errors import UserError
-from nextscale.ops import Linear, enlarge
+from nextscale.ops import Linear, enlarge, full_precision
 from nextscale.pyramid import Pyramid
 
 GROUPS = ("last", "large", "intermediate", "small")
@@ -69,7 +69,7 @@ def alignment_loss(projected_BNE: Tensor, features_BghE: Tensor, pyramid: Pyrami
     """L_SG of Eq. 12, float32: minus the cosine of each patch's feature and its aggregate, averaged over patches and
     images, summed over `scales`; so from -len(scales) to len(scales)."""
     _, g, h, _ = features_BghE.shape
-    with torch.autocast(projected_BNE.device.type, enabled=False):
+    with full_precision(projected_BNE):
         target_BEgh = features_BghE.float().permute(0, 3, 1, 2)
         z = aggregated(projected_BNE.float(), pyramid, (g, h))
         return -sum((F.cosine_similarity(target_BEgh, z[j], dim=1).mean() for j in scales), torch.zeros(()))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nextscale import ops
-from nextscale.ops import StackedLinear, input_gradient, product, weight_gradient
+from nextscale.ops import StackedLinear, full_precision, input_gradient, low_precision, product, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Dispatch:
         return Dispatch(row_R, expert_R, ends_M)
 
     def pieces(self) -> list[tuple[int, int, int]]:
-        """(expert, start, end) of each expert that has rows; waits for the device."""
-        ends = self.ends_M.tolist()
+        """(expert, start, end) of each expert that has rows; waits for the device. On meta the load is even."""
+        M, R = len(self.ends_M), len(self.row_R)
+        ends = [R * (j + 1) // M for j in range(M)] if self.ends_M.is_meta else self.ends_M.tolist()
         return [(j, i, e) for j, (i, e) in enumerate(zip([0, *ends], ends, strict=False)) if e > i]
 
 
@@ -71,12 +72,13 @@ class Experts(nn.Module):
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         if not ops.fast:
             return self._loop(x_TD, gate_R, dispatch)
-        low = _low_precision(x_TD)
+        low = low_precision(x_TD)
         if low and x_TD.device.type == "cuda":
-            return grouped(x_TD.to(low), gate_R, dispatch, *(w.to(low) for w in weights))
+            rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
+            return grouped(rows, gate_R, dispatch, *cast)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights)):
             rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
-            with torch.autocast(x_TD.device.type, enabled=False):
+            with full_precision(rows):
                 return _Differentiated.apply(rows, gate_R.to(rows.dtype), dispatch.row_R, dispatch.pieces(), *cast)
         return self._loop(x_TD, gate_R, dispatch)
 
@@ -88,13 +90,6 @@ class Experts(nn.Module):
             out_rD = self.fc2.product(j, self.fc1.product(j, x_TD[row_r], gelu=True))
             y_TD.index_add_(0, row_r, out_rD * gate_R[start:end, None])
         return y_TD.to(x_TD.dtype)
-
-
-def _low_precision(x: Tensor) -> torch.dtype | None:
-    """The 16-bit type that a layer computes in here, or None for float32."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 class _Differentiated(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.config import ExpertsConfig, TransformerConfig
 from nextscale.model.context import ScaleContext
-from nextscale.ops import Embedding, Linear, linear
+from nextscale.ops import Embedding, Linear, full_precision, linear
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Router(nn.Module):
         self.scale_embed: Embedding | None = None
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> Routing:
-        with torch.autocast(x_BND.device.type, enabled=False):  # rounded scores would choose other experts
+        with full_precision(x_BND):  # rounded scores would choose other experts
             logits_BNM = self.logits(x_BND, context)
             scores_BNM = logits_BNM.softmax(dim=-1)
             chosen_BNM = self.choose(scores_BNM.detach(), context)
