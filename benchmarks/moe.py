@@ -1,0 +1,297 @@
+"""What a mixture of experts costs beside dense models: sampling, and forward and backward of a training step.
+
+    python -m benchmarks.moe sampling [--model mepa-d16] [--against var-d20] [--batches 1 8] [--rounds 5] [--device cpu]
+    python -m benchmarks.moe training [--model mepa-d12] [--batch 2] [--rounds 5]
+    python -m benchmarks.moe parts [--model mepa-d16] [--batches 1 8]
+
+Random weights; the transformer alone, without tokenizer and decoder, guided (two sequences for an image). `sampling`
+times every scale of both models on their fast paths, in alternating rounds. `training` compares with a dense model of
+equal active parameters: its FFN is as wide as the active experts together; the optimizer is timed apart. `parts` tells
+where a layer's time goes: routing, sorting, gathering, products, scattering. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nextscale import ops
+from nextscale.bench.run import spread
+from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.info import active_parameters, condition_flops, scale_flops
+from nextscale.machine import describe_machine, keep_freed_memory
+from nextscale.model.context import ScaleContext
+from nextscale.model.var import VAR
+from nextscale.moe.experts import Dispatch
+from nextscale.moe.layer import MixtureOfExperts
+from nextscale.presets import preset
+from nextscale.train.config import TrainConfig
+from nextscale.train.step import adamw
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sampling", "training", "parts"])
+    parser.add_argument("--model", default="")
+    parser.add_argument("--against", default="var-d20")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch", type=int, default=2, help="images of a training step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=list(_BYTES), help="of sampling")
+    options = parser.parse_args()
+    options.model = options.model or ("mepa-d12" if options.what == "training" else "mepa-d16")
+    keep_freed_memory()
+    run = {"sampling": sampling, "training": training, "parts": parts}[options.what]
+    report = {"what": options.what, "machine": describe_machine(torch.device(options.device)), **run(options)}
+    print(json.dumps(report))
+
+
+def build(config: ModelConfig, device: str) -> VAR:
+    """The transformer with random weights, without its alignment head, which neither sampling nor CE needs."""
+    model = config.transformer
+    assert model is not None, "presets of generators have a transformer"
+    model = dataclasses.replace(model, alignment=dataclasses.replace(model.alignment, width=0))
+    with torch.device("meta"):
+        var = VAR(model, config.pyramid, config.tokenizer.vocab_size, config.tokenizer.code_width)
+    var.to_empty(device=device)
+    rng = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in var.named_parameters():
+            size = 1.0 if "scale_embed" in name else 1 / (3 * model.width) ** 0.5
+            parameter.uniform_(-(3**0.5) * size, 3**0.5 * size, generator=rng)
+    return var
+
+
+def floor(config: ModelConfig) -> int:
+    """Multiply-adds of the transformer for one guided image."""
+    assert config.transformer is not None, "presets of generators have a transformer"
+    scales = sum(scale_flops(config, k) for k in range(len(config.pyramid)))
+    return condition_flops(config.transformer) + scales  # two sequences, two FLOPs for each multiply-add
+
+
+# ---- sampling
+
+
+@torch.inference_mode()
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    configs = {name: preset(name) for name in (options.model, options.against)}
+    models = {}
+    for name, config in configs.items():
+        models[name] = build(config, options.device).to(getattr(torch, options.dtype)).eval()
+        ops.pack(models[name])
+    gmac = {name: floor(config) / 1e9 for name, config in configs.items()}
+    bytes_read = {n: sum(p.numel() for p in m.parameters()) * _BYTES[options.dtype] for n, m in models.items()}
+    floor_ratio = gmac[options.model] / gmac[options.against]
+    print(f"{options.model}: {gmac[options.model]:.0f} GMAC an image, {bytes_read[options.model] / 1e9:.2f} GB of weights; "
+          f"{options.against}: {gmac[options.against]:.0f} GMAC, {bytes_read[options.against] / 1e9:.2f} GB; "
+          f"by operations {floor_ratio:.3f} times")  # fmt: skip
+    cases = [case(models, batch, options) for batch in options.batches]
+    return {"gmac_per_image": gmac, "weight_bytes": bytes_read, "floor": floor_ratio, "dtype": options.dtype,
+            "rounds": options.rounds, "cases": cases}  # fmt: skip
+
+
+def case(models: dict[str, VAR], batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Both models at one batch size, in alternating rounds after one to warm up."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in models}
+    for turn in range(options.rounds + 1):
+        for name, model in models.items():
+            scales = generate(model, batch, options.device)
+            if turn:
+                seconds[name].append(scales)
+    whole = {name: [sum(scales) for scales in rounds] for name, rounds in seconds.items()}
+    ratios = spread([a / b for a, b in zip(whole[options.model], whole[options.against], strict=True)])
+    per_scale = {name: [statistics.median(column) for column in zip(*rounds, strict=True)] for name, rounds in seconds.items()}  # fmt: skip
+    print(f"batch {batch}: {options.model} {statistics.median(whole[options.model]):.3f} s, {options.against} "
+          f"{statistics.median(whole[options.against]):.3f} s, {ratios['median']:.3f} times "
+          f"({ratios['min']:.3f} to {ratios['max']:.3f})")  # fmt: skip
+    for name, scales in per_scale.items():
+        print(f"    {name:<10} ms per scale " + " ".join(f"{1000 * s:.0f}" for s in scales))
+    return {"batch": batch, "ratio": ratios, "seconds": {n: spread(w) for n, w in whole.items()},
+            "seconds_per_scale": per_scale}  # fmt: skip
+
+
+def generate(model: VAR, batch: int, device: str) -> list[float]:
+    """Seconds of each scale, of all that sampling asks of the transformer."""
+    rng = torch.Generator(device).manual_seed(batch)
+    values = torch.arange(batch, device=device) % model.condition.num_classes
+    conditioning, cache = model.conditioning(model.condition.with_none(values)), model.new_cache(2 * batch)
+    width, marks = model.word_embed.in_features, [_now(device)]
+    for k, count in enumerate(model.pyramid.counts):
+        x_BNC = torch.randn(batch, count, width, device=device, generator=rng).repeat(2, 1, 1) if k else None
+        model.step(conditioning, x_BNC, k, cache)
+        marks.append(_now(device))
+    return [b - a for a, b in pairwise(marks)]
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ---- training
+
+
+def training(options: argparse.Namespace) -> dict[str, Any]:
+    config = preset(options.model)
+    mixture = config.transformer
+    assert mixture is not None and mixture.experts.router != "none", f"{options.model} has no experts"
+    dense = dataclasses.replace(
+        mixture, ffn_ratio=mixture.ffn_ratio * mixture.experts.active,
+        experts=dataclasses.replace(mixture.experts, router="none"),
+    )  # fmt: skip
+    names = {options.model: mixture, "dense, equally active": dense}
+    models = {name: build(dataclasses.replace(config, transformer=t), options.device).train() for name, t in names.items()}  # fmt: skip
+    active = {name: _active(config, t, models[name]) for name, t in names.items()}
+    print("; ".join(f"{name}: {count / 1e6:.1f} M active parameters" for name, count in active.items()))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    optimizer_seconds = {}
+    for turn in range(options.rounds + 1):
+        for name, model in models.items():
+            took = step_seconds(model, options.batch, options.device)
+            if turn:
+                seconds[name].append(took)
+    for name, model in models.items():
+        optimizer_seconds[name] = optimizer_step(model, options)
+    ratios = spread([a / b for a, b in zip(*seconds.values(), strict=True)])
+    for name, times in seconds.items():
+        print(
+            f"{name:<24} {statistics.median(times):.3f} s forward and backward, optimizer {optimizer_seconds[name]:.3f} s"
+        )
+    print(f"{ratios['median']:.3f} times ({ratios['min']:.3f} to {ratios['max']:.3f})")
+    return {"batch": options.batch, "active_parameters": active, "ratio": ratios, "rounds": options.rounds,
+            "seconds": {n: spread(s) for n, s in seconds.items()}, "optimizer_seconds": optimizer_seconds}  # fmt: skip
+
+
+def _active(config: ModelConfig, transformer: TransformerConfig, model: VAR) -> int:
+    total = sum(p.numel() for p in model.parameters())
+    return active_parameters(dataclasses.replace(config, transformer=transformer), total)
+
+
+def step_seconds(model: VAR, batch: int, device: str) -> float:
+    """Forward and backward of the cross-entropy on random tokens."""
+    rng = torch.Generator().manual_seed(0)
+    pyramid, width = model.pyramid, model.word_embed.in_features
+    x_BLC = torch.randn(batch, pyramid.length - pyramid.counts[0], width, generator=rng).to(device)
+    tokens_R = torch.randint(model.head.out_features, (batch * pyramid.length,), generator=rng).to(device)
+    labels_B = torch.arange(batch, device=device)
+    model.zero_grad(set_to_none=True)
+    began = _now(device)
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits_BLV = model(labels_B, x_BLC).logits_BNV
+    F.cross_entropy(logits_BLV.flatten(0, 1), tokens_R).backward()
+    return _now(device) - began
+
+
+def optimizer_step(model: VAR, options: argparse.Namespace) -> float:
+    """Seconds of an AdamW step, which works on all experts whatever is active."""
+    optimizer = adamw(model, TrainConfig())
+    times = []
+    for _ in range(3):
+        began = _now(options.device)
+        optimizer.step()
+        times.append(_now(options.device) - began)
+    return min(times[1:])
+
+
+# ---- where the time goes
+
+
+@torch.inference_mode()
+def parts(options: argparse.Namespace) -> dict[str, Any]:
+    config = preset(options.model)
+    model = build(
+        dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, depth=1)), options.device
+    )
+    ops.pack(model.eval())
+    layer, depth = model.blocks[0].ffn, config.transformer.depth
+    assert isinstance(layer, MixtureOfExperts), f"{options.model} has no experts"
+    cases = []
+    for batch in options.batches:
+        print(f"batch {batch}, ms of all {depth} blocks")
+        print(f"{'scale':<8}{'rows':>6}" + "".join(f"{name:>10}" for name in _PARTS))
+        for k, (side, count) in enumerate(zip(config.pyramid.sides, config.pyramid.counts, strict=True)):
+            found = {n: depth * t for n, t in part_seconds(layer, k, batch, model, options).items()}
+            cases.append({"batch": batch, "scale": list(side), "rows": 2 * batch * count, "seconds": found})
+            print(
+                f"{side[0]:>2}x{side[1]:<5}{2 * batch * count:>6}"
+                + "".join(f"{1000 * t:>10.2f}" for t in found.values())
+            )
+        whole = {n: sum(c["seconds"][n] for c in cases if c["batch"] == batch) for n in _PARTS}
+        print(f"{'all':<14}" + "".join(f"{1000 * t:>10.1f}" for t in whole.values()))
+    return {"model": options.model, "rounds": options.rounds, "cases": cases}
+
+
+_PARTS = ("route", "sort", "gather", "products", "scatter", "layer", "dense")
+"""The last two: the layer as it is run, and a dense FFN of as many active parameters on the same rows."""
+
+
+def part_seconds(
+    layer: MixtureOfExperts, k: int, batch: int, model: VAR, options: argparse.Namespace
+) -> dict[str, float]:
+    """Median seconds of each part of one layer at one scale."""
+    rng = torch.Generator().manual_seed(k)
+    x_BND = torch.randn(2 * batch, model.pyramid.counts[k], model.config.width, generator=rng).to(options.device)
+    context = ScaleContext(model.pyramid, model.pyramid.spans[k], k=k)
+    routing, experts, x_TD = layer.router(x_BND, context), layer.experts, x_BND.flatten(0, 1)
+    chosen_TM, gates_TM = (t.flatten(0, 1) for t in (routing.chosen_BNM, routing.gates_BNM))
+    pairs = layer.router.pairs(x_BND.shape[:2], context)
+    dispatch = Dispatch.of(chosen_TM, pairs)
+    pieces = dispatch.pieces()
+    rows = {j: x_TD[dispatch.row_R[i:e]] for j, i, e in pieces}
+    outs = {j: experts.fc2.product(j, experts.fc1.product(j, x, gelu=True)) for j, x in rows.items()}
+    gate_R = gates_TM[dispatch.row_R, dispatch.expert_R]
+    wide = _wide_ffn(experts.fc1.weight.dtype, model.config, options.device)
+
+    def scatter() -> None:
+        y_TD = torch.zeros_like(x_TD)
+        for j, i, e in pieces:
+            y_TD.index_add_(0, dispatch.row_R[i:e], outs[j] * gate_R[i:e, None])
+
+    work: dict[str, Callable[[], Any]] = {
+        "route": lambda: layer.router(x_BND, context),
+        "sort": lambda: (Dispatch.of(chosen_TM, pairs).pieces(), gates_TM[dispatch.row_R, dispatch.expert_R]),
+        "gather": lambda: [x_TD[dispatch.row_R[i:e]] for _, i, e in pieces],
+        "products": lambda: [experts.fc2.product(j, experts.fc1.product(j, x, gelu=True)) for j, x in rows.items()],
+        "scatter": scatter,
+        "layer": lambda: layer(x_BND, context),
+        "dense": lambda: wide[1](wide[0](x_BND, gelu=True)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(options.rounds + 2):
+        for name, call in work.items():
+            began = _now(options.device)
+            call()
+            if turn > 1:
+                times[name].append(_now(options.device) - began)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+_WIDE: dict[str, tuple[ops.Linear, ops.Linear]] = {}
+
+
+def _wide_ffn(dtype: torch.dtype, config: TransformerConfig, device: str) -> tuple[ops.Linear, ops.Linear]:
+    """A dense FFN as wide as the active experts together; made once."""
+    if device not in _WIDE:
+        width, hidden = config.width, config.ffn_width * config.experts.active
+        pair = (ops.Linear(width, hidden).to(device, dtype), ops.Linear(hidden, width).to(device, dtype))
+        for layer in pair:
+            ops.pack(layer)
+        _WIDE[device] = pair
+    return _WIDE[device]
+
+
+if __name__ == "__main__":
+    main()
