@@ -26,7 +26,7 @@ WANTED = "the folder of an encoder that `nextscale encoder train` wrote"
 
 
 class Convolution(nn.Module):
-    """3x3 convolution, group norm, GELU; added to its input where it keeps the size."""
+    """3x3 convolution, group norm, ReLU; added to its input where it keeps the size."""
 
     def __init__(self, before: int, width: int, groups: int, stride: int = 1):
         super().__init__()
@@ -34,7 +34,7 @@ class Convolution(nn.Module):
         self.norm, self.residual = nn.GroupNorm(groups, width), stride == 1
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        y_BChw = F.gelu(self.norm(self.conv(x_BChw)))
+        y_BChw = F.relu(self.norm(self.conv(x_BChw)))
         return x_BChw + y_BChw if self.residual else y_BChw
 
 
