@@ -94,9 +94,9 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     gmac = {name: floor(config) / 1e9 for name, config in configs.items()}
     bytes_read = {n: sum(p.numel() for p in m.parameters()) * _BYTES[options.dtype] for n, m in models.items()}
     floor_ratio = gmac[options.model] / gmac[options.against]
-    print(f"{options.model}: {gmac[options.model]:.0f} GMAC an image, {bytes_read[options.model] / 1e9:.2f} GB of weights; "
-          f"{options.against}: {gmac[options.against]:.0f} GMAC, {bytes_read[options.against] / 1e9:.2f} GB; "
-          f"by operations {floor_ratio:.3f} times")  # fmt: skip
+    for name in configs:
+        print(f"{name}: {gmac[name]:.0f} GMAC an image, {bytes_read[name] / 1e9:.2f} GB of weights")
+    print(f"by operations {floor_ratio:.3f} times")
     cases = [case(models, batch, options) for batch in options.batches]
     return {"gmac_per_image": gmac, "weight_bytes": bytes_read, "floor": floor_ratio, "dtype": options.dtype,
             "rounds": options.rounds, "cases": cases}  # fmt: skip
@@ -112,7 +112,8 @@ def case(models: dict[str, VAR], batch: int, options: argparse.Namespace) -> dic
                 seconds[name].append(scales)
     whole = {name: [sum(scales) for scales in rounds] for name, rounds in seconds.items()}
     ratios = spread([a / b for a, b in zip(whole[options.model], whole[options.against], strict=True)])
-    per_scale = {name: [statistics.median(column) for column in zip(*rounds, strict=True)] for name, rounds in seconds.items()}  # fmt: skip
+    columns = {name: zip(*rounds, strict=True) for name, rounds in seconds.items()}
+    per_scale = {name: [statistics.median(column) for column in found] for name, found in columns.items()}
     print(f"batch {batch}: {options.model} {statistics.median(whole[options.model]):.3f} s, {options.against} "
           f"{statistics.median(whole[options.against]):.3f} s, {ratios['median']:.3f} times "
           f"({ratios['min']:.3f} to {ratios['max']:.3f})")  # fmt: skip
@@ -147,14 +148,16 @@ def _now(device: str) -> float:
 def training(options: argparse.Namespace) -> dict[str, Any]:
     config = preset(options.model)
     mixture = config.transformer
-    assert mixture is not None and mixture.experts.router != "none", f"{options.model} has no experts"
+    assert mixture is not None, "presets of generators have a transformer"
+    assert mixture.experts.router != "none", f"{options.model} has no experts"
     dense = dataclasses.replace(
         mixture, ffn_ratio=mixture.ffn_ratio * mixture.experts.active,
         experts=dataclasses.replace(mixture.experts, router="none"),
     )  # fmt: skip
     names = {options.model: mixture, "dense, equally active": dense}
-    models = {name: build(dataclasses.replace(config, transformer=t), options.device).train() for name, t in names.items()}  # fmt: skip
-    active = {name: _active(config, t, models[name]) for name, t in names.items()}
+    whole = {name: dataclasses.replace(config, transformer=t) for name, t in names.items()}
+    models = {name: build(c, options.device).train() for name, c in whole.items()}
+    active = {n: active_parameters(c, sum(p.numel() for p in models[n].parameters())) for n, c in whole.items()}
     print("; ".join(f"{name}: {count / 1e6:.1f} M active parameters" for name, count in active.items()))
     seconds: dict[str, list[float]] = {name: [] for name in models}
     optimizer_seconds = {}
@@ -167,17 +170,11 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
         optimizer_seconds[name] = optimizer_step(model, options)
     ratios = spread([a / b for a, b in zip(*seconds.values(), strict=True)])
     for name, times in seconds.items():
-        print(
-            f"{name:<24} {statistics.median(times):.3f} s forward and backward, optimizer {optimizer_seconds[name]:.3f} s"
-        )
+        rest = optimizer_seconds[name]
+        print(f"{name:<24} {statistics.median(times):.3f} s forward and backward, optimizer {rest:.3f} s")
     print(f"{ratios['median']:.3f} times ({ratios['min']:.3f} to {ratios['max']:.3f})")
     return {"batch": options.batch, "active_parameters": active, "ratio": ratios, "rounds": options.rounds,
             "seconds": {n: spread(s) for n, s in seconds.items()}, "optimizer_seconds": optimizer_seconds}  # fmt: skip
-
-
-def _active(config: ModelConfig, transformer: TransformerConfig, model: VAR) -> int:
-    total = sum(p.numel() for p in model.parameters())
-    return active_parameters(dataclasses.replace(config, transformer=transformer), total)
 
 
 def step_seconds(model: VAR, batch: int, device: str) -> float:
@@ -212,9 +209,8 @@ def optimizer_step(model: VAR, options: argparse.Namespace) -> float:
 @torch.inference_mode()
 def parts(options: argparse.Namespace) -> dict[str, Any]:
     config = preset(options.model)
-    model = build(
-        dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, depth=1)), options.device
-    )
+    shallow = dataclasses.replace(config.transformer, depth=1)
+    model = build(dataclasses.replace(config, transformer=shallow), options.device)
     ops.pack(model.eval())
     layer, depth = model.blocks[0].ffn, config.transformer.depth
     assert isinstance(layer, MixtureOfExperts), f"{options.model} has no experts"

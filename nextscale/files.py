@@ -107,6 +107,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
+def has_format(folder: Path, name: str) -> bool:
+    """Whether the folder's config.json says that it holds a model in this format of ours."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == name
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def is_hub_name(text: str) -> bool:
     """Whether a text reads like owner/name on the Hugging Face hub."""
     return re.match(r"^[\w.-]+/[\w.-]+$", text) is not None

@@ -42,11 +42,11 @@ def difference(a: dict, b: dict) -> float:
 
 @pytest.mark.parametrize(
     ("which", "changes"),
-    [(1, []), (1, ["sharding=full", "ema=0.9", "activation_checkpointing=1"]), (0, ["codebook=ema"])],
+    [(1, []), (1, ["sharding=full", "ema=0.9", "activation_checkpointing=1"]), (0, ["codebook=ema"]), (2, [])],
 )
 def test_two_processes_equal_one_that_accumulates(which, changes, tmp_path):
     """Ten steps of six examples in portions of two, by one process and by two: label drop, stochastic depth, and the
-    codebook's moving averages and revival included."""
+    codebook's moving averages and revival, and an encoder's queue of keys included."""
     changes = [*changes, "steps=10", "micro_batch=2"]
     train(tmp_path / "one", which, *changes)
     train(tmp_path / "two", which, *changes, processes=2)

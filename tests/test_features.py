@@ -45,9 +45,12 @@ def test_features_are_the_patch_tokens_of_the_model_itself(which, tmp_path):
 
 
 def test_absent_and_foreign_encoders_are_named(tmp_path):
-    with pytest.raises(
-        UserError, match=r"cannot load an encoder from .*wants a folder with config.json and model.safet"
-    ):
+    with pytest.raises(UserError, match=r"holds no encoder: .* give a folder with config.json and model.safetensors"):
+        load_encoder(str(tmp_path))
+    with pytest.raises(UserError, match=r"there is no encoder 'dino'; give .*MoCo v3's .*`nextscale encoder train`"):
+        load_encoder("dino")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot load an encoder from .*wants a folder with config.json and model.saf"):
         load_encoder(str(tmp_path))
     transformers.ViTModel(transformers.ViTConfig(**SMALL)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a 'vit'; encoders are dinov2"):

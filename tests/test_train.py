@@ -17,7 +17,11 @@ from hypothesis import strategies as st
 
 from nextscale.data.examples import MemoryExamples, Places
 from nextscale.errors import UserError
+from nextscale.features.self_supervised import SmallEncoder
+from nextscale.features.self_supervised_config import EncoderConfig
 from nextscale.train.config import TrainConfig, learning_rate, weight_decay
+from nextscale.train.encoder_config import MocoConfig, ViewConfig
+from nextscale.train.encoder_task import EncoderTask
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
 from nextscale.train.step import adamw
@@ -38,14 +42,23 @@ def tasks(pipeline):
         TransformerTask(
             pipeline.transformer, pipeline.tokenizer, MemoryExamples(tokens=tokens, label=labels), SETTINGS
         ),
+        encoder_task(images),
     )
+
+
+def encoder_task(images):
+    """Of a tiny encoder, from fixed weights; its queue of 16 keys is no multiple of the batch of 6."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = SmallEncoder(EncoderConfig(images.shape[-1], (8, 16), (1, 1), 4))
+        return EncoderTask(encoder, MemoryExamples(image=images), MocoConfig(16, 0.9, 0.2, 16, 8), ViewConfig())
 
 
 def weights(task):
     return {n: t.clone() for n, t in task.trained.state_dict().items()}
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
     """Bit for bit, in the middle of an epoch (20 examples, batches of 6), with a fresh process's modules."""
     whole = tasks(randomised(tiny_config()))[which]
@@ -69,7 +82,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
         assert torch.equal(weights(second)[name], tensor), name
     logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "parts")]
     for record in logs[0] + logs[1]:
-        assert min(record.pop("images_per_s"), record.pop("tokens_per_s")) > 0
+        assert record.pop("images_per_s") > 0
+        record.pop("tokens_per_s")
     assert logs[0] == logs[1]
     assert [r["step"] for r in logs[1]] == list(range(1, 9))
 

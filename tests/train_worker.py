@@ -1,6 +1,6 @@
 """A training process for tests: python -m tests.train_worker FOLDER TASK [setting=value ...], alone or under torchrun.
 
-Trains the tiny task 0 (tokenizer) or 1 (transformer) of tests/test_train.py and writes FOLDER/final.pt.
+Trains the tiny task 0 (tokenizer), 1 (transformer) or 2 (encoder) of tests/test_train.py and writes FOLDER/final.pt.
 """
 
 import sys

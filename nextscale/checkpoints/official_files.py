@@ -17,8 +17,8 @@ from nextscale.files import replacing
 def read_tensors(path: Path, training_key: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a torch pickle, which is never allowed to run code.
 
-    A training checkpoint of the official trainer holds the state dict under trainer/`training_key`. Raises UserError
-    when the file is absent, damaged, or holds anything but tensors.
+    A training checkpoint of the official trainer holds the state dict under trainer/`training_key`, that of others
+    under state_dict. Raises UserError when the file is absent, damaged, or holds anything but tensors.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
@@ -27,6 +27,8 @@ def read_tensors(path: Path, training_key: str) -> dict[str, Tensor]:
     data = _load_pickle(path)
     if isinstance(data, dict) and isinstance(data.get("trainer"), dict):
         data = data["trainer"].get(training_key)
+    elif isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+        data = data["state_dict"]
     if not isinstance(data, dict) or not data or not all(_is_named_tensor(k, v) for k, v in data.items()):
         raise UserError(f"{path} holds no state dict (a table of named, dense tensors)")
     return dict(data)

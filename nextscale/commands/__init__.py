@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
+from nextscale.commands.encoders import EncoderEvaluate, EncoderTrain
 from nextscale.commands.measuring import (
     Bench,
     ClassifierEvaluate,
@@ -35,6 +36,8 @@ COMMANDS: dict[str, type] = {
     "experiment run": ExperimentRun,
     "classifier train": ClassifierTrain,
     "classifier evaluate": ClassifierEvaluate,
+    "encoder train": EncoderTrain,
+    "encoder evaluate": EncoderEvaluate,
     "import-official": ImportOfficial,
     "export-official": ExportOfficial,
     "info": Info,

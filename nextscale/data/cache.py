@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.errors import UserError
-from nextscale.features.encoders import PatchEncoder
+from nextscale.features.patches import PatchEncoder
 from nextscale.files import read_json, replacing, write_json
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 

@@ -5,7 +5,6 @@ Its figures are named after it, so that nobody takes them for the published ones
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from nextscale.config_dict import from_dict, to_dict
 from nextscale.errors import UserError
 from nextscale.features.classifier_config import ClassifierConfig
 from nextscale.features.network import Features, fingerprint
-from nextscale.files import read_json, replacing, write_json
+from nextscale.features.patches import PatchEncoder
+from nextscale.files import has_format, read_json, replacing, write_json
 
 FORMAT, VERSION = "nextscale-classifier", 1
 
@@ -65,11 +65,16 @@ class Classifier(nn.Module):
         side = (self.config.image_size, self.config.image_size)
         if x_BChw.shape[-2:] != side:
             x_BChw = F.interpolate(x_BChw, side, mode="bilinear", antialias=True)
-        x_BChw = F.gelu(self.stem(x_BChw.contiguous(memory_format=torch.channels_last)))
-        for stage in self.stages:
-            x_BChw = stage(x_BChw)
+        x_BChw = self.map(x_BChw)
         pool_BD = torch.cat([x_BChw.mean(dim=(2, 3)), x_BChw.amax(dim=(2, 3))], dim=1)
         return pool_BD.float(), self.head(pool_BD).float()
+
+    def map(self, normal_B3HW: Tensor) -> Tensor:
+        """The last stage's map (B, last width, h, w) of images in [-1, 1]."""
+        x_BChw = F.gelu(self.stem(normal_B3HW.contiguous(memory_format=torch.channels_last)))
+        for stage in self.stages:
+            x_BChw = stage(x_BChw)
+        return x_BChw
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""
@@ -88,6 +93,19 @@ class Classifier(nn.Module):
             write_json(config, head)
 
 
+class ClassifierPatches(PatchEncoder):
+    """The map of a classifier's last stage as patch features, to compare with what learnt without labels."""
+
+    def __init__(self, model: Classifier):
+        config = model.config
+        patch = 2 ** len(config.widths)
+        super().__init__("classifier", patch, config.widths[-1], config.image_size, (0.5,) * 3, (0.5,) * 3)
+        self.model = model.eval().requires_grad_(False)
+
+    def look(self, normal_B3HW: Tensor) -> Tensor:
+        return self.model.map(normal_B3HW).permute(0, 2, 3, 1)
+
+
 def load_classifier(folder: Path) -> Classifier:
     """The classifier of a folder that `nextscale classifier train` wrote; UserError when it is none."""
     head = read_json(folder / "config.json")
@@ -104,7 +122,4 @@ def load_classifier(folder: Path) -> Classifier:
 
 def is_classifier(folder: Path) -> bool:
     """Whether this folder holds a classifier."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
+    return has_format(folder, FORMAT)

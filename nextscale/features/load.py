@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nextscale.errors import UserError
 from nextscale.features.classifier import is_classifier, load_classifier
+from nextscale.features.dino import ClassToken, load_dino
 from nextscale.features.inception import FILE, Inception
 from nextscale.features.network import FeatureNetwork
 
@@ -26,6 +27,4 @@ def load_network(source: str) -> FeatureNetwork:
             f"there is no feature network {source}; give {FILE}, the folder of a classifier that `nextscale "
             "classifier train` wrote, or the folder or hub name of DINOv2"
         )
-    from nextscale.features.encoders import ClassToken, load_encoder  # transformers is slow to import
-
-    return ClassToken(load_encoder(source))
+    return ClassToken(load_dino(source))

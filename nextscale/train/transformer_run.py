@@ -18,7 +18,8 @@ from nextscale.data.cache import CachedExamples, TokenCache, is_cache
 from nextscale.data.datasets import open_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError
-from nextscale.features.encoders import PatchEncoder, load_encoder
+from nextscale.features.encoders import load_encoder
+from nextscale.features.patches import PatchEncoder
 from nextscale.files import read_json, write_json
 from nextscale.metrics.frequencies import frequency_loss
 from nextscale.model.init import initialise

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.data.examples import Batch, Examples
-from nextscale.features.encoders import PatchEncoder
+from nextscale.features.patches import PatchEncoder
 from nextscale.model.align import alignment_loss, group_scales
 from nextscale.model.var import VAR, Output
 from nextscale.moe.balance import balance_loss, expert_load

@@ -37,6 +37,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in their order; each gives equally many."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether it is set in some process."""
         if self.size == 1:

@@ -1,0 +1,148 @@
+"""`nextscale encoder train` and `nextscale encoder evaluate`, end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.config_dict import to_dict
+from nextscale.data.datasets import load_images, open_images
+from nextscale.data.examples import Examples
+from nextscale.errors import UserError
+from nextscale.features.encoders import load_encoder
+from nextscale.features.patches import PatchEncoder
+from nextscale.features.self_supervised import SmallEncoder
+from nextscale.files import write_json
+from nextscale.metrics.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
+from nextscale.pictures import curves
+from nextscale.rng import fold
+from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.train.encoder_config import EncoderRunConfig
+from nextscale.train.encoder_task import EncoderTask
+from nextscale.train.log import Values, read_log
+from nextscale.train.loop import fit_run
+from nextscale.train.state import check_run
+from nextscale.train.world import World
+
+_BATCH = 200
+
+
+def train_encoder(
+    config: EncoderRunConfig, data: str, folder: Path, world: World | None = None, *,
+    accept_changes: bool = False, untrained: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train an encoder on `data` into `folder`; return what was measured on held-out images last.
+
+    Beside the encoder: curves.png, log.jsonl, run.json. Called again with the same folder it goes on where it stopped.
+    Labels are used to measure and for nothing else. `untrained`: write the network as it would start. Raises UserError
+    and train.loop.Interrupted as `fit` does.
+    """
+    world = world or World()
+    settings = {"data": data, "untrained": untrained, **to_dict(config)}
+    check_run(folder, settings, accept_changes)
+    train, held_out, source = open_images(data, config.encoder.image_size, config.images, config.train.seed)
+    world.wait()  # all have looked before one writes
+    if world.main:
+        write_json(folder / "run.json", settings)
+        print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {len(source.class_names)} classes")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(config.train.seed, "encoder"))
+        task = EncoderTask(SmallEncoder(config.encoder), train, config.moco, config.views)
+    watch = _Watch(task, held_out, len(source.class_names), config.bank, folder, world)
+    if untrained:
+        watch.keep(0, best=False)
+        return watch.measure(0)
+    fit_run(task, config.train, folder, watch, world, settings, config.images.max_unreadable)
+    if not world.main:
+        return {}
+    log = read_log(folder / "log.jsonl")
+    panels = {
+        "nats": {"InfoNCE": "loss"},
+        "share": {"own key nearest (training)": "own_key_nearest", "k-NN accuracy (held out)": "knn_accuracy"},
+    }
+    shown = {
+        p: {n: [(r["step"], r[k]) for r in log if k in r] for n, k in lines.items() if any(k in r for r in log)}
+        for p, lines in panels.items()
+    }
+    curves(shown, folder / "curves.png")
+    return next((r for r in reversed(log) if "knn_accuracy" in r), {})
+
+
+class _Watch:
+    """What happens at a save: the vote of neighbours, and the encoder's files."""
+
+    def __init__(
+        self, task: EncoderTask, held_out: Examples, classes: int, bank: int, folder: Path, world: World
+    ):  # fmt: skip
+        self.task, self.held_out, self.classes, self.bank = task, held_out, classes, bank
+        self.folder, self.world = folder, world
+
+    def measure(self, step: int) -> Values:
+        if not self.world.main or self.classes < 2:
+            return {}
+        encoder = self.task.moco.query.encoder
+        unreadable: list[str] = []
+        pairs: list[Tensor] = []
+        for examples, limit in ((self.held_out, len(self.held_out)), (self.task.examples, self.bank)):
+            pairs += pooled(encoder, examples, unreadable, limit)
+        return {"knn_accuracy": knn_accuracy(*pairs), "unreadable": unreadable}
+
+    def keep(self, step: int, best: bool) -> None:
+        if self.world.main:
+            self.task.moco.query.encoder.trained_for(step)
+            self.task.moco.query.encoder.save(self.folder)
+
+
+@torch.no_grad()
+def pooled(
+    encoder: PatchEncoder, examples: Examples, unreadable: list[str], limit: int = 10**9
+) -> tuple[Tensor, Tensor]:
+    """Features (N, C) and labels (N,) of the first `limit` examples: means over the grid the encoder was made for.
+
+    Names of examples that cannot be read are added to `unreadable`.
+    """
+    device, features, labels = encoder.mean_3.device, [], []
+    count = min(len(examples), limit)
+    for start in range(0, count, _BATCH):
+        batch = examples.fetch(range(start, min(start + _BATCH, count)), None)
+        unreadable += batch.get("unreadable", ())
+        features.append(encoder(to_unit(batch["image"].to(device)), encoder.grid).mean(dim=(1, 2)).cpu())
+        labels.append(batch["label"])
+    return torch.cat(features), torch.cat(labels)
+
+
+def evaluate_encoder(source: str, data: str, test: str, size: int, out: Path | None) -> dict[str, Any]:
+    """How many images of `test` the weighted vote of their nearest neighbours in `data` gives its own class.
+
+    `source`: any encoder that `load_encoder` knows; its feature of an image is the mean over its patches. `size`:
+    images are read at this side; 0 = the one that the encoder was made for. UserError when the two sets have classes of
+    other names.
+    """
+    encoder = load_encoder(source)
+    sets = [load_images(d, size or encoder.size) for d in (test, data)]
+    for images in sets:
+        images.say_remarks()
+    names = [images.class_names for images in sets]
+    if names[0] != names[1]:
+        raise UserError(
+            f"{test} has the classes {', '.join(names[0][:5])}, ...; {data} has {', '.join(names[1][:5])}, ..."
+        )
+    (samples, labels), (bank, bank_labels) = (pooled(encoder, images.examples(), []) for images in sets)
+    report = {
+        "encoder": source,
+        "kind": encoder.kind,
+        "fingerprint": encoder.fingerprint(),
+        "data": data,
+        "data_images": len(bank),
+        "test": test,
+        "test_images": len(samples),
+        "neighbours": NEIGHBOURS,
+        "temperature": TEMPERATURE,
+        "knn_accuracy": knn_accuracy(samples, labels, bank, bank_labels),
+    }
+    if out is not None:
+        write_json(out, report)
+    return report
