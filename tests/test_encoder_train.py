@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nextscale.cli import main
+from nextscale.config_files import read_settings
 from nextscale.data.datasets import load_images
 from nextscale.errors import UserError
 from nextscale.features.encoders import load_encoder
+from nextscale.features.self_supervised import SmallEncoder
 from nextscale.metrics.neighbours import knn_accuracy, knn_classes
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.train.encoder_config import EncoderRunConfig, MocoConfig, ViewConfig
@@ -231,6 +234,15 @@ def test_pictures_without_classes_are_trained_on_and_not_measured(tmp_path, caps
     assert main(command) == 0
     assert "accuracy" not in capsys.readouterr().out
     assert load_encoder(str(tmp_path / "out")).steps == 2
+
+
+@pytest.mark.parametrize("recipe", ["encoder-cifar10", "encoder-digits"])
+def test_recipes_make_maps_that_fit_a_small_generator(recipe):
+    config = read_settings(EncoderRunConfig, Path(recipe))
+    encoder = SmallEncoder(config.encoder)
+    assert encoder.patch == 4
+    assert encoder.width <= 128
+    assert sum(p.numel() for p in encoder.parameters()) <= 2**19, "2 MB"
 
 
 def test_settings_that_cannot_work_are_named():

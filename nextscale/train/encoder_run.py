@@ -61,24 +61,16 @@ def train_encoder(
     if not world.main:
         return {}
     log = read_log(folder / "log.jsonl")
-    panels = {
-        "nats": {"InfoNCE": "loss"},
-        "share": {"own key nearest (training)": "own_key_nearest", "k-NN accuracy (held out)": "knn_accuracy"},
-    }
-    shown = {
-        p: {n: [(r["step"], r[k]) for r in log if k in r] for n, k in lines.items() if any(k in r for r in log)}
-        for p, lines in panels.items()
-    }
-    curves(shown, folder / "curves.png")
+    panels = {"InfoNCE, nats": "loss", "own key nearest": "own_key_nearest", "held-out k-NN accuracy": "knn_accuracy"}
+    points = {panel: [(r["step"], r[key]) for r in log if key in r] for panel, key in panels.items()}
+    curves({panel: {panel: line} for panel, line in points.items() if line}, folder / "curves.png")
     return next((r for r in reversed(log) if "knn_accuracy" in r), {})
 
 
 class _Watch:
     """What happens at a save: the vote of neighbours, and the encoder's files."""
 
-    def __init__(
-        self, task: EncoderTask, held_out: Examples, classes: int, bank: int, folder: Path, world: World
-    ):  # fmt: skip
+    def __init__(self, task: EncoderTask, held_out: Examples, classes: int, bank: int, folder: Path, world: World):
         self.task, self.held_out, self.classes, self.bank = task, held_out, classes, bank
         self.folder, self.world = folder, world
 
