@@ -41,24 +41,24 @@ def difference(a: dict, b: dict) -> float:
 
 
 @pytest.mark.parametrize(
-    ("which", "changes"),
+    ("which", "changes", "rounding"),
     [
-        (1, []),
-        (1, ["sharding=full", "ema=0.9", "activation_checkpointing=1"]),
-        (0, ["codebook=ema"]),
-        (2, []),
-        (1, ["router=stmoe", "sharding=full"]),
-        (1, ["router=stmoe", "sharding=experts", "ema=0.9", "activation_checkpointing=1"]),
-        (1, ["router=moe++", "sharding=experts"]),
+        (1, [], 1e-6),
+        (1, ["sharding=full", "ema=0.9", "activation_checkpointing=1"], 1e-6),
+        (0, ["codebook=ema"], 1e-6),
+        (2, [], 1e-5),
+        (1, ["router=stmoe", "sharding=full"], 1e-6),
+        (1, ["router=stmoe", "sharding=experts", "ema=0.9", "activation_checkpointing=1"], 1e-6),
+        (1, ["router=moe++", "sharding=experts"], 1e-6),
     ],
 )
-def test_two_processes_equal_one_that_accumulates(which, changes, tmp_path):
+def test_two_processes_equal_one_that_accumulates(which, changes, rounding, tmp_path):
     """Ten steps of six examples in portions of two, by one process and by two: label drop, stochastic depth, and the
     codebook's moving averages and revival, and an encoder's queue of keys included."""
     changes = [*changes, "steps=10", "micro_batch=2"]
     train(tmp_path / "one", which, *changes)
     train(tmp_path / "two", which, *changes, processes=2)
-    assert difference(final(tmp_path / "one"), final(tmp_path / "two")) < 1e-6
+    assert difference(final(tmp_path / "one"), final(tmp_path / "two")) < rounding
 
 
 @pytest.mark.parametrize("changes", [["sharding=none"], ["sharding=full"], ["sharding=experts", "router=smoe"]])
