@@ -22,7 +22,7 @@ LAYERS = [
     ],
     ["nextscale.config", "nextscale.train.config", "nextscale.train.tokenizer_config", "nextscale.train.run_config"],
     ["nextscale.features.classifier_config", "nextscale.train.classifier_config", "nextscale.config_files"],
-    ["nextscale.experiments.entry"],
+    ["nextscale.experiments.entry", "nextscale.analysis.config"],
     ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
     [
         "nextscale.tokenizer",
@@ -43,6 +43,7 @@ LAYERS = [
         "nextscale.evaluate",
         "nextscale.bench",
     ],
+    ["nextscale.analysis"],
     ["nextscale.experiments"],
     ["nextscale.commands"],
     ["nextscale.cli"],
