@@ -26,7 +26,10 @@ def test_every_entry_is_complete_at_every_scale(name, scale):
         experiment = load(name, scale, on_cpu=on_cpu)
         assert len(experiment.rows) >= 2
         assert len({row.name for row in experiment.rows}) == len(experiment.rows)
-        assert set(experiment.needs) == {"data", "tokenizer", "features", "reference"}
+        guided = any(row.run.loss.encoder == "given" for row in experiment.rows)
+        assert set(experiment.needs) == {"data", "tokenizer", "features", "reference"} | (
+            {"encoder"} if guided else set()
+        )
     text = as_text(load(name, scale, on_cpu=True))
     assert experiment.title in text
     assert text.count("published ") >= len(experiment.rows)
@@ -109,17 +112,19 @@ def test_the_table_sets_published_figures_beside_ours():
     figure = {"values": [1.0, 3.0], "mean": 2.0, "deviation": 1.4142}
     results = {
         "experiment": "e", "title": "T", "source": "S", "scale": "paper", "seeds": [0, 1], "images": 50000,
-        "features": "inception", "inputs": {"data": "imagenet", "tokenizer": "train"},
+        "figures": ["distance", "score"], "features": "inception", "inputs": {"data": "imagenet", "tokenizer": "train"},
         "machine": {"device": "D", "threads": 2, "torch": "2", "date": "2026-01-01"},
         "rows": [
             {"name": "a", "at": None, "published": {"distance": 3.55}, "figures": {"distance": figure}},
-            {"name": "b", "at": None, "published": {}, "figures": {"distance": figure}},
+            {"name": "b", "at": None, "published": {"score": 280.4}, "figures": {"distance": figure}},
+            {"name": "c", "at": None, "published": {"score": 81.5}, "figures": {}},
         ],
     }  # fmt: skip
     lines = table(results).splitlines()
-    assert "| e | fid, published | fid |" in lines
-    assert "| a | 3.55 | 2 ± 1.414 |" in lines
-    assert "| b | not available | 2 ± 1.414 |" in lines
+    assert "| e | fid, published | inception_score, published | fid |" in lines
+    assert "| a | 3.55 | not available | 2 ± 1.414 |" in lines
+    assert "| b | not available | 280.4 | 2 ± 1.414 |" in lines
+    assert "| c | not available | 81.5 | - |" in lines, "a line of published figures alone"
     assert "`nextscale experiment run e --scale paper --data imagenet`, D, 2 threads, torch 2, 2026-01-01." in lines
 
 
@@ -140,3 +145,31 @@ def test_a_refiner_goes_with_a_model():
         resolve(load("var-accelerations", "tiny"), {"model": "runs/a"})
     with pytest.raises(UserError, match="has no use for a --refiner"):
         resolve(load("var-guidance", "tiny"), {"model": "runs/a", "refiner": "runs/b"})
+
+
+def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path):
+    """Table 5 in small: four trainings for each seed, three encoders, each cached once."""
+    options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "nextscale.cli", "experiment", "run", "mepa-encoders", *options]
+    subprocess.run(command, check=True, capture_output=True)
+    tiny = tmp_path / "tiny"
+    found = {kind: len(list(tiny.glob(f"{kind}-*"))) for kind in ("run", "cache", "encoder", "classifier")}
+    assert found == {"run": 8, "cache": 4, "encoder": 2, "classifier": 1}
+    assert sorted(json.loads(f.read_text())["steps"] for f in tiny.glob("encoder-*/config.json")) == [0, 20]
+    rows = {row["name"]: row for row in json.loads((tiny / "mepa-encoders" / "results.json").read_text())["rows"]}
+    assert "guidance" not in rows["VAR"]["figures"]
+    guidance = [row["figures"]["guidance"]["mean"] for name, row in rows.items() if name.startswith("+SG, ")]
+    assert len(set(guidance)) == 3
+    assert all(-1 <= value < 0 for value in guidance), "of three scales one is intermediate: minus a cosine"
+    assert rows["+SG-DINOv3"]["figures"] == {}
+    assert rows["+SG-DINOv3"]["published"]["distance"] == 3.59
+    groups = subprocess.run([*command[:5], "mepa-ablation", *options], check=True, capture_output=True, text=True)
+    assert groups.stderr.count("training the transformer: 100%") == 4, (
+        "+STMoE with and without guidance; all else is there"
+    )
+
+
+def test_encoders_that_differ_want_images(tmp_path):
+    (tmp_path / "cache.json").write_text("{}")
+    with pytest.raises(UserError, match="the rows of mepa-encoders differ in their encoder: --data must be images"):
+        resolve(load("mepa-encoders", "tiny"), {"data": str(tmp_path)})

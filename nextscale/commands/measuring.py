@@ -203,6 +203,8 @@ class ExperimentRun:
     """Feature network, as in `nextscale evaluate`."""
     reference: str = ""
     """What to compare with: pictures, or an .npz of statistics."""
+    encoder: str = ""
+    """What guides training, where the experiment compares models with semantic guidance (see `nextscale train`)."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -214,7 +216,8 @@ class ExperimentRun:
 
         with report_interruption(self.out), join_world(self.device) as world:
             experiment = load(self.name, self.scale, on_cpu=world.device.type == "cpu")
-            given = {n: getattr(self, n) for n in ("model", "refiner", "data", "tokenizer", "features", "reference")}
+            options = ("model", "refiner", "data", "tokenizer", "features", "reference", "encoder")
+            given = {name: getattr(self, name) for name in options}
             run_experiment(experiment, resolve(experiment, given), self.out, world)
             if world.main:
                 folder = self.out / self.scale / self.name

@@ -2,7 +2,8 @@
 
 An entry may be `like` another, whose settings at each scale then lie under its own. A row is one line of the table. Its
 settings are laid over those of the scale: `run` are settings of `nextscale train`,
-`tokenizer` of `nextscale tokenizer train`, `sampling` of `nextscale sample`. Needs no torch.
+`tokenizer` of `nextscale tokenizer train`, `sampling` of `nextscale sample`. The encoder of semantic guidance,
+`run.loss.encoder`, may also be one of the names in `ENCODERS`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from nextscale.config_files import read_settings, read_yaml
 from nextscale.errors import UserError
 from nextscale.features.classifier_config import ClassifierConfig
 from nextscale.train.classifier_config import ClassifierRunConfig
+from nextscale.train.encoder_config import EncoderRunConfig
 from nextscale.train.run_config import RunConfig
 from nextscale.train.tokenizer_config import TokenizerRunConfig
 
 FOLDER = Path(__file__).parent / "entries"
 SCALES = ("tiny", "cifar", "paper")
+ENCODERS = ("given", "untrained", "features")
+"""What --encoder names; the experiment's own encoder as it would start; the feature network that measures."""
 _OVERLAYS = ("run", "sampling", "tokenizer", "recipe", "tokenizer_recipe")
 
 
@@ -39,6 +43,8 @@ class Row:
     sampling: SampleConfig
     alone: bool = False
     """The refiner is measured, without the row's own model."""
+    measured: bool = True
+    """False: a line of published figures alone."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Experiment:
     """Inputs (data, tokenizer, features, reference) to what they are by default; empty: the user must name one."""
     classifier: ClassifierRunConfig | None
     """Trained first, where no features are named."""
+    encoder: EncoderRunConfig | None
+    """Likewise for an encoder, and what an untrained one looks like."""
     views: int
     """Of the token cache; 0 = none is made."""
     refiner: RunConfig | None
@@ -99,10 +107,15 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         settings |= {key: value for key, value in layer.items() if key not in (*_OVERLAYS, "cpu", "note")}
     note = " ".join(str(layer["note"]) for layer in layers if layer.get("note"))
     rows = tuple(_row(row, layers, scale, where) for row in entry["rows"] if row.get(scale, {}) is not None)
-    classifier = None
+    classifier, encoder = None, settings.get("encoder")
     if "classifier" in settings:
         base = ClassifierRunConfig(classifier=ClassifierConfig())
         classifier = from_dict(ClassifierRunConfig, settings["classifier"], f"{where}: classifier", base)
+    if isinstance(encoder, dict):
+        encoder = from_dict(EncoderRunConfig, encoder, f"{where}: encoder", EncoderRunConfig())
+    elif encoder:
+        encoder = read_settings(EncoderRunConfig, Path(encoder))
+    guided = any(row.measured and row.run.loss.encoder == "given" for row in rows)
     return Experiment(
         name=name,
         title=entry["title"],
@@ -114,8 +127,9 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         rows=rows,
         seeds=tuple(settings["seeds"]),
         images=int(settings["images"]),
-        needs=dict(settings["needs"]),
+        needs={name: value for name, value in settings["needs"].items() if name != "encoder" or guided},
         classifier=classifier,
+        encoder=encoder,
         views=int(settings.get("views", 0)),
         refiner=_row({"name": "refiner", **entry["refiner"]}, layers, scale, where).run if "refiner" in entry else None,
         note=note,
@@ -135,5 +149,5 @@ def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: s
         sampling = from_dict(SampleConfig, layer.get("sampling", {}), f"{where}: sampling", sampling)
     published = {figure: float(value) for figure, value in row.get("published", {}).items()}  # YAML reads 3e8 as text
     here = row | (row.get(scale) or {})  # a smaller model stands in for a published one under its own name
-    alone = bool(here.get("alone"))
-    return Row(here["name"], here.get("at"), published, run, codes, sampling, alone)
+    alone, measured = bool(here.get("alone")), bool(here.get("measured", True))
+    return Row(here["name"], here.get("at"), published, run, codes, sampling, alone, measured)

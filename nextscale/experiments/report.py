@@ -27,7 +27,7 @@ def write_results(
     columns = [c for f in experiment.figures for c in (per_scale if f == "per_scale" else (f,))]
     for row in experiment.rows:
         measured = values[row.name]
-        figures = {f: _spread([m[f] for m in measured]) for f in columns if f in measured[0]}
+        figures = {f: _spread([m[f] for m in measured]) for f in columns if measured and f in measured[0]}
         rows.append({"name": row.name, "at": row.x, "published": row.published, "figures": figures})
     network = next((m["network"] for found in values.values() for m in found if "network" in m), "")
     results = {
@@ -37,6 +37,7 @@ def write_results(
         "scale": experiment.scale,
         "seeds": list(experiment.seeds),
         "images": experiment.images,
+        "figures": columns,
         "features": network,
         "inputs": dataclasses.asdict(inputs),
         "machine": describe_machine(world.device),
@@ -72,8 +73,8 @@ def _spread(values: list[float]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The Markdown table: published figures, under their published names, beside ours."""
     rows, network, inputs = results["rows"], results["features"], results["inputs"]
-    figures = list(dict.fromkeys(f for row in rows for f in row["figures"]))
-    published = [f for f in figures if any(f in row["published"] for row in rows)]
+    figures = [f for f in results["figures"] if any(f in row["figures"] for row in rows)]
+    published = [f for f in results["figures"] if any(f in row["published"] for row in rows)]
     head = [results["experiment"], *(f"{ours(f, 'inception')}, published" for f in published)]
     head += [ours(f, network) for f in figures]
     lines = [f"# {results['title']}", "", f"{results['source']}.", "", _line(head), "|---" * len(head) + "|"]

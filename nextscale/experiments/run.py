@@ -26,6 +26,7 @@ from nextscale.features.classifier import is_classifier
 from nextscale.files import read_json, write_json
 from nextscale.info import describe_config, sample_flops
 from nextscale.train.classifier_run import train_classifier
+from nextscale.train.encoder_run import train_encoder
 from nextscale.train.run_config import RunConfig
 from nextscale.train.tokenize_run import tokenize
 from nextscale.train.tokenizer_run import evaluate_folder, train_tokenizer
@@ -38,6 +39,7 @@ _OPTIONS = {
     "tokenizer": "a checkpoint folder with a tokenizer",
     "features": "a feature network (see `nextscale evaluate --help`)",
     "reference": "images to compare with, or their statistics",
+    "encoder": "an encoder for semantic guidance (see `nextscale encoder evaluate --help`)",
 }
 
 
@@ -49,6 +51,8 @@ class Inputs:
     tokenizer: str
     features: str
     reference: str
+    encoder: str = ""
+    """What guides the training, where the experiment guides any."""
     model: str = ""
     """A trained generator in place of a training."""
     refiner: str = ""
@@ -74,6 +78,9 @@ def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
                 f"{experiment.note}".strip()
             )
         values[name] = own_path(value)
+    encoders = {row.run.loss.encoder for row in experiment.rows if row.measured} - {""}
+    if len(encoders) > 1 and is_cache(Path(values["data"])):
+        raise UserError(f"the rows of {experiment.name} differ in their encoder: --data must be images, not a cache")
     return Inputs(**values)
 
 
@@ -89,6 +96,8 @@ def trained_figures(finished: dict[str, Any], config: ModelConfig) -> dict[str, 
         return {}
     scales = zip(config.pyramid.sides, finished["validation_loss_per_scale"], strict=True)
     figures = {"validation_loss": finished["validation_loss"]} | {f"nats_{h}x{w}": v for (h, w), v in scales}
+    if "validation_guidance" in finished:
+        figures["guidance"] = finished["validation_guidance"]
     if "validation_expert_load" in finished:
         figures["load_variance"] = statistics.variance(finished["validation_expert_load"])
     return figures
@@ -102,7 +111,7 @@ def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: Wor
     folder = out / experiment.scale
     lab = _Lab(experiment, inputs, folder, world)
     values: dict[str, list[dict[str, float]]] = {row.name: [] for row in experiment.rows}
-    jobs = [(row, seed) for seed in experiment.seeds for row in experiment.rows]
+    jobs = [(row, seed) for seed in experiment.seeds for row in experiment.rows if row.measured]
     for number, (row, seed) in enumerate(jobs, start=1):
         if world.main:
             print(f"== {experiment.name}: {row.name}, seed {seed} ({number} of {len(jobs)})", flush=True)
@@ -134,6 +143,7 @@ class _Lab:
         self.data, self.reference = inputs.data, inputs.reference
         self.features = inputs.features if inputs.features != "train" else self._classifier()
         self.codes, self.model, self.refiner = inputs.tokenizer, inputs.model, inputs.refiner
+        self.given_encoder = inputs.encoder
 
     def _classifier(self) -> str:
         """A classifier of the data, trained once."""
@@ -145,6 +155,24 @@ class _Lab:
             self._finish(folder, values)
         assert is_classifier(folder), "training wrote it"
         return str(folder)
+
+    def _own_encoder(self, untrained: bool) -> str:
+        """An encoder of the data, trained once without labels, or as it would start."""
+        config = self.experiment.encoder
+        assert config is not None, "an entry that trains its encoder says how"
+        folder = self.folder / f"encoder-{key(self.data, decides(config), untrained)}"
+        if not (folder / "finished.json").exists():
+            self._finish(folder, train_encoder(config, self.data, folder, self.world, untrained=untrained))
+        return str(folder)
+
+    def _encoder(self, row: Row) -> str:
+        """What guides a row's training; empty = nothing."""
+        name = row.run.loss.encoder
+        if name == "features":
+            return self.features
+        if name == "untrained" or (name, self.given_encoder) == ("given", "train"):
+            return self._own_encoder(untrained=name == "untrained")
+        return own_path(self.given_encoder if name == "given" else name)
 
     def _finish(self, folder: Path, values: dict[str, Any]) -> None:
         if self.world.main:
@@ -158,9 +186,9 @@ class _Lab:
             self._finish(folder, train_tokenizer(config, self.data, folder, self.world))
         return folder
 
-    def _cache(self, row: Row, codes: str) -> str:
+    def _cache(self, row: Row, codes: str, encoder: str) -> str:
         """The data as tokens, and the encoder's features for semantic guidance, made once for all seeds."""
-        views, images, encoder = self.experiment.views, row.run.images, own_path(row.run.loss.encoder)
+        views, images = self.experiment.views, row.run.images
         if not views or is_cache(Path(self.data)):
             return self.data
         folder = self.folder / f"cache-{key(self.data, codes, decides(images), views, encoder)}"
@@ -174,11 +202,15 @@ class _Lab:
         if self.model:
             return Path(self.model), {}
         codes = self.codes if self.codes != "train" else str(self._trained_tokenizer(self.experiment.rows[0], 0))
-        data = self._cache(row, codes)
-        train = dataclasses.replace(row.run.train, seed=seed)
-        config: RunConfig = dataclasses.replace(row.run, data=data, tokenizer=codes, train=train, sampling=row.sampling)
-        if config.loss.encoder and is_cache(Path(data)):
-            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, encoder="cache"))
+        cached = is_cache(Path(self.data))
+        encoder = "" if cached else self._encoder(row)
+        data = self._cache(row, codes, encoder)
+        if row.run.loss.encoder and is_cache(Path(data)):
+            encoder = "cache"
+        loss, train = dataclasses.replace(row.run.loss, encoder=encoder), dataclasses.replace(row.run.train, seed=seed)
+        config: RunConfig = dataclasses.replace(
+            row.run, data=data, tokenizer=codes, loss=loss, train=train, sampling=row.sampling
+        )
         sampling = RunConfig().sampling  # its grid decides no weight
         folder = self.folder / f"run-{key(decides(dataclasses.replace(config, sampling=sampling)))}"
         if not (folder / "finished.json").exists():

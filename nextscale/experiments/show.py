@@ -25,8 +25,14 @@ def as_text(experiment: Experiment) -> str:
     for row in experiment.rows:
         published = ", ".join(f"{n} {v:g}" for n, v in row.published.items()) or "not available"
         lines += ["", f"{row.name}: published {published}"]
+        if not row.measured:
+            continue
         if experiment.kind == "generator":
             lines.append(f"    sampling    {_plain(to_dict(row.sampling))}")
+            if row.run.loss.encoder:
+                lines.append(
+                    f"    guidance    {_encoder(experiment, row.run.loss.encoder)}; {row.run.loss.group} scales"
+                )
             cost = key(to_dict(row.run))
             if cost in shown:
                 lines.append("    training    shared with a row above")
@@ -41,6 +47,17 @@ def as_text(experiment: Experiment) -> str:
             lines.append(f"    tokenizer   {_plain(to_dict(row.tokenizer.tokenizer))}")
             lines.append(f"    codebook    {_plain(to_dict(row.tokenizer.codebook))}")
     return "\n".join(lines)
+
+
+def _encoder(experiment: Experiment, name: str) -> str:
+    """What a row's encoder is."""
+    named = experiment.needs.get("encoder")
+    meant = {
+        "given": f"--encoder {named}",
+        "untrained": "an untrained encoder",
+        "features": "the feature network's map",
+    }
+    return meant.get(name, name)
 
 
 def _plain(settings: dict[str, object]) -> str:
