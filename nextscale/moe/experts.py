@@ -117,7 +117,7 @@ class _Differentiated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gate_R, row_R, w1_MFD, w2_MDF, b2_MD, *kept = ctx.saved_tensors
-        dx_TD, dgate_R = torch.zeros_like(x_TD), torch.empty_like(gate_R)
+        dx_TD, dgate_R = torch.zeros_like(x_TD), torch.zeros_like(gate_R)  # of padding it stays 0
         dw1_MFD, dw2_MDF, db2_MD = torch.empty_like(w1_MFD), torch.empty_like(w2_MDF), torch.zeros_like(b2_MD)
         db1_MF = w1_MFD.new_zeros(w1_MFD.shape[:2])
         for j in set(range(len(w1_MFD))) - {piece[0] for piece in ctx.pieces}:
