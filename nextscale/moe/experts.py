@@ -84,7 +84,7 @@ class Experts(nn.Module):
 
     def _loop(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
         """One expert after the other; so the order of the sum is the same, whatever rows share the batch."""
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         for j, start, end in dispatch.pieces():
             row_r = dispatch.row_R[start:end]
             out_rD = self.fc2.product(j, self.fc1.product(j, x_TD[row_r], gelu=True))
