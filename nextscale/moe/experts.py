@@ -72,8 +72,8 @@ class Experts(nn.Module):
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         if not ops.fast:
             return self._loop(x_TD, gate_R, dispatch)
-        low = low_precision(x_TD)
-        if low and x_TD.device.type == "cuda":
+        low, aligned = low_precision(x_TD), not any(n % 8 for n in self.fc1.weight.shape[1:])
+        if low and aligned and x_TD.device.type == "cuda":
             rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
             return grouped(rows, gate_R, dispatch, *cast)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights)):
