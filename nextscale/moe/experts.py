@@ -70,7 +70,7 @@ class Experts(nn.Module):
         dispatch = Dispatch.of(chosen_TM, at_most)
         gate_R = gates_TM[dispatch.row_R, dispatch.expert_R]
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        if not ops.fast:
+        if not ops.fast or self.fc1.packed:
             return self._loop(x_TD, gate_R, dispatch)
         low, aligned = low_precision(x_TD), not any(n % 8 for n in self.fc1.weight.shape[1:])
         if low and aligned and x_TD.device.type == "cuda":
