@@ -109,8 +109,8 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
         router = config.transformer.experts.router
         if router != "none":
             raise UserError(
-                f"cannot write {var}: this model is a mixture of experts ({router}), which the official format does not "
-                "know; its tokenizer can be exported by --vae alone"
+                f"cannot write {var}: this model is a mixture of experts ({router}), which the official format does "
+                "not know; its tokenizer can be exported by --vae alone"
             )
         ours = {n: t for n, t in checkpoint.transformer.items() if not n.startswith("projector.")}
         theirs = {official_transformer_name(n): t for n, t in ours.items()}
