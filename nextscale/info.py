@@ -88,16 +88,26 @@ def active_parameters(config: ModelConfig, total: int) -> int:
     return total - model.depth * expert * (model.experts.count - min(model.experts.active, model.experts.count))
 
 
-def _routed_flops(model: TransformerConfig) -> int:
-    """Multiply-adds of one token in the FFN of a block: the dense one, or the router's and those of m experts.
+def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -> int:
+    """Multiply-adds of `tokens` tokens of one scale in the FFN of a block: the dense one, or router and experts.
 
-    With idle experts (moe++) m is the most that there may be; with expert choice it is the mean.
+    With idle experts (moe++) at most: as if no token chose one.
     """
-    D, experts = model.width, model.experts
-    if experts.router == "none":
-        return 2 * D * model.ffn_width
-    others = experts.count + experts.idle + 2 * experts.constant * (experts.router == "moe++")
-    return min(experts.active, experts.count) * 2 * D * model.ffn_width + others * D
+    D, experts, router = model.width, model.experts, model.experts.router
+    if router == "none":
+        return tokens * 2 * D * model.ffn_width
+    pairs, scored, others = tokens * min(experts.active, experts.count), tokens, 0
+    if router == "expert-choice":  # each expert takes a whole number
+        pairs = experts.count * -(-tokens * experts.active // experts.count)
+    elif router == "smoe":  # scale embeddings are scored, tokens are not
+        scored = scales
+    elif router == "stmoe":
+        scored = tokens + scales * experts.scale_embedding
+    else:
+        others = tokens * 3 * D * experts.constant
+        if experts.gating_residual and block > 0:
+            others += tokens * (experts.count + experts.idle) ** 2
+    return pairs * 2 * D * model.ffn_width + scored * D * (experts.count + experts.idle) + others
 
 
 def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, head: bool = True) -> int:
@@ -111,7 +121,7 @@ def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, hea
         seen = (pruning.span(k, block) if pruning else config.pyramid.spans[k])[1]
         projections = 4 * D * D  # q, k, v and output
         attention = 2 * seen * D  # queries by keys, weights by values
-        total += computed * (projections + attention + _routed_flops(model))
+        total += computed * (projections + attention) + _ffn_flops(model, len(config.pyramid), computed, block)
     return 2 * (total + N * D * config.tokenizer.vocab_size * head)
 
 

@@ -274,6 +274,11 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(count, out_features))
         self._packed: list[Tensor] = []
 
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is packed: then it is in `product` alone, and gives no gradients."""
+        return bool(self._packed)
+
     def product(self, j: int, x: Tensor, gelu: bool = False) -> Tensor:
         """`linear` by the weight and bias of expert j."""
         if self.may_pack and x.numel() >= _PACK_ROWS * x.shape[-1]:

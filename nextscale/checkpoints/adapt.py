@@ -62,8 +62,8 @@ def adapt(
 ) -> Checkpoint:
     """The checkpoint with other classes and another pyramid; None leaves either as it is.
 
-    A scale of the new pyramid takes its position and level embeddings from the scale that stands at the same
-    progress between first and last, resampled bicubically where the sides differ.
+    A scale of the new pyramid takes its position and level embeddings, and what routers know of it, from the scale that
+    stands at the same progress between first and last; positions are resampled bicubically where the sides differ.
     """
     config, model = checkpoint.config, _transformer(checkpoint.config)
     transformer, tokenizer = dict(checkpoint.transformer), dict(checkpoint.tokenizer)
@@ -115,6 +115,7 @@ def _positions(tensors: dict[str, Tensor], old: Pyramid, new: Pyramid, source: l
         "pos_embed": torch.cat(maps, dim=1),
         "pos_start": resample(tensors["pos_start"], old.sides[0], new.sides[0]),
         "level_embed.weight": tensors["level_embed.weight"][source],
+        **{n: t[source] for n, t in tensors.items() if n.endswith(".router.scale_embed.weight")},
     }
 
 

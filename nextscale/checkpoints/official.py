@@ -87,7 +87,11 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
 
 
 def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) -> None:
-    """Write official files; the suffix decides the format (.safetensors, or a torch pickle for anything else)."""
+    """Write official files; the suffix decides the format (.safetensors, or a torch pickle for anything else).
+
+    The head of semantic guidance, which only training uses, is left out. UserError for a mixture of experts, which has
+    no official form.
+    """
     config, origin = checkpoint.config, checkpoint.origin
     default = "single" if config.tokenizer.num_phi == 1 else "list"
     layout = origin.get("phi_layout", default)
@@ -102,7 +106,14 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
     if var is not None:
         if config.transformer is None:
             raise UserError(f"cannot write {var}: this checkpoint is a tokenizer alone")
-        theirs = {official_transformer_name(n): t for n, t in checkpoint.transformer.items()}
+        router = config.transformer.experts.router
+        if router != "none":
+            raise UserError(
+                f"cannot write {var}: this model is a mixture of experts ({router}), which the official format does "
+                "not know; its tokenizer can be exported by --vae alone"
+            )
+        ours = {n: t for n, t in checkpoint.transformer.items() if not n.startswith("projector.")}
+        theirs = {official_transformer_name(n): t for n, t in ours.items()}
         if origin.get("buffers", True):
             theirs.update(derived_buffers(config.transformer, config.pyramid))
         files[var] = theirs | {n: t for n, t in checkpoint.extras.items() if n != USAGE}

@@ -78,8 +78,7 @@ class Experts(nn.Module):
             return self._exchanged(x_TD, gate_R, dispatch, self.exchange)
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights))
-        in_one = x_TD.device.type == "cuda" and low_precision(x_TD) is not None
-        if ops.fast and (differentiated or in_one):
+        if ops.fast and not self.fc1.packed and (differentiated or _in_one(x_TD, self.fc1.weight)):
             return _computed(x_TD, gate_R, dispatch, weights)
         return self._loop(x_TD, gate_R, dispatch)
 
@@ -102,7 +101,7 @@ class Experts(nn.Module):
 
     def _loop(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
         """One expert after the other; so the order of the sum is the same, whatever rows share the batch."""
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         for j, start, end in dispatch.pieces():
             row_r = dispatch.row_R[start:end]
             out_rD = self.fc2.product(j, self.fc1.product(j, x_TD[row_r], gelu=True))
@@ -110,11 +109,17 @@ class Experts(nn.Module):
         return y_TD.to(x_TD.dtype)
 
 
+def _in_one(x_TD: Tensor, w1_MFD: Tensor) -> bool:
+    """Whether one grouped product can do it: on a GPU in 16 bits, for widths that are multiples of 8."""
+    aligned = not any(width % 8 for width in w1_MFD.shape[1:])
+    return x_TD.device.type == "cuda" and low_precision(x_TD) is not None and aligned
+
+
 def _computed(x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, weights: Sequence[Tensor]) -> Tensor:
     """The fast ways, in the precision at hand."""
     low = low_precision(x_TD)
     rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
-    if low and x_TD.device.type == "cuda":
+    if _in_one(x_TD, weights[0]):
         return grouped(rows, gate_R, dispatch, *cast)
     with full_precision(rows):
         return _Differentiated.apply(rows, gate_R.to(rows.dtype), dispatch.row_R, dispatch.pieces(), *cast)
@@ -145,7 +150,7 @@ class _Differentiated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gate_R, row_R, w1_MFD, w2_MDF, b2_MD, *kept = ctx.saved_tensors
-        dx_TD, dgate_R = torch.zeros_like(x_TD), torch.empty_like(gate_R)
+        dx_TD, dgate_R = torch.zeros_like(x_TD), torch.zeros_like(gate_R)  # of padding it stays 0
         dw1_MFD, dw2_MDF, db2_MD = torch.empty_like(w1_MFD), torch.empty_like(w2_MDF), torch.zeros_like(b2_MD)
         db1_MF = w1_MFD.new_zeros(w1_MFD.shape[:2])
         for j in set(range(len(w1_MFD))) - {piece[0] for piece in ctx.pieces}:

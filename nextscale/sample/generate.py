@@ -57,7 +57,7 @@ class Eager:
     def __init__(self, model: VAR, values: Any, config: SampleConfig):
         self.model, self.conditioning = model, model.conditioning(values)
         self.cache, self.seen = model.new_cache(len(values)), 0
-        self.pruning = Pruning(model.pyramid, config.prune, config.prune_first_block) if config.prune else None
+        self.pruning = _pruning(model, config)
 
     def logits(self, inputs_BNC: list[Tensor], k: int) -> Tensor:
         if self.seen < k:
@@ -117,6 +117,19 @@ def generate_scales(
         if k + 1 < len(pyramid):
             x_BNC = tokenizer.next_input(canvas, k + 1)
             inputs.append(x_BNC.repeat(2, 1, 1) if guided else x_BNC)
+
+
+def _pruning(model: VAR, config: SampleConfig) -> Pruning | None:
+    """The plan of these settings for this model, if they prune."""
+    if not config.prune:
+        return None
+    experts, depth = model.config.experts, model.config.depth
+    if experts.router == "moe++" and experts.gating_residual and depth > max(config.prune_first_block, 1):
+        raise UserError(
+            "prune cannot work with MoE++'s gating residual: a router sees what the block before scored, and blocks "
+            "compute different tokens; sample without prune, or train with experts.gating_residual false"
+        )
+    return Pruning(model.pyramid, config.prune, config.prune_first_block)
 
 
 def _check_refiner(config: SampleConfig, refiner: VAR | None, scales: int) -> None:
