@@ -36,6 +36,7 @@ LAYERS = [
     ["nextscale.metrics", "nextscale.features"],
     ["nextscale.train"],
     ["nextscale.pipeline", "nextscale.info"],
+    ["nextscale.analysis"],
     [
         "nextscale.quickstart",
         "nextscale.train.transformer_run",
@@ -43,7 +44,6 @@ LAYERS = [
         "nextscale.evaluate",
         "nextscale.bench",
     ],
-    ["nextscale.analysis"],
     ["nextscale.experiments"],
     ["nextscale.commands"],
     ["nextscale.cli"],
