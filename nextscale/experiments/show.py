@@ -27,7 +27,7 @@ def as_text(experiment: Experiment) -> str:
         lines += ["", f"{row.name}: published {published}"]
         if not row.measured:
             continue
-        if experiment.kind == "generator":
+        if experiment.kind != "tokenizer":
             lines.append(f"    sampling    {_plain(to_dict(row.sampling))}")
             if row.run.loss.encoder:
                 lines.append(
