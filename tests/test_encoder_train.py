@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nextscale.cli import main
+from nextscale.config_files import read_settings
 from nextscale.data.datasets import load_images
 from nextscale.errors import UserError
 from nextscale.features.encoders import load_encoder
+from nextscale.features.self_supervised import SmallEncoder
 from nextscale.metrics.neighbours import knn_accuracy, knn_classes
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.train.encoder_config import EncoderRunConfig, MocoConfig, ViewConfig
 from nextscale.train.encoder_run import evaluate_encoder
+from nextscale.train.log import read_log
 from nextscale.train.loop import fit
 from nextscale.train.moco import Moco, info_nce
 from nextscale.train.views import DRAWS, cut, recoloured, view
@@ -27,6 +31,11 @@ from nextscale.train.world import World
 from tests.test_train import SETTINGS, encoder_task
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def vote(sample, bank, labels, neighbours, temperature):
@@ -94,7 +103,7 @@ def test_portions_of_a_batch_change_rounding_alone(tmp_path):
     ends = []
     for micro in (0, 2):
         task = encoder_task(images)
-        fit(task, replace(SETTINGS, steps=4, micro_batch=micro), tmp_path / str(micro))
+        fit(task, replace(SETTINGS, steps=3, micro_batch=micro), tmp_path / str(micro))
         ends.append(task.trained.state_dict())
     for name, tensor in ends[0].items():
         assert torch.allclose(ends[1][name].double(), tensor.double(), atol=2e-5), name
@@ -131,9 +140,9 @@ def test_colours_against_steps_one_by_one():
     """Brightness, contrast, saturation and hue each by its own definition, with no value near the ends of the range."""
     config = ViewConfig(jitter=0.3, hue=0.1, jitter_share=0.6, grey_share=0.3)
     images, draws = 0.4 + 0.2 * torch.rand(12, 3, 4, 4, dtype=torch.float64), torch.rand(12, 6, dtype=torch.float64)
+    draws[:, 0], draws[:, 5] = torch.tensor([0.1, 0.9] * 6), torch.tensor([0.1, 0.1, 0.9, 0.9] * 3)  # every case
     found, luma = recoloured(images, draws, config).numpy(), np.array([0.299, 0.587, 0.114])
     to_yiq = np.array([luma, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-    kinds = set()
     for image, (change, b, c, s, h, grey), result in zip(images.numpy(), draws.tolist(), found, strict=True):
         x = image.copy()
         if change < 0.6:
@@ -147,8 +156,6 @@ def test_colours_against_steps_one_by_one():
         if grey < 0.3:
             x = np.broadcast_to(np.tensordot(luma, x, 1), x.shape)
         assert np.allclose(result, x, atol=1e-4)
-        kinds.add((change < 0.6, grey < 0.3))
-    assert len(kinds) == 4, "every case was met"
 
 
 def test_a_view_does_not_depend_on_its_batch():
@@ -165,27 +172,29 @@ CONFIG = (
     "encoder: {image_size: 16, widths: [16, 32], blocks: [0, 1], groups: 8}\n"
     "views: {smallest_crop: 0.4, flip: false, hue: 0.0}\nmoco: {queue: 512, hidden: 64, key_width: 32}\n"
     "images: {held_out: 0.2}\nbank: 1000\n"
-    "train: {steps: 120, batch_size: 64, learning_rate: 1.0e-3, warmup_steps: 5, save_every: 60, ema: 0.8}\n"
+    "train: {steps: 60, batch_size: 64, learning_rate: 1.0e-3, warmup_steps: 5, ema: 0.8, save_every: 40, log_every: 1}"
 )
 
 
-def test_training_beats_the_untrained_network_and_resumes_to_the_same_weights(tmp_path, capsys):
-    """Through the command line, on digits."""
+def test_training_learns_and_resumes_to_the_same_weights(tmp_path, capsys):
+    """Through the command line, on digits: own keys are told from 512 others, and k-NN knows the classes."""
     config, folders = tmp_path / "config.yaml", {n: tmp_path / n for n in ("whole", "cut", "random")}
     config.write_text(CONFIG)
     command = ["encoder", "train", str(config), "--data", "digits", "--device", "cpu"]
     assert main([*command, "--out", str(folders["random"]), "--untrained"]) == 0
     assert main([*command, "--out", str(folders["whole"])]) == 0
-    report = capsys.readouterr().out
-    untrained, trained = (float(line.split("accuracy ")[1][:-1]) for line in report.splitlines() if "done" in line)
-    assert untrained + 4 < trained, "percent"
+    accuracy = [float(t.split("accuracy ")[1][:-1]) for t in capsys.readouterr().out.splitlines() if "done" in t]
+    assert min(accuracy) > 60, "percent; chance is 10"
+    last = [r for r in read_log(folders["whole"] / "log.jsonl") if "loss" in r][-10:]
+    assert np.mean([r["loss"] for r in last]) < np.log(513) - 0.2, "guessing among 512 keys and one's own"
+    assert np.mean([r["own_key_nearest"] for r in last]) > 10 / 513
     assert (folders["whole"] / "curves.png").exists()
     kinds = {name: load_encoder(str(folders[name])).kind for name in ("whole", "random")}
     assert kinds == {"whole": "moco_v2", "random": "untrained"}
 
     (folders["cut"] / "training").mkdir(parents=True)
     (folders["cut"] / "run.json").write_bytes((folders["whole"] / "run.json").read_bytes())
-    for file in (folders["whole"] / "training").glob("encoder-00000060*"):
+    for file in (folders["whole"] / "training").glob("encoder-00000040*"):
         (folders["cut"] / "training" / file.name).write_bytes(file.read_bytes())
     assert main([*command, "--out", str(folders["cut"])]) == 0
     whole, cut_short = ((folders[n] / "model.safetensors").read_bytes() for n in ("whole", "cut"))
@@ -225,6 +234,15 @@ def test_pictures_without_classes_are_trained_on_and_not_measured(tmp_path, caps
     assert main(command) == 0
     assert "accuracy" not in capsys.readouterr().out
     assert load_encoder(str(tmp_path / "out")).steps == 2
+
+
+@pytest.mark.parametrize("recipe", ["encoder-cifar10", "encoder-digits"])
+def test_recipes_make_maps_that_fit_a_small_generator(recipe):
+    config = read_settings(EncoderRunConfig, Path(recipe))
+    encoder = SmallEncoder(config.encoder)
+    assert encoder.patch == 4
+    assert encoder.width <= 128
+    assert sum(p.numel() for p in encoder.parameters()) <= 2**19, "2 MB"
 
 
 def test_settings_that_cannot_work_are_named():

@@ -22,6 +22,11 @@ from nextscale.features.self_supervised_config import EncoderConfig
 WIDTH, DEPTH, PATCH, SIDE = 384, 2, 4, 3
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def moco_v3_tensors() -> dict[str, torch.Tensor]:
     """Random tensors of a ViT-S of two blocks, under timm's names; the class token has no position, as in the files."""
     rng = torch.Generator().manual_seed(0)
@@ -149,7 +154,6 @@ def test_moco_v3_files_at_fault_are_named(tmp_path):
 
 
 def small_encoder() -> SmallEncoder:
-    torch.manual_seed(0)
     return SmallEncoder(EncoderConfig(16, (8, 12), (1, 2), 4))
 
 
@@ -164,13 +168,19 @@ def by_convolutions(encoder: SmallEncoder, image: torch.Tensor) -> torch.Tensor:
         y = y.flatten(1, 2) * weights[f"layers.{i}.norm.weight"][:, None, None]
         y = (y + weights[f"layers.{i}.norm.bias"][:, None, None]).clamp(min=0)
         x = y if stride == 2 else x + y
-    return x.permute(0, 2, 3, 1)
+    return (x.permute(0, 2, 3, 1) - weights["mean_C"]) / weights["deviation_C"]
 
 
 def test_an_encoder_of_our_own_is_kept_and_read(tmp_path):
     encoder = small_encoder()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
+    image = torch.rand(7, 3, 16, 16) * 2 - 1
+    raw_RC = encoder(image, (4, 4)).flatten(0, 2)
+    encoder.standardise(image.split([4, 3]))
+    deviation_C = (raw_RC.var(dim=0, correction=0) + 1e-5).sqrt()
+    expected_RC = (raw_RC - raw_RC.mean(dim=0)) / deviation_C
+    assert torch.allclose(encoder(image, (4, 4)).flatten(0, 2), expected_RC, atol=1e-4)
     encoder.trained_for(7)
     encoder.save(tmp_path)
     found = load_encoder(str(tmp_path))
@@ -213,7 +223,6 @@ def test_folders_at_fault_are_named(tmp_path):
 
 
 def test_a_classifier_map_is_what_its_own_features_are_means_of(tmp_path):
-    torch.manual_seed(0)
     model = Classifier(ClassifierConfig(16, (8, 16), 4, mirror=False), ("a", "b"))
     model.save(tmp_path)
     encoder = load_encoder(str(tmp_path))

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nextscale.config import AlignmentConfig, ExpertsConfig
 from nextscale.data.examples import MemoryExamples, Places
 from nextscale.errors import UserError
 from nextscale.features.self_supervised import SmallEncoder
@@ -24,6 +25,7 @@ from nextscale.train.encoder_config import MocoConfig, ViewConfig
 from nextscale.train.encoder_task import EncoderTask
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
+from nextscale.train.run_config import LossConfig
 from nextscale.train.step import adamw
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.transformer_task import TransformerTask
@@ -43,6 +45,21 @@ def tasks(pipeline):
             pipeline.transformer, pipeline.tokenizer, MemoryExamples(tokens=tokens, label=labels), SETTINGS
         ),
         encoder_task(images),
+    )
+
+
+def mixture_task(router):
+    """Experts by this router, guided by random features."""
+    experts = ExpertsConfig(router=router, count=4, active=2)
+    pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=16)))
+    rng = torch.Generator().manual_seed(0)
+    examples = MemoryExamples(
+        tokens=torch.randint(0, 32, (20, 30), generator=rng),
+        label=torch.randint(0, 5, (20,), generator=rng),
+        features=torch.randn(20, 4, 4, 6, generator=rng),
+    )
+    return TransformerTask(
+        pipeline.transformer, pipeline.tokenizer, examples, SETTINGS, LossConfig(encoder="cache", group="1,3")
     )
 
 

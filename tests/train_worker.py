@@ -1,6 +1,7 @@
 """A training process for tests: python -m tests.train_worker FOLDER TASK [setting=value ...], alone or under torchrun.
 
-Trains the tiny task 0 (tokenizer), 1 (transformer) or 2 (encoder) of tests/test_train.py and writes FOLDER/final.pt.
+Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts) or 2 (encoder) of
+tests/test_train.py and writes FOLDER/final.pt.
 """
 
 import sys
@@ -16,12 +17,13 @@ from nextscale.train.tokenizer_config import CodebookConfig
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.world import join_world
 from tests.conftest import randomised, tiny_config
-from tests.test_train import SETTINGS, tasks
+from tests.test_train import SETTINGS, mixture_task, tasks
 
 
 def main(folder: Path, which: int, changes: dict) -> int:
     torch.set_num_threads(1)
-    task = tasks(randomised(tiny_config()))[which]
+    router = changes.pop("router", "")
+    task = mixture_task(router) if router else tasks(randomised(tiny_config()))[which]
     if changes.pop("codebook", None) == "ema":
         task = TokenizerTask(task.tokenizer, task.examples, codebook=CodebookConfig(update="ema", revive_every=3))
     accept = bool(changes.pop("accept", 0))

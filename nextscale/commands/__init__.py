@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nextscale.commands.analysis import AnalyseLoad, AnalyseRouting
 from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
 from nextscale.commands.encoders import EncoderEvaluate, EncoderTrain
 from nextscale.commands.measuring import (
@@ -30,6 +31,8 @@ COMMANDS: dict[str, type] = {
     "tokenizer evaluate": TokenizerEvaluate,
     "evaluate": Evaluate,
     "statistics": Statistics,
+    "analyse load": AnalyseLoad,
+    "analyse routing": AnalyseRouting,
     "bench": Bench,
     "experiment list": ExperimentList,
     "experiment show": ExperimentShow,

@@ -46,7 +46,7 @@ class EncoderTrain:
                 accept_changes=self.accept_changes, untrained=self.untrained,
             )  # fmt: skip
         if world.main:
-            accuracy = f"; held-out k-NN accuracy {values['knn_accuracy']:.2%}" if values else ""
+            accuracy = f"; held-out k-NN accuracy {values['knn_accuracy']:.2%}" if "knn_accuracy" in values else ""
             print(f"done: {self.out}{accuracy}")
 
 

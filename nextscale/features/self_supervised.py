@@ -6,6 +6,7 @@ model.safetensors
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from nextscale.features.self_supervised_config import EncoderConfig
 from nextscale.files import has_format, read_json, replacing, write_json
 
 FORMAT, VERSION = "nextscale-encoder", 1
+_EPS = 1e-5  # as batch norm's: a channel that is always the same stays near 0
 WANTED = "the folder of an encoder that `nextscale encoder train` wrote"
 
 
@@ -40,7 +42,14 @@ class Convolution(nn.Module):
 
 class SmallEncoder(PatchEncoder):
     """Stages that halve the resolution at their first convolution; the last map holds the patch features, and its mean
-    over all places is the image's feature."""
+    over all places is the image's feature.
+
+    What comes out is standardised by the mean and the deviation of each channel on training images: behind a ReLU all
+    vectors point nearly the same way (a mean cosine of 0.96 on CIFAR-10), and a cosine would tell little.
+    """
+
+    mean_C: Tensor
+    deviation_C: Tensor
 
     def __init__(self, config: EncoderConfig):
         super().__init__("untrained", config.patch, config.widths[-1], config.image_size, (0.5,) * 3, (0.5,) * 3)
@@ -50,13 +59,27 @@ class SmallEncoder(PatchEncoder):
             layers.append(Convolution(before, width, config.groups, stride=2))
             layers += [Convolution(width, width, config.groups) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers)
+        self.register_buffer("mean_C", torch.zeros(self.width))
+        self.register_buffer("deviation_C", torch.ones(self.width))
 
     def map(self, normal_B3HW: Tensor) -> Tensor:
         """The last map (B, C, h, w) of images in [-1, 1]. Takes gradients: this is what is trained."""
         return self.layers(normal_B3HW.contiguous(memory_format=torch.channels_last))
 
     def look(self, normal_B3HW: Tensor) -> Tensor:
-        return self.map(normal_B3HW).permute(0, 2, 3, 1)
+        return (self.map(normal_B3HW).permute(0, 2, 3, 1) - self.mean_C) / self.deviation_C
+
+    @torch.no_grad()
+    def standardise(self, images: Iterable[Tensor]) -> None:
+        """Take mean and deviation over all places of these batches of images (B, 3, H, W) in [-1, 1]."""
+        count, sums_2C = 0, torch.zeros(2, self.width, dtype=torch.float64, device=self.mean_C.device)
+        for image_B3HW in images:
+            values_RC = self.map(self.prepared(image_B3HW, self.grid)).movedim(1, -1).flatten(0, 2).double()
+            sums_2C += torch.stack([values_RC.sum(dim=0), values_RC.square().sum(dim=0)])
+            count += len(values_RC)
+        mean_C, square_C = sums_2C / count
+        self.mean_C.copy_(mean_C)
+        self.deviation_C.copy_(((square_C - mean_C.square()).clamp_min(0) + _EPS).sqrt())
 
     def trained_for(self, steps: int) -> None:
         """Note how long it was trained: features of another kind than an untrained network's."""

@@ -49,6 +49,8 @@ class Output:
     """What each layer of each block recorded (routing, in mixtures of experts); None for dense layers."""
     projected_BNE: Tensor | None = None
     """The alignment head's output, of the first scales, where it was asked for."""
+    hidden_BND: Tensor | None = None
+    """The output of the block that was asked for."""
 
 
 class VAR(nn.Module):
@@ -84,12 +86,15 @@ class VAR(nn.Module):
             self.head_adaln(active_BD).view(len(cond_BD), 2, -1),
         )
 
-    def forward(self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None, guided: int = 0) -> Output:
+    def forward(
+        self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None, guided: int = 0, hidden: int = 0
+    ) -> Output:
         """Logits (B, L, V) of all scales at once.
 
         `values`: the condition (labels, int64 (B,)). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
         (B, L - N of scale 0, C). `branch_keep`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
-        `guided`: how many scales the alignment head projects, for semantic guidance.
+        `guided`: how many scales the alignment head projects, for semantic guidance. `hidden`: the block, counted from
+        1, whose output is wanted too, to be looked at.
         """
         expected = self.pyramid.length - self.pyramid.counts[0]
         if x_BLC.ndim != 3 or x_BLC.shape[1] != expected:
@@ -100,7 +105,7 @@ class VAR(nn.Module):
             x_BND = torch.cat([x_BND, self._embed(x_BLC, (self.pyramid.counts[0], self.pyramid.length))], dim=1)
         mask_LL = block_causal_mask(self.pyramid, x_BND.device)
         context = ScaleContext(self.pyramid, (0, self.pyramid.length), mask_LL, k=len(self.pyramid) - 1)
-        return self._run(x_BND, conditioning, context, None, branch_keep, guided=guided)
+        return self._run(x_BND, conditioning, context, None, branch_keep, guided=guided, hidden=hidden)
 
     def step(
         self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, pruning: Pruning | None = None
@@ -150,9 +155,10 @@ class VAR(nn.Module):
         branch_keep: Tensor | None = None,
         wanted: int = 0,
         guided: int = 0,
+        hidden: int = 0,
     ) -> Output:
         """Through the blocks to logits, of the tokens from `wanted` on."""
-        projected_BNE = None
+        projected_BNE = hidden_BND = None
         records: list[list[Any]] = []
         for i, block in enumerate(self.blocks):
             adaln_B3SD = conditioning.blocks_B3SD[i]
@@ -163,8 +169,10 @@ class VAR(nn.Module):
                 x_BND, adaln_B3SD, context, cache[i] if cache else None, records[-1] if records else None
             )
             records.append(record)
+            if i + 1 == hidden:
+                hidden_BND = x_BND
             if guided and self.projector is not None and i + 1 == self.config.aligned_block:
                 projected_BNE = self.projector(x_BND[:, : self.pyramid.spans[guided - 1][1]])
         scale, shift = conditioning.head_B2D.unsqueeze(2).unbind(1)
         x_BND = modulate(x_BND[:, wanted:], scale, shift, self.config.norm_eps)
-        return Output(self.head(x_BND).float(), records, projected_BNE)
+        return Output(self.head(x_BND).float(), records, projected_BNE, hidden_BND)

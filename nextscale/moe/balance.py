@@ -27,5 +27,9 @@ def balance_loss(routing: Routing, idle: int = 0, idle_weight: float = 0.75) -> 
 
 def expert_load(chosen_BNM: Tensor, total: float = 64.0) -> Tensor:
     """How often each expert was chosen, (M,) float32, normalised to a sum of `total` (64 in Table 1)."""
-    count_M = chosen_BNM.flatten(0, -2).float().sum(dim=0)
-    return total * count_M / count_M.sum().clamp_min(1)
+    return normalised_load(chosen_BNM.flatten(0, -2).float().sum(dim=0), total)
+
+
+def normalised_load(count_M: Tensor, total: float = 64.0) -> Tensor:
+    """Counts of choices (..., M), normalised to a sum of `total`; zeros where nothing was chosen."""
+    return total * count_M / count_M.sum(dim=-1, keepdim=True).clamp_min(1)

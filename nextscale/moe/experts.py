@@ -7,11 +7,14 @@ experts. Three ways to the same function:
 - `_Differentiated`, the same with gradients, written out;
 - `grouped`: on a GPU in 16 bits, all experts in one product, without waiting for the host.
 
+With expert parallelism each process computes the rows of its own experts in these ways (`Exchange`).
+
 Letters: T rows, D width, F hidden width, M experts, R pairs of row and expert, sorted by expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nextscale import ops
+from nextscale.moe.exchange import Exchange, local_part
 from nextscale.ops import StackedLinear, full_precision, input_gradient, low_precision, product, weight_gradient
 
 
@@ -61,6 +65,7 @@ class Experts(nn.Module):
         self.count = count
         self.fc1 = StackedLinear(count, width, hidden)
         self.fc2 = StackedLinear(count, hidden, width)
+        self.exchange: Exchange | None = None
 
     def forward(self, x_TD: Tensor, gates_TM: Tensor, chosen_TM: Tensor, at_most: int) -> Tensor:
         """sum_j gates[i, j] E_j(x_i) over the experts j that row i has chosen (Eq. 6), (T, D).
@@ -69,18 +74,31 @@ class Experts(nn.Module):
         """
         dispatch = Dispatch.of(chosen_TM, at_most)
         gate_R = gates_TM[dispatch.row_R, dispatch.expert_R]
+        if self.exchange is not None:
+            return self._exchanged(x_TD, gate_R, dispatch, self.exchange)
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        if not ops.fast:
-            return self._loop(x_TD, gate_R, dispatch)
-        low = low_precision(x_TD)
-        if low and x_TD.device.type == "cuda":
-            rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
-            return grouped(rows, gate_R, dispatch, *cast)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights)):
-            rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
-            with full_precision(rows):
-                return _Differentiated.apply(rows, gate_R.to(rows.dtype), dispatch.row_R, dispatch.pieces(), *cast)
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights))
+        in_one = x_TD.device.type == "cuda" and low_precision(x_TD) is not None
+        if ops.fast and (differentiated or in_one):
+            return _computed(x_TD, gate_R, dispatch, weights)
         return self._loop(x_TD, gate_R, dispatch)
+
+    def _exchanged(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, exchange: Exchange) -> Tensor:
+        """As `forward`, each expert's rows computed by the process that holds it; the gates are applied at home."""
+        parts = [
+            local_part(p, exchange.processes) for layer in (self.fc1, self.fc2) for p in (layer.weight, layer.bias)
+        ]
+        own = torch.arange(len(parts[0]), device=x_TD.device)
+
+        def work(rows_SD: Tensor, expert_S: Tensor) -> Tensor:
+            here = Dispatch.of(expert_S.unsqueeze(1) == own, len(expert_S))
+            return _computed(rows_SD, torch.ones_like(expert_S, dtype=torch.float32), here, parts)
+
+        real = int(dispatch.ends_M[-1])  # without padding
+        count_M = dispatch.ends_M.diff(prepend=dispatch.ends_M.new_zeros(1))
+        out_RD = exchange(x_TD[dispatch.row_R[:real]], count_M, work)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        return y_TD.index_add(0, dispatch.row_R[:real], out_RD * gate_R[:real, None]).to(x_TD.dtype)
 
     def _loop(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
         """One expert after the other; so the order of the sum is the same, whatever rows share the batch."""
@@ -90,6 +108,16 @@ class Experts(nn.Module):
             out_rD = self.fc2.product(j, self.fc1.product(j, x_TD[row_r], gelu=True))
             y_TD.index_add_(0, row_r, out_rD * gate_R[start:end, None])
         return y_TD.to(x_TD.dtype)
+
+
+def _computed(x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, weights: Sequence[Tensor]) -> Tensor:
+    """The fast ways, in the precision at hand."""
+    low = low_precision(x_TD)
+    rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
+    if low and x_TD.device.type == "cuda":
+        return grouped(rows, gate_R, dispatch, *cast)
+    with full_precision(rows):
+        return _Differentiated.apply(rows, gate_R.to(rows.dtype), dispatch.row_R, dispatch.pieces(), *cast)
 
 
 class _Differentiated(torch.autograd.Function):

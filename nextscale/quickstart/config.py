@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nextscale.config import SampleConfig, TokenizerConfig, TransformerConfig
+from nextscale.config import AlignmentConfig, ExpertsConfig, SampleConfig, TokenizerConfig, TransformerConfig
 from nextscale.errors import UserError
+from nextscale.features.self_supervised_config import EncoderConfig
 from nextscale.pyramid import Pyramid
 from nextscale.train.config import TrainConfig
+from nextscale.train.encoder_config import MocoConfig, ViewConfig
+from nextscale.train.run_config import LossConfig
 from nextscale.train.tokenizer_config import derive_pyramid
 
 
@@ -22,11 +25,19 @@ def _tokenizer() -> TokenizerConfig:
     )
 
 
+def _transformer() -> TransformerConfig:
+    experts = ExpertsConfig(router="stmoe", count=8, active=3)
+    head = AlignmentConfig(hidden=256)
+    return TransformerConfig(depth=4, width=192, heads=6, ffn_ratio=2, experts=experts, alignment=head)
+
+
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Train a small tokenizer and a small class-conditional model on one machine, sample, and measure.
+    """Train a small tokenizer, a self-supervised encoder and a small class-conditional MEPA on one machine: a mixture
+    of experts (STMoE), guided by the encoder's features. Then sample and measure.
 
-    The defaults are sized for the bundled digits and two CPU cores.
+    The defaults are sized for the bundled digits and two CPU cores. A dense VAR: transformer.experts.router none and
+    loss.encoder "".
     """
 
     data: str = "digits"
@@ -42,10 +53,19 @@ class QuickstartConfig:
     """Share of the images kept from training, to measure with."""
     seed: int = 0
     tokenizer: TokenizerConfig = field(default_factory=_tokenizer)
-    transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(depth=4, width=192, heads=6))
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(widths=(32, 64), blocks=(1, 1), groups=8))
+    """Its features guide the transformer. Its image_size follows the images'."""
+    moco: MocoConfig = field(default_factory=lambda: MocoConfig(queue=1024, hidden=128, key_width=64))
+    views: ViewConfig = field(default_factory=lambda: ViewConfig(smallest_crop=0.4, flip=False, hue=0.0))
+    transformer: TransformerConfig = field(default_factory=_transformer)
     """The number of classes is taken from the data."""
+    loss: LossConfig = field(default_factory=lambda: LossConfig(encoder="own"))
+    """encoder: 'own' for the one trained here, or empty for no guidance."""
     train_tokenizer: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=800, batch_size=32, learning_rate=2e-3, save_every=100)
+    )
+    train_encoder: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=150, batch_size=128, learning_rate=2e-3, save_every=50)
     )
     train_transformer: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -61,6 +81,8 @@ class QuickstartConfig:
             raise UserError(f"quickstart: held_out must lie between 0 and 1; got {self.held_out}")
         if self.limit < 1 or self.measure_images < 1:
             raise UserError("quickstart: limit and measure_images must be at least 1")
+        if self.loss.encoder not in ("own", ""):
+            raise UserError(f"quickstart: loss.encoder is '{self.loss.encoder}'; give own, or nothing for no guidance")
 
     def geometry(self) -> tuple[int, Pyramid]:
         """Image size in pixels, and the pyramid."""

@@ -15,14 +15,17 @@ from nextscale.config_dict import to_dict
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import MemoryExamples
 from nextscale.errors import UserError
+from nextscale.features.self_supervised import SmallEncoder
 from nextscale.files import claim, write_json
 from nextscale.metrics.reconstruction import psnr
 from nextscale.pictures import curves, grid
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import check_available, measure
+from nextscale.rng import fold
 from nextscale.sample.generate import log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.train.encoder_task import EncoderTask
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
 from nextscale.train.tokenizer_task import TokenizerTask
@@ -48,7 +51,9 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     claim(folder / "quickstart.json", to_dict(config))
 
     condition = ClassConditionConfig(num_classes=len(data.class_names))
-    transformer = dataclasses.replace(config.transformer, condition=condition)
+    width = config.encoder.widths[-1] if config.loss.encoder else 0
+    head = dataclasses.replace(config.transformer.alignment, width=width)
+    transformer = dataclasses.replace(config.transformer, condition=condition, alignment=head)
     model = ModelConfig(pyramid, config.tokenizer, transformer, data.class_names)
     pipeline = Pipeline.from_config(model, config.seed, InitConfig(adaln_gamma=0.1))
 
@@ -56,8 +61,11 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     pipeline.tokenizer.eval()
     tokens_BL = encode_all(pipeline, train.images_B3HW)
     settings = config.train_transformer
-    tokens = MemoryExamples(tokens=tokens_BL, label=train.labels_B)
-    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, tokens, settings), settings, folder)
+    examples = {"tokens": tokens_BL, "label": train.labels_B}
+    if config.loss.encoder:
+        examples["features"] = features_of(train, trained_encoder(config, train, size, folder), pyramid.last)
+    task = TransformerTask(pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), settings, config.loss)
+    fit(task, settings, folder)
     pipeline.save_pretrained(folder)
 
     reconstruction = show(pipeline, config, held_out, folder)
@@ -81,6 +89,23 @@ def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_ou
     data.say_remarks()
     if len(held_out) == 0 or len(train) == 0:
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
+
+
+def trained_encoder(config: QuickstartConfig, train: ImageSet, size: int, folder: Path) -> SmallEncoder:
+    """A self-supervised encoder of the training images, also written to `folder`/encoder."""
+    settings = dataclasses.replace(config.encoder, image_size=size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(config.seed, "encoder"))
+        encoder = SmallEncoder(settings)
+    fit(EncoderTask(encoder, train.examples(), config.moco, config.views), config.train_encoder, folder)
+    encoder.trained_for(config.train_encoder.steps)
+    encoder.save(folder / "encoder")
+    return encoder.eval().requires_grad_(False)
+
+
+def features_of(data: ImageSet, encoder: SmallEncoder, grid_size: tuple[int, int]) -> Tensor:
+    """The encoder's features (N, h, w, E) of all images."""
+    return torch.cat([encoder(to_unit(part), grid_size) for part in data.images_B3HW.split(_BATCH)])
 
 
 @torch.no_grad()
@@ -118,7 +143,7 @@ def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folde
     log = read_log(folder / "log.jsonl")
     panels = {
         f"{task}: {name}": {name: [(r["step"], r[name]) for r in log if r["task"] == task]}
-        for task, name in (("tokenizer", "loss"), ("transformer", "loss"), ("transformer", "accuracy"))
+        for task, name in (("tokenizer", "loss"), ("transformer", "cross_entropy"), ("transformer", "accuracy"))
     }
     curves(panels, folder / "curves.png")
     return {"reconstruction_psnr_db": float(psnr((painted + 1) / 2, (real + 1) / 2).mean())}

@@ -53,8 +53,9 @@ class TrainConfig:
     """Recompute each block in the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
     """torch.compile every block."""
-    sharding: Literal["none", "full"] = "none"
-    """Over several processes: every one holds the whole model (DDP), or a part of weights and optimizer (FSDP2)."""
+    sharding: Literal["none", "full", "experts"] = "none"
+    """Over several processes: each holds the whole model (DDP); or a part of all weights and of the optimizer (FSDP2);
+    or all but a part of the experts, to which tokens travel (expert parallelism)."""
     workers: int = 0
     """Processes per process that read and decode examples ahead; 0 = in the training process."""
     save_every: int = 200

@@ -72,7 +72,7 @@ class EncoderRunConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3, save_every=500))
     """Its label_drop, label_smoothing and drop_path have no meaning here."""
     bank: int = 5000
-    """Training images that held-out ones are compared with while training, to follow the k-NN accuracy."""
+    """Training images that features are standardised on, and that held-out ones are compared with while training."""
 
     def __post_init__(self) -> None:
         rules = {"bank must be 1 or more": self.bank >= 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,42 +54,38 @@ def train_encoder(
         task = EncoderTask(SmallEncoder(config.encoder), train, config.moco, config.views)
     watch = _Watch(task, held_out, len(source.class_names), config.bank, folder, world)
     if untrained:
+        values = watch.measure(0)
         watch.keep(0, best=False)
-        return watch.measure(0)
+        return values
     fit_run(task, config.train, folder, watch, world, settings, config.images.max_unreadable)
     if not world.main:
         return {}
     log = read_log(folder / "log.jsonl")
-    panels = {
-        "nats": {"InfoNCE": "loss"},
-        "share": {"own key nearest (training)": "own_key_nearest", "k-NN accuracy (held out)": "knn_accuracy"},
-    }
-    shown = {
-        p: {n: [(r["step"], r[k]) for r in log if k in r] for n, k in lines.items() if any(k in r for r in log)}
-        for p, lines in panels.items()
-    }
-    curves(shown, folder / "curves.png")
+    panels = {"InfoNCE, nats": "loss", "own key nearest": "own_key_nearest", "held-out k-NN accuracy": "knn_accuracy"}
+    points = {panel: [(r["step"], r[key]) for r in log if key in r] for panel, key in panels.items()}
+    curves({panel: {panel: line} for panel, line in points.items() if line}, folder / "curves.png")
     return next((r for r in reversed(log) if "knn_accuracy" in r), {})
 
 
 class _Watch:
     """What happens at a save: the vote of neighbours, and the encoder's files."""
 
-    def __init__(
-        self, task: EncoderTask, held_out: Examples, classes: int, bank: int, folder: Path, world: World
-    ):  # fmt: skip
+    def __init__(self, task: EncoderTask, held_out: Examples, classes: int, bank: int, folder: Path, world: World):
         self.task, self.held_out, self.classes, self.bank = task, held_out, classes, bank
         self.folder, self.world = folder, world
 
     def measure(self, step: int) -> Values:
-        if not self.world.main or self.classes < 2:
+        if not self.world.main:
             return {}
         encoder = self.task.moco.query.encoder
         unreadable: list[str] = []
-        pairs: list[Tensor] = []
-        for examples, limit in ((self.held_out, len(self.held_out)), (self.task.examples, self.bank)):
-            pairs += pooled(encoder, examples, unreadable, limit)
-        return {"knn_accuracy": knn_accuracy(*pairs), "unreadable": unreadable}
+        bank = min(self.bank, len(self.task.examples))
+        encoder.standardise(image for image, _ in _batches(encoder, self.task.examples, bank, unreadable))
+        values: Values = {"unreadable": unreadable}
+        if self.classes > 1:
+            held_out = pooled(encoder, self.held_out, len(self.held_out), unreadable)
+            values["knn_accuracy"] = knn_accuracy(*held_out, *pooled(encoder, self.task.examples, bank, unreadable))
+        return values
 
     def keep(self, step: int, best: bool) -> None:
         if self.world.main:
@@ -96,22 +93,26 @@ class _Watch:
             self.task.moco.query.encoder.save(self.folder)
 
 
-@torch.no_grad()
-def pooled(
-    encoder: PatchEncoder, examples: Examples, unreadable: list[str], limit: int = 10**9
-) -> tuple[Tensor, Tensor]:
-    """Features (N, C) and labels (N,) of the first `limit` examples: means over the grid the encoder was made for.
+def pooled(encoder: PatchEncoder, examples: Examples, count: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:
+    """Features (N, C) and labels (N,) of the first `count` examples: means over the grid the encoder was made for.
 
     Names of examples that cannot be read are added to `unreadable`.
     """
-    device, features, labels = encoder.mean_3.device, [], []
-    count = min(len(examples), limit)
+    features, labels = [], []
+    for image_B3HW, label_B in _batches(encoder, examples, count, unreadable):
+        features.append(encoder(image_B3HW, encoder.grid).mean(dim=(1, 2)).cpu())
+        labels.append(label_B)
+    return torch.cat(features), torch.cat(labels)
+
+
+def _batches(
+    encoder: PatchEncoder, examples: Examples, count: int, unreadable: list[str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images in [-1, 1] on the encoder's device, and labels."""
     for start in range(0, count, _BATCH):
         batch = examples.fetch(range(start, min(start + _BATCH, count)), None)
         unreadable += batch.get("unreadable", ())
-        features.append(encoder(to_unit(batch["image"].to(device)), encoder.grid).mean(dim=(1, 2)).cpu())
-        labels.append(batch["label"])
-    return torch.cat(features), torch.cat(labels)
+        yield to_unit(batch["image"].to(encoder.mean_3.device)), batch["label"]
 
 
 def evaluate_encoder(source: str, data: str, test: str, size: int, out: Path | None) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def evaluate_encoder(source: str, data: str, test: str, size: int, out: Path | N
         raise UserError(
             f"{test} has the classes {', '.join(names[0][:5])}, ...; {data} has {', '.join(names[1][:5])}, ..."
         )
-    (samples, labels), (bank, bank_labels) = (pooled(encoder, images.examples(), []) for images in sets)
+    (samples, labels), (bank, bank_labels) = (pooled(encoder, i.examples(), len(i), []) for i in sets)
     report = {
         "encoder": source,
         "kind": encoder.kind,

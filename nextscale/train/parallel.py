@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nextscale.errors import UserError
+from nextscale.moe.exchange import Exchange
+from nextscale.moe.experts import Experts
 from nextscale.train.config import TrainConfig
 from nextscale.train.task import Task
 from nextscale.train.world import World
@@ -35,6 +38,8 @@ class Laid:
         if config.sharding == "full":
             self._shard(task, config, world)
         else:
+            if config.sharding == "experts":
+                share_experts(task, world)
             devices = [world.device] if world.device.type == "cuda" else None
             self.module = DistributedDataParallel(
                 task,
@@ -70,11 +75,48 @@ class Laid:
 
     def norm(self) -> Tensor:
         """Norm of the whole gradient."""
-        return whole(nn.utils.get_total_norm([p.grad for p in self.task.trained.parameters() if p.grad is not None]))
+        gradients = [p.grad for p in self.task.trained.parameters() if p.grad is not None]
+        norms = [whole(nn.utils.get_total_norm(kind)) for kind in by_kind(gradients)]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def clip(self, norm: Tensor, largest: float) -> None:
         """Scale the gradient, whose norm this is, to a norm of `largest` at most."""
-        nn.utils.clip_grads_with_norm_(self.task.trained.parameters(), largest, norm)
+        for kind in by_kind(list(self.task.trained.parameters())):
+            nn.utils.clip_grads_with_norm_(kind, largest, norm)
+
+
+def share_experts(task: Task, world: World) -> None:
+    """Leave this process its part of the experts of every mixture. UserError when they cannot be divided evenly."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mixtures = {name: m for name, m in task.named_modules() if isinstance(m, Experts)}
+    if not mixtures:
+        raise UserError(f"sharding: experts needs a mixture of experts; the {task.name} has none: use none or full")
+    count = next(iter(mixtures.values())).count
+    if count % world.size:
+        raise UserError(f"{count} experts cannot be divided evenly among {world.size} processes")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    exchange, shared = Exchange(dist.new_group()), []
+    for name, experts in mixtures.items():
+        experts.exchange = exchange
+        for layer_name, layer in experts.named_children():
+            for part, parameter in list(layer.named_parameters()):
+                divided = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+                setattr(layer, part, nn.Parameter(divided))
+                shared.append(f"{name}.{layer_name}.{part}")
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, shared)
+
+
+T = TypeVar("T", bound=Tensor)
+
+
+def by_kind(tensors: Sequence[T]) -> list[list[T]]:
+    """Tensors that every process has whole and tensors that are divided, apart: no operation takes both in one list."""
+    kinds: dict[bool, list[T]] = {}
+    for tensor in tensors:
+        kinds.setdefault(hasattr(tensor, "full_tensor"), []).append(tensor)
+    return list(kinds.values())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -110,7 +152,9 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the parameters as they are now."""
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - self.decay)
+        live: list[Tensor] = list(self.live.values())
+        for averages, parameters in zip(by_kind(list(self.average.values())), by_kind(live), strict=True):
+            torch._foreach_lerp_(averages, parameters, 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

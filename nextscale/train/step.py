@@ -13,7 +13,7 @@ from nextscale.rng import generator
 from nextscale.train.config import TrainConfig, learning_rate, weight_decay
 from nextscale.train.guard import explain_non_finite
 from nextscale.train.log import Values
-from nextscale.train.parallel import Ema, Laid
+from nextscale.train.parallel import Ema, Laid, by_kind
 from nextscale.train.state import Learner
 from nextscale.train.task import Task
 from nextscale.train.world import World
@@ -132,4 +132,10 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay, "decayed": True},
         {"params": others, "weight_decay": 0.0, "decayed": False},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
+    mixed = len(by_kind(list(module.parameters()))) > 1
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        foreach=False if mixed else None,  # which would put whole and divided parameters in one list
+    )

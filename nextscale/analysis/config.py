@@ -1,0 +1,32 @@
+"""What the analyses share as settings. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nextscale.config import DataConfig
+from nextscale.config_dict import check
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """Which held-out images a model is shown, and how."""
+
+    num: int = 500
+    """Held-out images; 0 = all that there are."""
+    images: DataConfig = field(default_factory=DataConfig)
+    """How pictures are split: as in training, so that the same ones are held out. A token cache is split already."""
+    seed: int = 0
+    """Of the split, as in training, and of all that is drawn."""
+    batch_size: int = 16
+    """Images at once. It does not change what comes out beyond rounding."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "num must be 0 (all) or more": self.num >= 0,
+            "batch_size must be 1 or more": self.batch_size >= 1,
+            "seed must lie in 0 to 2^63 - 1": 0 <= self.seed < 2**63,
+        }
+        check("analysis", self, rules)

@@ -1,0 +1,202 @@
+"""Looking into models: every figure against a loop over images, blocks and tokens; pictures, JSON, refusals."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextscale.analysis.config import AnalysisConfig
+from nextscale.analysis.load import analyse_load
+from nextscale.analysis.routing import analyse_routing
+from nextscale.checkpoints.native import write_checkpoint
+from nextscale.config import DataConfig, ExpertsConfig
+from nextscale.data.cache import TokenCache
+from nextscale.errors import UserError
+from nextscale.pipeline import Pipeline
+from nextscale.train.tokenize_run import tokenize
+from nextscale.train.world import World
+from tests.conftest import randomised, tiny_config
+from tests.test_cli import fails
+
+CLASSES = tuple("abcde")
+CONFIG = AnalysisConfig(num=11, batch_size=4)
+
+
+def save(folder: Path, seed: int = 0, **experts) -> str:
+    """A model of 3 blocks and 5 classes, all with the tokenizer of seed 0; dense, or with these experts."""
+    settings = {"experts": ExpertsConfig(**experts)} if experts else {}
+    pipeline, tokens = randomised(tiny_config(depth=3, **settings), seed), randomised(tiny_config(), 0).tokenizer
+    pipeline.tokenizer.load_state_dict(tokens.state_dict())
+    checkpoint = pipeline.to_checkpoint()
+    checkpoint.config = checkpoint.config.__class__(**(vars(checkpoint.config) | {"class_names": CLASSES}))
+    write_checkpoint(folder, checkpoint)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Models, 60 random pictures of 5 classes, and their token cache, which holds out 15."""
+    folder = tmp_path_factory.mktemp("analysis")
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        path = folder / "pictures" / CLASSES[i % 5] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    save(folder / "dense")
+    for router in ("stmoe", "smoe", "expert-choice", "moe++"):
+        save(folder / router, router=router, count=5, active=2)
+    images = DataConfig(held_out=0.25)
+    tokenize(str(folder / "pictures"), folder / "dense", folder / "cache", images, 0, World())
+    return folder
+
+
+def one_by_one(place, name: str):
+    """Every held-out image that CONFIG takes, by itself: (pipeline, tokens (1, L), what the model gives)."""
+    pipeline = Pipeline.from_pretrained(place / name)
+    examples = TokenCache(place / "cache").examples("held_out")
+    for i in range(CONFIG.num):
+        batch = examples.fetch([i], None)
+        tokens = batch["tokens"].long()
+        with torch.no_grad():
+            inputs = pipeline.tokenizer.teacher_inputs(tokens)
+            yield pipeline, tokens, pipeline.transformer(batch["label"], inputs)
+
+
+@pytest.mark.parametrize("router", ["stmoe", "smoe", "expert-choice", "moe++"])
+def test_load_counts_every_choice(place, tmp_path, router):
+    report = analyse_load([str(place / router)], str(place / "cache"), tmp_path, CONFIG)
+    assert report == json.loads((tmp_path / "load.json").read_text())
+    assert Image.open(tmp_path / "load.png").size > (300, 300)
+    (model,) = report["models"]
+    experts = 9 if router == "moe++" else 5
+    counts = np.zeros((3, 4, experts), int)
+    for pipeline, _, output in one_by_one(place, router):
+        for block, records in enumerate(output.records):
+            for position, scale in enumerate(pipeline.config.pyramid.scale_of_L):
+                for expert in range(experts):
+                    counts[block, scale, expert] += int(records[-1].chosen_BNM[0, position, expert])
+    assert model["counts"] == counts.tolist()
+    total = counts.sum((0, 1))
+    assert model["load"] == pytest.approx(64 * total / total.sum())
+    assert model["load_variance"] == pytest.approx(statistics.variance(64 * total / total.sum()))
+    for block in range(3):
+        load = 64 * counts[block].sum(0) / counts[block].sum()
+        assert model["load_per_block"][block] == pytest.approx(load)
+        assert model["load_variance_per_block"][block] == pytest.approx(statistics.variance(load))
+    assert np.sum(model["load_per_scale"], axis=1) == pytest.approx([64] * 4)
+    assert model["images"] == 11
+    assert model["scales"] == ["1x1", "2x2", "3x3", "4x4"]
+    assert model["experts"] == [*(f"E{i}" for i in range(1, 6)), "zero", "copy", "constant 1", "constant 2"][:experts]
+    if router == "expert-choice":
+        assert model["load_variance"] == 0
+
+
+def test_load_equals_what_training_measures(place, tmp_path):
+    """The same figure that validation logs as expert_load."""
+    from nextscale.train.config import TrainConfig
+    from nextscale.train.transformer_run import validate
+    from nextscale.train.transformer_task import TransformerTask
+
+    pipeline = Pipeline.from_pretrained(place / "stmoe")
+    held_out = TokenCache(place / "cache").examples("held_out")
+    task = TransformerTask(pipeline.transformer, pipeline.tokenizer, held_out, TrainConfig())
+    logged = validate(task, held_out, CONFIG.num, World())["validation_expert_load"]
+    (model,) = analyse_load([str(place / "stmoe")], str(place / "cache"), tmp_path, CONFIG)["models"]
+    assert model["load"] == pytest.approx(logged, rel=1e-6)
+
+
+def test_pictures_are_held_out_as_in_training(place, tmp_path):
+    """Pictures, split and encoded here, give what their token cache gives; so do other batches, and several models."""
+    options = {"num": 0, "images": DataConfig(held_out=0.25)}
+    models, names = [str(place / "stmoe"), str(place / "smoe")], ["ST", "S"]
+    from_pictures = analyse_load(models, str(place / "pictures"), tmp_path / "a", AnalysisConfig(**options), names)
+    assert [m["name"] for m in from_pictures["models"]] == names
+    assert from_pictures["models"][0]["images"] == 15
+    for model, name in zip(models, names, strict=True):
+        config = AnalysisConfig(**options, batch_size=1)
+        report = analyse_load([model], str(place / "cache"), tmp_path / name, config, [name])
+        assert report["models"][0] == from_pictures["models"][names.index(name)]
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_routing_maps_are_shares_of_images(place, tmp_path, block):
+    """At every position, and split into what the position decides and what the image decides."""
+    report = analyse_routing([str(place / "stmoe")], str(place / "cache"), tmp_path, CONFIG, block=block)
+    assert report == json.loads((tmp_path / "routing.json").read_text())
+    (model,) = report["models"]
+    assert model["block"] == (block or 2)
+    chosen = np.stack(
+        [out.records[model["block"] - 1][-1].chosen_BNM[0].numpy() for *_, out in one_by_one(place, "stmoe")]
+    ).astype(float)
+    for k, (start, end) in enumerate([(0, 1), (1, 5), (5, 14), (14, 30)]):
+        part = chosen[:, start:end]
+        for expert in range(5):
+            found = np.array(model["maps"][k][expert])
+            assert found.shape == (k + 1, k + 1)
+            np.testing.assert_allclose(found.ravel(), part[:, :, expert].mean(0))
+        assert model["share_per_scale"][k] == pytest.approx(part.mean((0, 1)))
+        whole = part.reshape(-1, 5).var(axis=0).mean()
+        positions, images = model["variance_between_positions"][k], model["variance_between_images"][k]
+        assert positions == pytest.approx(part.mean(0).var(axis=0).mean())
+        assert positions + images == pytest.approx(whole)
+
+
+def test_routing_of_one_image_and_of_a_scale_router(place, tmp_path):
+    """One image's maps are its choices; a scale router decides neither by position nor by image."""
+    models = [str(place / "stmoe"), str(place / "smoe")]
+    report = analyse_routing(models, str(place / "cache"), tmp_path, CONFIG, image=4)
+    chosen = [output for *_, output in one_by_one(place, "stmoe")][4].records[1][-1].chosen_BNM[0]
+    assert report["image"] == 4
+    assert np.array(report["models"][0]["maps"][3])[2].ravel().tolist() == chosen[14:30, 2].float().tolist()
+    assert report["models"][1]["variance_between_positions"] == [0] * 4
+    assert report["models"][1]["variance_between_images"] == [0] * 4
+    assert np.asarray(Image.open(tmp_path / "routing.png")).std() > 10
+
+
+def test_pictures_of_other_aspects(tmp_path):
+    """Maps need not be square."""
+    from nextscale.pictures import map_grids
+
+    maps = [[[[0.5]]], [[[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]]]]
+    map_grids({"a model": (["E1"], ["1x1", "2x3"], maps, [])}, "share", tmp_path / "maps.png")
+    assert Image.open(tmp_path / "maps.png").width > 100
+
+
+@pytest.mark.parametrize("analysis", ["load", "routing"])
+def test_what_cannot_be_analysed_is_named(place, tmp_path, capsys, analysis):
+    out, cache = ["--out", tmp_path], ["--data", place / "cache"]
+    said = fails(capsys, "analyse", analysis, place / "dense", *cache, *out)
+    assert "dense is a dense model: it has no experts to look at; give a mixture of experts" in said
+    said = fails(capsys, "analyse", analysis, place / "stmoe", "--data", "digits", *out, "--images.limit", "50")
+    assert "digits has other classes (0, 1, 2, ... 10 in all) than stmoe was trained on (a, b, c, ... 5 in all)" in said
+    same = [place / "stmoe", place / "smoe", "--names", "A", "A"]
+    assert "models must have different names; got A, A" in fails(capsys, "analyse", analysis, *same, *cache, *out)
+    said = fails(capsys, "analyse", analysis, place / "stmoe", "--names", "A", "B", *cache, *out)
+    assert "--names must name each of the 1 folders; got 2 names" in said
+    assert "num must be 0 (all) or more" in fails(
+        capsys, "analyse", analysis, place / "stmoe", *cache, *out, "--num=-1"
+    )
+    said = fails(capsys, "analyse", analysis, place / "nowhere", *cache, *out)
+    assert "nowhere" in said
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_blocks_images_and_caches_that_are_not_there(place, tmp_path, capsys):
+    command = ["analyse", "routing", place / "stmoe", "--data", place / "cache", "--out", tmp_path]
+    assert "stmoe has blocks 1 to 3; there is no block 4" in fails(capsys, *command, "--block", 4)
+    assert "there is no image 15: held-out images are numbered 0 to 14" in fails(capsys, *command, "--image", 15)
+    head = json.loads((place / "cache" / "cache.json").read_text())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "cache.json").write_text(json.dumps(head | {"examples": {"train": 0, "held_out": 0}}))
+    with pytest.raises(UserError, match="holds out no images"):
+        analyse_load([str(place / "stmoe")], str(empty), tmp_path, CONFIG)
+    (empty / "cache.json").write_text(json.dumps(head | {"tokenizer": "another"}))
+    with pytest.raises(UserError, match="was made by another tokenizer"):
+        analyse_load([str(place / "stmoe")], str(empty), tmp_path, CONFIG)
