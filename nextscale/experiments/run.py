@@ -23,6 +23,7 @@ from nextscale.evaluate.measures import NEUTRAL, name_of
 from nextscale.evaluate.run import Settings, evaluate, make_statistics
 from nextscale.experiments.cost import sampling_seconds, training_seconds
 from nextscale.experiments.entry import Experiment, Row
+from nextscale.experiments.pictures import Shown, draw
 from nextscale.experiments.report import write_results
 from nextscale.features.classifier import is_classifier
 from nextscale.files import read_json, write_json
@@ -129,6 +130,8 @@ def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: Wor
         figures = lab.generator(row, seed) if experiment.kind == "generator" else lab.tokenizer(row, seed)
         values[row.name].append(figures)
         world.wait()
+    if experiment.picture:
+        lab.draw(folder / experiment.name)
     return write_results(experiment, inputs, values, folder / experiment.name, world) if world.main else {}
 
 
@@ -266,6 +269,17 @@ class _Lab:
             row.name: [self._costs(row, read_config(folder)[0]) | figures]
             for row, folder, figures in zip(rows, folders, read_json(kept)["rows"], strict=True)
         }
+
+    def draw(self, out: Path) -> None:
+        """The experiment's picture, once for the same models."""
+        jobs = [(row, seed) for row in self.experiment.rows if row.measured for seed in self.experiment.seeds]
+        models = [Shown(row.name, self._run(row, seed)[0], row.sampling) for row, seed in jobs]
+        about = key([[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
+        kept = out / "drawn.json"
+        if self.world.main and not (kept.exists() and read_json(kept) == about):
+            draw(self.experiment.picture, models, out, str(self.world.device))
+            write_json(kept, about)
+        self.world.wait()
 
     def _examples(self, row: Row, folder: Path) -> int:
         """Training examples in an epoch of a run."""
