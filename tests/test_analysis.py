@@ -11,20 +11,28 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.analysis.config import AnalysisConfig
+from nextscale.analysis.config import AnalysisConfig, ErrorsConfig
+from nextscale.analysis.convergence import analyse_convergence
+from nextscale.analysis.errors import analyse_errors
+from nextscale.analysis.features import analyse_features, principal
 from nextscale.analysis.load import analyse_load
 from nextscale.analysis.routing import analyse_routing
 from nextscale.checkpoints.native import write_checkpoint
-from nextscale.config import DataConfig, ExpertsConfig
+from nextscale.cli import main
+from nextscale.config import DataConfig, ExpertsConfig, SampleConfig
 from nextscale.data.cache import TokenCache
 from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
+from nextscale.rng import generator
+from nextscale.sample.draw import inverse_cdf
+from nextscale.sample.logits import filtered, guide
 from nextscale.train.tokenize_run import tokenize
 from nextscale.train.world import World
 from tests.conftest import randomised, tiny_config
 from tests.test_cli import fails
 
 CLASSES = tuple("abcde")
+SPANS = [(0, 1), (1, 5), (5, 14), (14, 30)]
 CONFIG = AnalysisConfig(num=11, batch_size=4)
 
 
@@ -56,16 +64,20 @@ def place(tmp_path_factory):
     return folder
 
 
-def one_by_one(place, name: str):
-    """Every held-out image that CONFIG takes, by itself: (pipeline, tokens (1, L), what the model gives)."""
-    pipeline = Pipeline.from_pretrained(place / name)
+def held_out_rows(place):
+    """Tokens (1, L) and label (1,) of every held-out image that CONFIG takes."""
     examples = TokenCache(place / "cache").examples("held_out")
     for i in range(CONFIG.num):
         batch = examples.fetch([i], None)
-        tokens = batch["tokens"].long()
+        yield batch["tokens"].long(), batch["label"]
+
+
+def one_by_one(place, name: str):
+    """The model, and what it gives for every held-out image that CONFIG takes, by itself."""
+    pipeline = Pipeline.from_pretrained(place / name)
+    for tokens, label in held_out_rows(place):
         with torch.no_grad():
-            inputs = pipeline.tokenizer.teacher_inputs(tokens)
-            yield pipeline, tokens, pipeline.transformer(batch["label"], inputs)
+            yield pipeline, pipeline.transformer(label, pipeline.tokenizer.teacher_inputs(tokens))
 
 
 @pytest.mark.parametrize("router", ["stmoe", "smoe", "expert-choice", "moe++"])
@@ -76,7 +88,7 @@ def test_load_counts_every_choice(place, tmp_path, router):
     (model,) = report["models"]
     experts = 9 if router == "moe++" else 5
     counts = np.zeros((3, 4, experts), int)
-    for pipeline, _, output in one_by_one(place, router):
+    for pipeline, output in one_by_one(place, router):
         for block, records in enumerate(output.records):
             for position, scale in enumerate(pipeline.config.pyramid.scale_of_L):
                 for expert in range(experts):
@@ -134,7 +146,7 @@ def test_routing_maps_are_shares_of_images(place, tmp_path, block):
     chosen = np.stack(
         [out.records[model["block"] - 1][-1].chosen_BNM[0].numpy() for *_, out in one_by_one(place, "stmoe")]
     ).astype(float)
-    for k, (start, end) in enumerate([(0, 1), (1, 5), (5, 14), (14, 30)]):
+    for k, (start, end) in enumerate(SPANS):
         part = chosen[:, start:end]
         for expert in range(5):
             found = np.array(model["maps"][k][expert])
@@ -161,11 +173,188 @@ def test_routing_of_one_image_and_of_a_scale_router(place, tmp_path):
 
 def test_pictures_of_other_aspects(tmp_path):
     """Maps need not be square."""
-    from nextscale.pictures import map_grids
+    from nextscale.analysis.figures import map_grids
 
     maps = [[[[0.5]]], [[[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]]]]
     map_grids({"a model": (["E1"], ["1x1", "2x3"], maps, [])}, "share", tmp_path / "maps.png")
     assert Image.open(tmp_path / "maps.png").width > 100
+
+
+@pytest.mark.parametrize("projection", ["pca", "tsne"])
+def test_features_are_the_outputs_of_the_block(place, tmp_path, projection):
+    """Separation of all tokens, and the drawn ones, against arrays taken from the block itself."""
+    model, options = str(place / "stmoe"), {"points": 6, "projection": projection}
+    report = analyse_features([model], str(place / "cache"), tmp_path, CONFIG, block=2, **options)
+    assert report == json.loads((tmp_path / "features.json").read_text())
+    found = report["models"][0]
+    pipeline, seen = Pipeline.from_pretrained(model), []
+    pipeline.transformer.blocks[1].register_forward_hook(lambda block, given, output: seen.append(output[0]))
+    for tokens, label in held_out_rows(place):
+        with torch.no_grad():
+            pipeline.transformer(label, pipeline.tokenizer.teacher_inputs(tokens))
+    x = torch.cat(seen).double().numpy()
+    scales = [x[:, i:j].reshape(-1, x.shape[-1]) for i, j in SPANS]
+    means = np.stack([scale.mean(0) for scale in scales])
+    spread = [((scale - mean) ** 2).sum(1).mean() for scale, mean in zip(scales, means, strict=True)]
+    between = ((means - means.mean(0)) ** 2).sum(1).mean()
+    assert found["variance_between_scales"] == pytest.approx(between / (between + np.mean(spread)), rel=1e-5)
+    assert found["spread_per_scale"] == pytest.approx(np.sqrt(spread), rel=1e-4)
+    distances = [[np.linalg.norm(a - b) for b in means] for a in means]
+    np.testing.assert_allclose(found["distance_between_scales"], distances, rtol=1e-5, atol=1e-5)
+    assert [len(points) for points in found["points"]] == [6, 6, 6, 6]
+    picks = [torch.randperm(11 * n, generator=generator(0, "features", k))[:6].sort().values.numpy()
+             for k, n in enumerate([1, 4, 9, 16])]  # fmt: skip
+    if projection == "pca":
+        chosen = torch.from_numpy(np.concatenate([scale[p] for scale, p in zip(scales, picks, strict=True)]))
+        np.testing.assert_allclose(np.concatenate(found["points"]), principal(chosen)[0], rtol=1e-3, atol=1e-4)
+    again = analyse_features([model], str(place / "cache"), tmp_path, CONFIG, block=2, **options)
+    assert again == report
+    assert Image.open(tmp_path / "features.png").width > 300
+
+
+def test_principal_axes_are_those_of_the_singular_values():
+    x = np.random.default_rng(0).normal(size=(40, 7)) * np.arange(1, 8) + 3
+    points, shares = principal(torch.from_numpy(x))
+    _, values, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(points), np.abs((x - x.mean(0)) @ axes[:2].T), atol=1e-9)
+    assert shares == pytest.approx((values**2 / (values**2).sum())[:2])
+    assert torch.equal(principal(torch.from_numpy(x).flip(0))[0].flip(0).round(decimals=9), points.round(decimals=9))
+
+
+def grown(pipeline, label: int, number: int, config: SampleConfig, wrong: dict[int, torch.Tensor] | None = None):
+    """Image `number` token by token without cache, loop or batch: all tokens, with those of `wrong` scales given."""
+    tokens = torch.zeros(1, 30, dtype=torch.int64)
+    for k, (i, j) in enumerate(SPANS):
+        inputs = pipeline.tokenizer.teacher_inputs(tokens)
+        with torch.no_grad():
+            plain, free = (pipeline.transformer(torch.tensor([v]), inputs).logits_BNV[:, i:j] for v in (label, 5))
+        likely = filtered(guide(plain, free, config.cfg * k / 3), 1.0, config.top_k, config.top_p)
+        u = torch.rand(j - i, generator=generator(config.seed, "token", number, k)).view(1, -1, 1)
+        tokens[:, i:j] = inverse_cdf(likely.softmax(-1), u).squeeze(-1)
+        if wrong and k in wrong:
+            tokens[:, i:j] = wrong[k]
+    return tokens
+
+
+def test_errors_are_injected_at_their_scale_and_drawn_on(place, tmp_path):
+    """Against images grown one by one by teacher forcing; labels in turn, another image for comparison."""
+    config = ErrorsConfig(num=3, scales=(2, 3), share=0.5, batch_size=2, shown=2)
+    sampling = SampleConfig(cfg=2.0, top_k=20, top_p=0.9, seed=7)
+    report = analyse_errors([str(place / "stmoe")], tmp_path, config, sampling, ["ST"], labels=["b", None])
+    assert report == json.loads((tmp_path / "errors.json").read_text())
+    (model,) = report["models"]
+    pipeline, labels = Pipeline.from_pretrained(place / "stmoe"), [1, 5, 1]
+    clean = [grown(pipeline, label, i, sampling) for i, label in enumerate(labels)]
+    images = [pipeline.tokenizer.decode(tokens) for tokens in clean]
+    for error, s in zip(model["errors"], (1, 2), strict=True):
+        (start, end), changed, far, kept = SPANS[s], [], [], []
+        for i, label in enumerate(labels):
+            rng = generator(7, "error", i, s)
+            count = -(-(end - start) // 2)
+            cells = torch.randperm(end - start, generator=rng)[:count]
+            wrong = clean[i].clone()
+            wrong[0, start + cells] = (wrong[0, start + cells] + torch.randint(1, 32, (count,), generator=rng)) % 32
+            tokens = grown(pipeline, label, i, sampling, {s: wrong[:, start:end]})
+            changed.append([(tokens != clean[i])[0, a:b].float().mean() for a, b in SPANS])
+            for out, other in ((far, tokens), (kept, wrong)):
+                out.append(((pipeline.tokenizer.decode(other) - images[i]) / 2).square().mean().sqrt())
+        assert error["scale"] == s + 1
+        assert error["tokens_changed"] == pytest.approx(np.mean(changed, axis=0))
+        assert error["tokens_changed"][:s] == [0] * s
+        assert error["tokens_changed"][s] == pytest.approx(count / (end - start))
+        assert max(error["tokens_changed"][s + 1 :]) > 0
+        assert error["canvas_distance"][:s] == [0] * s
+        assert error["image_distance"] == pytest.approx(np.mean(far), rel=1e-4)
+        assert error["image_distance_deviation"] == pytest.approx(np.std(far, ddof=1), rel=1e-3)
+        assert error["kept_image_distance"] == pytest.approx(np.mean(kept), rel=1e-4)
+    others = [pipeline.tokenizer.decode(grown(pipeline, label, 3 + i, sampling)) for i, label in enumerate(labels)]
+    far = [((a - b) / 2).square().mean().sqrt() for a, b in zip(others, images, strict=True)]
+    assert model["another_image"]["image_distance"] == pytest.approx(np.mean(far), rel=1e-4)
+    assert all(Image.open(tmp_path / name).width > 300 for name in ("errors.png", "distance.png"))
+
+
+def test_errors_do_not_depend_on_the_batch_and_know_no_other_sampling(place, tmp_path):
+    options = {"num": 3, "shown": 3}
+    reports = [
+        analyse_errors([str(place / "dense")], tmp_path, ErrorsConfig(**options, batch_size=b))["models"]
+        for b in (1, 3)
+    ]
+    assert reports[0] == reports[1]
+    assert [error["scale"] for error in reports[0][0]["errors"]] == [1, 2, 3]
+    for bad in ({"smooth": True}, {"official_seeding": True}, {"draft_scales": 1}):
+        with pytest.raises(UserError, match="without official_seeding, smooth and draft_scales"):
+            analyse_errors([str(place / "dense")], tmp_path, ErrorsConfig(**options), SampleConfig(**bad))
+
+
+def write_log(folder: Path, losses: dict[int, float]) -> str:
+    """A run's log, as training writes it; the two scales have 1 more and 1 less than the whole."""
+    folder.mkdir()
+    lines = [{"task": "tokenizer", "step": 5, "loss": 1.0}]
+    for step, loss in losses.items():
+        lines += [
+            {"task": "transformer", "step": step, "loss": 9.0, "cross_entropy": loss + 0.5},
+            {"task": "transformer", "step": step, "validation_loss": loss,
+             "validation_loss_per_scale": [loss + 1, loss - 1]},
+        ]  # fmt: skip
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"task": "tra')
+    return str(folder)
+
+
+def test_convergence_says_who_is_sooner_there(tmp_path):
+    runs = [
+        write_log(tmp_path / "plain-0", {10: 5.0, 20: 4.4, 30: 4.2}),
+        write_log(tmp_path / "plain-1", {10: 5.2, 20: 4.6, 30: 4.4, 40: 3.0}),
+        write_log(tmp_path / "guided", {10: 4.7, 20: 4.1, 30: 3.9}),
+        write_log(tmp_path / "worse", {10: 6.0, 20: 5.0}),
+        write_log(tmp_path / "at once", {10: 4.0}),
+    ]
+    report = analyse_convergence(runs, tmp_path / "out", ["plain", "plain", "guided", "worse", "at once"])
+    assert report == json.loads((tmp_path / "out" / "convergence.json").read_text())
+    assert Image.open(tmp_path / "out" / "convergence.png").width > 300
+    plain, guided, worse, at_once = report["curves"]
+    assert plain["steps"] == [10, 20, 30], "what all runs of the name have"
+    assert plain["validation_loss"] == pytest.approx([5.1, 4.5, 4.3])
+    assert plain["validation_loss_deviation"] == pytest.approx([statistics.stdev([5.0, 5.2])] * 3)
+    assert plain["validation_loss_per_scale"][1] == pytest.approx([5.5, 3.5])
+    assert plain["training_loss"] == pytest.approx([5.6, 5.0, 4.8])
+    assert report["target"] == pytest.approx(4.3)
+    assert [c["steps_to_target"] for c in (plain, worse, at_once)] == [30, None, 10]
+    assert guided["steps_to_target"] == pytest.approx(10 + 10 * 0.4 / 0.6)
+    assert [c["speedup"] for c in (plain, worse, at_once)] == [1, None, 3]
+    assert report["scales"] == ["scale 1", "scale 2"]
+
+
+def test_convergence_of_what_is_no_run(place, tmp_path, capsys):
+    command = ["analyse", "convergence", "--out", tmp_path / "out"]
+    assert "dense is not the folder of a run: it has no log.jsonl" in fails(capsys, *command, place / "dense")
+    (tmp_path / "log.jsonl").write_text("")
+    assert "has no validated step of a generator's training" in fails(capsys, *command, tmp_path)
+    runs = [write_log(tmp_path / "a", {10: 5.0}), write_log(tmp_path / "b", {20: 5.0})]
+    said = fails(capsys, *command, *runs, "--names", "A", "A")
+    assert "the 2 runs named A have no validated step in common" in said
+    log = Path(runs[1]) / "log.jsonl"
+    log.write_text(log.read_text().replace("[6.0, 4.0]", "[6.0]"))
+    assert "the runs have different numbers of scales (1, 2)" in fails(capsys, *command, *runs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_analysis_through_the_command_line(place, tmp_path, capsys):
+    cache, few = ["--data", place / "cache"], ["--num", 3]
+    models = [place / "stmoe", place / "smoe"]
+    run = write_log(tmp_path / "run", {10: 5.0, 20: 4.0})
+    commands = {
+        "load": [*models, *cache, *few],
+        "routing": [*models, *cache, *few, "--image", 1],
+        "features": [place / "dense", *models, *cache, *few, "--points", 5],
+        "errors": [place / "dense", *few, "--labels", "a,none", "--scales", 1, 2, "--cfg", 1, "--share", 0.3],
+        "convergence": [run],
+    }
+    for name, options in commands.items():
+        out = tmp_path / name
+        assert main(["analyse", name, *map(str, options), "--out", str(out)]) == 0, name
+        assert f"see {out}/{name}.png" in capsys.readouterr().out
+        assert json.loads((out / f"{name}.json").read_text())["analysis"] == name
+        assert (out / f"{name}.png").exists()
 
 
 @pytest.mark.parametrize("analysis", ["load", "routing"])
@@ -185,6 +374,21 @@ def test_what_cannot_be_analysed_is_named(place, tmp_path, capsys, analysis):
     said = fails(capsys, "analyse", analysis, place / "nowhere", *cache, *out)
     assert "nowhere" in said
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scales", 5], "dense has scales 1 to 4; there is no scale 5"),
+        (["--share", 0], "share must lie above 0, up to 1"),
+        (["--labels", "z"], "there is no class named 'z'"),
+        (["--num", 0], "num must be 1 or more"),
+        (["--names", "A", "B"], "--names must name each of the 1 folders; got 2 names"),
+    ],
+)
+def test_errors_that_cannot_be_injected(place, tmp_path, capsys, options, said):
+    assert said in fails(capsys, "analyse", "errors", place / "dense", "--out", tmp_path, *options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_blocks_images_and_caches_that_are_not_there(place, tmp_path, capsys):

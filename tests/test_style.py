@@ -32,6 +32,7 @@ LAYERS = [
     ["nextscale.metrics", "nextscale.features"],
     ["nextscale.train"],
     ["nextscale.pipeline", "nextscale.info"],
+    ["nextscale.analysis"],
     [
         "nextscale.quickstart",
         "nextscale.train.transformer_run",
@@ -39,7 +40,6 @@ LAYERS = [
         "nextscale.evaluate",
         "nextscale.bench",
     ],
-    ["nextscale.analysis"],
     ["nextscale.experiments"],
     ["nextscale.commands"],
     ["nextscale.cli"],

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from nextscale.analysis.config import AnalysisConfig
+from nextscale.analysis.figures import loads
 from nextscale.analysis.subject import Subject, about, subjects
 from nextscale.files import write_json
 from nextscale.moe.balance import normalised_load
 from nextscale.moe.routers import Routing
-from nextscale.pictures import loads
 
 
 def analyse_load(

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from nextscale.analysis.config import AnalysisConfig
+from nextscale.analysis.figures import map_grids
 from nextscale.analysis.load import routing_of
 from nextscale.analysis.subject import Subject, about, subjects
 from nextscale.files import write_json
-from nextscale.pictures import map_grids, to_pil
+from nextscale.pictures import to_pil
 
 
 def analyse_routing(

@@ -20,6 +20,7 @@ from nextscale.errors import UserError
 from nextscale.machine import describe_machine
 from nextscale.model.var import VAR, Output
 from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import to_unit
 
 _SHOWN_FROM = 20
@@ -43,7 +44,7 @@ class Subject:
     @property
     def scales(self) -> list[str]:
         """Each scale's map as height x width."""
-        return [f"{h}x{w}" for h, w in self.model.pyramid.sides]
+        return scale_names(self.model.pyramid)
 
     def alone(self, number: int) -> Subject:
         """The model with this one held-out image; UserError when there is none of this number."""
@@ -92,13 +93,16 @@ def subjects(models: Sequence[str], names: Sequence[str], data: str, config: Ana
     `data`: images, or a token cache. `names`: what to call the models; none = by their folders. Raises UserError when
     they are not as many or not distinct, and when model and data do not belong together.
     """
-    called = titles(models, names)
-    if len(set(called)) < len(called):
-        raise UserError(f"models must have different names; got {', '.join(called)}: tell them apart with --names")
-    for model, name in zip(models, called, strict=True):
+    for model, name in zip(models, distinct(titles(models, names)), strict=True):
         pipeline = Pipeline.from_pretrained(model, device=config.device)
         held_out = _open(data, pipeline, name, config)
         yield Subject(name, pipeline, held_out, range(min(len(held_out), config.num or len(held_out))), config)
+
+
+def scale_names(pyramid: Pyramid) -> list[str]:
+    """Each scale's map as height x width, with its number in front where two are of one size."""
+    names = [f"{h}x{w}" for h, w in pyramid.sides]
+    return names if len(set(names)) == len(names) else [f"{k}: {name}" for k, name in enumerate(names, start=1)]
 
 
 def titles(sources: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -110,6 +114,13 @@ def titles(sources: Sequence[str], names: Sequence[str]) -> list[str]:
         raise UserError(f"--names must name each of the {len(sources)} folders; got {len(names)} names")
     short = [Path(source).resolve().name or source for source in sources]
     return list(names) or (short if len(set(short)) == len(short) else list(sources))
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names; UserError when two are equal."""
+    if len(set(names)) < len(names):
+        raise UserError(f"models must have different names; got {', '.join(names)}: tell them apart with --names")
+    return names
 
 
 def _open(data: str, pipeline: Pipeline, name: str, config: AnalysisConfig) -> Examples:

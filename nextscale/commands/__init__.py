@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from nextscale.commands.analysis import AnalyseLoad, AnalyseRouting
+from nextscale.commands.analysis import (
+    AnalyseConvergence,
+    AnalyseErrors,
+    AnalyseFeatures,
+    AnalyseLoad,
+    AnalyseRouting,
+)
 from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
 from nextscale.commands.encoders import EncoderEvaluate, EncoderTrain
 from nextscale.commands.measuring import (
@@ -33,6 +39,9 @@ COMMANDS: dict[str, type] = {
     "statistics": Statistics,
     "analyse load": AnalyseLoad,
     "analyse routing": AnalyseRouting,
+    "analyse features": AnalyseFeatures,
+    "analyse errors": AnalyseErrors,
+    "analyse convergence": AnalyseConvergence,
     "bench": Bench,
     "experiment list": ExperimentList,
     "experiment show": ExperimentShow,

@@ -119,6 +119,16 @@ def generate_scales(
             inputs.append(x_BNC.repeat(2, 1, 1) if guided else x_BNC)
 
 
+def watched(steps: Iterator[ScaleStep]) -> Iterator[ScaleStep]:
+    """The same steps; after the last one UserError when a model's logits were not finite, so that nobody waits."""
+    finite: Tensor | bool = True
+    for step in steps:
+        finite = step.logits_BNV.isfinite().all() & finite
+        yield step
+    if not finite:
+        raise UserError("the model's logits are not finite: its weights are damaged, or overflow in this dtype")
+
+
 def _check_refiner(config: SampleConfig, refiner: VAR | None, scales: int) -> None:
     if refiner is None and config.draft_scales:
         raise UserError(f"draft_scales={config.draft_scales} needs a refiner: a second model for the later scales")
@@ -166,13 +176,9 @@ def generate(
 ) -> Sample:
     """Sample a batch of images: `generate_scales` run to its end."""
     tokens, canvas = [], tokenizer.blank_canvas(len(values))
-    finite = torch.ones((), dtype=torch.bool, device=canvas.device)
-    for step in generate_scales(tokenizer, model, values, config, first_image, kept, refiner, begin):
+    for step in watched(generate_scales(tokenizer, model, values, config, first_image, kept, refiner, begin)):
         tokens.append(step.tokens_BN)
-        finite &= step.logits_BNV.isfinite().all()
         canvas = step.canvas_BChw
-    if not finite:
-        raise UserError("the model's logits are not finite: its weights are damaged, or overflow in this dtype")
     return Sample(torch.cat(tokens, dim=1), (tokenizer.paint(canvas) + 1) / 2)
 
 
