@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
-from nextscale.analysis.config import AnalysisConfig
+from nextscale.analysis.config import AnalysisConfig, ErrorsConfig
+from nextscale.analysis.convergence import analyse_convergence
+from nextscale.analysis.errors import analyse_errors
+from nextscale.analysis.features import analyse_features
 from nextscale.analysis.routing import analyse_routing
 from nextscale.config import SampleConfig
 from nextscale.pictures import grid
@@ -28,12 +31,22 @@ class Shown:
 
 
 def draw(picture: str, models: Sequence[Shown], out: Path, device: str) -> None:
-    """Write PICTURE.png into `out`, of an analysis also what it found as PICTURE.json."""
+    """Write PICTURE.png into `out`, of an analysis also what it found as PICTURE.json. Several models of one name are
+    one setting with several seeds."""
     folders, names = [str(m.folder) for m in models], [m.name for m in models]
     if picture == "samples":
         return _samples(models, out / "samples.png", device)
+    if picture == "convergence":
+        analyse_convergence(folders, out, names)
+        return
+    if picture == "errors":
+        analyse_errors(folders, out, ErrorsConfig(device=device), models[0].sampling, names)
+        return
     run = read_run(models[0].folder)
     config = AnalysisConfig(images=run.images, seed=run.train.seed, device=device)
+    if picture == "features":
+        analyse_features(folders, run.data, out, config, names)
+        return
     assert picture == "routing", f"there is no picture '{picture}'"
     analyse_routing(folders, run.data, out, config, names)
 
