@@ -173,3 +173,29 @@ def test_encoders_that_differ_want_images(tmp_path):
     (tmp_path / "cache.json").write_text("{}")
     with pytest.raises(UserError, match="the rows of mepa-encoders differ in their encoder: --data must be images"):
         resolve(load("mepa-encoders", "tiny"), {"data": str(tmp_path)})
+
+
+def test_costs_are_timed_in_turns_and_maps_are_drawn_once(tmp_path):
+    options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["experiment", "run", "mepa-cost", *options]) == 0
+    of_cost = tmp_path / "tiny" / "mepa-cost"
+    rows = {row["name"]: row for row in json.loads((of_cost / "results.json").read_text())["rows"]}
+    dense, mepa = (rows[name]["figures"] for name in ("VAR-d20", "MEPA-d16, 100 epochs"))
+    assert dense["active_parameters"]["mean"] == pytest.approx(mepa["active_parameters"]["mean"], rel=0.05)
+    assert mepa["parameters"]["mean"] > 1.5 * mepa["active_parameters"]["mean"]
+    for figures in (dense, mepa):
+        assert 0 < figures["seconds_per_image_of_8"]["mean"] < figures["seconds_per_image_of_1"]["mean"]
+        assert figures["seconds_per_epoch"]["mean"] > 0
+    assert rows["SiT-XL/2"]["figures"] == {}
+    timed = (of_cost / "times.json").stat().st_mtime_ns
+    assert main(["experiment", "run", "mepa-cost", *options]) == 0
+    assert (of_cost / "times.json").stat().st_mtime_ns == timed
+
+    for _ in range(2):
+        assert main(["experiment", "run", "mepa-routing", *options]) == 0
+    folder = tmp_path / "tiny" / "mepa-routing"
+    assert (folder / "routing.json").stat().st_mtime_ns < (folder / "results.json").stat().st_mtime_ns
+    found = json.loads((folder / "routing.json").read_text())["models"]
+    assert [model["router"] for model in found] == ["smoe", "stmoe"]
+    load = json.loads((folder / "results.json").read_text())["rows"][0]["figures"]
+    assert sum(load[f"load_E{j}"]["mean"] for j in range(1, 9)) == pytest.approx(64, rel=1e-4)

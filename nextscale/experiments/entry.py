@@ -74,6 +74,8 @@ class Experiment:
     """Of the token cache; 0 = none is made."""
     refiner: RunConfig | None
     """How the model is trained that draws the late scales in rows with `draft_scales`."""
+    picture: str = ""
+    """What is drawn of the trained models beside the table: samples, routing, ...; empty = nothing."""
     note: str = ""
 
 
@@ -106,7 +108,7 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
     for layer in layers:
         settings |= {key: value for key, value in layer.items() if key not in (*_OVERLAYS, "cpu", "note")}
     note = " ".join(str(layer["note"]) for layer in layers if layer.get("note"))
-    rows = tuple(_row(row, layers, scale, where) for row in entry["rows"] if row.get(scale, {}) is not None)
+    rows = tuple(_row(row, layers, scale, where, on_cpu) for row in entry["rows"] if row.get(scale, {}) is not None)
     classifier, encoder = None, settings.get("encoder")
     if "classifier" in settings:
         base = ClassifierRunConfig(classifier=ClassifierConfig())
@@ -115,6 +117,7 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         encoder = from_dict(EncoderRunConfig, encoder, f"{where}: encoder", EncoderRunConfig())
     elif encoder:
         encoder = read_settings(EncoderRunConfig, Path(encoder))
+    refiner = {"name": "refiner", **entry["refiner"]} if "refiner" in entry else None
     guided = any(row.measured and row.run.loss.encoder == "given" for row in rows)
     return Experiment(
         name=name,
@@ -131,13 +134,15 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         classifier=classifier,
         encoder=encoder,
         views=int(settings.get("views", 0)),
-        refiner=_row({"name": "refiner", **entry["refiner"]}, layers, scale, where).run if "refiner" in entry else None,
+        refiner=_row(refiner, layers, scale, where, on_cpu).run if refiner else None,
+        picture=entry.get("picture", ""),
         note=note,
     )
 
 
-def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: str) -> Row:
-    own = [*layers, row, row.get(scale) or {}]
+def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: str, on_cpu: bool) -> Row:
+    there = row.get(scale) or {}
+    own = [*layers, row, there, there.get("cpu", {}) if on_cpu else {}]
     recipe = next((layer["recipe"] for layer in reversed(own) if "recipe" in layer), None)
     run = read_settings(RunConfig, Path(recipe)) if recipe else RunConfig()
     code_recipe = next((layer["tokenizer_recipe"] for layer in reversed(own) if "tokenizer_recipe" in layer), None)
@@ -148,6 +153,6 @@ def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: s
         codes = from_dict(TokenizerRunConfig, layer.get("tokenizer", {}), f"{where}: tokenizer", codes)
         sampling = from_dict(SampleConfig, layer.get("sampling", {}), f"{where}: sampling", sampling)
     published = {figure: float(value) for figure, value in row.get("published", {}).items()}  # YAML reads 3e8 as text
-    here = row | (row.get(scale) or {})  # a smaller model stands in for a published one under its own name
+    here = row | there  # a smaller model stands in for a published one under its own name
     alone, measured = bool(here.get("alone")), bool(here.get("measured", True))
     return Row(here["name"], here.get("at"), published, run, codes, sampling, alone, measured)

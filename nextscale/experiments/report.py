@@ -17,14 +17,20 @@ from nextscale.train.world import World
 if TYPE_CHECKING:
     from nextscale.experiments.run import Inputs
 
+_GROUPS = {"per_scale": "nats_", "per_expert": "load_E"}
+"""Names for many columns at once, and how those begin."""
+
 
 def write_results(
     experiment: Experiment, inputs: Inputs, values: dict[str, list[dict[str, Any]]], folder: Path, world: World
 ) -> dict[str, Any]:
     """Write everything into `folder`; `values`: by row, the figures of each seed. Returns what results.json holds."""
     rows: list[dict[str, Any]] = []
-    per_scale = dict.fromkeys(f for found in values.values() for m in found for f in m if f.startswith("nats_"))
-    columns = [c for f in experiment.figures for c in (per_scale if f == "per_scale" else (f,))]
+    found = dict.fromkeys(f for row in experiment.rows for m in (row.published, *values[row.name]) for f in m)
+    columns = [
+        c for f in experiment.figures
+        for c in ([n for n in found if n.startswith(_GROUPS[f])] if f in _GROUPS else [f])
+    ]  # fmt: skip
     for row in experiment.rows:
         measured = values[row.name]
         figures = {f: _spread([m[f] for m in measured]) for f in columns if measured and f in measured[0]}

@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.checkpoints.native import read_config
-from nextscale.config import ModelConfig
+from nextscale.config import ModelConfig, SampleConfig
 from nextscale.config_dict import to_dict
-from nextscale.data.cache import is_cache
+from nextscale.data.cache import TokenCache, is_cache
+from nextscale.data.datasets import open_images
 from nextscale.errors import UserError
 from nextscale.evaluate.measures import NEUTRAL, name_of
 from nextscale.evaluate.run import Settings, evaluate, make_statistics
+from nextscale.experiments.cost import sampling_seconds, training_seconds
 from nextscale.experiments.entry import Experiment, Row
+from nextscale.experiments.pictures import Shown, draw
 from nextscale.experiments.report import write_results
 from nextscale.features.classifier import is_classifier
 from nextscale.files import read_json, write_json
 from nextscale.info import describe_config, sample_flops
+from nextscale.machine import describe_machine
 from nextscale.train.classifier_run import train_classifier
 from nextscale.train.encoder_run import train_encoder
 from nextscale.train.run_config import RunConfig
@@ -99,7 +103,8 @@ def trained_figures(finished: dict[str, Any], config: ModelConfig) -> dict[str, 
     if "validation_guidance" in finished:
         figures["guidance"] = finished["validation_guidance"]
     if "validation_expert_load" in finished:
-        figures["load_variance"] = statistics.variance(finished["validation_expert_load"])
+        load = finished["validation_expert_load"]
+        figures |= {f"load_E{j}": v for j, v in enumerate(load, start=1)} | {"load_variance": statistics.variance(load)}
     return figures
 
 
@@ -111,13 +116,22 @@ def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: Wor
     folder = out / experiment.scale
     lab = _Lab(experiment, inputs, folder, world)
     values: dict[str, list[dict[str, float]]] = {row.name: [] for row in experiment.rows}
-    jobs = [(row, seed) for seed in experiment.seeds for row in experiment.rows if row.measured]
+    if experiment.kind == "cost":
+        values |= lab.cost(folder / experiment.name / "times.json")
+    jobs = [
+        (row, seed)
+        for seed in experiment.seeds
+        for row in experiment.rows
+        if row.measured and experiment.kind != "cost"
+    ]
     for number, (row, seed) in enumerate(jobs, start=1):
         if world.main:
             print(f"== {experiment.name}: {row.name}, seed {seed} ({number} of {len(jobs)})", flush=True)
         figures = lab.generator(row, seed) if experiment.kind == "generator" else lab.tokenizer(row, seed)
         values[row.name].append(figures)
         world.wait()
+    if experiment.picture:
+        lab.draw(folder / experiment.name)
     return write_results(experiment, inputs, values, folder / experiment.name, world) if world.main else {}
 
 
@@ -232,16 +246,57 @@ class _Lab:
         """Figures of a generator: what it costs, its validation, its samples."""
         folder, finished = self._refiner(seed) if row.alone else self._run(row, seed)
         config, _ = read_config(folder)
-        facts = describe_config(row.name, config)
         sampling, second = dataclasses.replace(row.sampling, seed=seed), None
         if sampling.draft_scales:
             refiner, _ = self._refiner(seed)
             sampling, (second, _) = dataclasses.replace(sampling, refiner=str(refiner)), read_config(refiner)
-        gflop = sample_flops(config, sampling, second) / 1e9
         settings = Settings(count=self.experiment.images, sampling=sampling)
         figures = self._measured(folder, settings) if settings.count else {}
-        figures |= {"parameters": facts["transformer_parameters"], "active_parameters": facts["active_parameters"]}
-        return figures | {"gflop": gflop} | trained_figures(finished, config)
+        return figures | self._costs(row, config, sampling, second) | trained_figures(finished, config)
+
+    def cost(self, kept: Path) -> dict[str, list[dict[str, float]]]:
+        """Parameters, arithmetic and seconds of all rows, timed side by side once and then `kept`."""
+        rows = [row for row in self.experiment.rows if row.measured]
+        folders = [self._run(row, self.experiment.seeds[0])[0] for row in rows]
+        about = key([str(folder) for folder in folders], describe_machine(self.world.device)["device"])
+        if self.world.main and not (kept.exists() and read_json(kept)["about"] == about):
+            found = sampling_seconds(folders, rows[0].sampling, self.world)
+            for row, folder, figures in zip(rows, folders, found, strict=True):
+                figures["seconds_per_epoch"] = training_seconds(folder, self._examples(row, folder))
+            write_json(kept, {"about": about, "rows": found})
+        self.world.wait()
+        return {
+            row.name: [self._costs(row, read_config(folder)[0]) | figures]
+            for row, folder, figures in zip(rows, folders, read_json(kept)["rows"], strict=True)
+        }
+
+    def draw(self, out: Path) -> None:
+        """The experiment's picture, once for the same models."""
+        jobs = [(row, seed) for row in self.experiment.rows if row.measured for seed in self.experiment.seeds]
+        models = [Shown(row.name, self._run(row, seed)[0], row.sampling) for row, seed in jobs]
+        about = key([[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
+        kept = out / "drawn.json"
+        if self.world.main and not (kept.exists() and read_json(kept) == about):
+            draw(self.experiment.picture, models, out, str(self.world.device))
+            write_json(kept, about)
+        self.world.wait()
+
+    def _examples(self, row: Row, folder: Path) -> int:
+        """Training examples in an epoch of a run."""
+        data, config = Path(read_json(folder / "run.json")["data"]), read_config(folder)[0]
+        if is_cache(data):
+            return int(TokenCache(data).head["examples"]["train"])
+        return len(open_images(str(data), config.square_side, row.run.images, self.experiment.seeds[0])[0])
+
+    @staticmethod
+    def _costs(
+        row: Row, config: ModelConfig, sampling: SampleConfig | None = None, refiner: ModelConfig | None = None
+    ) -> dict[str, float]:
+        """Parameters, and arithmetic of one image."""
+        facts = describe_config(row.name, config)
+        gflop = sample_flops(config, sampling or row.sampling, refiner) / 1e9
+        counts = {"parameters": facts["transformer_parameters"], "active_parameters": facts["active_parameters"]}
+        return counts | {"gflop": gflop}
 
     def tokenizer(self, row: Row, seed: int) -> dict[str, float]:
         """Figures of a tokenizer: its reconstructions of the reference."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from nextscale.config_dict import to_dict
 from nextscale.experiments.entry import Experiment
 from nextscale.experiments.run import key
 from nextscale.train.estimate import estimate
+from nextscale.train.run_config import LossConfig
+
+_estimate = functools.lru_cache(estimate)
 
 
 def as_text(experiment: Experiment) -> str:
@@ -27,7 +31,7 @@ def as_text(experiment: Experiment) -> str:
         lines += ["", f"{row.name}: published {published}"]
         if not row.measured:
             continue
-        if experiment.kind == "generator":
+        if experiment.kind != "tokenizer":
             lines.append(f"    sampling    {_plain(to_dict(row.sampling))}")
             if row.run.loss.encoder:
                 lines.append(
@@ -38,8 +42,9 @@ def as_text(experiment: Experiment) -> str:
                 lines.append("    training    shared with a row above")
             else:
                 codes = experiment.needs["tokenizer"]
-                run = dataclasses.replace(row.run, tokenizer=codes if Path(codes).is_dir() else "")
-                lines += [f"    {line}" for line in estimate(run).splitlines()]
+                folder = codes if Path(codes).is_dir() else ""
+                run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # not in the estimate
+                lines += [f"    {line}" for line in _estimate(run).splitlines()]
             shown.add(cost)
         else:
             train = row.tokenizer.train
