@@ -63,8 +63,7 @@ class Laid:
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in task.blocks():
             for router in (m for m in block.modules() if isinstance(m, Router)):
-                # rounded weights would choose other experts; they stay gathered until their gradient is there, as
-                # FSDP does not look into a Routing for what to gather them again by
+                # rounded weights would choose other experts; few, so gathered once for forward and backward
                 fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
             # called by the model ahead of the block, so gathered on its own
             fully_shard(block.adaln, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
