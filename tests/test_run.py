@@ -223,6 +223,19 @@ def test_dry_run_of_every_recipe(place, capsys):
     assert "133,186,960 parameters" in capsys.readouterr().out, "width and heads follow the depth"
 
 
+def test_dry_run_of_divided_experts(place, capsys):
+    """Weights, gradients and two moments in float32: those of the experts are divided, all others are not."""
+    command = "train mepa-d12 --out none --dry-run --train.sharding experts"
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    everything = int(out.split("model")[1].split()[0].replace(",", ""))
+    experts = 12 * 8 * (768 * 3072 + 3072 + 3072 * 768 + 768)
+    divided, whole = 16 * experts / 2**30, 16 * (everything - experts) / 2**30
+    assert f"{divided:.2f} GiB divided by the number of devices and {whole:.2f} GiB per device" in out
+    assert run("train var-d16 --out none --dry-run --train.sharding experts") == 2
+    assert "needs a mixture of experts; the transformer has none" in capsys.readouterr().err
+
+
 def test_recipes_say_what_was_published():
     from pathlib import Path
 

@@ -1,11 +1,15 @@
-"""A training process for tests: python -m tests.train_worker FOLDER TASK [setting=value ...], alone or under torchrun.
+"""Training processes for tests: python -m tests.train_worker FOLDER TASK [setting=value ...] [-- FOLDER TASK ...] ...
 
-Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts) or 2 (encoder) of
-tests/test_train.py and writes FOLDER/final.pt.
+Alone or under torchrun. Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts) or 2
+(encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and, for each process,
+FOLDER/held-RANK.json: which share of each parameter it holds.
 """
 
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -13,33 +17,77 @@ import torch
 from nextscale.errors import UserError
 from nextscale.train.loop import Interrupted, fit
 from nextscale.train.parallel import whole_weights
+from nextscale.train.task import Task
 from nextscale.train.tokenizer_config import CodebookConfig
 from nextscale.train.tokenizer_task import TokenizerTask
-from nextscale.train.world import join_world
+from nextscale.train.world import World, join_world
 from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, mixture_task, tasks
 
 
-def main(folder: Path, which: int, changes: dict) -> int:
+def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
-    router = changes.pop("router", "")
-    task = mixture_task(router) if router else tasks(randomised(tiny_config()))[which]
-    if changes.pop("codebook", None) == "ema":
-        task = TokenizerTask(task.tokenizer, task.examples, codebook=CodebookConfig(update="ema", revive_every=3))
-    accept = bool(changes.pop("accept", 0))
     with join_world("cpu") as world:
         try:
-            fit(task, replace(SETTINGS, **changes), folder, world=world, accept_changes=accept)
+            for _, case in groupby(arguments, lambda word: word == "--"):
+                if (words := list(case)) != ["--"]:
+                    train(Path(words[0]), int(words[1]), dict(map(parse, words[2:])), world)
         except Interrupted as stop:
             print("stopped", stop.step)
             return 5
         except UserError as error:
             print(error, file=sys.stderr)
             return 2
-        weights = whole_weights(task.trained)
-        if world.main:
-            torch.save(weights, folder / "final.pt")
     return 0
+
+
+def train(folder: Path, which: int, changes: dict, world: World) -> None:
+    """One case. stop=STEP breaks off in the middle of that step; frozen=NAME trains all but what is named so."""
+    task = build(which, changes)
+    stop, frozen = changes.pop("stop", None), changes.pop("frozen", None)
+    for name, parameter in task.trained.named_parameters():
+        if frozen is not None and frozen in name:
+            parameter.requires_grad_(False)
+    if stop is not None:
+        break_off(task, stop)
+    accept = bool(changes.pop("accept", 0))
+    try:
+        fit(task, replace(SETTINGS, **changes), folder, world=world, accept_changes=accept)
+    except KeyboardInterrupt:
+        return
+    held = dict(shares(task))
+    (folder / f"held-{world.rank}.json").write_text(json.dumps(held))
+    weights = whole_weights(task.trained)
+    if world.main:
+        torch.save(weights, folder / "final.pt")
+
+
+def build(which: int, changes: dict) -> Task:
+    """The task that `changes` ask for; what they say about it is taken out of them."""
+    router = changes.pop("router", "")
+    task = mixture_task(router) if router else tasks(randomised(tiny_config()))[which]
+    if changes.pop("codebook", None) == "ema":
+        task = TokenizerTask(task.tokenizer, task.examples, codebook=CodebookConfig(update="ema", revive_every=3))
+    return task
+
+
+def break_off(task: Task, at: int) -> None:
+    """Make the task's forward pass of a step end as if by Ctrl-C, twice."""
+
+    class Stopping(type(task)):
+        def forward(self, batch, noise, step):
+            if step == at:
+                raise KeyboardInterrupt
+            return super().forward(batch, noise, step)
+
+    task.__class__ = Stopping
+
+
+def shares(task: Task) -> Iterator[tuple[str, float]]:
+    """Which share of each parameter this process holds."""
+    for name, parameter in task.trained.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        yield name, local.numel() / parameter.numel()
 
 
 def parse(text: str):
@@ -53,4 +101,4 @@ def parse(text: str):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), dict(map(parse, sys.argv[3:]))))
+    sys.exit(main(sys.argv[1:]))

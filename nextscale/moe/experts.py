@@ -95,7 +95,8 @@ class Experts(nn.Module):
 
         real = int(dispatch.ends_M[-1])  # without padding
         count_M = dispatch.ends_M.diff(prepend=dispatch.ends_M.new_zeros(1))
-        out_RD = exchange(x_TD[dispatch.row_R[:real]], count_M, work)
+        rows_RD = x_TD[dispatch.row_R[:real]]
+        out_RD = exchange(rows_RD.to(low_precision(x_TD) or x_TD.dtype), count_M, work)  # travels as it is computed
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         return y_TD.index_add(0, dispatch.row_R[:real], out_RD * gate_R[:real, None]).to(x_TD.dtype)
 

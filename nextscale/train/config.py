@@ -84,6 +84,8 @@ class TrainConfig:
             "warmup_start must lie in 0 to 1": 0 <= self.warmup_start <= 1,
             "betas must be two numbers in 0 to below 1": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "final_weight_decay must be 0 or more": self.final_weight_decay is None or self.final_weight_decay >= 0,
+            "precision fp16 does not go with sharding experts, use bf16": self.precision != "fp16"
+            or self.sharding != "experts",  # its loss scale knows no gradients that are whole beside divided ones
             "loggers must be tensorboard or wandb": set(self.loggers) <= {"tensorboard", "wandb"},
         }
         check("training", self, rules)

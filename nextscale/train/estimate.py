@@ -16,6 +16,7 @@ from nextscale.info import condition_flops, scale_flops
 from nextscale.model.var import VAR
 from nextscale.pyramid import Pyramid
 from nextscale.train.config import TrainConfig
+from nextscale.train.parallel import mixtures_of
 from nextscale.train.run_config import RunConfig
 
 IMAGENET = 1_281_167
@@ -86,13 +87,23 @@ def _memory(train: TrainConfig, transformer: VAR, parameters: int) -> list[str]:
     kept = activation_bytes(transformer, own, train)
     gib = 2**30
     what = "weights, gradients, optimizer" + (", averages" if train.ema else "")
-    where = "divided by the number of devices" if train.sharding == "full" else "per device"
+    divided = {"none": 0, "full": parameters, "experts": _expert_parameters(train, transformer)}[train.sharding]
+    kinds = (("divided by the number of devices", divided), ("per device", parameters - divided))
+    sizes = [f"{4 * copies * count / gib:.2f} GiB {where}" for where, count in kinds if count]
     recomputed = ", recomputed block by block" if train.activation_checkpointing else ""
     return [
-        f"memory      {what}: {4 * copies * parameters / gib:.2f} GiB {where}",
+        f"memory      {what}: {' and '.join(sizes)}",
         f"            activations of {own} images at once: about {kept / gib:.2f} GiB per device "
         f"({train.precision}{recomputed})",
     ]
+
+
+def _expert_parameters(train: TrainConfig, transformer: VAR) -> int:
+    """Parameters that sharding: experts divides. Raises UserError where that is asked for and there are none."""
+    if train.sharding != "experts":
+        return 0
+    mixtures = mixtures_of(transformer, "transformer").values()
+    return sum(p.numel() for experts in mixtures for p in experts.parameters())
 
 
 def activation_bytes(transformer: VAR, images: int, train: TrainConfig) -> int:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from nextscale.errors import UserError
 from nextscale.moe.exchange import Exchange
 from nextscale.moe.experts import Experts
+from nextscale.moe.routers import Router
 from nextscale.train.config import TrainConfig
 from nextscale.train.task import Task
 from nextscale.train.world import World
@@ -33,13 +34,14 @@ class Laid:
                 block.forward = again
             if config.compile:
                 block.compile()
+        mixtures = mixtures_of(task, task.name) if config.sharding == "experts" else {}
         if world.size == 1:
             return
         if config.sharding == "full":
             self._shard(task, config, world)
         else:
-            if config.sharding == "experts":
-                share_experts(task, world)
+            if mixtures:
+                share_experts(task, mixtures, world)
             devices = [world.device] if world.device.type == "cuda" else None
             self.module = DistributedDataParallel(
                 task,
@@ -56,12 +58,17 @@ class Laid:
             raise UserError(f"the {task.name} has no blocks to shard; train it with sharding: none")
         mesh = init_device_mesh(world.device.type, (world.size,))
         low = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+        # inputs stay as they are: autocast rounds what products take, and the residual stream remains in float32
+        policy = MixedPrecisionPolicy(low, torch.float32 if low else None, cast_forward_inputs=False)
+        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in task.blocks():
+            for router in (m for m in block.modules() if isinstance(m, Router)):
+                # rounded weights would choose other experts; few, so gathered once for forward and backward
+                fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
             # called by the model ahead of the block, so gathered on its own
             fully_shard(block.adaln, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(task.trained, mesh=mesh, mp_policy=policy)
+        fully_shard(task.trained, mesh=mesh, mp_policy=exact)
         self.sharded = True
 
     @contextmanager
@@ -85,14 +92,19 @@ class Laid:
             nn.utils.clip_grads_with_norm_(kind, largest, norm)
 
 
-def share_experts(task: Task, world: World) -> None:
+def mixtures_of(module: nn.Module, name: str) -> dict[str, Experts]:
+    """The experts of every mixture in a module, by their place in it. Raises UserError when there are none."""
+    mixtures = {place: m for place, m in module.named_modules() if isinstance(m, Experts)}
+    if not mixtures:
+        raise UserError(f"sharding: experts needs a mixture of experts; the {name} has none: use none or full")
+    return mixtures
+
+
+def share_experts(task: Task, mixtures: dict[str, Experts], world: World) -> None:
     """Leave this process its part of the experts of every mixture. UserError when they cannot be divided evenly."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mixtures = {name: m for name, m in task.named_modules() if isinstance(m, Experts)}
-    if not mixtures:
-        raise UserError(f"sharding: experts needs a mixture of experts; the {task.name} has none: use none or full")
     count = next(iter(mixtures.values())).count
     if count % world.size:
         raise UserError(f"{count} experts cannot be divided evenly among {world.size} processes")
@@ -103,7 +115,7 @@ def share_experts(task: Task, world: World) -> None:
         for layer_name, layer in experts.named_children():
             for part, parameter in list(layer.named_parameters()):
                 divided = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-                setattr(layer, part, nn.Parameter(divided))
+                setattr(layer, part, nn.Parameter(divided, requires_grad=parameter.requires_grad))
                 shared.append(f"{name}.{layer_name}.{part}")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, shared)
 
