@@ -6,7 +6,6 @@ others and the later scales drawn on, with the same randomness. Letters: B image
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +39,13 @@ def analyse_errors(
 ) -> dict[str, Any]:
     """Disturb one scale after the other; writes errors.json, errors.png (images growing) and distance.png into `out`.
 
-    `labels`: classes of the images in turn; none = all of them. Returns what errors.json holds, see `_report`. Raises
-    UserError for a scale that is not there, and for sampling settings under which tokens alone do not decide an image.
+    `labels`: classes of the images in turn; none = all of them. Returns what errors.json holds (docs/measuring.md).
+    Raises UserError for a scale that is not there, and for sampling settings under which tokens alone do not decide an
+    image.
     """
     config, sampling = config or ErrorsConfig(), sampling or SampleConfig()
-    if sampling.official_seeding or sampling.smooth or sampling.draft_scales:
-        raise UserError("errors are injected into plain sampling: without official_seeding, smooth and draft_scales")
+    if sampling.official_seeding or sampling.smooth or sampling.draft_scales or sampling.refiner:
+        raise UserError("errors are injected into plain sampling: without official_seeding, smooth and a refiner")
     found, growing, far = [], {}, {}
     for model, name in zip(models, distinct(titles(models, names)), strict=True):
         pipeline = Pipeline.from_pretrained(model, device=config.device)
@@ -72,7 +72,7 @@ def _scales(config: ErrorsConfig, pipeline: Pipeline, name: str) -> list[int]:
     count = len(pipeline.config.pyramid)
     if wrong := [s for s in config.scales if not 1 <= s <= count]:
         raise UserError(f"{name} has scales 1 to {count}; there is no scale {wrong[0]}")
-    return [s - 1 for s in config.scales] or list(range(max(count - 1, 1)))
+    return sorted({s - 1 for s in config.scales}) or list(range(max(count - 1, 1)))
 
 
 def _values(pipeline: Pipeline, labels: Sequence[int | str | None], count: int) -> Tensor:
@@ -148,7 +148,7 @@ class _Lab:
     def _wrong(self, tokens_BL: Tensor, s: int, first: int) -> Tensor:
         """The tokens with an error at scale s. An image's error is its own, whatever shares its batch."""
         (start, end), codes = self.pyramid.spans[s], self.tokenizer.config.vocab_size
-        count = max(1, math.ceil(self.config.share * (end - start)))
+        count = max(1, round(self.config.share * (end - start)))
         wrong_BL = tokens_BL.clone()
         for b in range(len(tokens_BL)):
             rng = generator(self.sampling.seed, "error", first + b, s)
