@@ -43,7 +43,7 @@ def as_text(experiment: Experiment) -> str:
             else:
                 codes = experiment.needs["tokenizer"]
                 folder = codes if Path(codes).is_dir() else ""
-                run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # which costs next to nothing
+                run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # not in the estimate
                 lines += [f"    {line}" for line in _estimate(run).splitlines()]
             shown.add(cost)
         else:
