@@ -1,0 +1,491 @@
+"""Models with mixtures of experts and an alignment head keep every promise of dense ones."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from nextscale import ops
+from nextscale.checkpoints.adapt import adapt, scale_sources
+from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints.official import export_official
+from nextscale.cli import main
+from nextscale.config import AlignmentConfig, ExpertsConfig, InitConfig, SampleConfig
+from nextscale.errors import UserError
+from nextscale.info import as_text, condition_flops, describe_config, sample_flops, scale_flops
+from nextscale.model.init import initialise
+from nextscale.moe.experts import Experts
+from nextscale.moe.routers import ROUTERS, Routing
+from nextscale.ops import StackedLinear
+from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
+from nextscale.train.config import TrainConfig
+from nextscale.train.step import adamw
+from tests.conftest import randomised, tiny_config
+from tests.test_packed import DTYPES, needs_onednn
+
+HEAD = AlignmentConfig(width=6, hidden=8)
+
+
+def moe_config(router, scales="1,2,3,4", *, count=6, active=2, renormalise=False, residual=True, **transformer):
+    experts = ExpertsConfig(
+        router=router, count=count, active=active, renormalise=renormalise, gating_residual=residual, constant=1
+    )
+    return tiny_config(scales, **{"experts": experts, "alignment": HEAD, **transformer})
+
+
+def saved(config, path):
+    """A folder with a random model of this config."""
+    randomised(config).save_pretrained(path)
+    return path
+
+
+# ---- one function in portions
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("scales", ["1,2,3,4", "4", "2x1,3x2,4x3", "1,1,2,4"])
+@torch.no_grad()
+def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
+    pipeline = randomised(moe_config(router, scales, depth=3, renormalise=scales == "4"))
+    model, tokenizer = pipeline.transformer, pipeline.tokenizer
+    inputs = tokenizer.teacher_inputs(torch.randint(0, 32, (3, model.pyramid.length)))
+    values, first = torch.tensor([0, 4, 5]), model.pyramid.counts[0]
+    full = model(values, inputs)
+    for begin in range(len(model.pyramid)):  # all scales before `begin` at once, the others one by one
+        conditioning, cache = model.conditioning(values), model.new_cache(3)
+        for k, (start, end) in enumerate(model.pyramid.spans):
+            if k < begin:
+                continue
+            if k == begin and k > 0:
+                step = model.catch_up(conditioning, inputs[:, : end - first], k, cache)
+                at = 0
+            else:
+                step = model.step(conditioning, inputs[:, start - first : end - first] if k else None, k, cache)
+                at = start
+            worst = (step.logits_BNV - full.logits_BNV[:, start:end]).abs().max() / full.logits_BNV.abs().max()
+            assert worst <= 1e-5, f"scale {k}: relative difference {worst:.1e}"
+            for ours, whole in zip(step.records, full.records, strict=True):
+                assert torch.equal(ours[-1].chosen_BNM, whole[-1].chosen_BNM[:, at:end])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@torch.no_grad()
+def test_no_scale_sees_a_finer_one(router):
+    """Nor do a token's experts depend on what comes later."""
+    pipeline = randomised(moe_config(router))
+    model, tokens = pipeline.transformer, torch.randint(0, 32, (1, 30))
+    before = model(torch.tensor([1]), pipeline.tokenizer.teacher_inputs(tokens))
+    for k, (start, end) in enumerate(model.pyramid.spans):
+        changed = tokens.clone()
+        changed[:, start:end] = (changed[:, start:end] + 7) % 32
+        after = model(torch.tensor([1]), pipeline.tokenizer.teacher_inputs(changed))
+        assert torch.allclose(after.logits_BNV[:, :end], before.logits_BNV[:, :end], atol=1e-5), k
+        for a, b in zip(after.records, before.records, strict=True):
+            assert torch.equal(a[-1].chosen_BNM[:, :end], b[-1].chosen_BNM[:, :end])
+
+
+@pytest.mark.parametrize("router", ["none", *ROUTERS])
+@torch.no_grad()
+def test_records_come_back_per_block(router):
+    config = moe_config(router, depth=3)
+    model = randomised(config).transformer
+    output = model(torch.tensor([1, 2]), torch.randn(2, 29, 4))
+    experts = config.transformer.experts
+    assert [len(records) for records in output.records] == [2, 2, 2], "attention, then the FFN"
+    for attention, routing in output.records:
+        assert attention is None
+        if router == "none":
+            assert routing is None
+            continue
+        assert isinstance(routing, Routing)
+        shape = (2, 30, experts.count + experts.idle)
+        assert {tuple(getattr(routing, f.name).shape) for f in dataclasses.fields(routing)} == {shape}
+    cache, conditioning = model.new_cache(2), model.conditioning(torch.tensor([1, 2]))
+    first = model.step(conditioning, None, 0, cache)
+    assert first.projected_BNE is None
+    if router != "none":
+        assert first.records[2][1].gates_BNM.shape == (2, 1, experts.count + experts.idle)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_fast_and_plain_gradients_are_equal(router, monkeypatch):
+    """A whole model, forward and backward; recomputed blocks too."""
+    model = randomised(moe_config(router, "1,2,4,8")).transformer
+    values, x = torch.tensor([0, 1]), torch.randn(2, 84, 4)
+    grads = {}
+    for fast in (True, False):
+        monkeypatch.setattr(ops, "fast", fast)
+        model.zero_grad()
+        output = model(values, x, guided=2)
+        balance = sum(r[-1].scores_BNM.square().mean() for r in output.records)
+        (output.logits_BNV.square().mean() + output.projected_BNE.square().mean() + balance).backward()
+        grads[fast] = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for name, fast in grads[True].items():
+        plain = grads[False][name]
+        assert (fast - plain).abs().max() <= 1e-5 * plain.abs().max().clamp_min(1e-3), name
+    assert all(g.abs().max() > 0 for n, g in grads[True].items() if "router" in n), "routers learn"
+
+
+# ---- sampling
+
+
+ROADS = [(False, "float32"), (True, "float32"), (False, "bfloat16"), (True, "bfloat16")]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_an_image_does_not_depend_on_its_batch(router, threads_set, tmp_path):
+    """Bit for bit, alone or beside others, packed or not, in both precisions."""
+    threads_set(1)
+    folder = saved(moe_config(router, "1,2,4,8"), tmp_path / "model")
+    labels = [3, 1, 4, 1, 0]
+    for packed, dtype in ROADS:
+        pipeline = Pipeline.from_pretrained(folder, dtype=dtype, pack=packed)
+        alone = pipeline.sample([4], top_k=8, seed=5, first_image=2)
+        together = pipeline.sample(labels, top_k=8, seed=5)
+        assert torch.equal(alone.tensor[0], together.tensor[2]), "before packing and after it"
+        parts = pipeline.sample(labels, top_k=8, seed=5, batch_size=2)
+        assert torch.equal(parts.tokens, together.tokens)
+        assert torch.equal(parts.tensor, together.tensor)
+        others = pipeline.sample([0, 0, 4], top_k=8, seed=5)
+        assert torch.equal(others.tensor[2], together.tensor[2])
+
+
+@pytest.mark.parametrize(("threads", "packed"), [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize("router", ROUTERS)
+@torch.no_grad()
+def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set, tmp_path):
+    """The transformer by itself, step by step, bit for bit, at widths at which kernels change how they go."""
+    threads_set(threads)
+    pipeline = randomised(moe_config(router, "1,2,4,8", width=48, heads=3, ffn_ratio=2.5))
+    rng = torch.Generator().manual_seed(1)
+    values = torch.tensor([3, 1, 4, 1, 0, 2])
+    inputs = [torch.randn(6, n, 4, generator=rng) for n in pipeline.config.pyramid.counts[1:]]
+    for dtype in (torch.float32, torch.bfloat16):
+        pipeline.to("cpu", dtype)
+        model = pipeline.pack().transformer if packed else pipeline.transformer
+
+        def run(images, model=model):
+            conditioning, cache = model.conditioning(values[images]), model.new_cache(len(values[images]))
+            steps = [model.step(conditioning, inputs[k - 1][images] if k else None, k, cache) for k in range(4)]
+            return torch.cat([s.logits_BNV for s in steps], dim=1)
+
+        together = run(slice(None))
+        for images in ([2], [0, 5], [4, 3, 2, 1])[:: 1 if threads == 1 else 3]:  # two threads wait for busy cores
+            assert torch.equal(run(images), together[images]), f"{images} in {dtype}"
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path, monkeypatch):
+    folder = saved(moe_config(router, "1,2,4,8"), tmp_path / "model")
+    packed = Pipeline.from_pretrained(folder)
+    a = packed.sample([0, 1, 2], seed=3)
+    stacks = [m for m in packed.transformer.modules() if isinstance(m, StackedLinear)]
+    assert all(m.packed for m in stacks) or not ops.has_onednn
+    packed.save_pretrained(tmp_path / "again")
+    for name in ("transformer.safetensors", "tokenizer.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    monkeypatch.setattr(ops, "fast", False)
+    b = Pipeline.from_pretrained(folder).sample([0, 1, 2], seed=3)
+    assert torch.equal(a.tokens, b.tokens)
+    assert (a.tensor - b.tensor).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_captured_steps_edits_and_other_precisions(router):
+    plain = randomised(moe_config(router))
+    checkpoint = plain.to_checkpoint()
+    expected = plain.sample([1, 2, 3], seed=1)
+    captured = Pipeline.from_checkpoint(checkpoint).capture()
+    for _ in range(2):
+        assert torch.equal(captured.sample([1, 2, 3], seed=1).tokens, expected.tokens)
+    edited = plain.edit(plain.sample([1]).pil()[0], torch.ones(8, 8), 1)
+    assert edited.tensor.isfinite().all()
+    for dtype in ("bfloat16", "float16", "float64"):
+        assert Pipeline.from_checkpoint(checkpoint, dtype=dtype).sample([1]).tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_likelihoods_of_a_batch_are_those_of_its_images(router):
+    pipeline = randomised(moe_config(router))
+    images = torch.rand(3, 3, 8, 8)
+    together = pipeline.score(images, [0, 1, None])
+    for i, label in enumerate([0, 1, None]):
+        assert torch.allclose(pipeline.score(images[i : i + 1], [label])[0], together[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("first_block", [0, 1, 2])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_token_pruning(router, first_block):
+    """Works, but where a router wants what the block before scored of the same tokens; sharing a batch or not."""
+    settings_ = SampleConfig(prune=(0.4, 0.5), prune_first_block=first_block, seed=2)
+    pipeline = randomised(moe_config(router, depth=3))
+    if router == "moe++":
+        with pytest.raises(UserError, match="prune cannot work with MoE\\+\\+'s gating residual"):
+            pipeline.sample([1], settings_)
+        pipeline = randomised(moe_config(router, depth=3, residual=False))
+    together = pipeline.sample([1, 2, 3], settings_)
+    assert together.tensor.isfinite().all()
+    assert torch.equal(pipeline.sample([2], settings_, first_image=1).tokens[0], together.tokens[1])
+
+
+def test_pruning_beside_a_gating_residual_that_it_does_not_reach():
+    """Where no pruned block has a block before it that scored other tokens."""
+    settings_ = {"prune": (0.4,), "seed": 2}
+    pipeline = randomised(moe_config("moe++", depth=2))
+    whole = pipeline.sample([1], seed=2)
+    assert torch.equal(pipeline.sample([1], prune_first_block=2, **settings_).tokens, whole.tokens)
+    assert randomised(moe_config("moe++", depth=1)).sample([1], prune_first_block=0, **settings_).tokens.shape == (
+        1,
+        30,
+    )
+    with pytest.raises(UserError, match="sample without prune"):
+        pipeline.sample([1], prune_first_block=1, **settings_)
+
+
+def test_the_whole_share_pruned_is_nothing_pruned():
+    """A ratio of 0 leaves every token in, so the picture is that of a model that does not prune."""
+    for router in ("stmoe", "smoe", "expert-choice"):
+        pipeline = randomised(moe_config(router))
+        pruned = pipeline.sample([1, 2], seed=2, prune=(0.0,), prune_first_block=0)
+        assert torch.equal(pruned.tokens, pipeline.sample([1, 2], seed=2).tokens), router
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_mixture_refines_and_is_refined(router, tmp_path):
+    """CoDe: it catches up with all scales that another model drew; with itself it changes nothing."""
+    dense = randomised(tiny_config(depth=3), seed=1)
+    mixture = randomised(moe_config(router))
+    with torch.no_grad():
+        mixture.tokenizer.load_state_dict(dense.tokenizer.state_dict())
+    expected = mixture.sample([1, 2], seed=4)
+    again = Pipeline.from_checkpoint(mixture.to_checkpoint())
+    for taken in (1, 2, 3):
+        itself = mixture.refine_with(again).sample([1, 2], seed=4, draft_scales=taken)
+        assert torch.equal(itself.tokens, expected.tokens), f"taken over at scale {taken}"
+    refined = dense.refine_with(mixture).sample([1, 2], seed=4, draft_scales=2)
+    first = dense.config.pyramid.spans[1][1]
+    assert torch.equal(refined.tokens[:, :first], dense.sample([1, 2], seed=4).tokens[:, :first])
+    assert not torch.equal(refined.tokens, dense.sample([1, 2], seed=4).tokens)
+
+
+# ---- stacked weights
+
+
+@needs_onednn
+@torch.no_grad()
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 60), st.integers(1, 40), st.integers(1, 40), st.booleans(),
+    st.sampled_from(DTYPES or [0]),
+)  # fmt: skip
+def test_a_packed_stack_multiplies_as_the_plain_one(count, rows, width, out, gelu, dtype):
+    stack, rng = StackedLinear(count, width, out), torch.Generator().manual_seed(rows)
+    for parameter in stack.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    before = stack.to(dtype).weight.clone()
+    x = torch.randn(rows, width, generator=rng).to(dtype)
+    plain = [stack.product(j, x, gelu) for j in range(count)]
+    stack.pack()
+    assert stack.weight.numel() == 0
+    for j in range(count):
+        y = stack.product(j, x, gelu)
+        assert torch.equal(y, plain[j]), "packing changed a result"
+        exact = F.linear(x.double(), before[j].double(), stack.bias[j].double())
+        exact = F.gelu(exact, approximate="tanh") if gelu else exact
+        assert (y.double() - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * max(
+            1, exact.abs().max()
+        )
+        assert torch.equal(stack.product(j, x[:1], gelu), y[:1])
+    assert torch.equal(stack.state_dict()["weight"], before)
+    stack.to(torch.float64)
+    assert torch.equal(stack.weight, before.double())
+    assert not stack.packed
+
+
+@needs_onednn
+def test_a_stack_is_packed_at_the_first_product_that_gains_by_it():
+    stack = StackedLinear(3, 8, 8)
+    ops.pack(stack)
+    stack.product(0, torch.randn(4, 8))
+    assert not stack.packed
+    stack.product(1, torch.randn(64, 8))
+    assert stack.packed
+
+
+@needs_onednn
+def test_a_packed_mixture_refuses_to_be_trained(tmp_path):
+    pipeline = Pipeline.from_pretrained(saved(moe_config("stmoe"), tmp_path / "m"))
+    with pytest.raises(UserError, match="pack=False"):
+        pipeline.transformer.train()
+    experts = Experts(3, 8, 16)
+    ops.pack(experts)
+    with pytest.raises(UserError, match="pack=False"):
+        experts.train()
+    x, gates, mask = torch.randn(64, 8), torch.rand(64, 3), torch.ones(64, 3, dtype=torch.bool)
+    experts(x, gates, mask, 192)  # packs
+    with pytest.raises(UserError, match="pack=False"):
+        experts(x.requires_grad_(), gates, mask, 192)
+    Pipeline.from_pretrained(tmp_path / "m", pack=False).transformer.train()
+
+
+# ---- at rest
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_checkpoints_go_round(router, tmp_path):
+    """With their alignment head; and the same bytes again."""
+    pipeline = randomised(moe_config(router))
+    pipeline.save_pretrained(tmp_path / "a")
+    loaded = Pipeline.from_pretrained(tmp_path / "a", pack=False)
+    assert loaded.config == pipeline.config
+    ours, theirs = pipeline.transformer.state_dict(), loaded.transformer.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(theirs[n], t) for n, t in ours.items())
+    assert any(n.startswith("projector.") for n in ours)
+    assert torch.equal(loaded.sample([1, 2], seed=3).tensor, pipeline.sample([1, 2], seed=3).tensor)
+    loaded.save_pretrained(tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_export_official_says_that_there_is_no_such_form(router, tmp_path, capsys):
+    folder = saved(moe_config(router), tmp_path / "m")
+    arguments = ["export-official", str(folder), "--var", str(tmp_path / "v.pth"), "--vae", str(tmp_path / "t.pth")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert f"this model is a mixture of experts ({router}), which the official format does not know" in error
+    assert not list(tmp_path.glob("*.pth")), "nothing half done"
+    assert main(["export-official", str(folder), "--vae", str(tmp_path / "t.pth")]) == 0
+
+
+def test_export_official_leaves_the_alignment_head_out(tmp_path):
+    plain, guided = randomised(tiny_config()), randomised(tiny_config(alignment=HEAD))
+    for name, pipeline in (("plain", plain), ("guided", guided)):
+        export_official(pipeline.to_checkpoint(), None, tmp_path / f"{name}.pth")
+    names = [torch.load(tmp_path / f"{n}.pth", weights_only=True).keys() for n in ("plain", "guided")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("scales", ["1,2,3,4,6", "1,4", "1,2,3,4"])
+def test_adapted_to_other_scales_routers_keep_what_they_know_of_each(router, scales, tmp_path):
+    checkpoint = randomised(moe_config(router)).to_checkpoint()
+    pyramid = Pyramid.parse(scales)
+    adapted = adapt(checkpoint, None, pyramid)
+    assert Pipeline.from_checkpoint(adapted).sample([1]).tensor.isfinite().all()
+    names = [n for n in checkpoint.transformer if n.endswith("router.scale_embed.weight")]
+    assert len(names) == (2 if router in ("stmoe", "smoe") else 0)
+    for name in names:
+        source = scale_sources(checkpoint.config.pyramid, pyramid)
+        assert torch.equal(adapted.transformer[name], checkpoint.transformer[name][source])
+
+
+# ---- what it costs
+
+
+COSTS = [
+    {"count": 6, "active": 2},
+    {"count": 5, "active": 4, "scale_embedding": False, "gating_residual": False},
+    {"count": 3, "active": 3, "constant": 0},
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("experts", COSTS)
+@torch.no_grad()
+def test_structural_count_equals_torch_s_counter(router, experts):
+    """Without storage every router's experts take as many pairs as there may be, evenly; so for idle experts (moe++)
+    the figure is that of no token choosing one, and what a real pass takes is below it."""
+    config = tiny_config("1,2x3,4", depth=3, experts=ExpertsConfig(router=router, **experts))
+    _, model = build_on_meta(config)
+    values = torch.zeros(1, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        conditioning = model.conditioning(values)
+    assert counter.get_total_flops() == condition_flops(config.transformer)
+    cache = model.new_cache(1)
+    for k, count in enumerate(config.pyramid.counts):
+        x = torch.empty(1, count, 4, device="meta") if k else None
+        with FlopCounterMode(display=False) as counter:
+            model.step(conditioning, x, k, cache)
+        assert counter.get_total_flops() == scale_flops(config, k)
+    inputs = [torch.empty(2, n, 4, device="meta") for n in config.pyramid.counts[1:]]
+    with FlopCounterMode(display=False) as counter:
+        conditioning, cache = model.conditioning(torch.zeros(2, dtype=torch.int64, device="meta")), model.new_cache(2)
+        for k in range(3):
+            model.step(conditioning, inputs[k - 1] if k else None, k, cache)
+    scored_once = sum(scored_scale_embeddings(config) for _ in range(3))  # for the whole batch, not for each image
+    assert counter.get_total_flops() == sample_flops(config, SampleConfig(cfg=1.5)) - scored_once
+
+
+def scored_scale_embeddings(config):
+    """FLOPs per scale of scoring the scale embeddings, which all sequences of a batch share."""
+    model, experts = config.transformer, config.transformer.experts
+    if experts.router == "smoe" or (experts.router == "stmoe" and experts.scale_embedding):
+        return model.depth * 2 * len(config.pyramid) * model.width * experts.count
+    return 0
+
+
+@torch.no_grad()
+def test_a_pass_takes_at_most_what_info_says():
+    """moe++ on real tokens: pairs with idle experts cost nothing, so the pairs counted stay below."""
+    config = moe_config("moe++")
+    output = randomised(config).transformer(torch.tensor([1, 2]), torch.randn(2, 29, 4))
+    experts = config.transformer.experts
+    for _, routing in output.records:
+        pairs = routing.chosen_BNM[..., : experts.count].sum().item()
+        assert 0 < pairs < 2 * 30 * experts.active
+        assert routing.chosen_BNM.sum() == 2 * 30 * experts.active
+
+
+@pytest.mark.parametrize("router", ["none", *ROUTERS])
+def test_active_parameters_are_all_but_the_experts_at_rest(router):
+    config = moe_config(router, count=6, active=2)
+    model = randomised(config).transformer
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    total = sum(p.numel() for p in model.parameters())
+    facts = describe_config("m", config)
+    assert facts["transformer_parameters"] == total
+    assert facts["active_parameters"] == total - experts * 4 // 6
+    assert ("of them active" in as_text(facts)) == (router != "none")
+    most = describe_config("m", moe_config("moe++", count=2, active=5))
+    assert most["active_parameters"] == most["transformer_parameters"], "never more than there are"
+
+
+# ---- beginnings
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_experts_begin_as_dense_layers_do_and_apart(router):
+    model = randomised(moe_config(router, depth=4, width=64)).transformer
+    initialise(model, InitConfig(), torch.Generator().manual_seed(1))
+    std = math.sqrt(1 / (3 * 64))
+    for block in model.blocks:
+        experts = block.ffn.experts
+        for weight, expected in ((experts.fc1.weight, std), (experts.fc2.weight, std / math.sqrt(2 * 4))):
+            assert torch.allclose(weight.std(dim=(1, 2)), torch.tensor(expected), rtol=0.1)
+            assert not torch.equal(weight[0], weight[1])
+        assert max(experts.fc1.bias.abs().max(), experts.fc2.bias.abs().max()) == 0
+        assert abs(block.ffn.router.score.weight.std().item() / std - 1) < 0.2
+        if block.ffn.router.scale_embed is not None:
+            assert abs(block.ffn.router.scale_embed.weight.std().item() - 1) < 0.2
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_weight_decay_reaches_matrices_alone(router):
+    """A stack's biases and a constant expert's vector have two dimensions, and are none."""
+    model = randomised(moe_config(router)).transformer
+    decayed = {id(p) for p in adamw(model, TrainConfig()).param_groups[0]["params"]}
+    spared = {n for n, p in model.named_parameters() if id(p) not in decayed and p.ndim >= 2 and "blocks" in n}
+    ends = {n.split(".", 2)[2] for n in spared} - {"mixers.0.log_scale"}
+    expected = {"ffn.experts.fc1.bias", "ffn.experts.fc2.bias"}
+    expected |= {"ffn.router.scale_embed.weight"} if router in ("stmoe", "smoe") else set()
+    expected |= {"ffn.idle.constant"} if router == "moe++" else set()
+    assert ends == expected

@@ -1,0 +1,269 @@
+"""Training mixtures of experts with semantic guidance: the same promises of the trainer, and the command line."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nextscale.cli import main
+from nextscale.config import AlignmentConfig, ClassConditionConfig, ExpertsConfig
+from nextscale.data.cache import TokenCache
+from nextscale.errors import UserError
+from nextscale.moe.routers import ROUTERS
+from nextscale.pipeline import Pipeline
+from nextscale.train.config import TrainConfig
+from nextscale.train.log import read_log
+from nextscale.train.loop import fit
+from nextscale.train.run_config import LossConfig, RunConfig
+from nextscale.train.step import Stepper
+from nextscale.train.transformer_run import _target
+from nextscale.train.world import World
+from tests.conftest import randomised, tiny_config
+from tests.test_data import write_folder
+from tests.test_guidance import task_of
+
+SETTINGS = TrainConfig(
+    steps=8, batch_size=6, micro_batch=4, warmup_steps=2, log_every=1, save_every=3, drop_path=0.2, ema=0.5
+)
+LOSS = LossConfig(encoder="cache", group="small", balance=0.1)
+
+
+def tensors(task):
+    return {n: t.clone() for n, t in task.trained.state_dict().items()}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_interrupted_and_resumed_equals_uninterrupted(router, tmp_path):
+    """Bit for bit with experts, guidance and averages, in the middle of an epoch, with a fresh process's modules."""
+    whole = task_of(router, LOSS, config=SETTINGS)
+    fit(whole, SETTINGS, tmp_path / "whole")
+
+    class StopAfterFive(type(whole)):
+        def forward(self, batch, noise, step):
+            if step == 5:
+                raise KeyboardInterrupt
+            return super().forward(batch, noise, step)
+
+    first = task_of(router, LOSS, config=SETTINGS)
+    first.__class__ = StopAfterFive
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, SETTINGS, tmp_path / "parts")
+    second = task_of(router, LOSS, config=SETTINGS)
+    for tensor in second.trained.state_dict().values():
+        tensor.fill_(9)  # all must come from the state
+    fit(second, SETTINGS, tmp_path / "parts")
+    for name, tensor in tensors(whole).items():
+        assert torch.equal(tensors(second)[name], tensor), name
+    logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "parts")]
+    for record in logs[0] + logs[1]:
+        record.pop("images_per_s"), record.pop("tokens_per_s")
+    assert logs[0] == logs[1]
+    assert {"cross_entropy", "guidance", "balance", "expert_load", "loss_per_scale"} <= logs[0][0].keys()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("portion", [1, 4])
+def test_portions_of_a_batch_sum_up_to_the_whole(router, portion):
+    """Gradients and logged values; also where portions differ in size (6 = 4 + 2)."""
+    found = {}
+    for size in (0, portion):
+        config = replace(SETTINGS, micro_batch=size, drop_path=0.3, label_drop=0.3)
+        stepper = Stepper(task_of(router, LOSS, config=config), config, World())
+        assert stepper.gradients(stepper.portions())
+        grads = {n: p.grad for n, p in stepper.task.trained.named_parameters()}
+        assert all(g is not None for g in grads.values()), [n for n, g in grads.items() if g is None]
+        found[size] = grads, stepper.values()
+    for name, whole in found[0][0].items():
+        error = (found[portion][0][name] - whole).abs().max() / whole.abs().max().clamp_min(1e-3)
+        assert error <= 2e-5, f"{name}: {error:.1e}"
+    for name, whole in found[0][1].items():
+        assert found[portion][1][name] == pytest.approx(whole, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_lower_precision_stays_near_and_recomputation_changes_nothing(router, tmp_path):
+    losses = {}
+    variants = {n: {"precision": n} for n in ("fp32", "bf16", "fp16")} | {"again": {"activation_checkpointing": True}}
+    for name, changes in variants.items():
+        config = replace(SETTINGS, steps=4, **changes)
+        fit(task_of(router, LOSS, config=config), config, tmp_path / name)
+        losses[name] = [r["loss"] for r in read_log(tmp_path / name / "log.jsonl")]
+    assert losses["again"] == losses["fp32"]
+    for name in ("bf16", "fp16"):
+        assert losses[name] == pytest.approx(losses["fp32"], abs=0.1)
+        assert losses[name] != losses["fp32"]
+
+
+def test_training_with_guidance_learns_both(tmp_path):
+    """On labels that decide tokens and features, both losses fall far below their beginnings."""
+    task = task_of("stmoe", replace(LOSS, group="last", balance=0.01))
+    tensors_ = task.examples.tensors
+    tensors_["tokens"] = (tensors_["label"][:, None] * 5).expand(-1, 30).contiguous()
+    directions = torch.nn.functional.one_hot(tensors_["label"], 6).half()
+    tensors_["features"] = directions[:, None, None, :].expand(-1, 4, 4, -1).contiguous()
+    config = TrainConfig(steps=70, batch_size=10, learning_rate=1e-2, label_drop=0.0, warmup_steps=5, log_every=10)
+    fit(task, config, tmp_path)
+    first, last = (read_log(tmp_path / "log.jsonl")[i] for i in (0, -1))
+    assert last["cross_entropy"] < 0.3 * first["cross_entropy"]
+    assert last["guidance"] < -0.8 < first["guidance"]
+
+
+def test_the_balance_loss_evens_the_load(tmp_path):
+    """All tokens begin with the same two of four experts; with the loss the others are found, without it they are not
+    nearly as much."""
+    variance = {}
+    for weight in (0.0, 1.0):
+        task = task_of("stmoe", LossConfig(balance=weight), features=False)
+        with torch.no_grad():
+            for block in task.model.blocks:
+                block.ffn.router.score.weight.mul_(0.05)
+                block.ffn.router.scale_embed.weight.fill_(1)
+                block.ffn.router.score.weight[:2] += 0.1
+        config = TrainConfig(steps=30, batch_size=10, learning_rate=1e-2, label_drop=0.0, warmup_steps=2, log_every=30)
+        fit(task, config, tmp_path / str(weight))
+        load = read_log(tmp_path / str(weight) / "log.jsonl")[-1]["expert_load"]
+        assert sum(load) == pytest.approx(64, rel=1e-4)
+        variance[weight] = torch.tensor(load).var().item()
+    assert variance[1.0] < 0.25 * variance[0.0], variance
+
+
+# ---- the command line
+
+CONFIG = {
+    "transformer": {"depth": 2, "width": 32, "heads": 4, "alignment": {"hidden": 8},
+                    "experts": {"router": "stmoe", "count": 4, "active": 2}},
+    "images": {"held_out": 0.25},
+    "loss": {"group": "2,3"},
+    "train": {"steps": 4, "batch_size": 6, "micro_batch": 3, "save_every": 2, "log_every": 1, "warmup_steps": 1,
+              "precision": "bf16"},
+}  # fmt: skip
+TRAIN = "train c.json --data photos --tokenizer tokenizer --out run --device cpu"
+
+
+def run(text: str) -> int:
+    return main(text.split())
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Pictures, a tokenizer, an encoder and a config: made once."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("moe")
+    write_folder(folder / "photos")
+    randomised(tiny_config()).save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    small = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.Dinov2Model(transformers.Dinov2Config(**small, patch_size=2, image_size=8)).save_pretrained(
+        folder / "encoder"
+    )
+    (folder / "c.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def place(prepared, tmp_path, monkeypatch):
+    """A fresh folder with all that, as the working directory."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_from_pictures_and_from_a_cache_with_features(place, capsys):
+    """Both ways guide by the same features (the cache rounds them to 16 bits), validate, sample and resume."""
+    tokenize = "tokenize photos --tokenizer tokenizer --images.held-out 0.25 --device cpu --out"
+    assert run(f"{tokenize} cache --encoder encoder") == 0
+    assert run(f"{TRAIN} --loss.encoder encoder") == 0
+    assert run(TRAIN.replace("photos", "cache").replace("run", "cached") + " --loss.encoder cache") == 0
+    direct, cached = ([r for r in read_log(place / n / "log.jsonl") if "loss" in r] for n in ("run", "cached"))
+    assert [r["guidance"] for r in direct] == pytest.approx([r["guidance"] for r in cached], abs=2e-3)
+    assert direct[0]["cross_entropy"] == cached[0]["cross_entropy"]
+    validation = [r for r in read_log(place / "run" / "log.jsonl") if "validation_loss" in r][-1]
+    assert validation["validation_loss"] == pytest.approx(validation["validation_cross_entropy"])
+    assert len(validation["validation_expert_load"]) == 4
+    assert -2 <= validation["validation_guidance"] <= 2
+    model = Pipeline.from_pretrained(place / "run").config.transformer
+    assert (model.alignment.width, model.alignment.hidden, model.experts.count) == (12, 8, 4)
+    assert run("sample run --labels dog,none --out grid.png") == 0
+    # as if killed after step 2
+    before = (place / "cached" / "transformer.safetensors").read_bytes()
+    for path in (place / "cached" / "training").glob("*4.pt"):
+        path.unlink()
+    (place / "cached" / "finished.json").unlink()
+    (place / "cached" / "transformer.safetensors").write_bytes(b"gone")
+    assert run("resume cached --device cpu") == 0
+    assert (place / "cached" / "transformer.safetensors").read_bytes() == before
+    # fine-tuned without guidance: the head comes along, untouched
+    capsys.readouterr()
+    tune = "train c.json --data photos --start run --out tuned --device cpu"
+    assert run(tune) == 0
+    old, new = (Pipeline.from_pretrained(place / n, pack=False).transformer.state_dict() for n in ("run", "tuned"))
+    assert all(torch.equal(new[n], t) for n, t in old.items() if n.startswith("projector."))
+    assert any(not torch.equal(new[n], t) for n, t in old.items())
+
+
+def test_what_guidance_wants_is_named(place, capsys):
+    def error():
+        lines = capsys.readouterr().err.strip().splitlines()
+        (line,) = [line for line in lines if line.startswith("nextscale: error: ")]
+        return line
+
+    tokenize = "tokenize photos --tokenizer tokenizer --device cpu --out"
+    assert run(f"{tokenize} plain") == 0
+    assert run(f"{TRAIN} --loss.encoder cache") == 2
+    assert "loss.encoder is 'cache', but photos is no token cache; name an encoder" in error()
+    assert run(f"{TRAIN.replace('photos', 'plain')} --loss.encoder encoder") == 2
+    assert "plain is a token cache: features must be in it (make it with `nextscale tokenize --encoder enc" in error()
+    assert run(f"{TRAIN.replace('photos', 'plain')} --loss.encoder cache") == 2
+    assert "plain holds no features: make it anew with `nextscale tokenize --encoder ENCODER`" in error()
+    assert run(f"{TRAIN} --loss.encoder photos") == 2
+    assert re.search("encoder from 'photos'|photos holds no encoder", error())
+    assert run(f"{TRAIN} --loss.encoder encoder --loss.group 7") == 2
+    assert "loss.group is '7'; give one of last, large, intermediate, small, or scales from 1 to 4, as 3,4" in error()
+    assert not (place / "run" / "transformer.safetensors").exists()
+
+
+def test_the_target_s_width_is_that_of_the_features(place, capsys):
+    """And a start whose head is of another width is refused; one without a head gets a new one."""
+    assert run("tokenize photos --tokenizer tokenizer --device cpu --out cache --encoder encoder") == 0
+    examples = TokenCache(place / "cache").examples("train")
+    assert _target(RunConfig(), examples, World()) == (None, 0)
+    assert _target(RunConfig(data="cache", loss=LossConfig(encoder="cache")), examples, World()) == (None, 12)
+    experts = ExpertsConfig(router="smoe", count=2, active=1)
+    for width in (0, 5):
+        head = AlignmentConfig(width=width, hidden=4)
+        config = tiny_config(experts=experts, alignment=head, condition=ClassConditionConfig(num_classes=2))
+        randomised(replace(config, class_names=("cat", "dog"))).save_pretrained(place / f"start{width}")
+        shutil.copy(place / "tokenizer" / "tokenizer.safetensors", place / f"start{width}")
+    tune = "train c.json --data cache --device cpu --loss.encoder cache --start"
+    assert run(f"{tune} start0 --out run") == 0
+    assert Pipeline.from_pretrained(place / "run").config.transformer.alignment.width == 12
+    assert run(f"{tune} start5 --out other") == 2
+    expected = "the alignment head of start5 was trained for features of width 5; those of cache have 12"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("router", ["smoe", "expert-choice", "moe++"])
+def test_digits_by_every_other_router(router, tmp_path, monkeypatch):
+    """Straight from the command line, on the bundled digits, scales of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    randomised(tiny_config("1,2,4")).save_pretrained("tokenizer")
+    (tmp_path / "c.json").write_text(json.dumps({**CONFIG, "transformer": {"depth": 2, "width": 32, "heads": 4}}))
+    command = f"train c.json --data digits --images.limit 100 --transformer.experts.router {router}"
+    assert run(f"{command} --tokenizer tokenizer --train.steps 2 --out run --device cpu") == 0
+    model = Pipeline.from_pretrained("run").config.transformer
+    assert (model.experts.router, model.experts.count, model.experts.active) == (router, 8, 3)
+    record = read_log(tmp_path / "run" / "log.jsonl")[0]
+    assert len(record["expert_load"]) == 8 + model.experts.idle
+    assert run("sample run --labels 3 --out grid.png") == 0
+
+
+def test_a_loss_that_is_not_finite_names_the_block(tmp_path):
+    """An expert's weights, deep inside: found by the guard like any layer's."""
+    task = task_of("stmoe", LOSS)
+    with torch.no_grad():
+        task.model.blocks[1].ffn.experts.fc2.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"at step 0 are not both finite; .*the first layer at fault is blocks\.1\.ffn"):
+        fit(task, SETTINGS, tmp_path)

@@ -1,0 +1,373 @@
+"""Routers and the balance of experts against NumPy written from the papers' formulas, in float64 and with loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nextscale.config import ExpertsConfig, TransformerConfig
+from nextscale.errors import UserError
+from nextscale.model.context import ScaleContext, block_causal_mask
+from nextscale.moe.balance import balance_loss, expert_load
+from nextscale.moe.layer import IdleExperts, MixtureOfExperts
+from nextscale.moe.routers import ROUTERS, Routing, largest
+from nextscale.pyramid import Pyramid
+
+D = 8
+PYRAMID = Pyramid.parse("1,2x3,3,4x5")
+PYRAMIDS = st.sampled_from(["1,2,3", "4", "1", "2x1,3x2,3x5", "1,1,2,4", "1,2x3,3,4x5"]).map(Pyramid.parse)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def first_largest(scores, count):
+    """Indices of the `count` largest of a list; of equal ones the first: one pass for each, as one would by hand."""
+    left, found = list(range(len(scores))), []
+    for _ in range(count):
+        best = left[0]
+        for i in left[1:]:
+            if scores[i] > scores[best]:
+                best = i
+        found.append(best)
+        left.remove(best)
+    return found
+
+
+def whole(pyramid):
+    """The context of a pass over all scales."""
+    return ScaleContext(
+        pyramid, (0, pyramid.length), block_causal_mask(pyramid, torch.device("cpu")), k=len(pyramid) - 1
+    )
+
+
+def made(config, pyramid, block=1, seed=0):
+    """A router with random weights, large enough for scores to differ."""
+    rng = torch.Generator().manual_seed(seed)
+    router = ROUTERS[config.router](TransformerConfig(depth=2, width=D, heads=2, experts=config), len(pyramid), block)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    return router
+
+
+def reference(router, x_BND, pyramid, previous_BNM=None):
+    """Scores, mask and gates of a whole sequence in float64, from Eq. 7 to 9 and the rivals' papers."""
+    config, W = router.config, router.score.weight.detach().double().numpy().T
+    x = x_BND.double().numpy()
+    SE = router.scale_embed.weight.detach().double().numpy() if router.scale_embed is not None else None
+    residual = getattr(router, "residual", None)
+    B, N, _ = x.shape
+    logits = np.zeros((B, N, W.shape[1]))
+    for b in range(B):
+        for i, k in enumerate(pyramid.scale_of_L):
+            if config.router == "smoe":
+                logits[b, i] = SE[k] @ W
+            elif config.router == "stmoe" and config.scale_embedding:
+                logits[b, i] = (SE[k] + x[b, i]) @ W
+            else:
+                logits[b, i] = x[b, i] @ W
+            if previous_BNM is not None and residual is not None:
+                logits[b, i] += residual.weight.detach().double().numpy() @ previous_BNM[b, i].detach().double().numpy()
+    return logits, softmax(logits)
+
+
+def chosen_by_loops(router, scores, pyramid):
+    """Who works on what, given the scores: Eq. 7's top m of each token, or each expert's top tokens per scale."""
+    config = router.config
+    chosen = np.zeros(scores.shape, dtype=bool)
+    for b in range(len(scores)):
+        if config.router == "expert-choice":
+            for start, end in pyramid.spans:
+                capacity = max(1, math.ceil((end - start) * config.active / config.count))
+                for j in range(config.count):
+                    for i in first_largest(scores[b, start:end, j], capacity):
+                        chosen[b, start + i, j] = True
+        else:
+            for i in range(scores.shape[1]):
+                chosen[b, i, first_largest(scores[b, i], config.active)] = True
+    return chosen
+
+
+def check(router, x_BND, pyramid, previous=None):
+    routing = router(x_BND, whole(pyramid) if previous is None else with_previous(pyramid, previous))
+    logits, scores = reference(router, x_BND, pyramid, previous.logits_BNM if previous else None)
+    np.testing.assert_allclose(routing.logits_BNM.detach().numpy(), logits, atol=2e-5 * max(1, np.abs(logits).max()))
+    np.testing.assert_allclose(routing.scores_BNM.detach().numpy(), scores, atol=2e-5)
+    ours = routing.scores_BNM.detach().numpy()
+    chosen = chosen_by_loops(router, ours, pyramid)
+    np.testing.assert_array_equal(routing.chosen_BNM.numpy(), chosen)
+    gates = np.where(chosen, ours, 0)
+    if router.config.renormalise:
+        total = gates.sum(-1, keepdims=True)
+        gates = np.where(total > 0, gates / np.where(total > 0, total, 1), 0)
+    np.testing.assert_allclose(routing.gates_BNM.detach().numpy(), gates, atol=1e-6)
+    assert routing.chosen_BNM.dtype == torch.bool
+    assert {t.dtype for t in (routing.logits_BNM, routing.scores_BNM, routing.gates_BNM)} == {torch.float32}
+    return routing
+
+
+def with_previous(pyramid, previous):
+    context = whole(pyramid)
+    return ScaleContext(pyramid, context.span, context.mask_LL, k=context.k, previous=previous)
+
+
+@st.composite
+def experts(draw):
+    router = draw(st.sampled_from(list(ROUTERS)))
+    count = draw(st.integers(1, 9))
+    idle = {n: draw(st.integers(0, 2)) for n in ("zero", "copy", "constant")}
+    most = count + (sum(idle.values()) if router == "moe++" else 0)
+    return ExpertsConfig(
+        router=router, count=count, active=draw(st.integers(1, most)), renormalise=draw(st.booleans()),
+        scale_embedding=draw(st.booleans()), gating_residual=draw(st.booleans()), **idle,
+    )  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(experts(), PYRAMIDS, st.integers(1, 3), st.integers(0, 1), st.integers(0, 1000))
+def test_routers_against_the_formulas(config, pyramid, batch, block, seed):
+    router = made(config, pyramid, block, seed)
+    x_BND = torch.randn(batch, pyramid.length, D, generator=torch.Generator().manual_seed(seed))
+    assert (getattr(router, "residual", None) is not None) == (
+        config.router == "moe++" and config.gating_residual and block > 0
+    )
+    routing = check(router, x_BND, pyramid)
+    check(router, torch.randn_like(x_BND), pyramid, previous=routing)
+    of_experts = routing.chosen_BNM[..., : config.count]
+    pairs = router.pairs((batch, pyramid.length), whole(pyramid))
+    assert of_experts.sum() <= pairs
+    if config.router != "moe++":
+        assert of_experts.sum() == pairs, "the executor is told exactly how many pairs there are"
+
+
+@settings(deadline=None, max_examples=40)
+@given(experts(), PYRAMIDS, st.integers(0, 1000), st.integers(1, 3))
+def test_ties_go_to_the_first(config, pyramid, seed, levels):
+    """Scores of few different values, or of one: experts that are equal copies, tokens that are equal."""
+    router, rng = made(config, pyramid, 0, seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        router.score.weight.copy_(torch.randint(0, levels, router.score.weight.shape, generator=rng) / 4)
+        if router.scale_embed is not None:
+            router.scale_embed.weight.copy_(torch.randint(0, levels, router.scale_embed.weight.shape, generator=rng))
+    check(router, torch.randint(0, levels, (2, pyramid.length, D), generator=rng).float(), pyramid)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=40), st.integers(1, 40))
+def test_largest_against_a_walk(values, count):
+    count = min(count, len(values))
+    found = largest(torch.tensor(values), count, dim=0)
+    assert found.nonzero().flatten().tolist() == sorted(first_largest(values, count))
+
+
+def test_all_tokens_may_go_to_one_expert():
+    """No capacity, no drop: with one overwhelming score every token takes that expert."""
+    config = ExpertsConfig(router="stmoe", count=6, active=1, scale_embedding=False)
+    router = made(config, PYRAMID)
+    with torch.no_grad():
+        router.score.weight.zero_()
+        router.score.weight[4] = 50
+    routing = router(torch.rand(2, PYRAMID.length, D), whole(PYRAMID))
+    assert routing.chosen_BNM[..., 4].all()
+    assert routing.chosen_BNM.sum() == 2 * PYRAMID.length
+    assert torch.allclose(routing.gates_BNM[..., 4], torch.ones(()), atol=1e-4)
+
+
+def test_a_scale_of_one_token_has_all_experts_under_expert_choice():
+    router = made(ExpertsConfig(router="expert-choice", count=8, active=3), PYRAMID)
+    routing = router(torch.randn(3, PYRAMID.length, D), whole(PYRAMID))
+    assert routing.chosen_BNM[:, 0].all()
+    assert torch.allclose(routing.gates_BNM[:, 0].sum(-1), torch.ones(3))
+    for start, end in PYRAMID.spans:
+        taken = routing.chosen_BNM[:, start:end].sum(dim=1)
+        assert (taken == math.ceil((end - start) * 3 / 8)).all(), "every expert takes equally many"
+
+
+def test_smoe_gives_all_tokens_of_a_scale_the_same_experts():
+    router = made(ExpertsConfig(router="smoe"), PYRAMID)
+    chosen = router(torch.randn(2, PYRAMID.length, D), whole(PYRAMID)).chosen_BNM
+    sets = set()
+    for start, end in PYRAMID.spans:
+        assert (chosen[:, start:end] == chosen[:1, start : start + 1]).all()
+        sets.add(tuple(chosen[0, start].tolist()))
+    assert len(sets) > 1, "random embeddings of scales differ"
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@torch.no_grad()
+def test_a_scale_alone_is_routed_as_within_the_sequence(router):
+    """The contexts of `step` and of `catch_up` know their scales."""
+    config = ExpertsConfig(router=router)
+    made_router, x_BND = made(config, PYRAMID), torch.randn(2, PYRAMID.length, D)
+    first = made(config, PYRAMID, block=0, seed=1)(x_BND, whole(PYRAMID))
+    together = made_router(x_BND, with_previous(PYRAMID, first))
+
+    def part(routing, start, end):
+        return Routing(*(getattr(routing, f)[:, start:end] for f in Routing.__dataclass_fields__))
+
+    for k, (start, end) in enumerate(PYRAMID.spans):
+        mask = block_causal_mask(PYRAMID, torch.device("cpu"))[:end, :end]
+        step = ScaleContext(PYRAMID, (start, end), k=k, previous=part(first, start, end))
+        caught_up = ScaleContext(PYRAMID, (0, end), mask, k=k, previous=part(first, 0, end))
+        for begin, context in ((start, step), (0, caught_up)):
+            alone = made_router(x_BND[:, begin:end], context)
+            expected = part(together, begin, end)
+            assert torch.equal(alone.chosen_BNM, expected.chosen_BNM)
+            assert torch.allclose(alone.gates_BNM, expected.gates_BNM, atol=1e-6)
+            assert alone.gates_BNM.shape == (2, end - begin, config.count + config.idle)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_gates_hand_gradients_to_the_router(router):
+    """Through the gates alone, as Eq. 6 has it; against finite differences in the direction of the gradient."""
+    config = ExpertsConfig(router=router, renormalise=True)
+    module, x_BND = made(config, PYRAMID).double(), torch.randn(2, PYRAMID.length, D)
+    weight_BNM = torch.randn(2, PYRAMID.length, config.count + config.idle)
+
+    def value():
+        return (module(x_BND, whole(PYRAMID)).gates_BNM.double() * weight_BNM).sum()
+
+    value().backward()
+    gradient = module.score.weight.grad
+    assert gradient.abs().max() > 0
+    with torch.no_grad():
+        direction, before = gradient / gradient.norm(), module.score.weight.clone()
+        near = []
+        for h in (1e-3, -1e-3):
+            module.score.weight.copy_(before + h * direction)
+            near.append(value())
+    assert (near[0] - near[1]).item() / 2e-3 == pytest.approx(gradient.norm().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_scores_are_computed_in_float32_whatever_surrounds_them(router):
+    """Under autocast, and in a model of 16 bits: rounding would choose other experts."""
+    module, x_BND = made(ExpertsConfig(router=router), PYRAMID), torch.randn(2, PYRAMID.length, D)
+    plain = module(x_BND, whole(PYRAMID))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x_BND, whole(PYRAMID)).scores_BNM, plain.scores_BNM)
+    low = module.bfloat16()(x_BND.bfloat16(), whole(PYRAMID))
+    _, scores = reference(module.float(), x_BND.bfloat16().float(), PYRAMID)
+    np.testing.assert_allclose(low.scores_BNM.detach().numpy(), scores, atol=2e-5)
+
+
+# ---- idle experts
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(1, 7), st.integers(0, 100))
+def test_idle_experts_against_their_formulas(zero, copy, constant, count, seed):
+    """zero: 0; copy: x; constant: a x + b v, (a, b) = softmax(W x) (MoE++, Eq. 3 to 5); each times its gate."""
+    if zero + copy + constant == 0:
+        return
+    rng = torch.Generator().manual_seed(seed)
+    module = IdleExperts(ExpertsConfig(router="moe++", zero=zero, copy=copy, constant=constant), D)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    x = torch.randn(2, count, D, generator=rng)
+    gates = torch.rand(2, count, zero + copy + constant, generator=rng)
+    y = module(x, gates).detach()
+    expected = np.zeros((2, count, D))
+    for b in range(2):
+        for i in range(count):
+            token = x[b, i].double().numpy()
+            for j in range(copy):
+                expected[b, i] += gates[b, i, zero + j].item() * token
+            for j in range(constant):
+                U = module.mix.weight[2 * j : 2 * j + 2].detach().double().numpy()
+                a, share = softmax(U @ token)
+                v = module.constant[j].detach().double().numpy()
+                expected[b, i] += gates[b, i, zero + copy + j].item() * (a * token + share * v)
+    np.testing.assert_allclose(y.numpy(), expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_a_mixture_adds_its_idle_experts_and_counts_them_last():
+    config = TransformerConfig(depth=1, width=D, heads=2, experts=ExpertsConfig(router="moe++", count=3, active=2))
+    moe = MixtureOfExperts(config, len(PYRAMID), 0)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+        x = torch.randn(2, PYRAMID.length, D)
+        y, routing = moe(x, whole(PYRAMID))
+        M = config.experts.count
+        expected = moe.idle(x, routing.gates_BNM[..., M:])
+        for j in range(M):
+            h = torch.nn.functional.gelu(x @ moe.experts.fc1.weight[j].T + moe.experts.fc1.bias[j], approximate="tanh")
+            out = h @ moe.experts.fc2.weight[j].T + moe.experts.fc2.bias[j]
+            expected = expected + routing.gates_BNM[..., j : j + 1] * out
+    assert routing.chosen_BNM[..., M:].any()
+    assert torch.allclose(y, expected, atol=1e-4)
+
+
+# ---- balance
+
+
+def routing_of(scores, chosen):
+    return Routing(scores.log(), scores, chosen, torch.where(chosen, scores, 0))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 9), st.integers(0, 4), st.floats(0, 1), st.integers(0, 99))
+def test_balance_loss_against_eq_10(batch, tokens, count, idle, idle_weight, seed):
+    rng = torch.Generator().manual_seed(seed)
+    scores = torch.randn(batch, tokens, count + idle, generator=rng).softmax(-1)
+    chosen = torch.rand(scores.shape, generator=rng) < 0.4
+    losses = []
+    for b in range(batch):
+        total = 0.0
+        for j in range(count + idle):
+            f = sum(chosen[b, i, j].item() for i in range(tokens)) / tokens
+            P = sum(scores[b, i, j].item() for i in range(tokens)) / tokens
+            total += f * P * (idle_weight if j >= count else 1)
+        losses.append((count + idle) * total)
+    ours = balance_loss(routing_of(scores, chosen), idle, idle_weight)
+    assert ours.item() == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
+
+
+def test_even_use_is_worth_m_and_collapse_costs_more():
+    even = torch.eye(8, dtype=torch.bool).roll(1, 0) | torch.eye(8, dtype=torch.bool)  # 2 of 8, in turn
+    flat = torch.full((1, 8, 8), 1 / 8)
+    assert balance_loss(routing_of(flat, even[None])).item() == pytest.approx(2)
+    sure = torch.full((1, 8, 8), 1e-9)
+    sure[..., :2] = 0.5
+    assert balance_loss(routing_of(sure, sure > 0.1)).item() == pytest.approx(8)
+
+
+def test_balance_loss_teaches_through_the_scores_alone():
+    logits = torch.randn(2, 5, 4, requires_grad=True)
+    scores = logits.softmax(-1)
+    chosen = largest(scores.detach(), 2, -1)
+    balance_loss(routing_of(scores, chosen)).backward()
+    share = chosen.float().mean(1, keepdim=True)
+    s = scores.detach()
+    expected = 4 * s * (share - (s * share).sum(-1, keepdim=True)) / (2 * 5)
+    assert torch.allclose(logits.grad, expected, atol=1e-6)
+
+
+def test_expert_load_is_normalised():
+    chosen = torch.zeros(2, 3, 4, dtype=torch.bool)
+    chosen[..., 1], chosen[0, :, 3] = True, True
+    assert torch.allclose(expert_load(chosen), torch.tensor([0, 64 * 6 / 9, 0, 64 * 3 / 9]))
+    assert torch.allclose(expert_load(chosen, total=1.0), torch.tensor([0, 6 / 9, 0, 3 / 9]))
+    assert expert_load(torch.zeros_like(chosen)).abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"router": "stmoe", "count": 4, "active": 5}, "active must be 1 to the number of experts"),
+        ({"router": "stmoe", "active": 0}, "active must be 1 to the number of experts; got active=0"),
+        ({"router": "stmoe", "count": 0, "active": 1}, "count must be 1 to 4096"),
+        ({"router": "moe++", "copy": -1}, "zero, copy and constant must be 0 to 4096"),
+    ],
+)
+def test_impossible_mixtures_are_named(settings_, message):
+    with pytest.raises(UserError, match=message):
+        ExpertsConfig(**settings_)
