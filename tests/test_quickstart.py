@@ -16,17 +16,22 @@ from PIL import Image
 
 from nextscale.data.datasets import load_images
 from nextscale.errors import UserError
+from nextscale.features.encoders import load_encoder
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import measure
 from nextscale.quickstart.run import run_quickstart
+from nextscale.train.log import read_log
 
 ROOT = Path(__file__).parents[1]
 TINY = {
     "tokenizer": {"vocab_size": 16, "code_width": 4, "base_channels": 8, "norm_groups": 4, "res_blocks": 1,
                   "channel_multipliers": [1, 1], "attention": False},
-    "transformer": {"depth": 1, "width": 16, "heads": 2},
+    "transformer": {"depth": 1, "width": 16, "heads": 2, "experts": {"router": "stmoe"}, "alignment": {"hidden": 8}},
     "train_tokenizer": {"steps": 12, "batch_size": 8},
+    "encoder": {"widths": [16, 16], "blocks": [0, 0]},
+    "moco": {"queue": 16, "hidden": 8, "key_width": 8},
+    "train_encoder": {"steps": 6, "batch_size": 8},
     "train_transformer": {"steps": 12, "batch_size": 8},
     "image_size": 8,
     "measure_images": 40,
@@ -59,6 +64,7 @@ def folder(tmp_path_factory) -> Path:
 OUTPUTS = {
     "config.json", "tokenizer.safetensors", "transformer.safetensors", "samples.png", "reconstructions.png",
     "scales.png", "curves.png", "metrics.json", "log.jsonl", "quickstart.json", "training",
+    "encoder", "routing.json", "routing.png",
 }  # fmt: skip
 
 
@@ -73,6 +79,9 @@ def test_a_folder_of_images(folder, tmp_path):
     for name in ("samples.png", "reconstructions.png", "scales.png", "curves.png"):
         assert min(Image.open(tmp_path / "run" / name).size) > 60
     pipeline = Pipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.config.transformer.experts.router == "stmoe"
+    assert "guidance" in read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert load_encoder(str(tmp_path / "run" / "encoder")).kind == "moco_v2"
     assert pipeline.config.class_names == ("day", "night")
     assert pipeline.sample(["night"]).tensor.shape == (1, 3, 8, 8)
     # a finished run is not repeated
@@ -147,7 +156,17 @@ def test_bad_data_is_named(tmp_path):
         load_images(str(tmp_path), 8, 10, 0)
 
 
+def test_a_dense_model_without_guidance(folder, tmp_path):
+    """No encoder, no routing picture."""
+    transformer = {**TINY["transformer"], "experts": {"router": "none"}}
+    run_quickstart(tiny_settings(data=str(folder), transformer=transformer, loss={"encoder": ""}), tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == OUTPUTS - {"encoder", "routing.json", "routing.png"}
+    assert Pipeline.from_pretrained(tmp_path / "run").transformer.projector is None
+
+
 def test_settings_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match=r"loss.encoder is 'dino'; give own, or nothing"):
+        tiny_settings(loss={"encoder": "dino"})
     with pytest.raises(UserError, match="image_size 10 must be a multiple of 4"):
         QuickstartConfig(image_size=10).geometry()
     with pytest.raises(UserError, match="must be 4 for images of 16 pixels"):

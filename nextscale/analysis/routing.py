@@ -5,7 +5,7 @@ Letters: B images, L tokens of all scales, M experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,24 @@ def analyse_routing(
     for a dense model, a block or an image that is not there, or data that is not the model's.
     """
     config = config or AnalysisConfig()
-    found, pictures = [], {}
-    for subject in subjects(models, names, data, config):
+    head = about(data, config, torch.device(config.device))
+    return write_routing(subjects(models, names, data, config), head, out, block=block, image=image)
+
+
+def write_routing(
+    found: Iterable[Subject], head: dict[str, Any], out: Path, *, block: int = 0, image: int | None = None
+) -> dict[str, Any]:
+    """`analyse_routing` of subjects at hand; `head`: what the report says of how it was made."""
+    reports, pictures = [], {}
+    for subject in found:
         experts, number = subject.experts(), subject.block(block, len(subject.model.blocks) - 1)
         if image is not None:
             subject = subject.alone(image)
-        found.append(_report(subject, number, experts))
+        reports.append(_report(subject, number, experts))
         painted = _painted(subject) if image is not None else []
-        pictures[f"{subject.name}, block {number}"] = (experts, subject.scales, found[-1]["maps"], painted)
+        pictures[f"{subject.name}, block {number}"] = (experts, subject.scales, reports[-1]["maps"], painted)
     one = {} if image is None else {"image": image}
-    report = {"analysis": "routing", **about(data, config, torch.device(config.device)), **one, "models": found}
+    report = {"analysis": "routing", **head, **one, "models": reports}
     write_json(out / "routing.json", report)
     unit = "share of images that choose the expert" if image is None else "chosen (1) or not (0)"
     map_grids(pictures, unit, out / "routing.png")

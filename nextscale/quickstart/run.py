@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.analysis.config import AnalysisConfig
+from nextscale.analysis.routing import write_routing
+from nextscale.analysis.subject import Subject, about
 from nextscale.config import ClassConditionConfig, InitConfig, ModelConfig
 from nextscale.config_dict import to_dict
 from nextscale.data.datasets import ImageSet, load_images
@@ -31,7 +34,7 @@ from nextscale.train.loop import fit
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.transformer_task import TransformerTask
 
-_SAMPLES_PER_CLASS, _SHOWN_CLASSES = 8, 10
+_SAMPLES_PER_CLASS, _SHOWN_CLASSES, _SHOWN_ROUTED = 8, 10, 500
 _BATCH = 250
 
 
@@ -39,7 +42,8 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     """Train, sample and measure into `folder`, which `nextscale sample` then takes as a model.
 
     Writes config.json and the weights, samples.png, reconstructions.png, scales.png (one image growing), curves.png,
-    metrics.json and log.jsonl; returns the metrics. Raises train.loop.Interrupted when stopped while training;
+    metrics.json and log.jsonl; of a mixture of experts routing.png and routing.json; where guidance wants it, encoder/.
+    Returns the metrics. Raises train.loop.Interrupted when stopped while training;
     calling it again with the same folder goes on from there.
     """
     check_available()
@@ -69,6 +73,11 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     pipeline.save_pretrained(folder)
 
     reconstruction = show(pipeline, config, held_out, folder)
+    if transformer.experts.router != "none":
+        shown = range(min(len(held_out), _SHOWN_ROUTED))
+        analysis = AnalysisConfig(seed=config.seed)
+        subject = Subject("model", pipeline, held_out.examples(), shown, analysis)
+        write_routing([subject], about(config.data, analysis, pipeline.device), folder)
     metrics = sample_and_measure(pipeline, config, train, held_out) | reconstruction
     metrics["cross_entropy_nats_per_token"] = {
         name: cross_entropy(pipeline, part.subset(torch.arange(min(len(part), 500))))

@@ -45,10 +45,12 @@ def quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
             f"{metrics['held_out_read_by_generated_fit']:.1%}",
         ]
     labels = "0,1" if "generated_read_as_asked" in metrics else "0"
+    pictures = "samples.png, scales.png, reconstructions.png, curves.png"
+    pictures += ", routing.png (which expert works where)" if (folder / "routing.png").exists() else ""
     lines += [
         f"distance to the nearest training image (RMS): generated {near['generated']:.4f}, "
         f"held-out real {near['held_out_real']:.4f}",
-        f"done in {metrics['seconds']:.0f} s; see {folder}/samples.png, scales.png, reconstructions.png, curves.png",
+        f"done in {metrics['seconds']:.0f} s; see {folder}/{pictures}",
         f"more: nextscale sample {folder} --labels {labels} --out grid.png",
     ]
     return "\n".join(lines)
