@@ -9,7 +9,11 @@ from PIL import Image
 
 from nextscale.data.datasets import load_images
 from nextscale.data.examples import MemoryExamples
+from nextscale.features.encoders import load_encoder
+from nextscale.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
+from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.train.encoder_run import pooled
 from nextscale.train.tokenizer_run import evaluate_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -38,3 +42,17 @@ def test_the_cifar10_tokenizer():
         report = evaluate_tokenizer(tokenizer, load_images(str(CIFAR), 32, 300, 0).examples())
         assert report["psnr_db"] >= 24
         assert report["perplexity"] >= 256
+
+
+def test_the_cifar10_encoder():
+    folder = ROOT / "models" / "encoder-cifar10"
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 2 * 2**20
+    encoder = load_encoder(str(folder))
+    assert (encoder.kind, encoder.width, encoder.grid) == ("moco_v2", 128, (8, 8))
+    features = encoder(to_unit(sample_photographs()), (8, 8))
+    assert 0.3 < features.std() < 3, "standardised, on photographs of another kind than it was trained on"
+    if CIFAR.exists():
+        images = load_images(str(CIFAR), 32, 1500, 0).examples()
+        pool, label = pooled(encoder, images, 1500, [])
+        accuracy = knn_accuracy(pool[:500], label[:500], pool[500:], label[500:])
+        assert accuracy > 0.3, "chance is 0.1; with a bank of 50,000 images it is 0.52"

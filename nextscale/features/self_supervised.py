@@ -44,8 +44,8 @@ class SmallEncoder(PatchEncoder):
     """Stages that halve the resolution at their first convolution; the last map holds the patch features, and its mean
     over all places is the image's feature.
 
-    What comes out is standardised by the mean and the deviation of each channel on training images: behind a ReLU all
-    vectors point nearly the same way (a mean cosine of 0.96 on CIFAR-10), and a cosine would tell little.
+    What comes out is standardised by the mean and the deviation of each channel on training images: behind a ReLU no
+    value is negative, so any two patches would look alike to a cosine.
     """
 
     mean_C: Tensor
