@@ -162,8 +162,8 @@ class _Product(torch.autograd.Function):
         dy_RO = gradients[0].contiguous()
         dx, dweight, dbias = ctx.needs_input_grad
         return (
-            input_gradient(dy_RO, weight) if dx else None,
-            weight_gradient(dy_RO, x_RI) if dweight else None,
+            input_gradient(dy_RO, weight, x_RI) if dx else None,
+            weight_gradient(dy_RO, x_RI, weight) if dweight else None,
             dy_RO.sum(dim=0) if dbias else None,
         )
 
@@ -188,23 +188,20 @@ def product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
 
 
-def input_gradient(dy_RO: Tensor, weight_OI: Tensor) -> Tensor:
+def input_gradient(dy_RO: Tensor, weight_OI: Tensor, x_RI: Tensor) -> Tensor:
     """Gradient of x in x times weight transposed: dy times weight, (R, I)."""
     if len(dy_RO) < _PRODUCT_ROWS or not _gains(dy_RO):
         return dy_RO @ weight_OI
-    rows, (_, width) = len(dy_RO), weight_OI.shape
-    x_1IR1 = _pixels(dy_RO.new_empty(1, width).expand(rows, width))  # only its shape is looked at
     return torch.ops.aten.convolution_backward(
-        _pixels(dy_RO), x_1IR1, weight_OI[:, :, None, None], None,
+        _pixels(dy_RO), _pixels(x_RI), weight_OI[:, :, None, None], None,
         [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False],
-    )[0].permute(0, 2, 3, 1).reshape(rows, width)  # fmt: skip
+    )[0].permute(0, 2, 3, 1).reshape(x_RI.shape)  # fmt: skip
 
 
-def weight_gradient(dy_RO: Tensor, x_RI: Tensor, out: Tensor | None = None) -> Tensor:
+def weight_gradient(dy_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of the weight in x times weight transposed: dy transposed times x, (O, I); written to `out` if given."""
     if len(dy_RO) < _PRODUCT_ROWS or not _gains(dy_RO):
         return torch.mm(dy_RO.T, x_RI, out=out)
-    weight_OI = dy_RO.new_empty(1, 1).expand(dy_RO.shape[1], x_RI.shape[1])  # only its shape is looked at
     operands = dy_RO.to_mkldnn(), x_RI.to_mkldnn()
     gradient = torch.ops.aten.mkldnn_linear_backward_weights(*operands, weight_OI, False)[0].to_dense()
     return gradient if out is None else out.copy_(gradient)
@@ -219,7 +216,7 @@ def _gains(x: Tensor) -> bool:
 
 def _pixels(x_RI: Tensor) -> Tensor:
     """Rows (R, I) as one image (1, I, R, 1) whose channels are last in memory."""
-    return x_RI.unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)
+    return x_RI.view(1, -1, 1, x_RI.shape[-1]).permute(0, 3, 1, 2)
 
 
 class Linear(nn.Linear):

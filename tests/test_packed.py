@@ -167,3 +167,20 @@ def test_attention_in_portions_equals_attention_at_once(masked, monkeypatch):
     for ours in (whole, portions):
         assert (ours.double() - exact).abs().max() <= 0.02 * exact.abs().max()
     assert torch.equal(alone[0], portions[1])
+
+
+@needs_onednn
+def test_products_of_training_by_onednn_whatever_this_cpu_gains(monkeypatch):
+    """What CPUs with wide vectors take, forward and backward, and a weight's gradient written to its place."""
+    monkeypatch.setattr(ops, "wide_vectors", True)
+    rng = torch.Generator().manual_seed(0)
+    x, weight, bias, dy = (torch.randn(s, generator=rng) for s in ((200, 64), (96, 64), (96,), (200, 96)))
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    y, plain = ops.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    assert (y - plain).abs().max() < 1e-5 * plain.abs().max()
+    exact = torch.autograd.grad(plain, (x, weight, bias), dy.double())
+    found = [*torch.autograd.grad(y, (x, weight, bias), dy), torch.zeros(96, 64)]
+    ops.weight_gradient(dy, x.detach(), weight.detach(), out=found[-1])
+    for gradient, wanted in zip(found, [*exact, exact[1]], strict=True):
+        assert (gradient - wanted).abs().max() < 1e-5 * wanted.abs().max()
