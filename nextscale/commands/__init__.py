@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
+from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial, Upcycle
 from nextscale.commands.measuring import (
     Bench,
     ClassifierEvaluate,
@@ -25,6 +25,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "resume": Resume,
     "adapt": Adapt,
+    "upcycle": Upcycle,
     "tokenizer train": TokenizerTrain,
     "tokenizer evaluate": TokenizerEvaluate,
     "evaluate": Evaluate,
