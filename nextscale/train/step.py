@@ -120,8 +120,8 @@ class Stepper:
 
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with VAR's groups: weight matrices, convolutions and class embeddings decay; nothing else does."""
-    free = ("pos_start", "pos_embed", "level_embed", "offset", "log_scale")
-    free += ("bias", "scale_embed", "constant")  # in mixtures of experts these are matrices: one row for each
+    in_experts = ("bias", "scale_embed", "constant")  # there they are matrices: a row for each expert or scale
+    free = ("pos_start", "pos_embed", "level_embed", "offset", "log_scale", *in_experts)
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
