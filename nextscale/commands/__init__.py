@@ -9,7 +9,7 @@ from nextscale.commands.analysis import (
     AnalyseLoad,
     AnalyseRouting,
 )
-from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial
+from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial, Upcycle
 from nextscale.commands.encoders import EncoderEvaluate, EncoderTrain
 from nextscale.commands.measuring import (
     Bench,
@@ -33,6 +33,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "resume": Resume,
     "adapt": Adapt,
+    "upcycle": Upcycle,
     "tokenizer train": TokenizerTrain,
     "tokenizer evaluate": TokenizerEvaluate,
     "evaluate": Evaluate,

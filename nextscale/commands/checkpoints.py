@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tyro.conf import Positional
 
+from nextscale.config import ExpertsConfig
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid
 
@@ -36,6 +37,38 @@ class Adapt:
         adapted = adapt(checkpoint, classes, pyramid, self.seed)
         write_checkpoint(self.out, adapted)
         print(f"wrote {self.out}: {adapted.config.summary()}")
+
+
+@dataclass
+class Upcycle:
+    """Turn a dense model into a mixture of experts that computes the same (sparse upcycling); then train it on.
+
+    Every expert starts as a copy of the dense FFN; the routers are drawn. Gates are divided by their sum
+    (experts.renormalise), so that the first outputs equal the dense model's. Routers stmoe and smoe.
+    """
+
+    model: Positional[Path]
+    """Checkpoint folder of a dense model."""
+    out: Path
+    """Folder to write, for `nextscale train --start`."""
+    experts: ExpertsConfig = field(default_factory=lambda: ExpertsConfig(router="stmoe", renormalise=True))
+    noise: float = 0.0
+    """Make the copies differ from the start by normal noise, of this share of the spread of each weight. Copies that
+    receive different tokens part without it."""
+    seed: int = 0
+    """Seed of the routers and of the noise."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+        from nextscale.checkpoints.upcycle import upcycle
+
+        if not self.experts.renormalise:
+            raise UserError("experts.renormalise must stay true: gates that sum to less than 1 would weaken every FFN")
+        upcycled = upcycle(read_checkpoint(self.model), self.experts, self.seed, self.noise)
+        write_checkpoint(self.out, upcycled)
+        print(
+            f"wrote {self.out}: {self.experts.count} experts, {self.experts.active} active; {upcycled.config.summary()}"
+        )
 
 
 @dataclass

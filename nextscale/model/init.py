@@ -17,24 +17,9 @@ from nextscale.ops import StackedLinear
 def initialise(model: VAR, config: InitConfig, generator: torch.Generator) -> VAR:
     """Initialise every parameter of `model` in place from `generator`."""
     D, depth = model.config.width, model.config.depth
-    std = math.sqrt(1 / (3 * D))
-
-    def normal(tensor: torch.Tensor) -> None:
-        nn.init.trunc_normal_(tensor, std=std, generator=generator)
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            normal(module.weight)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, StackedLinear):
-            normal(module.weight)
-            module.bias.zero_()
-    for module in model.modules():
-        if isinstance(module, Router) and module.scale_embed is not None:
-            module.scale_embed.weight.div_(std)  # as large as the normalised tokens beside them
-    normal(model.pos_start)
-    normal(model.pos_embed)
+    draw_weights(model, D, generator)
+    for position in (model.pos_start, model.pos_embed):
+        nn.init.trunc_normal_(position, std=_spread(D), generator=generator)
     model.head.weight.mul_(config.head)  # first predictions near uniform
     model.head_adaln.weight.mul_(config.adaln)
     for block in model.blocks:
@@ -47,3 +32,27 @@ def initialise(model: VAR, config: InitConfig, generator: torch.Generator) -> VA
         rows[:gammas].mul_(config.adaln_gamma)  # near zero: every block starts as the identity
         rows[gammas:].mul_(config.adaln)
     return model
+
+
+@torch.no_grad()
+def draw_weights(part: nn.Module, width: int, generator: torch.Generator) -> None:
+    """Draw the weights of all layers and embeddings of a transformer of this width, or a part of it; biases are 0."""
+
+    def normal(tensor: torch.Tensor) -> None:
+        nn.init.trunc_normal_(tensor, std=_spread(width), generator=generator)
+
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            normal(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, StackedLinear):
+            normal(module.weight)
+            module.bias.zero_()
+    for module in part.modules():
+        if isinstance(module, Router) and module.scale_embed is not None:
+            module.scale_embed.weight.div_(_spread(width))  # as large as the normalised tokens beside them
+
+
+def _spread(width: int) -> float:
+    return math.sqrt(1 / (3 * width))

@@ -1,0 +1,82 @@
+"""Sparse upcycling (arXiv 2212.05055): a trained dense model becomes a mixture of experts that computes the same.
+
+Every expert starts as a copy of the dense FFN: whichever are chosen, with gates that sum to 1 they give what it gives.
+Only the routers are new. Trained on, the copies see different tokens and part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.config import ExpertsConfig, TransformerConfig
+from nextscale.errors import UserError
+from nextscale.model.init import draw_weights
+from nextscale.moe.routers import ROUTERS
+from nextscale.rng import generator
+
+EQUAL = ("stmoe", "smoe")
+"""Routers under which every token has experts, and all of them have an FFN."""
+
+
+def upcycle(checkpoint: Checkpoint, experts: ExpertsConfig, seed: int = 0, noise: float = 0.0) -> Checkpoint:
+    """The checkpoint with mixtures of experts in place of its dense FFNs; everything else is kept to the bit.
+
+    `experts.renormalise` becomes true: the gates of the chosen experts are divided by their sum. `seed` draws the
+    routers, as training from scratch would, in float32. `noise` makes the copies differ from the start: normal, of this
+    share of the spread of each weight; outputs are then only near the dense model's. Raises UserError for a model that
+    is none, or a mixture already, and for routers under which a mixture of copies would not equal the dense model.
+    """
+    model = _dense(checkpoint)
+    if experts.router not in EQUAL:
+        raise UserError(
+            f"upcycling to experts.router '{experts.router}' would not give what the dense model does: "
+            f"{_REASONS[experts.router]}; routers that do: {', '.join(EQUAL)}"
+        )
+    if not 0 <= noise < float("inf"):
+        raise UserError(f"noise must be 0 or more; got {noise}")
+    model = replace(model, experts=replace(experts, renormalise=True))
+    config = replace(checkpoint.config, transformer=model)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in checkpoint.transformer.items():
+        before, ffn, layer = name.partition(".ffn.")
+        if ffn:
+            weights[f"{before}.ffn.experts.{layer}"] = _copies(tensor, experts.count, noise, (seed, name))
+        else:
+            weights[name] = tensor
+    for block in range(model.depth):
+        router = ROUTERS[experts.router](model, len(config.pyramid), block)
+        draw_weights(router, model.width, generator(seed, "router", block))
+        weights |= {f"blocks.{block}.ffn.router.{n}": t for n, t in router.state_dict().items()}
+    return Checkpoint(config, dict(checkpoint.tokenizer), weights, dict(checkpoint.origin))
+
+
+_REASONS = {
+    "none": "it is the dense FFN itself",
+    "expert-choice": "a token that no expert takes would get nothing",
+    "moe++": "a token that takes idle experts would miss a part",
+}
+
+
+def _dense(checkpoint: Checkpoint) -> TransformerConfig:
+    """The transformer's config, when it is a dense one."""
+    model = checkpoint.config.transformer
+    if model is None:
+        raise UserError("this checkpoint is a tokenizer alone: there is no transformer to upcycle")
+    if model.experts.router != "none":
+        raise UserError(
+            f"this model is a mixture of experts already ({model.experts.router}); upcycling wants a dense one"
+        )
+    return model
+
+
+def _copies(tensor: Tensor, count: int, noise: float, purpose: tuple[int, str]) -> Tensor:
+    """`count` copies of an FFN's weight or bias, stacked; with noise on each of a weight's."""
+    stacked = tensor.unsqueeze(0).repeat(count, *[1] * tensor.ndim)
+    if noise and tensor.ndim == 2:
+        drawn = torch.randn(stacked.shape, generator=generator(purpose[0], "upcycle", purpose[1]))
+        stacked = (stacked.float() + noise * tensor.float().std() * drawn).to(tensor.dtype)
+    return stacked
