@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from nextscale import ops
 from nextscale.moe.experts import Dispatch, Experts, _Differentiated, grouped
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 NAMES = ("x", "gates", "w1", "b1", "w2", "b2")
 
 

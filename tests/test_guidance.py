@@ -16,8 +16,10 @@ from nextscale.train.config import TrainConfig
 from nextscale.train.run_config import LossConfig
 from nextscale.train.transformer_task import TransformerTask
 from tests.conftest import randomised, tiny_config
-from tests.test_routers import softmax
 from tests.test_tokenizer import cubic_matrix
+from tests.test_transformer import softmax
+
+pytestmark = pytest.mark.usefixtures("seeded")
 
 PYRAMIDS = ["1,2,3,4", "2x1,3x2,4x3", "4", "1,1,2x3,4x5", "1,3,8"]
 

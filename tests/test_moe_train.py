@@ -25,6 +25,8 @@ from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder
 from tests.test_guidance import task_of
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 SETTINGS = TrainConfig(
     steps=8, batch_size=6, micro_batch=4, warmup_steps=2, log_every=1, save_every=3, drop_path=0.2, ema=0.5
 )

@@ -75,8 +75,15 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def reference_forward(p: dict[str, np.ndarray], model, label: int, x_LC: np.ndarray) -> np.ndarray:
-    """VAR for one image in float64, from facts about the official model: no torch, no batch, loops over heads."""
+def dense_ffn(q: dict[str, np.ndarray], y: np.ndarray) -> np.ndarray:
+    return gelu(y @ q["ffn.fc1.weight"].T + q["ffn.fc1.bias"]) @ q["ffn.fc2.weight"].T + q["ffn.fc2.bias"]
+
+
+def reference_forward(p: dict[str, np.ndarray], model, label: int, x_LC: np.ndarray, ffn=dense_ffn) -> np.ndarray:
+    """VAR for one image in float64, from facts about the official model: no torch, no batch, loops over heads.
+
+    `ffn` computes a block's feed-forward from the block's parameters and its input.
+    """
     config, pyramid = model.config, model.pyramid
     D, H, d = config.width, config.heads, config.width // config.heads
     scale_of = np.array(pyramid.scale_of_L)
@@ -112,8 +119,7 @@ def reference_forward(p: dict[str, np.ndarray], model, label: int, x_LC: np.ndar
         y = np.concatenate(heads, axis=-1) @ q["mixers.0.proj.weight"].T + q["mixers.0.proj.bias"]
         x = x + gamma1 * y
         y = layer_norm(x, config.norm_eps) * (1 + scale2) + shift2
-        y = gelu(y @ q["ffn.fc1.weight"].T + q["ffn.fc1.bias"]) @ q["ffn.fc2.weight"].T + q["ffn.fc2.bias"]
-        x = x + gamma2 * y
+        x = x + gamma2 * ffn(q, y)
     scale, shift = (p["head_adaln.weight"] @ active + p["head_adaln.bias"]).reshape(2, D)
     x = layer_norm(x, config.norm_eps) * (1 + scale) + shift
     return x @ p["head.weight"].T + p["head.bias"]

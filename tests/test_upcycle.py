@@ -20,6 +20,8 @@ from nextscale.train.log import read_log
 from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 
 def run(text: str) -> int:
     return main(text.split())
