@@ -74,31 +74,13 @@ class Experts(nn.Module):
         """
         dispatch = Dispatch.of(chosen_TM, at_most)
         gate_R = gates_TM[dispatch.row_R, dispatch.expert_R]
-        if self.exchange is not None:
-            return self._exchanged(x_TD, gate_R, dispatch, self.exchange)
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        if self.exchange is not None:
+            return _exchanged(x_TD, gate_R, dispatch, weights, self.exchange)
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights))
         if ops.fast and not self.fc1.packed and (differentiated or _in_one(x_TD, self.fc1.weight)):
             return _computed(x_TD, gate_R, dispatch, weights)
         return self._loop(x_TD, gate_R, dispatch)
-
-    def _exchanged(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, exchange: Exchange) -> Tensor:
-        """As `forward`, each expert's rows computed by the process that holds it; the gates are applied at home."""
-        parts = [
-            local_part(p, exchange.processes) for layer in (self.fc1, self.fc2) for p in (layer.weight, layer.bias)
-        ]
-        own = torch.arange(len(parts[0]), device=x_TD.device)
-
-        def work(rows_SD: Tensor, expert_S: Tensor) -> Tensor:
-            here = Dispatch.of(expert_S.unsqueeze(1) == own, len(expert_S))
-            return _computed(rows_SD, torch.ones_like(expert_S, dtype=torch.float32), here, parts)
-
-        real = int(dispatch.ends_M[-1])  # without padding
-        count_M = dispatch.ends_M.diff(prepend=dispatch.ends_M.new_zeros(1))
-        rows_RD = x_TD[dispatch.row_R[:real]]
-        out_RD = exchange(rows_RD.to(low_precision(x_TD) or x_TD.dtype), count_M, work)  # travels as it is computed
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        return y_TD.index_add(0, dispatch.row_R[:real], out_RD * gate_R[:real, None]).to(x_TD.dtype)
 
     def _loop(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
         """One expert after the other; so the order of the sum is the same, whatever rows share the batch."""
@@ -124,6 +106,25 @@ def _computed(x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, weights: Sequenc
         return grouped(rows, gate_R, dispatch, *cast)
     with full_precision(rows):
         return _Differentiated.apply(rows, gate_R.to(rows.dtype), dispatch.row_R, dispatch.pieces(), *cast)
+
+
+def _exchanged(
+    x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, weights: Sequence[Tensor], exchange: Exchange
+) -> Tensor:
+    """As `_computed`, each expert's rows computed by the process that holds it; the gates are applied at home."""
+    parts = [local_part(weight, exchange.processes) for weight in weights]
+    own = torch.arange(len(parts[0]), device=x_TD.device)
+
+    def work(rows_SD: Tensor, expert_S: Tensor) -> Tensor:
+        here = Dispatch.of(expert_S.unsqueeze(1) == own, len(expert_S))
+        return _computed(rows_SD, torch.ones_like(expert_S, dtype=torch.float32), here, parts)
+
+    real = int(dispatch.ends_M[-1])  # without padding
+    count_M = dispatch.ends_M.diff(prepend=dispatch.ends_M.new_zeros(1))
+    rows_RD = x_TD[dispatch.row_R[:real]]
+    out_RD = exchange(rows_RD.to(low_precision(x_TD) or x_TD.dtype), count_M, work)  # travels as it is computed
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    return y_TD.index_add(0, dispatch.row_R[:real], out_RD * gate_R[:real, None]).to(x_TD.dtype)
 
 
 class _Differentiated(torch.autograd.Function):
