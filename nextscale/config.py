@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nextscale.config_dict import check
+from nextscale.dynamic.config import DynamicConfig, Selection
 from nextscale.errors import UserError
 from nextscale.pyramid import PYRAMID_256, Pyramid
 
@@ -167,6 +168,8 @@ class TransformerConfig:
     condition: ClassConditionConfig = field(default_factory=ClassConditionConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    """What `nextscale sparsify` makes of the FFNs."""
 
     def __post_init__(self) -> None:
         for name, value in self.derived().items():
@@ -182,12 +185,24 @@ class TransformerConfig:
                 "norm_eps must be above 0": 0 < self.norm_eps < 1,
             },
         )
+        self._check_dynamic()
         if self.alignment.block > self.depth:
             raise UserError(f"transformer: alignment.block {self.alignment.block} is beyond the depth, {self.depth}")
         if self.width % self.heads:
             raise UserError(
                 f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: "
                 "width must be a multiple of heads"
+            )
+
+    def _check_dynamic(self) -> None:
+        if self.dynamic.on and self.experts.router != "none":
+            raise UserError(
+                f"transformer: the experts of a mixture ({self.experts.router}) cannot be divided into dynamic ones"
+            )
+        if self.dynamic.experts and self.ffn_width % self.dynamic.experts:
+            raise UserError(
+                f"transformer: an FFN of {self.ffn_width} hidden units cannot be divided into {self.dynamic.experts} "
+                "experts of one size"
             )
 
     def derived(self) -> dict[str, Any]:
@@ -299,6 +314,15 @@ class SampleConfig:
     """Share of tokens left out at each of the last scales (FastVAR), coarse to fine: 0.4 0.5. Empty = none."""
     prune_first_block: int = 3
     """Blocks before this one compute all tokens even so."""
+    tau: tuple[float, ...] = ()
+    """Dynamic experts (`nextscale sparsify`): a dial for each of the last scales, coarse to fine, or one for all sparse
+    scales. An expert runs when its predicted norm is at least (1 - tau) times the largest: 1 = all, 0 = one. Empty = the
+    model's own."""
+    budget: float = 0.0
+    """Dynamic experts: the tau that was calibrated for this share of the dense model's FLOPs; 0 = off."""
+    selection: Selection = "threshold"
+    """Dynamic experts, to compare with: oracle = tau on the true norms; top-k = the share tau of the experts; pruned =
+    the share tau of the hidden units, the same for every token."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -311,5 +335,8 @@ class SampleConfig:
             "prune must list shares of 0 to below 1": all(0 <= ratio < 1 for ratio in self.prune),
             "prune_first_block must be 0 or more": self.prune_first_block >= 0,
             "draft_scales and prune cannot be combined": not (self.draft_scales and self.prune),
+            "tau must list numbers of 0 to 1": all(0 <= tau <= 1 for tau in self.tau),
+            "budget must lie in 0 (off) to 1": 0 <= self.budget <= 1,
+            "budget and tau cannot be combined": not (self.budget and self.tau),
         }
         check("sampling", self, rules)

@@ -80,18 +80,24 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def active_parameters(config: ModelConfig, total: int) -> int:
-    """Of the transformer's `total` parameters those that work on a token: m of M experts (MEPA, Table 2)."""
+    """Of the transformer's `total` parameters those that work on a token: m of M experts (MEPA, Table 2).
+
+    Of dynamic experts all; of two FFNs, one for early scales and one for late ones, one.
+    """
     model = config.transformer
-    if model is None or model.experts.router == "none":
+    if model is None or (model.experts.router == "none" and not model.dynamic.own):
         return total
     expert = 2 * model.width * model.ffn_width + model.ffn_width + model.width
+    if model.dynamic.own:
+        return total - model.depth * expert
     return total - model.depth * expert * (model.experts.count - min(model.experts.active, model.experts.count))
 
 
 def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -> int:
     """Multiply-adds of `tokens` tokens of one scale in the FFN of a block: the dense one, or router and experts.
 
-    With idle experts (moe++) at most: as if no token chose one.
+    With idle experts (moe++) at most: as if no token chose one. Dynamic experts: all of them, as with tau 1; what a pass
+    executed is counted from its records (`nextscale.dynamic.flops`).
     """
     D, experts, router = model.width, model.experts, model.experts.router
     if router == "none":

@@ -240,9 +240,8 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Pack the weight where that pays: on an x86 CPU, in float32, or in bfloat16 if the CPU computes in it."""
         self.may_pack = False
-        if fast and self.weight.device.type == "cpu" and self.weight.dtype in _computed() and not self.weight.is_mkldnn:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _PACKED_FOR)
-            self.weight = nn.Parameter(packed, requires_grad=False)
+        if can_pack(self.weight):
+            self.weight = nn.Parameter(packed(self.weight), requires_grad=False)
 
     def train(self, mode: bool = True) -> Linear:
         if mode and (self.may_pack or self.weight.is_mkldnn):
@@ -313,8 +312,18 @@ def pack(module: nn.Module) -> None:
     """Make every `Linear` of a module, for inference alone, pack its weight at the first product that gains by it."""
     module.requires_grad_(False)
     for part in module.modules():
-        if isinstance(part, Linear | StackedLinear):
+        if hasattr(part, "may_pack"):
             part.may_pack = True
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether a whole weight of a product can be packed, and gains by it: x86, float32, bfloat16 where it is fast."""
+    return fast and weight.device.type == "cpu" and weight.dtype in _computed() and not weight.is_mkldnn
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A copy of a weight (out, in), for `linear` alone, laid out in memory as oneDNN's products read it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_FOR)
 
 
 class Embedding(nn.Embedding):

@@ -22,6 +22,8 @@ from nextscale.checkpoints.hub import locate, upload
 from nextscale.checkpoints.native import read_modules, write_checkpoint
 from nextscale.config import InitConfig, ModelConfig, SampleConfig
 from nextscale.config_dict import nearest
+from nextscale.dynamic.budget import resolved
+from nextscale.dynamic.convert import check_identity
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.errors import UserError
 from nextscale.machine import find_device, keep_freed_memory
@@ -102,6 +104,7 @@ class Pipeline:
         something is amiss.
         """
         checkpoint, modules = read_modules(locate(source, revision=revision, token=token))
+        check_identity(source, checkpoint)
         device = find_device(device)
         computes = _compute_dtype(dtype, device, checkpoint)
         pipeline = cls._around(checkpoint, modules)
@@ -241,7 +244,7 @@ class Pipeline:
         `batch_size` is a matter of memory only; official seeding runs everything in one batch, because there an
         image depends on its batch.
         """
-        settings = _settings(config, overrides)
+        settings = self._settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices(labels))
         size = len(values) if settings.official_seeding else max(batch_size, 1)
         if not len(values):
@@ -268,7 +271,7 @@ class Pipeline:
     ) -> Iterator[ScaleStep]:
         """As `sample` for one batch, yielding each scale as it is done; `pipeline.tokenizer.paint` shows its canvas."""
         values = self.transformer.condition.parse(self.label_indices(labels))
-        settings = _settings(config, overrides)
+        settings = self._settings(config, overrides)
         return generate_scales(
             self.tokenizer, self.transformer, values, settings, first_image,
             refiner=self._refiner_for(settings), begin=self._begin,
@@ -302,7 +305,7 @@ class Pipeline:
         and out-painting. Settings as in `sample`; with everything kept the result is the reconstruction, with nothing
         kept the sample of that seed.
         """
-        settings = _settings(config, overrides)
+        settings = self._settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices([label]))
         height, width = self.config.image_size
         mask_HW = mask if isinstance(mask, Tensor) else load_mask(mask, image, (height, width))[0]
@@ -351,6 +354,13 @@ class Pipeline:
             return "no label"
         return self.config.class_names[label] if self.config.class_names else str(label)
 
+    def _settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
+        known = [f.name for f in dataclasses.fields(SampleConfig)]
+        for name in overrides:
+            if name not in known:
+                raise UserError(f"sampling has no setting '{name}'{nearest(name, known)}")
+        return resolved(dataclasses.replace(config or SampleConfig(), **overrides), self._origin)
+
     def _inputs(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, tuple[str, ...]]:
         """Images in [-1, 1] (B, 3, H, W) and a caption for each."""
         if isinstance(images, Tensor):
@@ -360,14 +370,6 @@ class Pipeline:
         size = self.config.image_size
         captions = tuple(Path(i).name if isinstance(i, str | Path) else str(n) for n, i in enumerate(images))
         return torch.stack([to_tensor(load_image(image, size)) for image in images]), captions
-
-
-def _settings(config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
-    known = [f.name for f in dataclasses.fields(SampleConfig)]
-    for name in overrides:
-        if name not in known:
-            raise UserError(f"sampling has no setting '{name}'{nearest(name, known)}")
-    return dataclasses.replace(config or SampleConfig(), **overrides)
 
 
 def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -112,6 +112,11 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
                 f"cannot write {var}: this model is a mixture of experts ({router}), which the official format does "
                 "not know; its tokenizer can be exported by --vae alone"
             )
+        if config.transformer.dynamic.on:
+            raise UserError(
+                f"cannot write {var}: this model has dynamic FFNs, which the official format does not know; export the "
+                "model that it was made of"
+            )
         ours = {n: t for n, t in checkpoint.transformer.items() if not n.startswith("projector.")}
         theirs = {official_transformer_name(n): t for n, t in ours.items()}
         if origin.get("buffers", True):

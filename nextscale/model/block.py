@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.config import TransformerConfig
+from nextscale.dynamic.layer import DynamicFeedForward
 from nextscale.model.attention import Attention
 from nextscale.model.context import ScaleContext
 from nextscale.moe.layer import MixtureOfExperts
@@ -35,6 +36,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
         return self.fc2(self.fc1(x_BND, gelu=True)), None
+
+
+def feed_forward(
+    config: TransformerConfig, scales: int, index: int
+) -> FeedForward | DynamicFeedForward | MixtureOfExperts:
+    """The feed-forward layer of block `index`, as the config says."""
+    if config.experts.router != "none":
+        return MixtureOfExperts(config, scales, index)
+    return DynamicFeedForward(config, scales) if config.dynamic.on else FeedForward(config)
 
 
 class AdaLN(nn.Module):
@@ -81,11 +91,11 @@ class Block(nn.Module):
         super().__init__()
         self.eps, self.index = config.norm_eps, index
         self.mixers = nn.ModuleList([Attention(config)])  # type: ignore[assignment]
-        self.ffn = FeedForward(config) if config.experts.router == "none" else MixtureOfExperts(config, scales, index)
+        self.ffn = feed_forward(config, scales, index)
         self.adaln = AdaLN(config, len(self.layers))
 
     @property
-    def layers(self) -> tuple[Attention | FeedForward | MixtureOfExperts, ...]:
+    def layers(self) -> tuple[Attention | FeedForward | DynamicFeedForward | MixtureOfExperts, ...]:
         """The S layers in the order they run."""
         return *self.mixers, self.ffn
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nextscale.dynamic.dial import Dial
 from nextscale.model.prune import Pruning
 from nextscale.pyramid import Pyramid
 
@@ -34,6 +35,8 @@ class ScaleContext:
     """The finest scale at hand."""
     pruning: Pruning | None = None
     """Which tokens are left out, or None when all are computed."""
+    dial: Dial | None = None
+    """How far dynamic experts are turned down; None: not at all."""
     previous: Any = None
     """What the same layer of the block before recorded; None in the first block."""
 

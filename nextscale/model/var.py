@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.config import TransformerConfig
+from nextscale.dynamic.dial import Dial
 from nextscale.errors import UserError
 from nextscale.model.align import Projector
 from nextscale.model.block import Block, modulate
@@ -87,14 +88,15 @@ class VAR(nn.Module):
         )
 
     def forward(
-        self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None, guided: int = 0, hidden: int = 0
-    ) -> Output:
+        self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None, guided: int = 0, hidden: int = 0,
+        dial: Dial | None = None,
+    ) -> Output:  # fmt: skip
         """Logits (B, L, V) of all scales at once.
 
         `values`: the condition (labels, int64 (B,)). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
         (B, L - N of scale 0, C). `branch_keep`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
         `guided`: how many scales the alignment head projects, for semantic guidance. `hidden`: the block, counted from
-        1, whose output is wanted too, to be looked at.
+        1, whose output is wanted too, to be looked at. `dial`: how far dynamic experts are turned down.
         """
         expected = self.pyramid.length - self.pyramid.counts[0]
         if x_BLC.ndim != 3 or x_BLC.shape[1] != expected:
@@ -104,19 +106,22 @@ class VAR(nn.Module):
         if expected:
             x_BND = torch.cat([x_BND, self._embed(x_BLC, (self.pyramid.counts[0], self.pyramid.length))], dim=1)
         mask_LL = block_causal_mask(self.pyramid, x_BND.device)
-        context = ScaleContext(self.pyramid, (0, self.pyramid.length), mask_LL, k=len(self.pyramid) - 1)
+        context = ScaleContext(self.pyramid, (0, self.pyramid.length), mask_LL, k=len(self.pyramid) - 1, dial=dial)
         return self._run(x_BND, conditioning, context, None, branch_keep, guided=guided, hidden=hidden)
 
     def step(
-        self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, pruning: Pruning | None = None
-    ) -> Output:
+        self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, pruning: Pruning | None = None,
+        dial: Dial | None = None,
+    ) -> Output:  # fmt: skip
         """Logits (B, N, V) of scale k. `x_BNC` is the tokenizer's next input, None at scale 0, which starts anew."""
         span = self.pyramid.spans[k]
         x_BND = self.start(conditioning) if k == 0 or x_BNC is None else self._embed(x_BNC, span)
-        context = ScaleContext(self.pyramid, span, k=k, pruning=pruning)
+        context = ScaleContext(self.pyramid, span, k=k, pruning=pruning, dial=dial)
         return self._run(x_BND, conditioning, context, cache)
 
-    def catch_up(self, conditioning: Conditioning, x_BLC: Tensor, k: int, cache: Cache) -> Output:
+    def catch_up(
+        self, conditioning: Conditioning, x_BLC: Tensor, k: int, cache: Cache, dial: Dial | None = None
+    ) -> Output:
         """As `step` for scale k, by a model that has not seen the scales before: all of them in one pass.
 
         `x_BLC`: the tokenizer's inputs of scales 1 to k. Fills the cache; later scales go on by `step`.
@@ -124,7 +129,7 @@ class VAR(nn.Module):
         first, (start, end) = self.pyramid.counts[0], self.pyramid.spans[k]
         x_BND = torch.cat([self.start(conditioning), self._embed(x_BLC, (first, end))], dim=1)
         mask_LL = block_causal_mask(self.pyramid, x_BND.device)[:end, :end]
-        context = ScaleContext(self.pyramid, (0, end), mask_LL, k=k)
+        context = ScaleContext(self.pyramid, (0, end), mask_LL, k=k, dial=dial)
         return self._run(x_BND, conditioning, context, cache, wanted=start)
 
     def new_cache(self, batch: int) -> Cache:

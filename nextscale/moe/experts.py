@@ -14,7 +14,7 @@ Letters: T rows, D width, F hidden width, M experts, R pairs of row and expert, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,19 +83,32 @@ class Experts(nn.Module):
         return self._loop(x_TD, gate_R, dispatch)
 
     def _loop(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
-        """One expert after the other; so the order of the sum is the same, whatever rows share the batch."""
         y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-        for j, start, end in dispatch.pieces():
-            row_r = dispatch.row_R[start:end]
-            out_rD = self.fc2.product(j, self.fc1.product(j, x_TD[row_r], gelu=True))
-            y_TD.index_add_(0, row_r, out_rD * gate_R[start:end, None])
+        looped(x_TD, dispatch, lambda j, x: self.fc2.product(j, self.fc1.product(j, x, gelu=True)), gate_R, into=y_TD)
         return y_TD.to(x_TD.dtype)
 
 
+def looped(
+    x_TD: Tensor, dispatch: Dispatch, work: Callable[[int, Tensor], Tensor], gate_R: Tensor | None = None,
+    *, into: Tensor,
+) -> None:  # fmt: skip
+    """Add to `into` (T, D) what `work(expert, rows)` gives, times the gates where there are any.
+
+    One expert after the other; so the order of the sum is the same, whatever rows share the batch.
+    """
+    for j, start, end in dispatch.pieces():
+        row_r = dispatch.row_R[start:end]
+        out_rD = work(j, x_TD[row_r])
+        into.index_add_(0, row_r, (out_rD if gate_R is None else out_rD * gate_R[start:end, None]).to(into.dtype))
+
+
+def groups(x_TD: Tensor, widths: tuple[int, int]) -> bool:
+    """Whether one grouped product can do it: on a GPU in 16 bits, for experts' widths that are multiples of 8."""
+    return x_TD.device.type == "cuda" and low_precision(x_TD) is not None and not any(width % 8 for width in widths)
+
+
 def _in_one(x_TD: Tensor, w1_MFD: Tensor) -> bool:
-    """Whether one grouped product can do it: on a GPU in 16 bits, for widths that are multiples of 8."""
-    aligned = not any(width % 8 for width in w1_MFD.shape[1:])
-    return x_TD.device.type == "cuda" and low_precision(x_TD) is not None and aligned
+    return groups(x_TD, (w1_MFD.shape[1], w1_MFD.shape[2]))
 
 
 def _computed(x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, weights: Sequence[Tensor]) -> Tensor:
@@ -174,9 +187,10 @@ class _Differentiated(torch.autograd.Function):
 
 
 def grouped(
-    x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, w1_MFD: Tensor, b1_MF: Tensor, w2_MDF: Tensor, b2_MD: Tensor
-) -> Tensor:
-    """All experts in one grouped product each way (torch's `grouped_mm`), T x D.
+    x_TD: Tensor, gate_R: Tensor | None, dispatch: Dispatch,
+    w1_MFD: Tensor, b1_MF: Tensor, w2_MDF: Tensor, b2_MD: Tensor | None, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    """All experts in one grouped product each way (torch's `grouped_mm`), T x D. Without gates they are 1.
 
     It leaves padding rows uninitialised, in its output and in its input's gradient; a product with 0 would not clear
     them, so they are masked on both sides. D and F must be multiples of 8 in 16 bits, 4 in float32.
@@ -184,11 +198,14 @@ def grouped(
     pair_R = torch.arange(len(dispatch.row_R), device=x_TD.device)
     real_R1 = (pair_R < dispatch.ends_M[-1]).unsqueeze(1)
 
-    def products(x: Tensor, weight_M: Tensor, bias_M: Tensor) -> Tensor:
+    def products(x: Tensor, weight_M: Tensor, bias_M: Tensor | None) -> Tensor:
         out = F.grouped_mm(torch.where(real_R1, x, 0), weight_M.transpose(1, 2), offs=dispatch.ends_M)
-        return torch.where(real_R1, out, 0) + bias_M[dispatch.expert_R]
+        out = torch.where(real_R1, out, 0)
+        return out if bias_M is None else out + bias_M[dispatch.expert_R]
 
-    a_RF = F.gelu(products(x_TD[dispatch.row_R], w1_MFD, b1_MF), approximate="tanh")
-    out_RD = torch.where(real_R1, products(a_RF, w2_MDF, b2_MD), 0) * gate_R.unsqueeze(1)
+    h_RF = products(x_TD[dispatch.row_R], w1_MFD, b1_MF)
+    a_RF = h_RF.relu() if relu else F.gelu(h_RF, approximate="tanh")
+    out_RD = torch.where(real_R1, products(a_RF, w2_MDF, b2_MD), 0)
+    out_RD = out_RD if gate_R is None else out_RD * gate_R.unsqueeze(1)
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, dispatch.row_R, out_RD.float())
     return y_TD.to(x_TD.dtype)

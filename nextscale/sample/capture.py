@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nextscale.config import SampleConfig
+from nextscale.dynamic.dial import dial_for
 from nextscale.errors import UserError
 from nextscale.model.var import VAR, Conditioning
 
@@ -29,6 +30,7 @@ class _Fixed:
         for count in model.pyramid.counts[1:]:
             self.inputs_BNC.append(torch.zeros(len(values), count, width, device=device))
         self.graphs: list[tuple[Any, Tensor]] = []
+        self.records: list[list[Any]] = []  # none: what a graph computes is known before it runs
         if device.type == "cuda":
             self._capture(device)
 
@@ -80,6 +82,9 @@ class Captured:
     def __call__(self, model: VAR, values: Any, config: SampleConfig) -> _Fixed:
         if config.prune or config.draft_scales:
             raise UserError("captured steps know neither token pruning nor a refiner")
+        dial = dial_for(model.config, len(model.pyramid), config)
+        if dial is not None and min(dial.tau_K) < 1:
+            raise UserError("captured steps have fixed shapes, dynamic experts have not: sample without capture, or tau 1")
         key = (id(model), len(values))
         if key not in self._kept:
             self._kept[key] = _Fixed(model, values)

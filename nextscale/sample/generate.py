@@ -6,13 +6,14 @@ Letters: B batch, N tokens of one scale, L of all scales, V codes, C code width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nextscale.config import SampleConfig
+from nextscale.dynamic.dial import dial_for
 from nextscale.errors import UserError
 from nextscale.model.prune import Pruning
 from nextscale.model.var import VAR
@@ -32,6 +33,8 @@ class ScaleStep:
     tokens_BN: Tensor
     canvas_BChw: Tensor
     """The canvas with this scale on it; `tokenizer.paint(canvas)` is the picture so far."""
+    records: list[list[Any]] = field(default_factory=list)
+    """What each layer of each block recorded at this scale, of all sequences; empty where steps are captured."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Kept:
 class Steps(Protocol):
     """A transformer at work on one batch."""
 
+    records: list[list[Any]]
+    """Of the scale that was computed last."""
+
     def logits(self, inputs_BNC: list[Tensor], k: int) -> Tensor:
         """Logits (B, N, V) of scale k, given the tokenizer's inputs of scales 1 to k."""
 
@@ -57,16 +63,17 @@ class Eager:
     def __init__(self, model: VAR, values: Any, config: SampleConfig):
         self.model, self.conditioning = model, model.conditioning(values)
         self.cache, self.seen = model.new_cache(len(values)), 0
-        self.pruning = _pruning(model, config)
+        self.pruning, self.dial = _pruning(model, config), dial_for(model.config, len(model.pyramid), config)
+        self.records: list[list[Any]] = []
 
     def logits(self, inputs_BNC: list[Tensor], k: int) -> Tensor:
         if self.seen < k:
-            output = self.model.catch_up(self.conditioning, torch.cat(inputs_BNC, dim=1), k, self.cache)
+            output = self.model.catch_up(self.conditioning, torch.cat(inputs_BNC, dim=1), k, self.cache, self.dial)
         else:
             output = self.model.step(
-                self.conditioning, inputs_BNC[-1] if inputs_BNC else None, k, self.cache, self.pruning
+                self.conditioning, inputs_BNC[-1] if inputs_BNC else None, k, self.cache, self.pruning, self.dial
             )
-        self.seen = k + 1
+        self.seen, self.records = k + 1, output.records
         return output.logits_BNV
 
 
@@ -113,7 +120,7 @@ def generate_scales(
                 mixed = torch.where(keep_BN.unsqueeze(-1), tokenizer.quantizer.codes(given_BN), mixed)
         codes = tokenizer.quantizer.codes(tokens) if mixed is None else mixed
         canvas = tokenizer.add_codes(canvas, codes, k)
-        yield ScaleStep(k, logits, tokens, canvas)
+        yield ScaleStep(k, logits, tokens, canvas, steps.records)
         if k + 1 < len(pyramid):
             x_BNC = tokenizer.next_input(canvas, k + 1)
             inputs.append(x_BNC.repeat(2, 1, 1) if guided else x_BNC)

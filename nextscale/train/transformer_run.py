@@ -185,6 +185,11 @@ def _model(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, ...], wi
     transformer = checkpoint.config.transformer
     if transformer is None:
         raise UserError(f"{config.start} is a tokenizer alone: give it as --tokenizer to train a new transformer")
+    if transformer.dynamic.identity:
+        raise UserError(
+            f"{config.start} has routers that were trained for its FFNs, which training would change: train the model "
+            "that it was made of, then `nextscale sparsify` that one"
+        )
     if transformer.condition.num_classes != len(names):
         raise UserError(
             f"{config.start} knows {transformer.condition.num_classes} classes, {config.data} has {len(names)}: "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.data.examples import Batch, Examples
+from nextscale.dynamic.dial import Dial
 from nextscale.features.patches import PatchEncoder
 from nextscale.model.align import alignment_loss, group_scales
 from nextscale.model.var import VAR, Output
@@ -29,6 +30,8 @@ class TransformerTask(Task):
     """
 
     name = "transformer"
+    dial: Dial | None = None
+    """What dynamic experts do in training: all of them work, perhaps observed."""
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class TransformerTask(Task):
         values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
         keep = noise["keep"].permute(1, 2, 0) if "keep" in noise else None
         guided = max(self.guided_scales, default=-1) + 1
-        output = self.model(values, inputs_BLC, keep, guided)
+        output = self.model(values, inputs_BLC, keep, guided, dial=self.dial)
         smoothing = self.config.label_smoothing if noise else 0.0
         nats_R = F.cross_entropy(
             output.logits_BNV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing

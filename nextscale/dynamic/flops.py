@@ -1,0 +1,45 @@
+"""FLOPs that passes of a model with dynamic experts executed, from their records.
+
+As `nextscale.info` counts: products alone, 1 multiply-add = 2 FLOPs. Routers count where they ran; the first pass of an
+oracle, which computes the true norms, does not. tests/test_dynamic_flops.py compares with torch's FlopCounterMode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nextscale.config import ModelConfig
+from nextscale.dynamic.layer import Activity
+from nextscale.info import condition_flops, scale_flops
+
+
+def activities(records: Sequence[Sequence[Any]]) -> list[Activity]:
+    """The activity of each block's FFN; empty for a dense model or without a dial."""
+    return [record for block in records for record in block if isinstance(record, Activity)]
+
+
+def step_flops(config: ModelConfig, k: int, records: Sequence[Sequence[Any]], sequences: int) -> int:
+    """FLOPs of scale k for so many sequences (guidance makes two of an image), given what its layers recorded."""
+    model = config.transformer
+    assert model is not None, "a tokenizer alone has no transformer to count"
+    total, D, dynamic = sequences * scale_flops(config, k), model.width, model.dynamic
+    for activity in activities(records):
+        idle = activity.units_BN.numel() * model.ffn_width - int(activity.units_BN.sum())
+        router = D * dynamic.router_width + dynamic.router_width * dynamic.experts
+        total += 2 * (activity.routed * router - 2 * D * idle)
+    return total
+
+
+def of_scale(activity: Activity, span: tuple[int, int], routed: bool) -> Activity:
+    """The part of a teacher-forced pass's activity that is of one scale."""
+    start, end = span
+    chosen, units = activity.chosen_BNE[:, start:end], activity.units_BN[:, start:end]
+    return Activity(chosen, units, units.numel() if routed else 0)
+
+
+def dense_flops(config: ModelConfig, sequences: int) -> int:
+    """FLOPs of all scales for so many sequences with the whole FFN everywhere, what the condition costs with it."""
+    assert config.transformer is not None, "a tokenizer alone has no transformer to count"
+    scales = sum(scale_flops(config, k) for k in range(len(config.pyramid)))
+    return sequences * (condition_flops(config.transformer) + scales)

@@ -1,0 +1,253 @@
+"""The feed-forward layer whose hidden units are divided into experts.
+
+The division is a permutation of the dense layer's hidden units: expert e has rows e S to (e + 1) S of fc1 and the same
+columns of fc2. So the dense layer is one product each way, and the bias of fc2 is added once:
+
+    y = b2 + sum over the experts e that run of W2_e act(W1_e x + b1_e)
+
+What a pass did comes back as its record, in each case a value and never the state of a module:
+
+- nothing without a dial, which is all experts at every scale;
+- `Activity` with one: who ran;
+- `Sparsity` and `Norms` where a dial observes: what tuning and the training of routers need;
+- `Use`: how much each hidden unit contributed.
+
+Letters: B sequences, N tokens at hand, T rows, D width, F hidden units, E experts, S hidden units of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale import ops
+from nextscale.config import TransformerConfig
+from nextscale.dynamic.execute import Slices, execute
+from nextscale.dynamic.select import choose, kept_units
+from nextscale.model.context import ScaleContext
+from nextscale.ops import Linear, full_precision
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Which experts ran on which tokens."""
+
+    chosen_BNE: Tensor
+    """bool; all True where the whole FFN ran, and where hidden units were left out whatever the expert."""
+    units_BN: Tensor
+    """int64: hidden units that ran."""
+    routed: int
+    """Tokens of the B sequences that a router looked at."""
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparse the hidden units were."""
+
+    hoyer: Tensor
+    """Mean over tokens of (|a|_1 / |a|_2)^2, 1 for one active unit to F for equal ones (the square Hoyer penalty)."""
+    zeros: Tensor
+    """Share of the hidden units that were 0."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What a router predicts, and what it should have."""
+
+    predicted_BNE: Tensor
+    true_BNE: Tensor
+    """|W2_e a_e|_2 of each expert; no gradients."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How much each hidden unit contributed."""
+
+    contribution_F: Tensor
+    """Sum over tokens of |a_j| |column j of W2|_2, float64."""
+
+
+class ExpertRouter(nn.Module):
+    """Predicts the norm of each expert's output: Linear-GELU-Linear-|.|, in float32 whatever the rest is."""
+
+    def __init__(self, width: int, hidden: int, experts: int):
+        super().__init__()
+        self.fc1 = Linear(width, hidden, bias=False)
+        self.fc2 = Linear(hidden, experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with full_precision(x):  # rounded norms would choose other experts
+            return _in_float32(self.fc2, F.gelu(_in_float32(self.fc1, x))).abs()
+
+
+def _in_float32(layer: Linear, x: Tensor) -> Tensor:
+    packed_low = layer.weight.is_mkldnn and layer.weight.dtype != torch.float32
+    weight = layer.weight.to_dense() if packed_low else layer.weight
+    return layer(x) if weight.dtype == x.dtype == torch.float32 else ops.linear(x.float(), weight.float())
+
+
+class Pair(nn.Module):
+    """The two projections of an FFN."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+
+class DynamicFeedForward(nn.Module):
+    """An FFN, D to F to D, that runs a part of itself where a dial below 1 says so."""
+
+    def __init__(self, config: TransformerConfig, scales: int):
+        super().__init__()
+        D, hidden, self.config = config.width, config.ffn_width, config.dynamic
+        self.first = scales - min(self.config.scales, scales)  # the first sparse scale
+        self.fc1 = Linear(D, hidden)
+        self.fc2 = Linear(hidden, D)
+        self.late = Pair(D, hidden) if self.config.own else None
+        self.router, self.slices = None, Slices()
+        if self.config.experts:
+            self.router = ExpertRouter(D, self.config.router_width, self.config.experts)
+            self.register_buffer("importance_F", torch.zeros(hidden))
+
+    importance_F: Tensor
+    """Mean contribution of each hidden unit at the sparse scales: what static pruning goes by."""
+
+    @property
+    def output(self) -> Linear:
+        """The last projection, which writes to the residual stream."""
+        return self.fc2
+
+    @property
+    def divided(self) -> tuple[Linear, Linear]:
+        """The projections that experts are slices of."""
+        return (self.late.fc1, self.late.fc2) if self.late is not None else (self.fc1, self.fc2)
+
+    def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, Any]:
+        pieces = self._pieces(context, x_BND.shape[1])
+        done = [self._piece(x_BND[:, start:end], dial, late, context) for start, end, dial, late in pieces]
+        records = [record for _, record in done if record is not None]
+        y_BND = done[0][0] if len(done) == 1 else torch.cat([y for y, _ in done], dim=1)
+        return y_BND, _joined(records)
+
+    def _pieces(self, context: ScaleContext, count: int) -> list[tuple[int, int, float, bool]]:
+        """(start, end, dial, whether the scale is a sparse one) of tokens that are treated alike, in order."""
+        dial, found = context.dial, list[tuple[int, int, float, bool]]()
+        segments = context.segments(count)
+        for k, (start, end) in enumerate(segments, start=context.k + 1 - len(segments)):
+            late = k >= self.first
+            alike = (dial.tau_K[k] if dial else 1.0), late and self._tells(dial)
+            if found and found[-1][2:] == alike:
+                found[-1] = (found[-1][0], end, *alike)
+            else:
+                found.append((start, end, *alike))
+        return found
+
+    def _tells(self, dial: Any) -> bool:
+        """Whether sparse scales are another case than the others even with all experts."""
+        return self.late is not None or bool(dial and dial.observe)
+
+    def _piece(self, x_BND: Tensor, tau: float, late: bool, context: ScaleContext) -> tuple[Tensor, Any]:
+        dial, own = context.dial, late and self.late is not None
+        fc1, fc2 = self.divided if own else (self.fc1, self.fc2)
+        relu = self.config.activation == "relu" and (own or self.late is None)
+        if dial is not None and tau < 1:
+            return self._part(x_BND, tau, dial.selection)
+        a_BNF = _activated(fc1, x_BND, relu)
+        y_BND, record = fc2(a_BNF), None
+        if dial is not None and dial.observe:
+            if dial.observe != "use" or late:
+                record = self._observed(x_BND, a_BNF, dial.observe) if own or self.late is None else None
+        elif dial is not None:
+            experts = max(self.config.experts, 1)
+            whole = torch.ones(*x_BND.shape[:2], experts, dtype=torch.bool, device=x_BND.device)
+            record = Activity(whole, torch.full(x_BND.shape[:2], a_BNF.shape[-1], device=x_BND.device), 0)
+        return y_BND, record
+
+    def _part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, Activity]:
+        """The output of the experts that are chosen, or of the hidden units that are kept."""
+        (fc1, fc2), relu, experts = self.divided, self.config.activation == "relu", self.config.experts
+        shape, x_TD = x_BND.shape[:2], x_BND.flatten(0, 1)
+        if selection == "pruned":
+            units = kept_units(self.importance_F, tau)
+            y_TD = _pruned(x_TD, units, fc1, fc2, relu)
+            every = torch.ones(*shape, experts, dtype=torch.bool, device=x_TD.device)
+            record = Activity(every, torch.full(shape, len(units), device=x_TD.device), 0)
+            return y_TD.view_as(x_BND), record
+        assert self.router is not None, "a dial is made for models with experts"
+        if selection == "oracle":
+            p_TE = expert_norms(_activated(fc1, x_TD, relu), _whole(fc2), experts)
+        else:
+            p_TE = self.router(x_TD)
+        chosen_TE = choose(p_TE, tau, selection)
+        y_TD = execute(x_TD, chosen_TE, (fc1, fc2), relu, self.slices)
+        chosen_BNE = chosen_TE.view(*shape, experts)
+        units_BN = chosen_BNE.sum(dim=-1) * (fc1.out_features // experts)
+        routed = 0 if selection == "oracle" else len(x_TD)
+        return y_TD.view_as(x_BND), Activity(chosen_BNE, units_BN, routed)
+
+    def _observed(self, x_BND: Tensor, a_BNF: Tensor, what: str) -> Sparsity | Norms | Use:
+        if what == "sparsity":
+            a_BNF = a_BNF.float()
+            hoyer_BN = a_BNF.abs().sum(dim=-1).square() / (a_BNF.square().sum(dim=-1) + 1e-15)
+            return Sparsity(hoyer_BN.mean(), (a_BNF == 0).float().mean())
+        fc2 = _whole(self.divided[1])
+        if what == "use":
+            return Use(a_BNF.abs().double().sum(dim=(0, 1)) * fc2.float().norm(dim=0).double())
+        assert self.router is not None, "norms are observed of models with experts"
+        with torch.no_grad(), full_precision(x_BND):
+            true_TE = expert_norms(a_BNF.flatten(0, 1), fc2, self.config.experts)
+        return Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], -1))
+
+
+def _activated(fc1: Linear, x: Tensor, relu: bool) -> Tensor:
+    return F.relu(fc1(x), inplace=not torch.is_grad_enabled()) if relu else fc1(x, gelu=True)
+
+
+def _whole(layer: Linear) -> Tensor:
+    return layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
+
+
+def _pruned(x_TD: Tensor, units: Tensor, fc1: Linear, fc2: Linear, relu: bool) -> Tensor:
+    a_Tn = ops.linear(x_TD, _whole(fc1)[units], fc1.bias[units], gelu=not relu)
+    return ops.linear(a_Tn.relu() if relu else a_Tn, _whole(fc2)[:, units].contiguous(), fc2.bias)
+
+
+def expert_norms(a_TF: Tensor, w2_DF: Tensor, experts: int, at_once: int = 4096) -> Tensor:
+    """Norm of each expert's output |W2_e a_e|_2, (T, E) float32, without that output.
+
+    |W2_e a_e|^2 = a_e^T (W2_e^T W2_e) a_e: with the S x S matrix in the middle S^2 multiply-adds in place of S D, and no
+    array of E x T x D. `at_once` rows at a time.
+    """
+    w2_EDS = w2_DF.float().unflatten(1, (experts, -1)).permute(1, 0, 2)
+    gram_ESS = w2_EDS.mT @ w2_EDS
+    norms = []
+    for rows_tF in a_TF.float().split(at_once):
+        a_EtS = rows_tF.unflatten(1, (experts, -1)).transpose(0, 1)
+        norms.append(((a_EtS @ gram_ESS) * a_EtS).sum(dim=-1).clamp_min(0).sqrt().T)
+    return torch.cat(norms)
+
+
+def _joined(records: list[Any]) -> Any:
+    """The record of the whole pass from those of its pieces."""
+    if len(records) < 2:
+        return records[0] if records else None
+    assert all(isinstance(r, type(records[0])) for r in records), "pieces of one pass record alike"
+    if isinstance(records[0], Activity):
+        return Activity(
+            torch.cat([r.chosen_BNE for r in records], dim=1),
+            torch.cat([r.units_BN for r in records], dim=1),
+            sum(r.routed for r in records),
+        )
+    if isinstance(records[0], Norms):
+        return Norms(
+            torch.cat([r.predicted_BNE for r in records], dim=1), torch.cat([r.true_BNE for r in records], dim=1)
+        )
+    assert isinstance(records[0], Sparsity), "hidden units are summed in one piece"
+    over: Callable[[str], Tensor] = lambda name: torch.stack([getattr(r, name) for r in records]).mean()  # noqa: E731
+    return Sparsity(over("hoyer"), over("zeros"))
