@@ -96,8 +96,8 @@ def active_parameters(config: ModelConfig, total: int) -> int:
 def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -> int:
     """Multiply-adds of `tokens` tokens of one scale in the FFN of a block: the dense one, or router and experts.
 
-    With idle experts (moe++) at most: as if no token chose one. Dynamic experts: all of them, as with tau 1; what a pass
-    executed is counted from its records (`nextscale.dynamic.flops`).
+    With idle experts (moe++) at most: as if no token chose one. Dynamic experts: all of them, as with tau 1; what a
+    pass executed is counted from its records (`nextscale.dynamic.flops`).
     """
     D, experts, router = model.width, model.experts, model.experts.router
     if router == "none":

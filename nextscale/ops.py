@@ -313,7 +313,7 @@ def pack(module: nn.Module) -> None:
     module.requires_grad_(False)
     for part in module.modules():
         if hasattr(part, "may_pack"):
-            part.may_pack = True
+            part.may_pack = True  # type: ignore[assignment]
 
 
 def can_pack(weight: Tensor) -> bool:

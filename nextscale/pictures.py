@@ -69,13 +69,13 @@ def grid(images_B3HW: Tensor, captions: Sequence[str], path: Path, columns: int 
     save_image(tile(to_pil(images_B3HW), captions, columns), path)
 
 
-def curves(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+def curves(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path, x_name: str = "step") -> None:
     """Line plots side by side: {panel: {line: [(x, y), ...]}}. Needs matplotlib."""
     figure, (panels,) = new_figure(len(series))
     for axes, (panel, lines) in zip(panels, series.items(), strict=True):
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
-        axes.set(title=panel, xlabel="step")
+        axes.set(title=panel, xlabel=x_name)
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small")

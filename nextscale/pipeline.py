@@ -22,9 +22,9 @@ from nextscale.checkpoints.hub import locate, upload
 from nextscale.checkpoints.native import read_modules, write_checkpoint
 from nextscale.config import InitConfig, ModelConfig, SampleConfig
 from nextscale.config_dict import nearest
+from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.dynamic.budget import resolved
 from nextscale.dynamic.convert import check_identity
-from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.errors import UserError
 from nextscale.machine import find_device, keep_freed_memory
 from nextscale.model.init import initialise

@@ -37,6 +37,7 @@ LAYERS = [
     [
         "nextscale.quickstart",
         "nextscale.train.transformer_run",
+        "nextscale.train.sparsify_data",
         "nextscale.train.sparsify_run",
         "nextscale.train.estimate",
         "nextscale.evaluate",

@@ -9,7 +9,7 @@ from nextscale.commands.analysis import (
     AnalyseLoad,
     AnalyseRouting,
 )
-from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial, Upcycle
+from nextscale.commands.checkpoints import Adapt, ExportOfficial, ImportOfficial, Sparsify, Upcycle
 from nextscale.commands.encoders import EncoderEvaluate, EncoderTrain
 from nextscale.commands.measuring import (
     Bench,
@@ -34,6 +34,7 @@ COMMANDS: dict[str, type] = {
     "resume": Resume,
     "adapt": Adapt,
     "upcycle": Upcycle,
+    "sparsify": Sparsify,
     "tokenizer train": TokenizerTrain,
     "tokenizer evaluate": TokenizerEvaluate,
     "evaluate": Evaluate,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from nextscale.config import ExpertsConfig
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid
+from nextscale.train.sparsify_config import SparsifyConfig
 
 
 @dataclass
@@ -69,6 +71,39 @@ class Upcycle:
         print(
             f"wrote {self.out}: {self.experts.count} experts, {self.experts.active} active; {upcycled.config.summary()}"
         )
+
+
+@dataclass
+class Sparsify:
+    """Turn a dense model into one whose compute can be turned down after training (DMoE-VAR).
+
+    FFNs become experts, of which each token uses those that matter to it, at the last scales. Stages: tune, split,
+    routers, thresholds; finished ones are not repeated, an interrupted one goes on. Then `nextscale sample OUT --budget
+    0.8`, or --tau: an expert runs when its predicted norm is at least (1 - tau) times the largest.
+    """
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    out: Path
+    """Folder to write: a checkpoint as any other, sparsify.json, sparsify.png; stages/ can be deleted when all is
+    done."""
+    settings: Annotated[SparsifyConfig, arg(name="")] = field(default_factory=SparsifyConfig)
+    config: Path | None = None
+    """YAML or JSON file with settings; options on the command line win."""
+    accept_changes: bool = False
+    """Go on with a training though its settings have changed."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.train.report import report_interruption
+        from nextscale.train.sparsify_run import sparsify, summary
+        from nextscale.train.world import join_world
+
+        with report_interruption(self.out / "stages"), join_world(self.device) as world:
+            report = sparsify(self.model, self.out, self.settings, world, accept_changes=self.accept_changes)
+        if world.main:
+            print(summary(report, self.out))
 
 
 @dataclass

@@ -49,7 +49,8 @@ def tau_for(origin: Mapping[str, Any], budget: float) -> tuple[float, ...]:
             part = (above.share - budget) / (above.share - below.share)
             return tuple(a + part * (b - a) for a, b in zip(above.tau, below.tau, strict=True))
     raise UserError(
-        f"budget={budget} is below what was calibrated for this checkpoint, {table[-1].share:.3f} to {table[0].share:.3f}"
+        f"budget={budget} is below what was calibrated for this checkpoint: {table[-1].share:.3f} to "
+        f"{table[0].share:.3f}"
     )
 
 

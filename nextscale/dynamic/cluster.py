@@ -1,7 +1,7 @@
 """Clusters of exactly equal size: k-means whose every cluster holds the same number of points.
 
-What the published code gets from a min-cost flow solver, by a short routine of our own: prices that level the demand for
-the clusters, then rounding, then exchanges of two points while any lowers the cost.
+What the published code gets from a min-cost flow solver, by a short routine of our own: prices that level the demand
+for the clusters, then rounding, then exchanges of two points while any lowers the cost.
 
 Letters: F points (hidden units), E clusters (experts), D width.
 """
@@ -74,7 +74,7 @@ def balanced_assignment(cost_FE: Tensor) -> Tensor:
 
 
 def _rounded(value_FE: Tensor, room: int) -> Tensor:
-    """Points apply to the cluster they value most of those with room, which takes those who would lose most elsewhere."""
+    """Points apply to the cluster with room that they value most; it takes those who would lose most elsewhere."""
     points, count = value_FE.shape
     label_F, free_E = torch.full((points,), -1), torch.full((count,), room)
     value_FE = value_FE.clone()

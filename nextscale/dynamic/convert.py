@@ -33,8 +33,8 @@ def dense_config(checkpoint: Checkpoint) -> TransformerConfig:
     if model.experts.router != "none":
         raise UserError(
             f"this model is a mixture of experts ({model.experts.router}): a token already uses "
-            f"{model.experts.active} of {model.experts.count}, and experts within experts do not pay (docs/dmoe.md says "
-            "what was measured); sparsify wants a model with dense FFNs"
+            f"{model.experts.active} of {model.experts.count}, and experts within experts do not pay (docs/dmoe.md "
+            "says what was measured); sparsify wants a model with dense FFNs"
         )
     return model
 
@@ -140,7 +140,11 @@ def identity(weights: Mapping[str, Tensor], model: TransformerConfig) -> str:
 def check_identity(where: object, checkpoint: Checkpoint) -> None:
     """Raise UserError when the routers of a checkpoint were trained for other FFNs than it holds."""
     model = checkpoint.config.transformer
-    if model is not None and model.dynamic.identity and identity(checkpoint.transformer, model) != model.dynamic.identity:
+    if (
+        model is not None
+        and model.dynamic.identity
+        and identity(checkpoint.transformer, model) != model.dynamic.identity
+    ):
         raise UserError(
             f"{where}: its routers were trained for another checkpoint, its FFNs have changed since; train them anew "
             "with `nextscale sparsify DIR --stages routers thresholds`"

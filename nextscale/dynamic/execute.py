@@ -1,8 +1,8 @@
 """Running chosen experts of one FFN and nothing else, by the executor that mixtures of experts use.
 
 On a CPU rows are taken in tiles of a few hundred: a tile's input and output stay in the cache while all experts pass
-over it, and each expert gathers its rows from there. Without tiles every expert moves every row through memory, which at
-4,096 rows costs what the experts save. docs/performance.md has the arithmetic and what was measured.
+over it, and each expert gathers its rows from there. Without tiles every expert moves every row through memory, which
+at 4,096 rows costs what the experts save. docs/dmoe.md has the arithmetic and what was measured.
 
 A row's result is the same to the last bit whatever rows are beside it: the products promise that (`ops`), and the
 outputs of its experts are added in the experts' order.

@@ -166,7 +166,7 @@ class DynamicFeedForward(nn.Module):
         elif dial is not None:
             experts = max(self.config.experts, 1)
             whole = torch.ones(*x_BND.shape[:2], experts, dtype=torch.bool, device=x_BND.device)
-            record = Activity(whole, torch.full(x_BND.shape[:2], a_BNF.shape[-1], device=x_BND.device), 0)
+            return y_BND, Activity(whole, torch.full(x_BND.shape[:2], a_BNF.shape[-1], device=x_BND.device), 0)
         return y_BND, record
 
     def _part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, Activity]:
@@ -221,8 +221,8 @@ def _pruned(x_TD: Tensor, units: Tensor, fc1: Linear, fc2: Linear, relu: bool) -
 def expert_norms(a_TF: Tensor, w2_DF: Tensor, experts: int, at_once: int = 4096) -> Tensor:
     """Norm of each expert's output |W2_e a_e|_2, (T, E) float32, without that output.
 
-    |W2_e a_e|^2 = a_e^T (W2_e^T W2_e) a_e: with the S x S matrix in the middle S^2 multiply-adds in place of S D, and no
-    array of E x T x D. `at_once` rows at a time.
+    |W2_e a_e|^2 = a_e^T (W2_e^T W2_e) a_e: with the S x S matrix in the middle S^2 multiply-adds in place of S D, and
+    no array of E x T x D. `at_once` rows at a time.
     """
     w2_EDS = w2_DF.float().unflatten(1, (experts, -1)).permute(1, 0, 2)
     gram_ESS = w2_EDS.mT @ w2_EDS

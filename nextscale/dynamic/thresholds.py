@@ -1,7 +1,8 @@
 """Thresholds for a compute target: what each scale's dial costs and saves on held-out images, and the best of it.
 
-Teacher-forced: the model sees the tokens of real images, with their labels and without, as guidance does. The dense model
-is the same one with all experts. Harm is the Kullback-Leibler divergence of a token's distribution from the dense one.
+Teacher-forced: the model sees the tokens of real images, with their labels and without, as guidance does. The dense
+model is the same one with all experts. Harm is the Kullback-Leibler divergence of a token's distribution from the dense
+one.
 
 Letters: B images, L tokens, V codes, K scales.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +100,9 @@ def allot(
 ) -> list[tuple[float, ...]]:
     """Dials of the sparse scales for each of these shares of the dense FLOPs: as little harm as the curves promise.
 
-    `grid` falls from 1, `points` are its `sweep`. From all experts on, the scale whose next step saves most for its harm
-    takes it (on the lower convex hull of each curve, so that no cheap step hides behind a dear one). A share that cannot
-    be reached gets the lowest dials.
+    `grid` falls from 1, `points` are its `sweep`. From all experts on, the scale whose next step saves most for its
+    harm takes it (on the lower convex hull of each curve, so that no cheap step hides behind a dear one). A share that
+    cannot be reached gets the lowest dials.
     """
     assert config.transformer is not None, "a generator has a transformer"
     K = len(config.pyramid)
@@ -136,7 +138,7 @@ def _curve(grid: Sequence[float], points: Sequence[Point], k: int) -> list[tuple
             hull.pop()
         hull.append(new)
     fine = hull[:1]
-    for a, b in zip(hull, hull[1:], strict=False):
+    for a, b in pairwise(hull):
         steps = max(1, round((a[0] - b[0]) / _FINE))
         fine += [tuple(x + (y - x) * i / steps for x, y in zip(a, b, strict=True)) for i in range(1, steps + 1)]  # type: ignore[misc]
     return fine

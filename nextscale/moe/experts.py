@@ -116,7 +116,8 @@ def _computed(x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch, weights: Sequenc
     low = low_precision(x_TD)
     rows, *cast = (t.to(low or t.dtype) for t in (x_TD, *weights))
     if _in_one(x_TD, weights[0]):
-        return grouped(rows, gate_R, dispatch, *cast)
+        w1_MFD, b1_MF, w2_MDF, b2_MD = cast
+        return grouped(rows, gate_R, dispatch, w1_MFD, b1_MF, w2_MDF, b2_MD)
     with full_precision(rows):
         return _Differentiated.apply(rows, gate_R.to(rows.dtype), dispatch.row_R, dispatch.pieces(), *cast)
 

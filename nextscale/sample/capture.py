@@ -84,7 +84,9 @@ class Captured:
             raise UserError("captured steps know neither token pruning nor a refiner")
         dial = dial_for(model.config, len(model.pyramid), config)
         if dial is not None and min(dial.tau_K) < 1:
-            raise UserError("captured steps have fixed shapes, dynamic experts have not: sample without capture, or tau 1")
+            raise UserError(
+                "captured steps have fixed shapes, dynamic experts have not: sample without capture, or tau 1"
+            )
         key = (id(model), len(values))
         if key not in self._kept:
             self._kept[key] = _Fixed(model, values)

@@ -61,10 +61,7 @@ class TransformerTask(Task):
         return {"drop": drop_B} if keep is None else {"drop": drop_B, "keep": keep}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        label_B = batch["label"]
-        with torch.autocast(label_B.device.type, enabled=False):  # rounding would change tokens
-            tokens_BL = batch["tokens"].long() if "tokens" in batch else self.tokenizer.encode(to_unit(batch["image"]))
-            inputs_BLC = self.tokenizer.teacher_inputs(tokens_BL)
+        label_B, tokens_BL, inputs_BLC = read_batch(batch, self.tokenizer)
         values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
         keep = noise["keep"].permute(1, 2, 0) if "keep" in noise else None
         guided = max(self.guided_scales, default=-1) + 1
@@ -122,6 +119,14 @@ class TransformerTask(Task):
         finite = scalars["loss_per_scale"].isfinite().tolist()
         sides = [f"{h}x{w}" for (h, w), good in zip(self.model.pyramid.sides, finite, strict=True) if not good]
         return "all scales" if not any(finite) else f"scale {', '.join(sides)}" if sides else ""
+
+
+def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (B,), tokens (B, L) and the transformer's inputs (B, L - first scale, C) of a batch, tokens or images."""
+    label_B = batch["label"]
+    with torch.autocast(label_B.device.type, enabled=False):  # rounding would change tokens
+        tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(to_unit(batch["image"]))
+        return label_B, tokens_BL, tokenizer.teacher_inputs(tokens_BL)
 
 
 def branch_keep(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Tensor | None:
