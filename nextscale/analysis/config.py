@@ -57,3 +57,28 @@ class ErrorsConfig:
             "batch_size must be 1 or more": self.batch_size >= 1,
         }
         check("errors", self, rules)
+
+
+@dataclass(frozen=True)
+class DynamicShown:
+    """At which settings a model with dynamic experts is shown."""
+
+    taus: tuple[float, ...] = (0.9, 0.8, 0.7, 0.5)
+    """Dials, each for all sparse scales, beside all experts and what --tau or --budget say."""
+    num: int = 64
+    """Images over which FLOPs are averaged, of all classes in turn."""
+    columns: int = 8
+    """How many of them the picture shows."""
+    batch_size: int = 16
+    """Images at once. It does not change an image."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "taus must list numbers of 0 to below 1": len(self.taus) > 0 and all(0 <= tau < 1 for tau in self.taus),
+            "num must be 1 or more": self.num >= 1,
+            "columns must be 1 or more": self.columns >= 1,
+            "batch_size must be 1 or more": self.batch_size >= 1,
+        }
+        check("dynamic", self, rules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nextscale.commands.analysis import (
     AnalyseConvergence,
+    AnalyseDynamic,
     AnalyseErrors,
     AnalyseFeatures,
     AnalyseLoad,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, type] = {
     "analyse features": AnalyseFeatures,
     "analyse errors": AnalyseErrors,
     "analyse convergence": AnalyseConvergence,
+    "analyse dynamic": AnalyseDynamic,
     "bench": Bench,
     "experiment list": ExperimentList,
     "experiment show": ExperimentShow,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from nextscale.analysis.config import AnalysisConfig, ErrorsConfig
+from nextscale.analysis.config import AnalysisConfig, DynamicShown, ErrorsConfig
 from nextscale.commands.use import parse_labels
 from nextscale.config import SampleConfig
 
@@ -129,6 +129,32 @@ class AnalyseErrors:
             other = model["another_image"]["image_distance"]
             print(f"{model['name']}: RMS distance by scale of the error {far}; another image: {other:.3f}")
         print(f"see {self.out}/errors.png, distance.png, errors.json")
+
+
+@dataclass
+class AnalyseDynamic:
+    """What dynamic experts do: experts per token as maps, samples with fewer of them, FLOPs (DMoE-VAR, Fig. 2, 12).
+
+    Of a model that `nextscale sparsify` made; FLOPs are counted from what was executed.
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, or name on the Hugging Face hub."""
+    out: Path
+    """Folder for experts.png, samples.png and dynamic.json."""
+    shown: Annotated[DynamicShown, arg(name="")] = field(default_factory=DynamicShown)
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line win."""
+
+    def run(self) -> None:
+        from nextscale.analysis.dynamic import analyse_dynamic
+
+        report = analyse_dynamic(self.model, self.out, self.shown, self.settings)
+        for row in report["rows"]:
+            active = " ".join(f"{share:.0%}" for share in row["active_per_scale"])
+            print(f"{row['name']}: {row['share']:.1%} of the dense FLOPs; of the FFNs, per scale: {active}")
+        print(f"see {self.out}/experts.png, samples.png, dynamic.json")
 
 
 @dataclass

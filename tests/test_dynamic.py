@@ -1,0 +1,334 @@
+"""Dynamic experts: an exact division of a dense FFN, of which a dial runs a part."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from nextscale import ops
+from nextscale.config import SampleConfig, TransformerConfig
+from nextscale.config_dict import from_dict, to_dict
+from nextscale.dynamic import execute as execution
+from nextscale.dynamic.cluster import balanced_assignment, balanced_clusters
+from nextscale.dynamic.config import DynamicConfig
+from nextscale.dynamic.convert import identity, relufied, split
+from nextscale.dynamic.dial import Dial
+from nextscale.dynamic.execute import Slices, execute, masked
+from nextscale.dynamic.layer import Activity, Norms, Sparsity, Use, expert_norms
+from nextscale.dynamic.select import choose, kept_units
+from nextscale.errors import UserError
+from nextscale.moe.experts import Dispatch, grouped
+from nextscale.pipeline import Pipeline
+from tests.conftest import randomised, tiny_config
+
+KINDS = ("threshold", "oracle", "top-k")
+
+
+def dynamic_pipeline(seed=0, **settings_):
+    made = {"experts": 8, "scales": 2, "router_width": 8, "identity": "trained", **settings_}
+    return randomised(tiny_config(dynamic=DynamicConfig(**made)), seed)
+
+
+def inputs(batch=3):
+    return torch.arange(batch), torch.randn(batch, 29, 4, generator=torch.Generator().manual_seed(1))
+
+
+def run(pipeline, dial=None, batch=3):
+    with torch.no_grad():
+        return pipeline.transformer(*inputs(batch), dial=dial)
+
+
+def difference(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---- clusters
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 6), st.integers(0, 99))
+def test_clusters_are_balanced_whatever_the_width(count, size, width, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(count * size, width, generator=rng)
+    x[: count * size // 2] = x[0].clone()  # many equal points, as dead units are
+    labels = balanced_clusters(x, count, rng)
+    assert torch.bincount(labels, minlength=count).tolist() == [size] * count
+
+
+def test_clusters_find_groups_that_are_there_and_a_seed_decides_them():
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(6, 16, generator=rng))
+    truth = torch.arange(6).repeat_interleave(10)[torch.randperm(60, generator=rng)]
+    x = (centres[truth] + 0.02 * torch.randn(60, 16, generator=rng)) * torch.rand(60, 1, generator=rng)
+    a, b = (balanced_clusters(x, 6, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert len({(i, j) for i, j in zip(truth.tolist(), a.tolist(), strict=True)}) == 6
+
+
+@pytest.mark.parametrize(("points", "count"), [(60, 5), (64, 2), (48, 16)])
+def test_assignment_costs_hardly_more_than_the_cheapest(points, count):
+    cost = torch.rand(points, count, generator=torch.Generator().manual_seed(points))
+    labels = balanced_assignment(cost)
+    repeated = np.repeat(cost.numpy(), points // count, axis=1)
+    best = repeated[linear_sum_assignment(repeated)].sum()
+    by_chance = points * cost.mean().item()
+    assert cost.gather(1, labels[:, None]).sum().item() - best <= 0.02 * (by_chance - best)
+
+
+# ---- the split
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.sampled_from([8, 16, 64, 128]), st.booleans(), st.integers(0, 9))
+def test_the_split_is_a_permutation_and_computes_what_the_dense_model_did(size, relu, seed):
+    dense = randomised(tiny_config(depth=1)).to_checkpoint()
+    if relu:
+        dense = relufied(dense, 2, own=False)
+    after = split(dense, size, 2, 8, seed)
+    for name, tensor in dense.transformer.items():
+        if ".ffn.fc1" in name:
+            assert sorted(map(tuple, after.transformer[name].view(128, -1).tolist())) == sorted(
+                map(tuple, tensor.view(128, -1).tolist())
+            )
+        elif ".ffn.fc2.weight" not in name:
+            assert torch.equal(after.transformer[name], tensor), name
+    before, made = (Pipeline.from_checkpoint(c) for c in (dense, after))
+    expected = run(before).logits_BNV
+    assert difference(run(made).logits_BNV, expected) <= 1e-5
+    everything = Dial((1.0,) * 4)
+    assert difference(run(made, everything).logits_BNV, expected) <= 1e-5
+    assert torch.equal(run(made, everything).logits_BNV, run(made).logits_BNV)
+
+
+def test_relu_replaces_gelu_everywhere_or_at_late_scales_alone():
+    dense = randomised(tiny_config(depth=2)).to_checkpoint()
+    whole, late = (Pipeline.from_checkpoint(relufied(dense, 2, own)) for own in (False, True))
+    before = run(Pipeline.from_checkpoint(dense)).logits_BNV
+    start = 1 + 4
+    assert torch.equal(run(late).logits_BNV[:, :start], before[:, :start])
+    assert difference(run(late).logits_BNV[:, start:], before[:, start:]) > 1e-3
+    assert difference(run(whole).logits_BNV[:, :start], before[:, :start]) > 1e-3
+    layer = whole.transformer.blocks[0].ffn
+    x = torch.randn(2, 1, 32)
+    with torch.no_grad():
+        y, _ = layer(x, _context(whole))
+        expected = np.maximum(x.numpy() @ layer.fc1.weight.numpy().T + layer.fc1.bias.numpy(), 0)
+        expected = expected @ layer.fc2.weight.numpy().T + layer.fc2.bias.numpy()
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def _context(pipeline, k=0, dial=None):
+    from nextscale.model.context import ScaleContext
+
+    pyramid = pipeline.transformer.pyramid
+    return ScaleContext(pyramid, pyramid.spans[k], k=k, dial=dial)
+
+
+# ---- selection
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 999), st.sampled_from(KINDS), st.data())
+def test_a_smaller_tau_never_runs_more_experts(rows, experts, seed, kind, data):
+    p = torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed)).abs()
+    p = p * (torch.rand(rows, experts, generator=torch.Generator().manual_seed(seed + 1)) < 0.7)  # zeros, as of ReLU
+    a, b = sorted(data.draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
+    fewer, more = choose(p, a, kind), choose(p, b, kind)
+    assert (fewer <= more).all()
+    assert fewer.any(dim=1).all()
+    assert choose(p, 1.0, kind).all()
+    only = choose(p, 0.0, kind)
+    assert (only.sum(dim=1) == 1).all()
+    assert torch.equal(p[only], p.amax(dim=1))
+    if kind == "threshold":
+        rule = p.double().numpy() >= (1 - b) * p.double().numpy().max(axis=1, keepdims=True) * (1 + 1e-6)
+        assert (rule <= more.numpy()).all()
+
+
+def test_the_published_convention_and_the_share_of_top_k():
+    p = torch.tensor([[1.0, 0.5, 0.2, 0.19]])
+    assert choose(p, 0.8).tolist() == [[True, True, True, False]]  # at least 0.2 of the largest
+    assert choose(p, 0.5, "top-k").tolist() == [[True, True, False, False]]
+    assert kept_units(torch.tensor([0.1, 3.0, 2.0, 0.2]), 0.5).tolist() == [1, 2]
+    assert kept_units(torch.tensor([0.1, 3.0]), 0.0).tolist() == [1]
+
+
+# ---- execution
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 70), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans(), st.floats(0, 1), st.integers(0, 99)
+)
+def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, packed, density, seed):
+    rng = torch.Generator().manual_seed(seed)
+    layer = randomised(tiny_config(depth=1), seed).transformer.blocks[0].ffn
+    slices, x = Slices(), torch.randn(rows, 32, generator=rng)
+    chosen = torch.rand(rows, experts, generator=rng) < density
+    w1, b1, w2, b2 = (
+        t.detach().double().numpy() for t in (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
+    )
+    S = 128 // experts
+    expected = np.tile(b2, (rows, 1))
+    for t in range(rows):
+        for e in range(experts):
+            if chosen[t, e]:
+                part = slice(e * S, (e + 1) * S)
+                h = w1[part] @ x[t].double().numpy() + b1[part]
+                a = (
+                    np.maximum(h, 0)
+                    if relu
+                    else 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+                )
+                expected[t] += w2[:, part] @ a
+    with torch.no_grad():
+        reference = masked(x, chosen, (layer.fc1, layer.fc2), relu)
+        if packed:
+            ops.pack(layer)
+            ops.pack(slices)
+        found = execute(x, chosen, (layer.fc1, layer.fc2), relu, slices)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(reference.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch):
+    """Bit for bit, packed, across the borders of tiles; a dispatch of one row among them."""
+    monkeypatch.setattr(execution, "_MIN_TILE", 16)
+    monkeypatch.setattr(execution, "TILE_VALUES", 16 * 32)
+    rng = torch.Generator().manual_seed(0)
+    layer, slices = randomised(tiny_config(depth=1)).transformer.blocks[0].ffn, Slices()
+    ops.pack(layer)
+    ops.pack(slices)
+    x, chosen = torch.randn(75, 32, generator=rng), torch.rand(75, 8, generator=rng) < 0.4
+    with torch.no_grad():
+        whole = execute(x, chosen, (layer.fc1, layer.fc2), True, slices)
+        for rows in (slice(0, 1), slice(3, 20), slice(40, 75), slice(16, 33)):
+            part = execute(x[rows], chosen[rows], (layer.fc1, layer.fc2), True, slices)
+            assert torch.equal(part, whole[rows])
+
+
+def test_the_grouped_product_equals_the_loop():
+    """What a GPU runs in 16 bits: torch's grouped product, here on the CPU in bfloat16."""
+    rng = torch.Generator().manual_seed(0)
+    layer = randomised(tiny_config(depth=1)).transformer.blocks[0].ffn.to(torch.bfloat16)
+    x, chosen = torch.randn(40, 32, generator=rng).bfloat16(), torch.rand(40, 4, generator=rng) < 0.5
+    with torch.no_grad():
+        w1, b1 = (t.unflatten(0, (4, -1)) for t in (layer.fc1.weight, layer.fc1.bias))
+        w2 = layer.fc2.weight.unflatten(1, (4, -1)).permute(1, 0, 2)
+        for relu in (True, False):
+            found = grouped(x, None, Dispatch.of(chosen, 0), w1, b1, w2, None, relu=relu) + layer.fc2.bias
+            assert difference(found.float(), masked(x, chosen, (layer.fc1, layer.fc2), relu).float()) < 0.02
+
+
+# ---- the layer
+
+
+def test_records_say_who_ran_at_which_scale():
+    pipeline = dynamic_pipeline(activation="relu")
+    output = run(pipeline, Dial((1.0, 1.0, 0.6, 0.0)))
+    for _, record in output.records:
+        assert isinstance(record, Activity)
+        assert record.chosen_BNE[:, :5].all()
+        assert (record.chosen_BNE[:, 14:].sum(dim=-1) == 1).all()
+        assert torch.equal(record.units_BN, 16 * record.chosen_BNE.sum(dim=-1))
+        assert record.routed == 3 * 25
+    assert [record for _, record in run(pipeline).records] == [None, None]
+
+
+def test_steps_and_the_whole_sequence_agree_under_a_dial():
+    pipeline = dynamic_pipeline(activation="relu", own=True)
+    model, (values, x), dial = pipeline.transformer, inputs(), Dial((1.0, 1.0, 0.7, 0.4))
+    whole, cache = run(pipeline, dial).logits_BNV, model.new_cache(3)
+    with torch.no_grad():
+        conditioning = model.conditioning(values)
+        for k, (start, end) in enumerate(model.pyramid.spans):
+            step = model.step(conditioning, x[:, start - 1 : end - 1] if k else None, k, cache, dial=dial)
+            assert difference(step.logits_BNV, whole[:, start:end]) <= 1e-4
+
+
+def test_an_oracle_knows_the_norms_and_pruning_keeps_the_same_units_for_all():
+    pipeline = dynamic_pipeline(activation="relu")
+    layer = pipeline.transformer.blocks[0].ffn
+    with torch.no_grad():
+        a = layer.fc1(torch.randn(20, 32)).relu()
+        outs = torch.stack([a[:, i : i + 16] @ layer.fc2.weight[:, i : i + 16].T for i in range(0, 128, 16)], dim=1)
+        torch.testing.assert_close(
+            expert_norms(a, layer.fc2.weight, 8, at_once=7), outs.norm(dim=-1), rtol=1e-4, atol=1e-4
+        )
+        layer.importance_F.copy_(torch.arange(128).flip(0))
+        x = torch.randn(2, 16, 32)
+        y, record = layer(x, _context(pipeline, 3, Dial((1.0, 1.0, 1.0, 0.25), "pruned")))
+        kept = layer.fc1(x)[..., :32].relu() @ layer.fc2.weight[:, :32].T + layer.fc2.bias
+    torch.testing.assert_close(y, kept, rtol=1e-4, atol=1e-4)
+    assert (record.units_BN == 32).all()
+    assert record.routed == 0
+
+
+def test_what_a_dial_observes_is_what_the_formulas_say():
+    pipeline = dynamic_pipeline(activation="relu")
+    layer, x = pipeline.transformer.blocks[0].ffn, torch.randn(2, 9, 32)
+
+    def observed(what):
+        with torch.no_grad():
+            return layer(x, _context(pipeline, 2, Dial((1.0,) * 4, observe=what)))[1]
+
+    a = np.maximum(x.numpy() @ layer.fc1.weight.detach().numpy().T + layer.fc1.bias.detach().numpy(), 0)
+    sparsity, norms, use = (observed(what) for what in ("sparsity", "norms", "use"))
+    assert isinstance(sparsity, Sparsity)
+    assert sparsity.hoyer.item() == pytest.approx((a.sum(-1) ** 2 / (a**2).sum(-1)).mean(), rel=1e-4)
+    assert sparsity.zeros.item() == pytest.approx((a == 0).mean())
+    assert isinstance(norms, Norms)
+    assert (norms.predicted_BNE >= 0).all()
+    assert isinstance(use, Use)
+    columns = np.linalg.norm(layer.fc2.weight.detach().numpy(), axis=0)
+    np.testing.assert_allclose(use.contribution_F.numpy(), a.sum((0, 1)) * columns, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "pruned"])
+@pytest.mark.parametrize("own", [False, True])
+def test_an_image_does_not_depend_on_its_batch_and_tau_1_is_the_dense_model(kind, own):
+    pipeline = dynamic_pipeline(activation="relu", own=own).pack()
+    whole = pipeline.sample([0, 1, 2], tau=(0.6, 0.3), selection=kind)
+    alone = pipeline.sample([1], tau=(0.6, 0.3), selection=kind, first_image=1)
+    assert torch.equal(whole.tokens[1:2], alone.tokens)
+    assert torch.equal(whole.tensor[1:2], alone.tensor)
+    dense, full = pipeline.sample([0, 1, 2]), pipeline.sample([0, 1, 2], tau=(1.0,), selection=kind)
+    assert torch.equal(dense.tensor, full.tensor)
+
+
+def test_settings_that_do_not_fit_are_named():
+    pipeline = dynamic_pipeline()
+    for tau, complaint in ((0.5,) * 5, "lists 5 scales, the model has 4"), ((), "selection top-k needs a tau"):
+        with pytest.raises(UserError, match=complaint):
+            pipeline.sample([0], tau=tau, selection="top-k")
+    with pytest.raises(UserError, match="only the last 2 of this model have experts"):
+        dynamic_pipeline(activation="relu", own=True).sample([0], tau=(0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="routers are not trained.*oracle"):
+        dynamic_pipeline(identity="").sample([0], tau=(0.5,))
+    with pytest.raises(UserError, match="FFNs are divided into experts; this one's are not"):
+        randomised(tiny_config()).sample([0], tau=(0.5,))
+    with pytest.raises(UserError, match="fixed shapes"):
+        dynamic_pipeline().capture().sample([0], tau=(0.5,))
+    with pytest.raises(UserError, match=r"tau must list numbers of 0 to 1; got tau=\(1.5,\)"):
+        SampleConfig(tau=(1.5,))
+    with pytest.raises(UserError, match="budget and tau cannot be combined"):
+        SampleConfig(tau=(0.5,), budget=0.5)
+    with pytest.raises(UserError, match="one number for each of the sparse scales"):
+        DynamicConfig(experts=4, tau=(0.5,))
+    with pytest.raises(UserError, match="128 hidden units cannot be divided into 3 experts"):
+        tiny_config(dynamic=DynamicConfig(experts=3))
+    assert from_dict(TransformerConfig, to_dict(pipeline.config.transformer)) == pipeline.config.transformer
+
+
+def test_identity_notices_training_and_order_but_not_16_bits():
+    checkpoint = dynamic_pipeline(identity="").to_checkpoint()
+    model, weights = checkpoint.config.transformer, checkpoint.transformer
+    own = identity(weights, model)
+    assert own == identity({n: t.bfloat16() for n, t in weights.items()}, model)
+    name = "blocks.1.ffn.fc1.bias"
+    assert own != identity({**weights, name: weights[name].flip(0)}, model)
+    assert own != identity({**weights, name: weights[name] * 1.01}, model)
