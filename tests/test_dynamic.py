@@ -1,6 +1,7 @@
 """Dynamic experts: an exact division of a dense FFN, of which a dial runs a part."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from nextscale import ops
 from nextscale.config import SampleConfig, TransformerConfig
 from nextscale.config_dict import from_dict, to_dict
+from nextscale.dynamic import compiled
 from nextscale.dynamic import execute as execution
 from nextscale.dynamic.cluster import balanced_assignment, balanced_clusters
 from nextscale.dynamic.config import DynamicConfig
@@ -159,12 +161,33 @@ def test_the_published_convention_and_the_share_of_top_k():
 
 # ---- execution
 
+WAYS = ("whole weights", "packed", "compiled")
+
+
+@contextmanager
+def by(way, *modules):
+    """Go this way of the three that a CPU has; the compiled one needs a compiler and AVX-512."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "compiled" and compiled.load(4) is None:
+            pytest.skip("there is no C compiler, or no AVX-512")
+        if way != "compiled":
+            patch.setattr(compiled, "load", lambda vectors: None)
+        if way != "whole weights":
+            for module in modules:
+                ops.pack(module)
+        yield
+
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(1, 70), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans(), st.floats(0, 1), st.integers(0, 99)
+    st.integers(1, 70),
+    st.sampled_from([1, 2, 4, 8]),
+    st.booleans(),
+    st.sampled_from(WAYS),
+    st.floats(0, 1),
+    st.integers(0, 99),
 )
-def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, packed, density, seed):
+def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, way, density, seed):
     rng = torch.Generator().manual_seed(seed)
     layer = randomised(tiny_config(depth=1), seed).transformer.blocks[0].ffn
     slices, x = Slices(), torch.randn(rows, 32, generator=rng)
@@ -187,28 +210,38 @@ def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, pa
                 expected[t] += w2[:, part] @ a
     with torch.no_grad():
         reference = masked(x, chosen, (layer.fc1, layer.fc2), relu)
-        if packed:
-            ops.pack(layer)
-            ops.pack(slices)
-        found = execute(x, chosen, (layer.fc1, layer.fc2), relu, slices)
+        with by(way, layer, slices):
+            found = execute(x, chosen, (layer.fc1, layer.fc2), relu, slices)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(reference.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch):
-    """Bit for bit, packed, across the borders of tiles; a dispatch of one row among them."""
+@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("experts", [1, 8])
+def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch, way, experts, threads_set):
+    """Bit for bit, across the borders of tiles and of blocks of every height, on one thread and two."""
+    monkeypatch.setattr(compiled, "TILE", 24)
     monkeypatch.setattr(execution, "_MIN_TILE", 16)
     monkeypatch.setattr(execution, "TILE_VALUES", 16 * 32)
     rng = torch.Generator().manual_seed(0)
     layer, slices = randomised(tiny_config(depth=1)).transformer.blocks[0].ffn, Slices()
-    ops.pack(layer)
-    ops.pack(slices)
-    x, chosen = torch.randn(75, 32, generator=rng), torch.rand(75, 8, generator=rng) < 0.4
-    with torch.no_grad():
-        whole = execute(x, chosen, (layer.fc1, layer.fc2), True, slices)
-        for rows in (slice(0, 1), slice(3, 20), slice(40, 75), slice(16, 33)):
-            part = execute(x[rows], chosen[rows], (layer.fc1, layer.fc2), True, slices)
-            assert torch.equal(part, whole[rows])
+    x, chosen = torch.randn(75, 32, generator=rng), torch.rand(75, experts, generator=rng) < 0.6
+    with torch.no_grad(), by(way, layer, slices):
+        whole = execute(x, chosen, (layer.fc1, layer.fc2), False, slices)
+        for rows in (slice(0, 1), slice(3, 20), slice(40, 75), slice(16, 33), *(slice(0, n) for n in range(2, 15))):
+            part = execute(x[rows], chosen[rows], (layer.fc1, layer.fc2), False, slices)
+            assert torch.equal(part, whole[rows]), rows
+        threads_set(2)
+        assert torch.equal(execute(x, chosen, (layer.fc1, layer.fc2), False, slices), whole)
+
+
+def test_without_a_compiler_another_way_is_gone(monkeypatch, tmp_path):
+    """A broken one is no error either."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler in ("/nowhere/cc", "/bin/false"):
+        monkeypatch.setenv("CC", compiler)
+        assert compiled.load.__wrapped__(4) is None
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_the_grouped_product_equals_the_loop():

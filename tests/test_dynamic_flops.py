@@ -12,7 +12,6 @@ from nextscale.dynamic.flops import dense_flops, step_flops
 from nextscale.info import sample_flops
 from tests.test_dynamic import dynamic_pipeline
 
-
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention as a CPU computes it, which torch's counter leaves out."""
 

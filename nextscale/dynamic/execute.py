@@ -1,11 +1,18 @@
-"""Running chosen experts of one FFN and nothing else, by the executor that mixtures of experts use.
+"""Running chosen experts of one FFN and nothing else.
 
-On a CPU rows are taken in tiles of a few hundred: a tile's input and output stay in the cache while all experts pass
-over it, and each expert gathers its rows from there. Without tiles every expert moves every row through memory, which
-at 4,096 rows costs what the experts save. docs/dmoe.md has the arithmetic and what was measured.
+Several ways to the same function, `execute` takes the fastest at hand:
 
-A row's result is the same to the last bit whatever rows are beside it: the products promise that (`ops`), and the
-outputs of its experts are added in the experts' order.
+- a compiled kernel, on a CPU in float32 (`compiled`): rows are read and added where they lie;
+- the executor that mixtures of experts use, one expert after the other, a tile of rows at a time: the tile's input and
+  output stay in the cache while all experts pass over it;
+- on a GPU in 16 bits that executor's grouped product;
+- `masked`, which skips nothing: the reference, and what has gradients.
+
+What costs is not the arithmetic but the bytes: gathered, multiplied and scattered, every expert moves every row through
+memory. docs/dmoe.md has the arithmetic and what was measured.
+
+A row's result is the same to the last bit whatever rows are beside it: the products promise that (`ops`, kernel.c), and
+the outputs of its experts are added in the experts' order.
 
 Letters: T rows, D width, F hidden units, E experts, S hidden units of one.
 """
@@ -18,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale import ops
+from nextscale.dynamic import compiled
 from nextscale.moe.experts import Dispatch, grouped, groups, looped
 from nextscale.ops import Linear, linear
 
@@ -38,6 +46,14 @@ class Slices(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._packed: list[tuple[Tensor, Tensor]] = []
+        self._panels: compiled.Panels | None = None
+
+    def panels(self, fc1: Linear, fc2: Linear, experts: int) -> compiled.Panels | None:
+        """The experts for the compiled kernel; None where weights may not be packed, or not for it."""
+        if self._panels is None and self.may_pack and fc1.bias.dtype == torch.float32:
+            w1, w2 = (t.to_dense() if t.is_mkldnn else t for t in (fc1.weight, fc2.weight))
+            self._panels = compiled.Panels(w1, fc1.bias, w2, experts)
+        return self._panels
 
     def of(self, fc1: Linear, fc2: Linear, experts: int) -> list[tuple[Tensor, Tensor]]:
         """(W1_e (S, D), W2_e (D, S)) of each expert."""
@@ -51,7 +67,7 @@ class Slices(nn.Module):
         return self._packed
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
-        self._packed = []
+        self._packed, self._panels = [], None
         return super()._apply(*arguments, **options)
 
 
@@ -67,6 +83,14 @@ def execute(x_TD: Tensor, chosen_TE: Tensor, layers: tuple[Linear, Linear], relu
         return masked(x_TD, chosen_TE, layers, relu)
     if groups(x_TD, (fc1.out_features // experts, fc1.in_features)):
         return _grouped(x_TD, chosen_TE, layers, relu)
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).add_(fc2.bias)
+    size = fc1.out_features // experts
+    here = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32
+    run = compiled.load(compiled.vectors_for(size)) if here else None
+    panels = slices.panels(fc1, fc2, experts) if run is not None else None
+    if run is not None and panels is not None:
+        panels.add(run, x_TD.contiguous(), chosen_TE.contiguous(), relu, into=y_TD)
+        return y_TD
     pairs = slices.of(fc1, fc2, experts)
     bias_E = fc1.bias.chunk(experts)
 
@@ -74,7 +98,6 @@ def execute(x_TD: Tensor, chosen_TE: Tensor, layers: tuple[Linear, Linear], relu
         a_rS = linear(rows_rD, pairs[j][0], bias_E[j], gelu=not relu)
         return linear(a_rS.relu_() if relu else a_rS, pairs[j][1])
 
-    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).add_(fc2.bias)
     tile = max(_MIN_TILE, min(TILE_VALUES // x_TD.shape[1], _MAX_TILE))
     for x_tD, chosen_tE, y_tD in zip(x_TD.split(tile), chosen_TE.split(tile), y_TD.split(tile), strict=True):
         looped(x_tD, Dispatch.of(chosen_tE, 0), work, into=y_tD)

@@ -1,0 +1,253 @@
+"""What dynamic experts save, and what they cost in quality.
+
+    python -m benchmarks.dynamic ffn [--batches 1 8 32] [--active 0.25 0.58 0.8 1] [--rounds 7] [--device cpu]
+    python -m benchmarks.dynamic nested [--rounds 7]
+    python -m benchmarks.dynamic sampling MODEL [--batches 1 8] [--budgets 0.9 0.8 0.7] [--rounds 5] [--cfg 1.5]
+    python -m benchmarks.dynamic quality MODEL --features NETWORK --reference DATA [--budget 0.8] [--images 2000]
+        [--seeds 0 1 2 3 4] [--dense DENSE] --out FOLDER
+
+`ffn`: one FFN of VAR-d16 with random weights at its last scale, guided, so that a batch of B has 512 B rows; random
+experts for each row, the worst case; router and choice included; in alternating pairs with the packed dense FFN.
+`nested`: experts within the experts of a mixture, at the rows that each then has. `sampling`: seconds of the
+transformer for a checkpoint of `nextscale sparsify`, with all experts and at budgets, beside the FLOPs that were
+executed. `quality`: Fréchet distances of paired seeds, dense and at a budget, beside uniform tau, top-k, the oracle and
+pruned FFNs at equal FLOPs; the upper 95 % bound of the mean loss. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextscale import ops
+from nextscale.analysis.dynamic import sampled_flops
+from nextscale.bench.run import spread
+from nextscale.config import SampleConfig, TransformerConfig
+from nextscale.dynamic.config import DynamicConfig
+from nextscale.dynamic.execute import execute
+from nextscale.dynamic.layer import DynamicFeedForward
+from nextscale.dynamic.select import choose
+from nextscale.machine import describe_machine, keep_freed_memory
+from nextscale.model.block import FeedForward
+from nextscale.pipeline import Pipeline
+
+_LAST, _GUIDED = 256, 2
+_T95 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}
+"""One-sided 95 % quantiles of Student's t, by the number of seeds."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["ffn", "nested", "sampling", "quality"])
+    parser.add_argument("model", nargs="?", default="")
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--active", type=float, nargs="+", default=[0.25, 0.4, 0.58, 0.8, 1.0])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7])
+    parser.add_argument("--budget", type=float, default=0.8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--cfg", type=float, default=1.5)
+    parser.add_argument("--features", default="")
+    parser.add_argument("--reference", default="")
+    parser.add_argument("--dense", default="", help="quality: the model that it was made of; default: all experts")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=Path("runs/dynamic"))
+    options = parser.parse_args()
+    options.batches = options.batches or ([1, 8] if options.what == "sampling" else [1, 8, 32])
+    keep_freed_memory()
+    run = {"ffn": ffn, "nested": nested, "sampling": sampling, "quality": quality}[options.what]
+    report = {"what": options.what, "machine": describe_machine(torch.device(options.device)), **run(options)}
+    print(json.dumps(report))
+
+
+def alternating(work: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each, in rounds in which they take turns, after two to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 2):
+        for name, call in work.items():
+            began = _now(device)
+            call()
+            if turn > 1:
+                times[name].append(_now(device) - began)
+    return times
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ---- one FFN
+
+
+@torch.inference_mode()
+def ffn(options: argparse.Namespace) -> dict[str, Any]:
+    config = TransformerConfig(depth=16, dynamic=DynamicConfig(experts=32, activation="relu"))
+    dynamic, dense = DynamicFeedForward(config, 10), FeedForward(TransformerConfig(depth=16))
+    dtype = getattr(torch, options.dtype)
+    for layer in (dynamic, dense):
+        ops.pack(layer.to(options.device, dtype))
+    assert dynamic.router is not None, "divided FFNs have a router"
+    router_share = sum(p.numel() for p in dynamic.router.parameters()) / (2 * config.width * config.ffn_width)
+    print(f"{'rows':>6}{'active':>8}{'ms dense':>10}{'ms sparse':>11}{'router':>8}{'saved':>8}{'FLOPs':>8}{'ratio':>7}")
+    cases = []
+    for batch in options.batches:
+        rng = torch.Generator().manual_seed(batch)
+        x_TD = torch.randn(_GUIDED * batch * _LAST, config.width, generator=rng).to(options.device, dtype)
+        for active in options.active:
+            chosen_TE = torch.rand(len(x_TD), 32, generator=rng).argsort(dim=1).argsort(dim=1) < round(active * 32)
+            cases.append(_ffn_case(dynamic, dense, x_TD, chosen_TE.to(options.device), options))
+            case = cases[-1]
+            case["flops_saved"] = 1 - case["active"] - router_share
+            worth = case["saved"] / case["flops_saved"] if case["flops_saved"] > 0 else float("nan")
+            print(f"{case['rows']:>6}{case['active']:>8.2f}{1000 * case['seconds']['dense']['median']:>10.1f}"
+                  f"{1000 * case['seconds']['sparse']['median']:>11.1f}{1000 * case['seconds']['router']['median']:>8.1f}"
+                  f"{case['saved']:>8.1%}{case['flops_saved']:>8.1%}{worth:>7.2f}", flush=True)  # fmt: skip
+    return {"rounds": options.rounds, "dtype": options.dtype, "cases": cases}
+
+
+def _ffn_case(
+    dynamic: DynamicFeedForward, dense: FeedForward, x_TD: torch.Tensor, chosen_TE: torch.Tensor,
+    options: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    router = dynamic.router
+    assert router is not None, "divided FFNs have a router"
+
+    def sparse() -> torch.Tensor:
+        choose(router(x_TD), 0.8)  # what routing costs; random experts then take the place of its choice
+        return execute(x_TD, chosen_TE, dynamic.divided, True, dynamic.slices)
+
+    work = {
+        "dense": lambda: dense.fc2(dense.fc1(x_TD, gelu=True)),
+        "sparse": sparse,
+        "router": lambda: choose(router(x_TD), 0.8),
+    }
+    times = alternating(work, options.rounds, options.device)
+    ratios = [b / a for a, b in zip(times["dense"], times["sparse"], strict=True)]
+    return {"rows": len(x_TD), "active": chosen_TE.float().mean().item(), "ratio": spread(ratios),
+            "saved": 1 - statistics.median(ratios), "seconds": {n: spread(t) for n, t in times.items()}}  # fmt: skip
+
+
+@torch.inference_mode()
+def nested(options: argparse.Namespace) -> dict[str, Any]:
+    """One expert of MEPA-d16 (as wide as a dense FFN) on its 3 / 8 of the rows, whole and divided at 58 %."""
+    options.active = [0.58, 1.0]
+    config = TransformerConfig(depth=16, dynamic=DynamicConfig(experts=32, activation="relu"))
+    dynamic, dense = DynamicFeedForward(config, 10), FeedForward(TransformerConfig(depth=16))
+    for layer in (dynamic, dense):
+        ops.pack(layer)
+    cases = []
+    for batch in options.batches[:2]:
+        rng = torch.Generator().manual_seed(batch)
+        x_TD = torch.randn(_GUIDED * batch * _LAST * 3 // 8, config.width, generator=rng)
+        chosen_TE = torch.rand(len(x_TD), 32, generator=rng) < 0.58
+        cases.append(_ffn_case(dynamic, dense, x_TD, chosen_TE, options))
+        print(f"{cases[-1]['rows']} rows of an expert: {cases[-1]['saved']:.1%} of its time saved at 58 % active")
+    return {"rounds": options.rounds, "cases": cases}
+
+
+# ---- a checkpoint
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    pipeline = Pipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+    base, classes = SampleConfig(cfg=options.cfg), pipeline.transformer.config.condition.num_classes
+    settings = {"all experts": dataclasses.replace(base, tau=(1.0,))}
+    settings |= {f"budget {b:g}": dataclasses.replace(base, budget=b) for b in options.budgets}
+    cases = []
+    for batch in options.batches:
+        labels = [i % classes for i in range(batch)]
+
+        def drawn(config: SampleConfig, labels: list[int] = labels) -> None:
+            for _ in pipeline.sample_scales(labels, config):
+                pass
+
+        work = {name: (lambda c=config: drawn(c)) for name, config in settings.items()}
+        times = alternating(work, options.rounds, options.device)
+        for name, config in settings.items():
+            ratios = [b / a for a, b in zip(times["all experts"], times[name], strict=True)]
+            executed = sampled_flops(pipeline, labels, config, batch)
+            saved, flops_saved = 1 - statistics.median(ratios), 1 - executed.share
+            case = {"batch": batch, "setting": name, "saved": saved, "flops_saved": flops_saved,
+                    "ratio": spread(ratios), "seconds": spread(times[name])}  # fmt: skip
+            cases.append(case)
+            print(f"batch {batch}, {name}: {1000 * case['seconds']['median']:.0f} ms, {saved:.1%} saved of the time, "
+                  f"{flops_saved:.1%} of the FLOPs", flush=True)  # fmt: skip
+    return {"model": options.model, "rounds": options.rounds, "cases": cases}
+
+
+def quality(options: argparse.Namespace) -> dict[str, Any]:
+    """Fréchet distance of each variant and seed; of the calibrated one the bound on how much worse it is."""
+    pipeline = Pipeline.from_pretrained(options.model, device=options.device)
+    base, classes = (
+        SampleConfig(cfg=options.cfg, top_k=0, top_p=0.95),
+        pipeline.transformer.config.condition.num_classes,
+    )
+    labels = [i % classes for i in range(min(options.images, 256))]
+    target = sampled_flops(pipeline, labels, dataclasses.replace(base, budget=options.budget)).share
+    settings = {"all experts": dataclasses.replace(base, tau=(1.0,)),
+                "calibrated": dataclasses.replace(base, budget=options.budget)}  # fmt: skip
+    every = (len(pipeline.config.pyramid),)
+    for name, selection, scales in (("one tau", "threshold", 1), ("oracle", "oracle", 1), ("top-k", "top-k", 1),
+                                    ("pruned", "pruned", 1), ("tau at all scales", "threshold", every[0])):  # fmt: skip
+        if scales > 1 and pipeline.transformer.config.dynamic.own:
+            continue
+        tau = equal_flops(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
+        settings[name] = dataclasses.replace(base, selection=selection, tau=(tau,) * scales)
+    rows = {name: _distances(options.model, name, config, options) for name, config in settings.items()}
+    if options.dense:
+        rows["dense"] = _distances(options.dense, "dense", base, options)
+    reference = rows["dense" if options.dense else "all experts"]
+    found = []
+    for name, distances in rows.items():
+        worse = [b / a - 1 for a, b in zip(reference, distances, strict=True)]
+        mean, n = statistics.fmean(worse), len(worse)
+        half = _T95.get(n, 1.8) * statistics.stdev(worse) / n**0.5 if n > 1 else float("nan")
+        share = sampled_flops(pipeline, labels, settings[name]).share if name in settings else 1.0
+        found.append({"name": name, "share": share, "distances": distances, "worse": mean, "worse_bound": mean + half,
+                      "tau": list(settings[name].tau) if name in settings else []})  # fmt: skip
+        print(f"{name:<18} {share:>6.1%} of the FLOPs, distance {statistics.fmean(distances):.3f}, {mean:+.2%} "
+              f"(at most {mean + half:+.2%})", flush=True)  # fmt: skip
+    return {"model": options.model, "images": options.images, "seeds": options.seeds, "rows": found}
+
+
+def equal_flops(
+    pipeline: Pipeline, labels: list[int], base: SampleConfig, scales: int, target: float, rounds: int = 12
+) -> float:
+    """The tau at which sampling executes this share of the dense FLOPs, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        share = sampled_flops(pipeline, labels, dataclasses.replace(base, tau=(middle,) * scales), 32).share
+        low, high = (middle, high) if share < target else (low, middle)
+    return low
+
+
+def _distances(model: str, name: str, config: SampleConfig, options: argparse.Namespace) -> list[float]:
+    """Fréchet distance of each seed's images; measured ones are kept in --out."""
+    from nextscale.evaluate.run import Settings, evaluate
+    from nextscale.train.world import World
+
+    found = []
+    for seed in options.seeds:
+        out = options.out / f"{name.replace(' ', '-')}-{seed}.json"
+        settings = Settings(count=options.images, sampling=dataclasses.replace(config, seed=seed))
+        report = evaluate(model, out, [options.features], [options.reference], settings, World())
+        ((_, figures),) = report["measures"].items()
+        found.append(next(v for n, v in figures.items() if n.endswith("_fd") or n == "fid"))
+    return found
+
+
+if __name__ == "__main__":
+    main()
