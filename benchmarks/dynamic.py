@@ -111,8 +111,8 @@ def ffn(options: argparse.Namespace) -> dict[str, Any]:
             case = cases[-1]
             case["flops_saved"] = 1 - case["active"] - router_share
             worth = case["saved"] / case["flops_saved"] if case["flops_saved"] > 0 else float("nan")
-            print(f"{case['rows']:>6}{case['active']:>8.2f}{1000 * case['seconds']['dense']['median']:>10.1f}"
-                  f"{1000 * case['seconds']['sparse']['median']:>11.1f}{1000 * case['seconds']['router']['median']:>8.1f}"
+            dense_ms, sparse_ms, router_ms = (1000 * times["median"] for times in case["seconds"].values())
+            print(f"{case['rows']:>6}{case['active']:>8.2f}{dense_ms:>10.1f}{sparse_ms:>11.1f}{router_ms:>8.1f}"
                   f"{case['saved']:>8.1%}{case['flops_saved']:>8.1%}{worth:>7.2f}", flush=True)  # fmt: skip
     return {"rounds": options.rounds, "dtype": options.dtype, "cases": cases}
 

@@ -10,6 +10,9 @@ from typing import Any
 from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 
+_NEAR = 0.01
+"""A budget this little below the lowest share is that one: calibration meets its targets about so well."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -48,6 +51,8 @@ def tau_for(origin: Mapping[str, Any], budget: float) -> tuple[float, ...]:
         if below.share <= budget:
             part = (above.share - budget) / (above.share - below.share)
             return tuple(a + part * (b - a) for a, b in zip(above.tau, below.tau, strict=True))
+    if budget >= table[-1].share - _NEAR:
+        return table[-1].tau
     raise UserError(
         f"budget={budget} is below what was calibrated for this checkpoint: {table[-1].share:.3f} to "
         f"{table[0].share:.3f}"

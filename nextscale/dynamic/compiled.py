@@ -1,7 +1,8 @@
-"""The compiled way of running experts on a CPU: kernel.c, built once by the machine's own C compiler where there is one.
+"""The compiled way of running experts on a CPU: kernel.c, built once by the machine's own C compiler if it has one.
 
-Without a compiler, or with NEXTSCALE_PLAIN=1, `load` gives None and `execute` goes another way to the same function. The
-library is kept in the user's cache folder (XDG_CACHE_HOME or ~/.cache), named after all that decides it.
+Without a compiler, without AVX-512 or with NEXTSCALE_PLAIN=1, `load` gives None and `execute` goes another way to the
+same function. The library is kept in the user's cache folder (XDG_CACHE_HOME or ~/.cache), named after all that decides
+it.
 """
 
 from __future__ import annotations

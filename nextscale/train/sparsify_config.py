@@ -57,7 +57,7 @@ class SparsifyConfig:
     tuning: TrainConfig = field(default_factory=_tuning)
     routers: TrainConfig = field(default_factory=_routers)
     """label_drop 0.5, because guidance runs both branches."""
-    budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+    budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
     """Shares of the dense model's FLOPs that thresholds are calibrated for."""
     budget: float = 0.8
     """The share whose thresholds the model uses unless it is told otherwise; 0 = all experts."""

@@ -46,7 +46,7 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
     assert checkpoint.config.transformer is not None, "a generator has a transformer"
     classes = checkpoint.config.transformer.condition.num_classes
     if not config.data:
-        return _own_samples(source, config, samples, classes, world)
+        return _own_samples(source, checkpoint, config, samples, world)
     train: Examples
     held_out: Examples
     if is_cache(Path(config.data)):
@@ -65,15 +65,18 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
     return Data(config.data, train, held_out)
 
 
-def _own_samples(source: Path, config: SparsifyConfig, folder: Path, classes: int, world: World) -> Data:
+def _own_samples(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, folder: Path, world: World) -> Data:
     """Samples of the model, of its classes in turn, in files of `_SHARD` images: an interrupted drawing goes on."""
-    count, sampling = config.samples, dataclasses.replace(config.sampling, tau=(), budget=0.0)
+    model, count = checkpoint.config.transformer, config.samples
+    assert model is not None, "a generator has a transformer"
+    whole_ffns = (1.0,) if model.dynamic.experts else ()
+    sampling = dataclasses.replace(config.sampling, tau=whole_ffns, budget=0.0, selection="threshold")
     if world.main:
         claim(folder / "samples.json", {"model": str(source), "images": count, "sampling": to_dict(sampling)})
         starts = [s for s in range(0, count, _SHARD) if not _shard(folder, s).exists()]
-        pipeline = Pipeline.from_pretrained(str(source), device=world.device) if starts else None
+        pipeline = Pipeline.from_checkpoint(checkpoint, device=world.device).pack() if starts else None
         for start in tqdm(starts, desc="drawing samples", unit="file"):
-            labels = [i % classes for i in range(start, min(start + _SHARD, count))]
+            labels = [i % model.condition.num_classes for i in range(start, min(start + _SHARD, count))]
             assert pipeline is not None, "loaded where there is something to draw"
             images = pipeline.sample(labels, sampling, batch_size=config.batch_size, first_image=start)
             with replacing(_shard(folder, start)) as (draft,):
@@ -84,8 +87,8 @@ def _own_samples(source: Path, config: SparsifyConfig, folder: Path, classes: in
     away = torch.arange(count) % _HELD_OUT == _HELD_OUT - 1
     if not away.any():
         raise UserError(f"{count} samples are too few to hold some out: give --samples {_HELD_OUT} or more")
-    parts_ = [MemoryExamples(**{n: t[rows] for n, t in whole.items()}) for rows in (~away, away)]
-    return Data(f"{count} samples of the model", *parts_)
+    train, held_out = (MemoryExamples(**{n: t[rows] for n, t in whole.items()}) for rows in (~away, away))
+    return Data(f"{count} samples of the model", train, held_out)
 
 
 def _shard(folder: Path, start: int) -> Path:
