@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from nextscale import ops
-from nextscale.analysis.dynamic import sampled_flops
+from nextscale.analysis.dynamic import equal_flops, sampled_flops
 from nextscale.bench.run import spread
 from nextscale.config import SampleConfig, TransformerConfig
 from nextscale.dynamic.config import DynamicConfig
@@ -220,18 +220,6 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name:<18} {share:>6.1%} of the FLOPs, distance {statistics.fmean(distances):.3f}, {mean:+.2%} "
               f"(at most {mean + half:+.2%})", flush=True)  # fmt: skip
     return {"model": options.model, "images": options.images, "seeds": options.seeds, "rows": found}
-
-
-def equal_flops(
-    pipeline: Pipeline, labels: list[int], base: SampleConfig, scales: int, target: float, rounds: int = 12
-) -> float:
-    """The tau at which sampling executes this share of the dense FLOPs, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(rounds):
-        middle = (low + high) / 2
-        share = sampled_flops(pipeline, labels, dataclasses.replace(base, tau=(middle,) * scales), 32).share
-        low, high = (middle, high) if share < target else (low, middle)
-    return low
 
 
 def _distances(model: str, name: str, config: SampleConfig, options: argparse.Namespace) -> list[float]:

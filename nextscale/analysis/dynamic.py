@@ -67,6 +67,19 @@ def sampled_flops(
     return Executed(flops, flops / dense, deviation, tuple(active.tolist()))
 
 
+def equal_flops(
+    pipeline: Pipeline, labels: Sequence[int | None], base: SampleConfig, scales: int, target: float, rounds: int = 10
+) -> float:
+    """The dial of the last `scales` scales, or with 1 of the sparse ones, at which sampling executes this share of the
+    dense FLOPs, by bisection: for comparisons at equal FLOPs."""
+    low, high = 0.0, 1.0
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        share = sampled_flops(pipeline, labels, replace(base, tau=(middle,) * scales), 32).share
+        low, high = (middle, high) if share < target else (low, middle)
+    return low
+
+
 def expert_maps(pipeline: Pipeline, label: int | None, settings: SampleConfig, first_image: int = 0) -> dict[str, Any]:
     """One image as it is drawn: at each sparse scale the picture so far and how many experts each token used.
 

@@ -2,7 +2,8 @@
 
 An entry may be `like` another, whose settings at each scale then lie under its own. A row is one line of the table. Its
 settings are laid over those of the scale: `run` are settings of `nextscale train`,
-`tokenizer` of `nextscale tokenizer train`, `sampling` of `nextscale sample`. The encoder of semantic guidance,
+`tokenizer` of `nextscale tokenizer train`, `sampling` of `nextscale sample`, `sparsify` of `nextscale sparsify`, which
+then makes the row's model of the trained one. The encoder of semantic guidance,
 `run.loss.encoder`, may also be one of the names in `ENCODERS`. Needs no torch.
 """
 
@@ -20,13 +21,14 @@ from nextscale.features.classifier_config import ClassifierConfig
 from nextscale.train.classifier_config import ClassifierRunConfig
 from nextscale.train.encoder_config import EncoderRunConfig
 from nextscale.train.run_config import RunConfig
+from nextscale.train.sparsify_config import SparsifyConfig
 from nextscale.train.tokenizer_config import TokenizerRunConfig
 
 FOLDER = Path(__file__).parent / "entries"
 SCALES = ("tiny", "cifar", "paper")
 ENCODERS = ("given", "untrained", "features")
 """What --encoder names; the experiment's own encoder as it would start; the feature network that measures."""
-_OVERLAYS = ("run", "sampling", "tokenizer", "recipe", "tokenizer_recipe")
+_OVERLAYS = ("run", "sampling", "tokenizer", "sparsify", "recipe", "tokenizer_recipe")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Row:
     """The refiner is measured, without the row's own model."""
     measured: bool = True
     """False: a line of published figures alone."""
+    sparsify: SparsifyConfig | None = None
+    """How the trained model is sparsified; None: it is not."""
+    flops: float = 0.0
+    """The share of the dense FLOPs at which the row is measured: its dial is found; 0 = as `sampling` says."""
 
 
 @dataclass(frozen=True)
@@ -155,4 +161,14 @@ def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: s
     published = {figure: float(value) for figure, value in row.get("published", {}).items()}  # YAML reads 3e8 as text
     here = row | there  # a smaller model stands in for a published one under its own name
     alone, measured = bool(here.get("alone")), bool(here.get("measured", True))
-    return Row(here["name"], here.get("at"), published, run, codes, sampling, alone, measured)
+    return Row(
+        here["name"], here.get("at"), published, run, codes, sampling, alone, measured,
+        _sparsify(own, where) if here.get("dynamic") else None, float(here.get("flops", 0)),
+    )  # fmt: skip
+
+
+def _sparsify(layers: list[dict[str, Any]], where: str) -> SparsifyConfig:
+    config = SparsifyConfig()
+    for layer in layers:
+        config = from_dict(SparsifyConfig, layer.get("sparsify", {}), f"{where}: sparsify", config)
+    return config

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from nextscale.analysis.config import AnalysisConfig, ErrorsConfig
+from nextscale.analysis.config import AnalysisConfig, DynamicShown, ErrorsConfig
 from nextscale.analysis.convergence import analyse_convergence
+from nextscale.analysis.dynamic import analyse_dynamic
 from nextscale.analysis.errors import analyse_errors
 from nextscale.analysis.features import analyse_features
 from nextscale.analysis.routing import analyse_routing
@@ -36,6 +37,10 @@ def draw(picture: str, models: Sequence[Shown], out: Path, device: str) -> None:
     folders, names = [str(m.folder) for m in models], [m.name for m in models]
     if picture == "samples":
         return _samples(models, out / "samples.png", device)
+    if picture == "dynamic":
+        model = models[-1]
+        analyse_dynamic(str(model.folder), out, DynamicShown(device=device), model.sampling)
+        return
     if picture == "convergence":
         analyse_convergence(folders, out, names)
         return

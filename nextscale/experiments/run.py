@@ -22,6 +22,7 @@ from nextscale.errors import UserError
 from nextscale.evaluate.measures import NEUTRAL, name_of
 from nextscale.evaluate.run import Settings, evaluate, make_statistics
 from nextscale.experiments.cost import sampling_seconds, training_seconds
+from nextscale.experiments.dynamic import dynamic_figures, sampling_at, sparsified
 from nextscale.experiments.entry import Experiment, Row
 from nextscale.experiments.pictures import Shown, draw
 from nextscale.experiments.report import write_results
@@ -245,14 +246,30 @@ class _Lab:
     def generator(self, row: Row, seed: int) -> dict[str, float]:
         """Figures of a generator: what it costs, its validation, its samples."""
         folder, finished = self._refiner(seed) if row.alone else self._run(row, seed)
-        config, _ = read_config(folder)
         sampling, second = dataclasses.replace(row.sampling, seed=seed), None
+        executed: dict[str, float] = {}
+        if row.sparsify is not None:
+            folder, sampling, executed = self._sparse(row, folder, sampling, seed)
+        config, _ = read_config(folder)
         if sampling.draft_scales:
             refiner, _ = self._refiner(seed)
             sampling, (second, _) = dataclasses.replace(sampling, refiner=str(refiner)), read_config(refiner)
         settings = Settings(count=self.experiment.images, sampling=sampling)
         figures = self._measured(folder, settings) if settings.count else {}
-        return figures | self._costs(row, config, sampling, second) | trained_figures(finished, config)
+        return figures | self._costs(row, config, sampling, second) | trained_figures(finished, config) | executed
+
+    def _sparse(
+        self, row: Row, dense: Path, sampling: SampleConfig, seed: int
+    ) -> tuple[Path, SampleConfig, dict[str, float]]:
+        """The row's model made of the dense one, its sampling with the dial that the row asks for, and its figures."""
+        assert row.sparsify is not None, "called for rows that are sparsified"
+        data = self._cache(row, self.codes, "") if self.codes != "train" else read_json(dense / "run.json")["data"]
+        folder = sparsified(row.sparsify, dense, data, self.folder, key, self.world)
+        unseeded = dataclasses.replace(sampling, seed=0)
+        name = key(dataclasses.asdict(unseeded), row.flops)
+        sampling = sampling_at(folder, unseeded, row.flops, folder / f"dial-{name}.json", self.world)
+        figures = dynamic_figures(folder, sampling, folder / f"flops-{name}.json", self.world)
+        return folder, dataclasses.replace(sampling, seed=seed), figures
 
     def cost(self, kept: Path) -> dict[str, list[dict[str, float]]]:
         """Parameters, arithmetic and seconds of all rows, timed side by side once and then `kept`."""
@@ -273,13 +290,17 @@ class _Lab:
     def draw(self, out: Path) -> None:
         """The experiment's picture, once for the same models."""
         jobs = [(row, seed) for row in self.experiment.rows if row.measured for seed in self.experiment.seeds]
-        models = [Shown(row.name, self._run(row, seed)[0], row.sampling) for row, seed in jobs]
+        models = [Shown(row.name, self._model(row, seed), row.sampling) for row, seed in jobs]
         about = key([[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
         kept = out / "drawn.json"
         if self.world.main and not (kept.exists() and read_json(kept) == about):
             draw(self.experiment.picture, models, out, str(self.world.device))
             write_json(kept, about)
         self.world.wait()
+
+    def _model(self, row: Row, seed: int) -> Path:
+        folder = self._run(row, seed)[0]
+        return self._sparse(row, folder, row.sampling, seed)[0] if row.sparsify is not None else folder
 
     def _examples(self, row: Row, folder: Path) -> int:
         """Training examples in an epoch of a run."""

@@ -11,6 +11,7 @@ from nextscale.experiments.entry import Experiment
 from nextscale.experiments.run import key
 from nextscale.train.estimate import estimate
 from nextscale.train.run_config import LossConfig
+from nextscale.train.sparsify_config import SparsifyConfig
 
 _estimate = functools.lru_cache(estimate)
 
@@ -46,6 +47,10 @@ def as_text(experiment: Experiment) -> str:
                 run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # not in the estimate
                 lines += [f"    {line}" for line in _estimate(run).splitlines()]
             shown.add(cost)
+            if row.sparsify is not None:
+                lines.append(
+                    f"    sparsify    {_changed(row.sparsify)}{f'; at {row.flops:.0%} of the dense FLOPs' if row.flops else ''}"
+                )
         else:
             train = row.tokenizer.train
             lines.append(f"    training    {train.steps:,} steps of {train.batch_size} images")
@@ -63,6 +68,14 @@ def _encoder(experiment: Experiment, name: str) -> str:
         "features": "the feature network's map",
     }
     return meant.get(name, name)
+
+
+def _changed(config: SparsifyConfig) -> str:
+    """The settings that are not `nextscale sparsify`'s own."""
+    before = to_dict(SparsifyConfig())
+    return (
+        _plain({n: v for n, v in to_dict(config).items() if v != before[n] and not isinstance(v, dict)}) or "as it is"
+    )
 
 
 def _plain(settings: dict[str, object]) -> str:

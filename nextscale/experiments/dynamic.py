@@ -1,0 +1,71 @@
+"""Rows of an experiment whose model is sparsified: the conversion, once for all rows that share it, and its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nextscale.analysis.dynamic import equal_flops, sampled_flops
+from nextscale.config import SampleConfig
+from nextscale.files import read_json, write_json
+from nextscale.pipeline import Pipeline
+from nextscale.train.sparsify_config import SparsifyConfig
+from nextscale.train.sparsify_run import sparsify
+from nextscale.train.world import World
+
+_COUNTED = 64
+"""Images over which executed FLOPs are averaged, of all classes in turn."""
+
+
+def sparsified(
+    config: SparsifyConfig, source: Path, data: str, within: Path, key: Callable[..., str], world: World
+) -> Path:
+    """The folder of the model that `config` makes of the dense one in `source`, made once."""
+    config = dataclasses.replace(config, data=data)
+    folder = within / f"sparse-{key(str(source), dataclasses.asdict(config))}"
+    if not (folder / "finished.json").exists():
+        sparsify(source, folder, config, world)
+        if world.main:
+            write_json(folder / "finished.json", {})
+    world.wait()
+    return folder
+
+
+def sampling_at(folder: Path, sampling: SampleConfig, share: float, kept: Path, world: World) -> SampleConfig:
+    """The settings with the dial at which this share of the dense FLOPs is executed, found once and `kept`.
+
+    `sampling.tau` says how many of the last scales the dial is for, 1 for the sparse ones.
+    """
+    if not share:
+        return sampling
+    if world.main and not kept.exists():
+        pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
+        base = dataclasses.replace(sampling, budget=0.0)
+        write_json(kept, {"tau": equal_flops(pipeline, _labels(pipeline), base, max(len(sampling.tau), 1), share)})
+    world.wait()
+    return dataclasses.replace(sampling, tau=(read_json(kept)["tau"],) * max(len(sampling.tau), 1))
+
+
+def dynamic_figures(folder: Path, sampling: SampleConfig, kept: Path, world: World) -> dict[str, float]:
+    """What the stages measured, and the FLOPs that sampling with these settings executed, counted once and `kept`."""
+    if world.main and not kept.exists():
+        pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
+        executed = sampled_flops(pipeline, _labels(pipeline), sampling)
+        write_json(kept, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
+    world.wait()
+    stages: dict[str, Any] = read_json(folder / "sparsify.json")["stages"]
+    found: dict[str, float] = dict(read_json(kept))
+    tuned, routers = stages.get("tune", {}), stages.get("routers", {})
+    names = {
+        "tuned_loss": tuned.get("validation_cross_entropy"), "hoyer": tuned.get("validation_hoyer"),
+        "zeros": tuned.get("validation_zeros"), "router_error": routers.get("validation_relative_error"),
+        "router_recall": routers.get("validation_recall"),
+    }  # fmt: skip
+    return found | {name: value for name, value in names.items() if value is not None}
+
+
+def _labels(pipeline: Pipeline) -> list[int | None]:
+    classes = pipeline.transformer.config.condition.num_classes
+    return [i % classes for i in range(_COUNTED)]
