@@ -48,9 +48,8 @@ def as_text(experiment: Experiment) -> str:
                 lines += [f"    {line}" for line in _estimate(run).splitlines()]
             shown.add(cost)
             if row.sparsify is not None:
-                lines.append(
-                    f"    sparsify    {_changed(row.sparsify)}{f'; at {row.flops:.0%} of the dense FLOPs' if row.flops else ''}"
-                )
+                at = f"; at {row.flops:.0%} of the dense FLOPs" if row.flops else ""
+                lines.append(f"    sparsify    {_changed(row.sparsify)}{at}")
         else:
             train = row.tokenizer.train
             lines.append(f"    training    {train.steps:,} steps of {train.batch_size} images")
