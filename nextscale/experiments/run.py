@@ -247,7 +247,7 @@ class _Lab:
         """Figures of a generator: what it costs, its validation, its samples."""
         folder, finished = self._refiner(seed) if row.alone else self._run(row, seed)
         sampling, second = dataclasses.replace(row.sampling, seed=seed), None
-        executed: dict[str, float] = {}
+        executed = {"flops_share": 1.0} if "flops_share" in self.experiment.figures else {}
         if row.sparsify is not None:
             folder, sampling, executed = self._sparse(row, folder, sampling, seed)
         config, _ = read_config(folder)
@@ -263,7 +263,7 @@ class _Lab:
     ) -> tuple[Path, SampleConfig, dict[str, float]]:
         """The row's model made of the dense one, its sampling with the dial that the row asks for, and its figures."""
         assert row.sparsify is not None, "called for rows that are sparsified"
-        data = self._cache(row, self.codes, "") if self.codes != "train" else read_json(dense / "run.json")["data"]
+        data = self.data and self._cache(row, str(dense), "") if self.model else read_json(dense / "run.json")["data"]
         folder = sparsified(row.sparsify, dense, data, self.folder, key, self.world)
         unseeded = dataclasses.replace(sampling, seed=0)
         name = key(dataclasses.asdict(unseeded), row.flops)
