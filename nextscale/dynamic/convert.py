@@ -33,8 +33,8 @@ def dense_config(checkpoint: Checkpoint) -> TransformerConfig:
     if model.experts.router != "none":
         raise UserError(
             f"this model is a mixture of experts ({model.experts.router}): a token already uses "
-            f"{model.experts.active} of {model.experts.count}; experts within experts are not built (docs/dmoe.md says what "
-            "they would save). Give a model with dense FFNs"
+            f"{model.experts.active} of {model.experts.count}; experts within experts are not built (docs/dmoe.md "
+            "says what they would save). Give a model with dense FFNs"
         )
     return model
 

@@ -66,6 +66,9 @@ static inline __attribute__((always_inline)) void block(
     }
     for (int r = 0; r < rows; r++) from[r] = hidden + r * padded;
     for (long j = 0; j < width; j += PANEL) {
+        if (j + PANEL < width)
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < VECTORS; v++) __builtin_prefetch(y + index[r] * width + j + PANEL + v * LANES, 1);
         products(rows, from, w2 + j * size, size, sums);
         const long left = width - j < PANEL ? width - j : PANEL;
         for (int r = 0; r < rows; r++) {

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from nextscale.config import ModelConfig
 from nextscale.dynamic.budget import Budget
@@ -59,7 +60,8 @@ def measure(
 ) -> list[Point]:  # fmt: skip
     """What each of these dials does on batches of (labels (B,), tokens (B, L))."""
     sums, images = [torch.zeros(5, len(config.pyramid), dtype=torch.float64) for _ in dials], 0
-    for labels_B, tokens_BL in batches:
+    batches = list(batches)
+    for labels_B, tokens_BL in tqdm(batches, desc=f"measuring {len(dials)} dials", unit="batch"):
         values = model.condition.with_none(labels_B)
         inputs_BLC = tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         dense_BLV = model(values, inputs_BLC).logits_BNV.log_softmax(dim=-1)
