@@ -14,7 +14,7 @@ _MEPA: dict[str, Any] = {"experts": ExpertsConfig(router="stmoe"), "alignment": 
 
 
 def _mvar(depth: int, **others: Any) -> TransformerConfig:
-    """M-VAR's transformer. Published d16 and d20 have no q/k normalisation, larger ones have; of d12 nothing is said."""
+    """M-VAR's transformer. Published d16 and d20 have no q/k normalisation, larger ones have; d12 is unknown."""
     return TransformerConfig(depth=depth, qk_norm=depth >= 24, mixers=MVAR_MIXERS, **others)
 
 

@@ -46,15 +46,17 @@ def scan(
         x_BNHp, B_BNn, C_BNn, dt_BNH = (_longer(t, short) for t in (x_BNHp, B_BNn, C_BNn, dt_BNH))
     B_BGQn, C_BGQn = B_BNn.unflatten(1, (-1, Q)), C_BNn.unflatten(1, (-1, Q))
     x_BGQHp = (x_BNHp * dt_BNH.unsqueeze(-1)).unflatten(1, (-1, Q))
-    log_BGQH = (dt_BNH * A_H).unflatten(1, (-1, Q)).cumsum(dim=2)  # of the decay since the chunk began
+    # Log of the decay since the chunk began, in float64: what counts are small differences of sums that may be large.
+    log_BGQH = (dt_BNH.double() * A_H.double()).unflatten(1, (-1, Q)).cumsum(dim=2)
     end_BGH = log_BGQH[:, :, -1]
 
     y_BGQHp = _within(x_BGQHp, log_BGQH, C_BGQn @ B_BGQn.transpose(2, 3))
-    left_BGQHp = x_BGQHp * torch.exp(end_BGH.unsqueeze(2) - log_BGQH).unsqueeze(-1)  # when the chunk ends
+    left_BGQH = (end_BGH.unsqueeze(2) - log_BGQH[:, :, :-1]).float().exp()  # of earlier tokens when the last comes
+    left_BGQHp = x_BGQHp * F.pad(left_BGQH, (0, 0, 0, 1), value=1.0).unsqueeze(-1)
     added_BGIn = left_BGQHp.flatten(3).transpose(2, 3) @ B_BGQn
-    start_BGIn, state_BIn = _passed_on(added_BGIn, end_BGH.exp().repeat_interleave(p, dim=2), state_BHpn.flatten(1, 2))
+    start_BGIn, state_BIn = _passed_on(added_BGIn, end_BGH.float().exp().repeat_interleave(p, dim=2), state_BHpn.flatten(1, 2))
     carried_BGQHp = (C_BGQn @ start_BGIn.transpose(2, 3)).view_as(x_BGQHp)
-    y_BGQHp = torch.addcmul(y_BGQHp, carried_BGQHp, log_BGQH.exp().unsqueeze(-1))
+    y_BGQHp = torch.addcmul(y_BGQHp, carried_BGQHp, log_BGQH.float().exp().unsqueeze(-1))
     return y_BGQHp.flatten(1, 2)[:, :N], state_BIn.view(B, H, p, -1)
 
 
@@ -71,12 +73,18 @@ def _longer(t: Tensor, count: int) -> Tensor:
 
 
 def _within(x_BGQHp: Tensor, log_BGQH: Tensor, scores_BGQQ: Tensor) -> Tensor:
-    """What the tokens of each chunk receive from one another and from themselves."""
+    """What the tokens of each chunk receive from one another and from themselves.
+
+    A token's own part has no decay. Were it computed as exp(log - log), the two gradients, which are equal, would leave
+    nothing but their rounding errors in the sum.
+    """
     log_BGHQ = log_BGQH.transpose(2, 3)
-    later_QQ = torch.ones_like(scores_BGQQ[0, 0], dtype=torch.bool).triu(1)
-    decay_BGHQQ = (log_BGHQ.unsqueeze(-1) - log_BGHQ.unsqueeze(-2)).masked_fill(later_QQ, -torch.inf).exp()
-    y_BGHQp = (decay_BGHQQ * scores_BGQQ.unsqueeze(2)) @ x_BGQHp.transpose(2, 3)
-    return y_BGHQp.transpose(2, 3)
+    not_earlier_QQ = torch.ones_like(scores_BGQQ[0, 0], dtype=torch.bool).triu()
+    decay_BGHQQ = (log_BGHQ.unsqueeze(-1) - log_BGHQ.unsqueeze(-2)).float()
+    decay_BGHQQ = decay_BGHQQ.masked_fill(not_earlier_QQ, -torch.inf).exp()
+    earlier_BGHQp = (decay_BGHQQ * scores_BGQQ.unsqueeze(2)) @ x_BGQHp.transpose(2, 3)
+    own_BGQ = scores_BGQQ.diagonal(dim1=-2, dim2=-1)
+    return torch.addcmul(earlier_BGHQp.transpose(2, 3), x_BGQHp, own_BGQ[..., None, None])
 
 
 def _passed_on(added_BGIn: Tensor, decay_BGI: Tensor, state_BIn: Tensor) -> tuple[Tensor, Tensor]:
