@@ -54,7 +54,9 @@ def scan(
     left_BGQH = (end_BGH.unsqueeze(2) - log_BGQH[:, :, :-1]).float().exp()  # of earlier tokens when the last comes
     left_BGQHp = x_BGQHp * F.pad(left_BGQH, (0, 0, 0, 1), value=1.0).unsqueeze(-1)
     added_BGIn = left_BGQHp.flatten(3).transpose(2, 3) @ B_BGQn
-    start_BGIn, state_BIn = _passed_on(added_BGIn, end_BGH.float().exp().repeat_interleave(p, dim=2), state_BHpn.flatten(1, 2))
+    start_BGIn, state_BIn = _passed_on(
+        added_BGIn, end_BGH.float().exp().repeat_interleave(p, dim=2), state_BHpn.flatten(1, 2)
+    )
     carried_BGQHp = (C_BGQn @ start_BGIn.transpose(2, 3)).view_as(x_BGQHp)
     y_BGQHp = torch.addcmul(y_BGQHp, carried_BGQHp, log_BGQH.float().exp().unsqueeze(-1))
     return y_BGQHp.flatten(1, 2)[:, :N], state_BIn.view(B, H, p, -1)
