@@ -129,6 +129,30 @@ class ExpertsConfig:
         return self.zero + self.copy + self.constant if self.router == "moe++" else 0
 
 
+Mixer = Literal["attention", "scale-attention", "mamba"]
+MVAR_MIXERS: tuple[Mixer, ...] = ("scale-attention", "mamba")
+"""The mixers of M-VAR's blocks."""
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Mamba-2 between the scales (M-VAR, arXiv 2411.10433). The defaults are those of the published models."""
+
+    state_width: int = 64
+    """Width n of the state that each channel carries from token to token."""
+    conv_kernel: int = 4
+    """Taps of the causal convolution before the scan."""
+    expand: int = 2
+    """Inner width over the model's."""
+    head_width: int = 64
+    """Channels that share a step and a decay; must divide the inner width."""
+
+    def __post_init__(self) -> None:
+        values = (self.state_width, self.conv_kernel, self.expand, self.head_width)
+        rule = "state_width, conv_kernel, expand and head_width must be 1 to 65536"
+        check("mamba", self, {rule: all(1 <= value <= 65536 for value in values)})
+
+
 @dataclass(frozen=True)
 class AlignmentConfig:
     """The head of semantic guidance (MEPA, Sec. 4.3): from a middle block's output to an encoder's features."""
@@ -165,6 +189,12 @@ class TransformerConfig:
     shared_adaln: bool = False
     """One adaLN projection for all blocks plus a learned offset per block (published 512 px model)."""
     norm_eps: float = 1e-6
+    mixers: tuple[Mixer, ...] = ("attention",)
+    """What mixes tokens in a block, in this order, ahead of the FFN: attention to all scales so far (VAR); or
+    scale-attention, within each scale, and mamba, from scale to scale (M-VAR)."""
+    global_blocks: int = 0
+    """Blocks, the last ones, that have attention to all scales in place of the mixers (M-VAR's Fig. 5)."""
+    mamba: MambaConfig = field(default_factory=MambaConfig)
     condition: ClassConditionConfig = field(default_factory=ClassConditionConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
@@ -183,9 +213,18 @@ class TransformerConfig:
                 "heads must be 1 or more": self.heads >= 1,
                 "ffn_ratio must be above 0": 0 < self.ffn_ratio <= 1000,
                 "norm_eps must be above 0": 0 < self.norm_eps < 1,
+                "mixers must be one or more of attention, scale-attention, mamba": 1 <= len(self.mixers) <= 16,
+                "global_blocks must be 0 to depth": 0 <= self.global_blocks <= self.depth,
+                "shared_adaln needs as many mixers in every block: no global_blocks": not self.shared_adaln
+                or len({len(self.block_mixers(i)) for i in range(self.depth)}) == 1,
             },
         )
         self._check_dynamic()
+        if "mamba" in self.mixers and self.width * self.mamba.expand % self.mamba.head_width:
+            raise UserError(
+                f"transformer: mamba's inner width, {self.width} x {self.mamba.expand}, must be a multiple of "
+                f"mamba.head_width, {self.mamba.head_width}"
+            )
         if self.alignment.block > self.depth:
             raise UserError(f"transformer: alignment.block {self.alignment.block} is beyond the depth, {self.depth}")
         if self.width % self.heads:
@@ -208,6 +247,10 @@ class TransformerConfig:
     def derived(self) -> dict[str, Any]:
         """What fields that are 0 become."""
         return {"width": 64 * self.depth, "heads": self.depth}
+
+    def block_mixers(self, index: int) -> tuple[Mixer, ...]:
+        """The mixers of a block, counted from 0."""
+        return self.mixers if index < self.depth - self.global_blocks else ("attention",)
 
     @property
     def ffn_width(self) -> int:

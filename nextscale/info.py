@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
-from nextscale.config import ModelConfig, SampleConfig, TransformerConfig
+from nextscale.config import Mixer, ModelConfig, SampleConfig, TransformerConfig
 from nextscale.config_dict import nearest
 from nextscale.errors import UserError
 from nextscale.model.prune import Pruning
+from nextscale.model.scan import multiply_adds
 from nextscale.presets import PRESETS, preset
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -32,8 +33,8 @@ def describe(name: str) -> dict[str, Any]:
     """The facts of a preset or a checkpoint folder, as plain JSON values.
 
     `parameters` counts the transformer (the tokenizer when it stands alone); buffers are no parameters. Per scale:
-    tokens, FLOPs of one image without guidance (guidance doubles them), and bytes of the key/value cache so far in
-    float32.
+    tokens, FLOPs of one image without guidance (guidance doubles them), and bytes of what is kept for later scales
+    (keys and values, Mamba's states) in float32.
     """
     if name in PRESETS:
         config = preset(name)
@@ -70,7 +71,7 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
                 "side": list(side),
                 "tokens": pyramid.counts[k],
                 "flops": scale_flops(config, k),
-                "cache_bytes": 2 * 4 * config.transformer.depth * config.transformer.width * _cached(pyramid, k),
+                "cache_bytes": state_bytes(config, k),
             }
             for k, side in enumerate(pyramid.sides)
         ]
@@ -116,6 +117,32 @@ def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -
     return pairs * 2 * D * model.ffn_width + scored * D * (experts.count + experts.idle) + others
 
 
+def _mixer_flops(model: TransformerConfig, mixer: Mixer, tokens: int, seen: int) -> int:
+    """Multiply-adds of a mixer for `tokens` tokens of one scale; attention to all scales looks at `seen`."""
+    D, mamba = model.width, model.mamba
+    if mixer == "mamba":
+        inner = mamba.expand * D
+        projections = D * (3 * inner + 2 * mamba.state_width + inner // mamba.head_width)  # in: z, x, B, C, dt; out
+        return tokens * projections + multiply_adds(tokens, inner, mamba.state_width)
+    keys = seen if mixer == "attention" else tokens
+    return tokens * (4 * D * D + 2 * keys * D)  # q, k, v and output; queries by keys, weights by values
+
+
+def state_bytes(config: ModelConfig, k: int) -> int:
+    """Bytes that sampling keeps after scale k for the scales to come, one sequence, float32: keys and values of
+    attention to all scales, which grow with the scales, and Mamba's window and sums, which do not."""
+    model = config.transformer
+    assert model is not None, "a tokenizer alone keeps nothing"
+    inner, n = model.mamba.expand * model.width, model.mamba.state_width
+    window = (model.mamba.conv_kernel - 1) * (inner + 2 * n)
+    kept = {
+        "attention": 2 * model.width * _cached(config.pyramid, k),
+        "scale-attention": 0,
+        "mamba": window + inner * n,
+    }
+    return 4 * sum(kept[mixer] for block in range(model.depth) for mixer in model.block_mixers(block))
+
+
 def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, head: bool = True) -> int:
     """FLOPs of the transformer at scale k, one sequence: embedding, projections, attention, feed-forward, head."""
     model = config.transformer
@@ -125,9 +152,8 @@ def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, hea
     for block in range(model.depth):
         computed = pruning.computed[k] if pruning and pruning.applies(k, block) else N
         seen = (pruning.span(k, block) if pruning else config.pyramid.spans[k])[1]
-        projections = 4 * D * D  # q, k, v and output
-        attention = 2 * seen * D  # queries by keys, weights by values
-        total += computed * (projections + attention) + _ffn_flops(model, len(config.pyramid), computed, block)
+        total += sum(_mixer_flops(model, mixer, computed, seen) for mixer in model.block_mixers(block))
+        total += _ffn_flops(model, len(config.pyramid), computed, block)
     return 2 * (total + N * D * config.tokenizer.vocab_size * head)
 
 
@@ -147,8 +173,8 @@ def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConf
 
 def condition_flops(model: TransformerConfig) -> int:
     """FLOPs that the condition costs once per image: adaLN of the blocks and of the head."""
-    projections = 1 if model.shared_adaln else model.depth
-    return 2 * model.width * model.width * (6 * projections + 2)
+    vectors = [3 * (len(model.block_mixers(block)) + 1) for block in range(model.depth)]  # FFN's beside the mixers'
+    return 2 * model.width * model.width * (sum(vectors[:1] if model.shared_adaln else vectors) + 2)
 
 
 def _parameters(module: torch.nn.Module) -> int:
@@ -182,7 +208,7 @@ def as_text(facts: dict[str, Any]) -> str:
     if "per_scale" in facts:
         lines.append(f"  classes              {facts['classes']}")
         lines.append(f"  transformer          {_flop(facts['transformer_flops'])} per image, twice with guidance")
-        lines.append("\n  scale      tokens        arithmetic   key/value cache, float32")
+        lines.append("\n  scale      tokens        arithmetic   kept for later, float32")
         for scale in facts["per_scale"]:
             h, w = scale["side"]
             side = f"{h}x{w}"

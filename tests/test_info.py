@@ -3,13 +3,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config import ModelConfig, SampleConfig
+from nextscale.config import MVAR_MIXERS, MambaConfig, ModelConfig, SampleConfig
 from nextscale.errors import UserError
 from nextscale.info import as_text, condition_flops, describe, describe_config, sample_flops, scale_flops
+from nextscale.presets import PRESETS
 from nextscale.sample.generate import Eager
 from tests.conftest import tiny_config
 
-CONFIGS = [tiny_config(), tiny_config("1,2x3", shared_adaln=True, ffn_ratio=2.0), ModelConfig()]
+SMALL_MAMBA = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
+CONFIGS = [
+    tiny_config(),
+    tiny_config("1,2x3", shared_adaln=True, ffn_ratio=2.0),
+    ModelConfig(),
+    tiny_config("1,2,9", **SMALL_MAMBA),  # more tokens than a chunk of the scan, and not a multiple
+    tiny_config("1,2,3", global_blocks=1, **SMALL_MAMBA),
+    PRESETS["mvar-d12"],
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -28,13 +37,12 @@ def test_structural_count_equals_torch_s_counter(config):
         assert counter.get_total_flops() == scale_flops(config, k)
 
 
-def test_cache_bytes_are_those_of_the_cache():
-    config = CONFIGS[0]
+@pytest.mark.parametrize("config", CONFIGS)
+def test_kept_bytes_are_those_of_the_cache(config):
     _, model = build_on_meta(config)
     states = [s for block in model.new_cache(1) for s in block if s is not None]
-    size = sum(t.numel() * t.element_size() for s in states for t in (s.k_BHLd, s.v_BHLd))
-    D, depth, kept = config.transformer.width, config.transformer.depth, config.pyramid.spans[-1][0]
-    assert size == 2 * 4 * depth * D * kept == describe_config("", config)["per_scale"][-1]["cache_bytes"]
+    size = sum(t.numel() * t.element_size() for s in states for t in vars(s).values())
+    assert size == describe_config("", config)["per_scale"][-1]["cache_bytes"]
 
 
 def test_facts_of_a_preset_and_of_a_folder(tiny_folder):

@@ -79,47 +79,82 @@ def dense_ffn(q: dict[str, np.ndarray], y: np.ndarray) -> np.ndarray:
     return gelu(y @ q["ffn.fc1.weight"].T + q["ffn.fc1.bias"]) @ q["ffn.fc2.weight"].T + q["ffn.fc2.bias"]
 
 
+def reference_attention(q: dict[str, np.ndarray], y: np.ndarray, config, visible_LL: np.ndarray) -> np.ndarray:
+    """The attention of a block, `q` its parameters."""
+    D, H, d = config.width, config.heads, config.width // config.heads
+    bias = np.concatenate([q["q_bias"], np.zeros(D), q["v_bias"]])
+    qkv = (y @ q["qkv.weight"].T + bias).reshape(len(y), 3, H, d)
+    heads = []
+    for h in range(H):
+        query, key, value = qkv[:, 0, h], qkv[:, 1, h], qkv[:, 2, h]
+        if config.qk_norm:
+            query = query / np.linalg.norm(query, axis=-1, keepdims=True)
+            key = key / np.linalg.norm(key, axis=-1, keepdims=True)
+            query = query * np.exp(min(q["log_scale"][0, h, 0, 0], math.log(100)))
+            scores = query @ key.T
+        else:
+            scores = query @ key.T * 0.25 / math.sqrt(d)
+        heads.append(softmax(np.where(visible_LL, scores, -np.inf)) @ value)
+    return np.concatenate(heads, axis=-1) @ q["proj.weight"].T + q["proj.bias"]
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def reference_mamba(q: dict[str, np.ndarray], y: np.ndarray, config) -> np.ndarray:
+    """Mamba-2 from facts about `mamba_ssm`: token by token, head by head, `q` its parameters."""
+    inner, n, p = config.width * config.mamba.expand, config.mamba.state_width, config.mamba.head_width
+    taps, heads = config.mamba.conv_kernel, inner // p
+    states, raw, out = np.zeros((heads, p, n)), [np.zeros(inner + 2 * n)] * (taps - 1), []
+    for row in y @ q["in_proj.weight"].T:
+        z, dt = row[:inner], np.log1p(np.exp(row[-heads:] + q["dt_bias"]))
+        raw.append(row[inner:-heads])
+        mixed = silu(sum(q["conv1d.weight"][:, 0, j] * raw[j - taps] for j in range(taps)) + q["conv1d.bias"])
+        x, B, C = mixed[:inner].reshape(heads, p), mixed[inner : inner + n], mixed[inner + n :]
+        value = np.zeros((heads, p))
+        for h in range(heads):
+            states[h] = states[h] * np.exp(-np.exp(q["A_log"][h]) * dt[h]) + dt[h] * np.outer(x[h], B)
+            value[h] = states[h] @ C + q["D"][h] * x[h]
+        gated = value.reshape(-1) * silu(z)
+        out.append(gated / np.sqrt((gated**2).mean() + 1e-5) * q["norm.weight"])
+    return np.array(out) @ q["out_proj.weight"].T
+
+
 def reference_forward(p: dict[str, np.ndarray], model, label: int, x_LC: np.ndarray, ffn=dense_ffn) -> np.ndarray:
     """VAR for one image in float64, from facts about the official model: no torch, no batch, loops over heads.
 
     `ffn` computes a block's feed-forward from the block's parameters and its input.
     """
     config, pyramid = model.config, model.pyramid
-    D, H, d = config.width, config.heads, config.width // config.heads
+    D = config.width
     scale_of = np.array(pyramid.scale_of_L)
     condition = p["condition.embedding.weight"][label]
-    active = condition / (1 + np.exp(-condition))
+    active = silu(condition)
     first = pyramid.counts[0]
     x = np.concatenate([condition[None] + p["pos_start"][0], x_LC @ p["word_embed.weight"].T + p["word_embed.bias"]])
     x = x + p["level_embed.weight"][scale_of] + p["pos_embed"][0]
     assert x.shape == (first + len(x_LC), D)
     for i in range(config.depth):
         q = {n.removeprefix(f"blocks.{i}."): v for n, v in p.items() if n.startswith(f"blocks.{i}.")}
+        mixers = config.block_mixers(i)
         if config.shared_adaln:
             shared = p["shared_adaln.weight"] @ active + p["shared_adaln.bias"]
-            six = q["adaln.offset"].reshape(6, D) + shared.reshape(6, D)
+            vectors = q["adaln.offset"].reshape(-1, D) + shared.reshape(-1, D)
         else:
-            six = (q["adaln.linear.weight"] @ active + q["adaln.linear.bias"]).reshape(6, D)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = six
-        y = layer_norm(x, config.norm_eps) * (1 + scale1) + shift1
-        bias = np.concatenate([q["mixers.0.q_bias"], np.zeros(D), q["mixers.0.v_bias"]])
-        qkv = (y @ q["mixers.0.qkv.weight"].T + bias).reshape(len(x), 3, H, d)
-        heads = []
-        for h in range(H):
-            query, key, value = qkv[:, 0, h], qkv[:, 1, h], qkv[:, 2, h]
-            if config.qk_norm:
-                query = query / np.linalg.norm(query, axis=-1, keepdims=True)
-                key = key / np.linalg.norm(key, axis=-1, keepdims=True)
-                query = query * np.exp(min(q["mixers.0.log_scale"][0, h, 0, 0], math.log(100)))
-                scores = query @ key.T
+            vectors = (q["adaln.linear.weight"] @ active + q["adaln.linear.bias"]).reshape(-1, D)
+        gammas, scales, shifts = vectors.reshape(3, len(mixers) + 1, D)
+        for s, layer in enumerate([*mixers, "ffn"]):
+            y = layer_norm(x, config.norm_eps) * (1 + scales[s]) + shifts[s]
+            own = {n.removeprefix(f"mixers.{s}."): v for n, v in q.items() if n.startswith(f"mixers.{s}.")}
+            if layer == "ffn":
+                y = ffn(q, y)
+            elif layer == "mamba":
+                y = reference_mamba(own, y, config)
             else:
-                scores = query @ key.T * 0.25 / math.sqrt(d)
-            scores = np.where(scale_of[:, None] >= scale_of[None], scores, -np.inf)
-            heads.append(softmax(scores) @ value)
-        y = np.concatenate(heads, axis=-1) @ q["mixers.0.proj.weight"].T + q["mixers.0.proj.bias"]
-        x = x + gamma1 * y
-        y = layer_norm(x, config.norm_eps) * (1 + scale2) + shift2
-        x = x + gamma2 * ffn(q, y)
+                compare = np.greater_equal if layer == "attention" else np.equal
+                y = reference_attention(own, y, config, compare(scale_of[:, None], scale_of[None]))
+            x = x + gammas[s] * y
     scale, shift = (p["head_adaln.weight"] @ active + p["head_adaln.bias"]).reshape(2, D)
     x = layer_norm(x, config.norm_eps) * (1 + scale) + shift
     return x @ p["head.weight"].T + p["head.bias"]

@@ -1,8 +1,8 @@
-"""Official VAR checkpoints (`vae_*.pth`, `var_d*.pth`, or the same tensors in safetensors), in both directions.
+"""Official checkpoints of VAR and M-VAR (`vae_*.pth`, `var_d*.pth`, or the same tensors in safetensors), both ways.
 
 Names are translated by one list of rules, ours to theirs; the way back is its inverse over the names that the model
-really has. Three kinds of tensors in the official transformer are derived from its config (`lvl_1L`,
-`attn_bias_for_masking`, `zero_k_bias`): ours needs none of them, so they are checked, dropped and made anew on export.
+really has. Some tensors in the official transformers are derived from their config (`lvl_1L`, `attn_bias_for_masking`,
+`zero_k_bias`, M-VAR's `patch_nums`): ours needs none of them, so they are checked, dropped and made anew on export.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
 from nextscale.checkpoints.official_config import Hints, infer_config
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
-from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.config import MVAR_MIXERS, MambaConfig, ModelConfig, TransformerConfig
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid
 
@@ -49,6 +49,7 @@ _TRANSFORMER_RULES = [
     (r"\.mixers\.0\.qkv\.", ".attn.mat_qkv."),
     (r"\.mixers\.0\.log_scale$", ".attn.scale_mul_1H11"),
     (r"\.mixers\.0\.", ".attn."),
+    (r"\.mixers\.1\.", ".mamba."),
     (r"\.adaln\.linear\.", ".ada_lin.1."),
     (r"\.adaln\.offset$", ".ada_gss"),
     (r"^shared_adaln\.", "shared_ada_lin.1."),
@@ -89,8 +90,8 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
 def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) -> None:
     """Write official files; the suffix decides the format (.safetensors, or a torch pickle for anything else).
 
-    The head of semantic guidance, which only training uses, is left out. UserError for a mixture of experts, which has
-    no official form.
+    The head of semantic guidance, which only training uses, is left out. UserError for what has no official form:
+    mixtures of experts, other mixers than those of VAR or M-VAR, an M-VAR of one adaLN or of another Mamba-2.
     """
     config, origin = checkpoint.config, checkpoint.origin
     default = "single" if config.tokenizer.num_phi == 1 else "list"
@@ -106,11 +107,10 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
     if var is not None:
         if config.transformer is None:
             raise UserError(f"cannot write {var}: this checkpoint is a tokenizer alone")
-        router = config.transformer.experts.router
-        if router != "none":
+        if unknown := _unknown_officially(config.transformer):
             raise UserError(
-                f"cannot write {var}: this model is a mixture of experts ({router}), which the official format does "
-                "not know; its tokenizer can be exported by --vae alone"
+                f"cannot write {var}: {unknown}, which the official format does not know; its tokenizer can be "
+                "exported by --vae alone"
             )
         if config.transformer.dynamic.on:
             raise UserError(
@@ -123,6 +123,20 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
             theirs.update(derived_buffers(config.transformer, config.pyramid))
         files[var] = theirs | {n: t for n, t in checkpoint.extras.items() if n != USAGE}
     write_tensors(files)
+
+
+def _unknown_officially(model: TransformerConfig) -> str:
+    """What this model has that neither official code knows; empty when there is nothing."""
+    if model.experts.router != "none":
+        return f"this model is a mixture of experts ({model.experts.router})"
+    kinds = {model.block_mixers(i) for i in range(model.depth)}
+    if kinds == {("attention",)}:
+        return ""
+    if kinds != {MVAR_MIXERS}:
+        return f"this model's blocks mix tokens by {' or '.join(', '.join(kind) for kind in sorted(kinds))}"
+    if model.mamba != MambaConfig():
+        return f"this model's Mamba-2 has other sizes ({model.mamba})"
+    return "this M-VAR has one adaLN for all blocks (shared_adaln)" if model.shared_adaln else ""
 
 
 def official_tokenizer_name(name: str, config: ModelConfig, phi_layout: str) -> str:
@@ -154,9 +168,13 @@ def derived_buffers(config: TransformerConfig, pyramid: Pyramid) -> dict[str, Te
     """The buffers of the official transformer that follow from its config."""
     scale_L = torch.tensor(pyramid.scale_of_L)
     visible = scale_L[:, None] >= scale_L[None, :]
+    each = {"zero_k_bias": torch.zeros(config.width)}
+    if config.mixers == MVAR_MIXERS:
+        visible = scale_L[:, None] == scale_L[None, :]
+        each["patch_nums"] = torch.tensor(pyramid.counts, dtype=torch.int32)
     bias = torch.where(visible, 0.0, -torch.inf)
-    zero_bias = {f"blocks.{i}.attn.zero_k_bias": torch.zeros(config.width) for i in range(config.depth)}
-    return {"lvl_1L": scale_L[None], "attn_bias_for_masking": bias[None, None], **zero_bias}
+    in_blocks = {f"blocks.{i}.attn.{name}": value for i in range(config.depth) for name, value in each.items()}
+    return {"lvl_1L": scale_L[None], "attn_bias_for_masking": bias[None, None], **in_blocks}
 
 
 def _take_buffers(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nextscale.config import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.config import MVAR_MIXERS, ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
 from nextscale.errors import UserError
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024, Pyramid
 
@@ -94,6 +94,7 @@ def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> Tran
         ffn_ratio=_need(source, tensors, "blocks.0.ffn.fc1.weight").shape[0] / width,
         qk_norm=scale is not None,
         shared_adaln=any(name.startswith("shared_ada_lin.") for name in tensors),
+        mixers=MVAR_MIXERS if any(".mamba." in name for name in tensors) else ("attention",),
         condition=ClassConditionConfig(num_classes=_need(source, tensors, "class_emb.weight").shape[0] - 1),
     )
 

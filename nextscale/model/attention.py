@@ -69,3 +69,17 @@ class Attention(nn.Module):
             for start, end, mask in attention_segments(context.pyramid, q.shape[2], q.device)
         ]
         return torch.cat(pieces, dim=2)
+
+
+class ScaleAttention(Attention):
+    """Attention within each scale alone (M-VAR, arXiv 2411.10433): no mask, and nothing to keep for later scales."""
+
+    def new_state(self, batch: int, length: int) -> None:  # type: ignore[override]
+        """None: no scale looks at another."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ScaleContext) -> Tensor:
+        pieces = [
+            ops.attention(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], None, self.softmax_scale)
+            for start, end in context.segments(q.shape[2])
+        ]
+        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]

@@ -1,6 +1,7 @@
 """One transformer block: layers (mixers, then a feed-forward) behind adaLN modulation.
 
-Letters: B batch, N tokens at hand, D width, S layers of the block (2 in VAR: attention, feed-forward).
+Letters: B batch, N tokens at hand, D width, S layers of the block (VAR: attention, feed-forward; M-VAR:
+attention within the scale, Mamba-2, feed-forward).
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from torch import Tensor, nn
 
 from nextscale.config import TransformerConfig
 from nextscale.dynamic.layer import DynamicFeedForward
-from nextscale.model.attention import Attention
+from nextscale.model.attention import Attention, ScaleAttention
 from nextscale.model.context import ScaleContext
+from nextscale.model.mamba import Mamba2
 from nextscale.moe.layer import MixtureOfExperts
 from nextscale.ops import Linear
+
+MIXERS: dict[str, type[Attention] | type[Mamba2]] = {
+    "attention": Attention,
+    "scale-attention": ScaleAttention,
+    "mamba": Mamba2,
+}
 
 
 class FeedForward(nn.Module):
@@ -85,17 +93,19 @@ def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) ->
 class Block(nn.Module):
     """x += gamma_s * layer_s(LN(x) (1 + scale_s) + shift_s) for every layer s: the mixers, then the feed-forward."""
 
-    mixers: Sequence[Attention]
+    mixers: Sequence[Attention | Mamba2]
 
     def __init__(self, config: TransformerConfig, index: int, scales: int):
         super().__init__()
         self.eps, self.index = config.norm_eps, index
-        self.mixers = nn.ModuleList([Attention(config)])  # type: ignore[assignment]
+        self.mixers = nn.ModuleList(  # type: ignore[assignment]
+            MIXERS[name](config) for name in config.block_mixers(index)
+        )
         self.ffn = feed_forward(config, scales, index)
         self.adaln = AdaLN(config, len(self.layers))
 
     @property
-    def layers(self) -> tuple[Attention | FeedForward | DynamicFeedForward | MixtureOfExperts, ...]:
+    def layers(self) -> tuple[Attention | Mamba2 | FeedForward | DynamicFeedForward | MixtureOfExperts, ...]:
         """The S layers in the order they run."""
         return *self.mixers, self.ffn
 
@@ -118,7 +128,8 @@ class Block(nn.Module):
         records = []
         for s, layer in enumerate(self.layers):
             gamma, scale, shift = adaln_B3SD[:, :, s].unsqueeze(2).unbind(1)  # (B, 1, D) each
-            here = replace(context, state=states[s] if states else None, previous=previous[s] if previous else None)
+            before = previous[-1] if previous and layer is self.ffn else None  # mixers leave no record
+            here = replace(context, state=states[s] if states else None, previous=before)
             if context.pruning is None:
                 y, record = layer(modulate(x_BND, scale, shift, self.eps), here)
                 x_BND = torch.addcmul(x_BND, y, gamma)

@@ -8,9 +8,13 @@ import torch
 from torch import nn
 
 from nextscale.config import InitConfig
+from nextscale.model.mamba import Mamba2
 from nextscale.model.var import VAR
 from nextscale.moe.routers import Router
 from nextscale.ops import StackedLinear
+
+_FIRST_STEPS = (1e-3, 0.1)
+"""Between them lie Mamba's steps dt at the start."""
 
 
 @torch.no_grad()
@@ -24,7 +28,10 @@ def initialise(model: VAR, config: InitConfig, generator: torch.Generator) -> VA
     model.head_adaln.weight.mul_(config.adaln)
     for block in model.blocks:
         for layer in block.layers:  # the residual stream keeps its size over the depth
-            layer.output.weight.div_(math.sqrt(2 * depth))
+            if isinstance(layer, Mamba2):
+                draw_scan(layer, generator)
+            else:
+                layer.output.weight.div_(math.sqrt(2 * depth))
         if block.adaln.offset is not None:
             block.adaln.offset.normal_(generator=generator).div_(math.sqrt(D))
         rows = block.adaln.rows()
@@ -52,6 +59,19 @@ def draw_weights(part: nn.Module, width: int, generator: torch.Generator) -> Non
     for module in part.modules():
         if isinstance(module, Router) and module.scale_embed is not None:
             module.scale_embed.weight.div_(_spread(width))  # as large as the normalised tokens beside them
+
+
+@torch.no_grad()
+def draw_scan(mamba: Mamba2, generator: torch.Generator) -> None:
+    """What Mamba-2 draws beside its projections: `mamba_ssm`'s own choice, but VAR's for the convolution."""
+    mamba.A_log.copy_(torch.empty_like(mamba.A_log).uniform_(1, 16, generator=generator).log())
+    low, high = _FIRST_STEPS
+    dt = torch.empty_like(mamba.dt_bias).uniform_(math.log(low), math.log(high), generator=generator).exp()
+    mamba.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+    mamba.D.fill_(1)
+    mamba.norm.weight.fill_(1)
+    nn.init.trunc_normal_(mamba.conv1d.weight, std=0.02, generator=generator)
+    mamba.conv1d.bias.zero_()
 
 
 def _spread(width: int) -> float:

@@ -168,7 +168,8 @@ class VAR(nn.Module):
         for i, block in enumerate(self.blocks):
             adaln_B3SD = conditioning.blocks_B3SD[i]
             if branch_keep is not None:  # dropping a branch is a gamma of zero
-                gamma_B1SD = adaln_B3SD[:, :1] * branch_keep[i].T[:, None, :, None]
+                keep_SB = branch_keep[i, : adaln_B3SD.shape[2]]
+                gamma_B1SD = adaln_B3SD[:, :1] * keep_SB.T[:, None, :, None]
                 adaln_B3SD = torch.cat([gamma_B1SD, adaln_B3SD[:, 1:]], dim=1)
             x_BND, record = block(
                 x_BND, adaln_B3SD, context, cache[i] if cache else None, records[-1] if records else None

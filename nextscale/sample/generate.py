@@ -131,6 +131,8 @@ def _pruning(model: VAR, config: SampleConfig) -> Pruning | None:
     if not config.prune:
         return None
     experts, depth = model.config.experts, model.config.depth
+    if "mamba" in model.config.mixers:
+        raise UserError("prune cannot work with mamba, whose state runs through every token; sample without prune")
     if experts.router == "moe++" and experts.gating_residual and depth > max(config.prune_first_block, 1):
         raise UserError(
             "prune cannot work with MoE++'s gating residual: a router sees what the block before scored, and blocks "

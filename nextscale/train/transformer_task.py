@@ -133,6 +133,6 @@ def branch_keep(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Te
     """Stochastic depth (B, blocks, S): 0 where a branch is dropped, else 1 / keep probability. None when off."""
     if rate == 0:
         return None
-    depth, layers = len(model.blocks), len(model.blocks[0].layers)
+    depth, layers = len(model.blocks), max(len(block.layers) for block in model.blocks)
     keep_D1 = 1 - torch.linspace(0, rate, depth).view(-1, 1)
     return (torch.rand(batch, depth, layers, generator=rng) < keep_D1) / keep_D1
