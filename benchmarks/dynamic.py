@@ -1,6 +1,6 @@
 """What dynamic experts save, and what they cost in quality.
 
-    python -m benchmarks.dynamic ffn [--batches 1 8 32] [--active 0.25 0.58 0.8 1] [--rounds 7] [--device cpu]
+    python -m benchmarks.dynamic ffn [--batches 1 8 32] [--active 0.25 0.58 0.8 1] [--rounds 7] [--clock wall]
     python -m benchmarks.dynamic nested [--rounds 7]
     python -m benchmarks.dynamic sampling MODEL [--batches 1 8] [--budgets 0.9 0.8 0.7] [--rounds 5] [--cfg 1.5]
     python -m benchmarks.dynamic quality MODEL --features NETWORK --reference DATA [--budget 0.8] [--images 2000]
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", default="wall", choices=list(_CLOCKS), help="cpu: on a busy machine, one thread")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--features", default="")
@@ -70,22 +71,28 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def alternating(work: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+def alternating(work: dict[str, Callable[[], Any]], rounds: int, now: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each, in rounds in which they take turns, after two to warm up."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 2):
         for name, call in work.items():
-            began = _now(device)
+            began = now()
             call()
             if turn > 1:
-                times[name].append(_now(device) - began)
+                times[name].append(now() - began)
     return times
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def _now(options: argparse.Namespace) -> Callable[[], float]:
+    def now() -> float:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return _CLOCKS[options.clock]()
+
+    return now
 
 
 # ---- one FFN
@@ -114,7 +121,7 @@ def ffn(options: argparse.Namespace) -> dict[str, Any]:
             dense_ms, sparse_ms, router_ms = (1000 * times["median"] for times in case["seconds"].values())
             print(f"{case['rows']:>6}{case['active']:>8.2f}{dense_ms:>10.1f}{sparse_ms:>11.1f}{router_ms:>8.1f}"
                   f"{case['saved']:>8.1%}{case['flops_saved']:>8.1%}{worth:>7.2f}", flush=True)  # fmt: skip
-    return {"rounds": options.rounds, "dtype": options.dtype, "cases": cases}
+    return {"rounds": options.rounds, "dtype": options.dtype, "clock": options.clock, "cases": cases}
 
 
 def _ffn_case(
@@ -133,7 +140,7 @@ def _ffn_case(
         "sparse": sparse,
         "router": lambda: choose(router(x_TD), 0.8),
     }
-    times = alternating(work, options.rounds, options.device)
+    times = alternating(work, options.rounds, _now(options))
     ratios = [b / a for a, b in zip(times["dense"], times["sparse"], strict=True)]
     return {"rows": len(x_TD), "active": chosen_TE.float().mean().item(), "ratio": spread(ratios),
             "saved": 1 - statistics.median(ratios), "seconds": {n: spread(t) for n, t in times.items()}}  # fmt: skip
@@ -174,7 +181,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
                 pass
 
         work = {name: (lambda c=config: drawn(c)) for name, config in settings.items()}
-        times = alternating(work, options.rounds, options.device)
+        times = alternating(work, options.rounds, _now(options))
         for name, config in settings.items():
             ratios = [b / a for a, b in zip(times["all experts"], times[name], strict=True)]
             executed = sampled_flops(pipeline, labels, config, batch)
