@@ -199,3 +199,15 @@ def test_costs_are_timed_in_turns_and_maps_are_drawn_once(tmp_path):
     assert [model["router"] for model in found] == ["smoe", "stmoe"]
     load = json.loads((folder / "results.json").read_text())["rows"][0]["figures"]
     assert sum(load[f"load_E{j}"]["mean"] for j in range(1, 9)) == pytest.approx(64, rel=1e-4)
+
+
+def test_rows_of_dynamic_experts_are_sparsified_once_and_counted(tmp_path):
+    """Of one trained model; a row of all experts, one at a budget, and the picture of both."""
+    assert main(["experiment", "run", "dmoe-maps", "--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = {kind: len(list((tmp_path / "tiny").glob(f"{kind}-*"))) for kind in ("run", "sparse")}
+    assert found == {"run": 1, "sparse": 1}
+    folder = tmp_path / "tiny" / "dmoe-maps"
+    everything, budget = json.loads((folder / "results.json").read_text())["rows"]
+    assert everything["figures"]["flops_share"]["mean"] == 1
+    assert budget["figures"]["flops_share"]["mean"] == pytest.approx(0.8, abs=0.05)
+    assert all((folder / f"{name}.png").exists() for name in ("experts", "samples", "figure"))

@@ -45,6 +45,8 @@ def sampled_flops(
     pipeline: Pipeline, labels: Sequence[int | None], settings: SampleConfig, batch_size: int = 16
 ) -> Executed:
     """FLOPs that were executed while images of these labels were drawn, read off the records of every scale."""
+    if settings.prune or settings.draft_scales:
+        raise UserError("FLOPs of dynamic experts are counted without prune and refiner: leave those settings out")
     config, totals, units = pipeline.config, list[tuple[int, int]](), list[Tensor]()
     model = pipeline.transformer.config
     branches = 2 if settings.cfg > 0 else 1

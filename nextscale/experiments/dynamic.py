@@ -19,6 +19,11 @@ _COUNTED = 64
 """Images over which executed FLOPs are averaged, of all classes in turn."""
 
 
+def without_dial(sampling: SampleConfig) -> SampleConfig:
+    """The settings as a dense model takes them."""
+    return dataclasses.replace(sampling, tau=(), budget=0.0, selection="threshold")
+
+
 def sparsified(
     config: SparsifyConfig, source: Path, data: str, within: Path, key: Callable[..., str], world: World
 ) -> Path:

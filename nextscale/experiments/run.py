@@ -22,7 +22,7 @@ from nextscale.errors import UserError
 from nextscale.evaluate.measures import NEUTRAL, name_of
 from nextscale.evaluate.run import Settings, evaluate, make_statistics
 from nextscale.experiments.cost import sampling_seconds, training_seconds
-from nextscale.experiments.dynamic import dynamic_figures, sampling_at, sparsified
+from nextscale.experiments.dynamic import dynamic_figures, sampling_at, sparsified, without_dial
 from nextscale.experiments.entry import Experiment, Row
 from nextscale.experiments.pictures import Shown, draw
 from nextscale.experiments.report import write_results
@@ -230,7 +230,7 @@ class _Lab:
         folder = self.folder / f"run-{key(decides(dataclasses.replace(config, sampling=sampling)))}"
         if not (folder / "finished.json").exists():
             # rows that share a training differ in sampling alone, which must not make their settings differ
-            config = dataclasses.replace(config, sampling=self.experiment.rows[0].sampling)
+            config = dataclasses.replace(config, sampling=without_dial(self.experiment.rows[0].sampling))
             train_transformer(config, folder, self.world)
         self.world.wait()
         return folder, read_json(folder / "finished.json")
