@@ -6,8 +6,8 @@ from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.config import MVAR_MIXERS, MambaConfig, ModelConfig, SampleConfig
 from nextscale.errors import UserError
 from nextscale.info import as_text, condition_flops, describe, describe_config, sample_flops, scale_flops
-from nextscale.sample.generate import Eager
 from nextscale.presets import PRESETS
+from nextscale.sample.generate import Eager
 from tests.conftest import tiny_config
 
 SMALL_MAMBA = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}

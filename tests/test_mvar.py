@@ -239,8 +239,8 @@ def test_what_does_not_fit_is_refused():
         Pipeline.from_config(mvar_config()).sample([0], prune=(0.5,))
     with pytest.raises(UserError, match="inner width, 36 x 2, must be a multiple of mamba.head_width, 64"):
         TransformerConfig(depth=1, width=36, heads=1, mixers=MVAR_MIXERS)
-    with pytest.raises(UserError, match="global_blocks must be 0 to depth; got global_blocks=3"):
-        mvar_config(global_blocks=3)
+    with pytest.raises(UserError, match="global_blocks must be 0 or more; got global_blocks=-1"):
+        mvar_config(global_blocks=-1)
     with pytest.raises(UserError, match="shared_adaln needs as many mixers in every block"):
         mvar_config(global_blocks=1, shared_adaln=True)
     with pytest.raises(UserError, match="mixers must be one or more"):
@@ -256,7 +256,7 @@ def test_initialisation():
     assert decay.min() >= 1
     assert decay.max() <= 16
     assert abs(decay.mean() - 8.5) < 0.8
-    assert 1e-3 * 0.99 <= dt.min()
+    assert dt.min() >= 1e-3 * 0.99
     assert dt.max() <= 0.1 * 1.01
     assert abs(dt.log().mean() - np.log([1e-3, 0.1]).mean()) < 0.3
     assert torch.equal(mamba.D, torch.ones(512))

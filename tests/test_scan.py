@@ -1,4 +1,4 @@
-"""Mamba-2 by itself: chunks, single tokens and carried states are one function, and it is that of transformers' Mamba2."""
+"""Mamba-2 by itself: chunks, single tokens and carried states are one function, that of transformers' Mamba2."""
 
 import pytest
 import torch
