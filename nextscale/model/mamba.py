@@ -127,7 +127,7 @@ class CausalConv(nn.Module):
         """(B, M - K + 1, W) of M rows, the first K - 1 of which lie before the tokens at hand; float32."""
         count = rows_BMW.shape[1] - self.taps + 1
         weight_KW = self.weight.float()[:, 0].T
-        y_BNW = self.bias.float().expand(len(rows_BMW), count, -1)
-        for tap, weight_W in enumerate(weight_KW.unbind(0)):
-            y_BNW = torch.addcmul(y_BNW, rows_BMW[:, tap : tap + count], weight_W)
+        y_BNW = torch.addcmul(self.bias.float(), rows_BMW[:, :count], weight_KW[0])
+        for tap in range(1, self.taps):
+            y_BNW.addcmul_(rows_BMW[:, tap : tap + count], weight_KW[tap])
         return y_BNW

@@ -81,10 +81,9 @@ def _within(x_BGQHp: Tensor, log_BGQH: Tensor, scores_BGQQ: Tensor) -> Tensor:
     nothing but their rounding errors in the sum.
     """
     log_BGHQ = log_BGQH.transpose(2, 3)
-    not_earlier_QQ = torch.ones_like(scores_BGQQ[0, 0], dtype=torch.bool).triu()
-    decay_BGHQQ = (log_BGHQ.unsqueeze(-1) - log_BGHQ.unsqueeze(-2)).float()
-    decay_BGHQQ = decay_BGHQQ.masked_fill(not_earlier_QQ, -torch.inf).exp()
-    earlier_BGHQp = (decay_BGHQQ * scores_BGQQ.unsqueeze(2)) @ x_BGQHp.transpose(2, 3)
+    gap_BGHQQ = (log_BGHQ.unsqueeze(-1) - log_BGHQ.unsqueeze(-2)).float()
+    decay_BGHQQ = gap_BGHQQ.clamp_max(0).exp_()  # of later tokens 1, which their scores then strike out
+    earlier_BGHQp = (decay_BGHQQ * scores_BGQQ.tril(-1).unsqueeze(2)) @ x_BGQHp.transpose(2, 3)
     own_BGQ = scores_BGQQ.diagonal(dim1=-2, dim2=-1)
     return torch.addcmul(earlier_BGHQp.transpose(2, 3), x_BGQHp, own_BGQ[..., None, None])
 
