@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nextscale.cli import main
-from nextscale.config import AlignmentConfig, ClassConditionConfig, ExpertsConfig
+from nextscale.config import MVAR_MIXERS, AlignmentConfig, ClassConditionConfig, ExpertsConfig, MambaConfig
 from nextscale.data.cache import TokenCache
 from nextscale.errors import UserError
 from nextscale.moe.routers import ROUTERS
@@ -37,10 +37,13 @@ def tensors(task):
     return {n: t.clone() for n, t in task.trained.state_dict().items()}
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_interrupted_and_resumed_equals_uninterrupted(router, tmp_path):
+MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
+
+
+@pytest.mark.parametrize(("router", "mixers"), [*((router, {}) for router in ROUTERS), ("stmoe", MVAR)])
+def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
     """Bit for bit with experts, guidance and averages, in the middle of an epoch, with a fresh process's modules."""
-    whole = task_of(router, LOSS, config=SETTINGS)
+    whole = task_of(router, LOSS, config=SETTINGS, **mixers)
     fit(whole, SETTINGS, tmp_path / "whole")
 
     class StopAfterFive(type(whole)):
@@ -49,11 +52,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(router, tmp_path):
                 raise KeyboardInterrupt
             return super().forward(batch, noise, step)
 
-    first = task_of(router, LOSS, config=SETTINGS)
+    first = task_of(router, LOSS, config=SETTINGS, **mixers)
     first.__class__ = StopAfterFive
     with pytest.raises(KeyboardInterrupt):
         fit(first, SETTINGS, tmp_path / "parts")
-    second = task_of(router, LOSS, config=SETTINGS)
+    second = task_of(router, LOSS, config=SETTINGS, **mixers)
     for tensor in second.trained.state_dict().values():
         tensor.fill_(9)  # all must come from the state
     fit(second, SETTINGS, tmp_path / "parts")
