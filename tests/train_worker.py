@@ -1,8 +1,8 @@
 """Training processes for tests: python -m tests.train_worker FOLDER TASK [setting=value ...] [-- FOLDER TASK ...] ...
 
 Alone or under torchrun. Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with
-mixers=mvar an M-VAR) or 2 (encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and, for
-each process, FOLDER/held-RANK.json: which share of each parameter it holds.
+mixers=mvar an M-VAR) or 2 (encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and,
+for each process, FOLDER/held-RANK.json: which share of each parameter it holds.
 """
 
 import json
