@@ -73,7 +73,7 @@ class Upcycle:
 
 @dataclass
 class ImportOfficial:
-    """Turn official VAR or M-VAR checkpoints (.pth or .safetensors) into a nextscale folder. All tensors are kept exactly."""
+    """Turn official VAR or M-VAR checkpoints (.pth or .safetensors) into a nextscale folder, all tensors exactly."""
 
     vae: Path
     """The tokenizer, such as vae_ch160v4096z32.pth."""
