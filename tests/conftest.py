@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+
+# Before torch is imported: threads that wait for one another sleep. Spinning, they take the cores that others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
