@@ -21,7 +21,6 @@ from nextscale.train.world import World
 from tests.train_worker import build, parse, train
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("distributed")  # on one worker, so that the fixtures are made once
 
 EQUAL = {
     "codebook": "0 codebook=ema",
