@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/nextscale quickstart --out $(RUN)
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 soak: $(VENV)/.ready
 	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py -s

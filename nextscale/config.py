@@ -193,7 +193,8 @@ class TransformerConfig:
     """What mixes tokens in a block, in this order, ahead of the FFN: attention to all scales so far (VAR); or
     scale-attention, within each scale, and mamba, from scale to scale (M-VAR)."""
     global_blocks: int = 0
-    """Blocks, the last ones, that have attention to all scales in place of the mixers (M-VAR's Fig. 5)."""
+    """Blocks, the last ones, that have attention to all scales in place of the mixers (M-VAR's Fig. 5); depth or more
+    means all."""
     mamba: MambaConfig = field(default_factory=MambaConfig)
     condition: ClassConditionConfig = field(default_factory=ClassConditionConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -214,7 +215,7 @@ class TransformerConfig:
                 "ffn_ratio must be above 0": 0 < self.ffn_ratio <= 1000,
                 "norm_eps must be above 0": 0 < self.norm_eps < 1,
                 "mixers must be one or more of attention, scale-attention, mamba": 1 <= len(self.mixers) <= 16,
-                "global_blocks must be 0 to depth": 0 <= self.global_blocks <= self.depth,
+                "global_blocks must be 0 or more": self.global_blocks >= 0,
                 "shared_adaln needs as many mixers in every block: no global_blocks": not self.shared_adaln
                 or len({len(self.block_mixers(i)) for i in range(self.depth)}) == 1,
             },

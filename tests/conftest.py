@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+
+# Before torch is imported: threads that wait for one another sleep. Spinning, they take the cores that others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
+from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.config import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.info import condition_flops, scale_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
+from nextscale.train.config import TrainConfig
+from nextscale.train.log import read_log
+from nextscale.train.loop import fit
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
@@ -99,3 +109,35 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     randomised(tiny_config()).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def check_flops(config: ModelConfig) -> None:
+    """What info.py counts by structure equals torch's counter: the condition, and a step at every scale."""
+    _, model = build_on_meta(config)
+    values = torch.zeros(1, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        conditioning = model.conditioning(values)
+    assert counter.get_total_flops() == condition_flops(config.transformer)
+    cache = model.new_cache(1)
+    for k, count in enumerate(config.pyramid.counts):
+        x = torch.empty(1, count, config.tokenizer.code_width, device="meta") if k else None
+        with FlopCounterMode(display=False) as counter:
+            model.step(conditioning, x, k, cache)
+        assert counter.get_total_flops() == scale_flops(config, k)
+
+
+def losses_by_precision(make, settings: TrainConfig, folder: Path) -> dict[str, list[float]]:
+    """Losses of each step of the task that `make(settings)` builds: in float32, bf16 and fp16 (with its loss scale).
+
+    Asserts that low precision changes them, and that recomputing blocks does not."""
+    losses = {}
+    variants = {n: {"precision": n} for n in ("fp32", "bf16", "fp16")} | {"again": {"activation_checkpointing": True}}
+    for name, changes in variants.items():
+        config = replace(settings, **changes)
+        fit(make(config), config, folder / name)
+        losses[name] = [r["loss"] for r in read_log(folder / name / "log.jsonl")]
+    assert losses["again"] == losses["fp32"]
+    for name in ("bf16", "fp16"):
+        assert losses[name] != losses["fp32"]
+    return losses

@@ -18,12 +18,13 @@ from nextscale.commands.use import parse_labels
 from nextscale.config import SampleConfig
 from nextscale.config_files import read_settings
 from nextscale.errors import UserError
-from tests.conftest import read_fixture
+from tests.conftest import FIXTURES, read_fixture
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
+    """A process of its own."""
     command = [sys.executable, "-m", "nextscale.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
@@ -37,19 +38,28 @@ def fails(capsys, *arguments: object) -> str:
     return lines[0]
 
 
-def test_the_contract_with_official_files(official, tmp_path):
-    """import-official, sample and reconstruct, from the official implementation's files to its tokens and images."""
+def test_the_contract_with_official_files(official, tmp_path, capsys):
+    """import-official, sample and reconstruct, from the official implementation's files to its tokens and images.
+
+    Each by a process of its own for the first of the models, in this one for the others.
+    """
+
+    def succeeds(*arguments: object) -> None:
+        if official.folder.name == FIXTURES[0]:
+            done = run(*arguments)
+            assert done.returncode == 0, done.stderr
+        else:
+            assert main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+
     vae, var = official.files
     heads = ["--heads", official.meta["num_heads"]]
-    done = run("import-official", "--vae", vae, "--var", var, *heads, "--out", tmp_path / "model")
-    assert done.returncode == 0, done.stderr
+    succeeds("import-official", "--vae", vae, "--var", var, *heads, "--out", tmp_path / "model")
     meta, io = official.meta, official.io
-    done = run(
+    succeeds(
         "sample", tmp_path / "model", "--labels", ",".join(map(str, io["in.label"].tolist())), "--cfg", meta["cfg"],
         "--top-k", meta["top_k"], "--top-p", meta["top_p"], "--seed", meta["seed"], "--official-seeding",
         "--out", tmp_path / "grid.png", "--tokens-out", tmp_path / "T.safetensors", "--images-out", tmp_path / "images",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     out = load_file(tmp_path / "T.safetensors")
     assert out["tokens"].dtype == torch.int64
     assert torch.equal(out["tokens"], io["out.seeded.tokens"])
@@ -61,11 +71,10 @@ def test_the_contract_with_official_files(official, tmp_path):
     assert Image.open(tmp_path / "grid.png").mode == "RGB"
     if not (official.folder / "png.safetensors").exists():
         return
-    done = run(
+    succeeds(
         "reconstruct", tmp_path / "model", official.folder / "image0.png", official.folder / "image1.png",
         "--out", tmp_path / "grid.png", "--tokens-out", tmp_path / "R.safetensors",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     expected, out = load_file(official.folder / "png.safetensors"), load_file(tmp_path / "R.safetensors")
     assert torch.equal(out["tokens"], expected["tokens"])
     assert (out["images"] * 2 - 1 - expected["reconstruction"]).abs().max() < 1e-4

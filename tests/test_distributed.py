@@ -21,12 +21,12 @@ from nextscale.train.world import World
 from tests.train_worker import build, parse, train
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("distributed")  # on one worker, so that the fixtures are made once
 
 EQUAL = {
     "codebook": "0 codebook=ema",
     "encoder": "2",
     "full, dense": "1 sharding=full ema=0.9 activation_checkpointing=1",
+    "full, mamba": "1 sharding=full mixers=mvar activation_checkpointing=1",
     "full, expert-choice": "1 sharding=full router=expert-choice ema=0.9 activation_checkpointing=1",
     "full, moe++": "1 sharding=full router=moe++",
     "experts, stmoe": "1 sharding=experts router=stmoe ema=0.9 activation_checkpointing=1",

@@ -64,7 +64,7 @@ def test_what_is_missing_is_named(capsys):
     assert "there is no experiment 'var-size'; did you mean 'var-sizes'?" in capsys.readouterr().err
 
 
-def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path):
+def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path, capsys):
     """Finished runs are not repeated, an interrupted training goes on, and the table holds what was measured."""
     options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "nextscale.cli", "experiment", "run", "var-guidance", *options]
@@ -81,7 +81,7 @@ def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path):
     ]
     finished = {f: f.stat().st_mtime_ns for f in finished if (f.parent / "finished.json").exists() and f.is_file()}
     assert len(finished) >= 6
-    subprocess.run(command, check=True, capture_output=True)
+    assert main(command[3:]) == 0
     assert all(f.stat().st_mtime_ns == at for f, at in finished.items()), "something finished was done again"
 
     results = json.loads((tiny / "var-guidance" / "results.json").read_text())
@@ -99,13 +99,13 @@ def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path):
     assert "| cfg 3 |" in "\n".join(lines)
     assert (tiny / "var-guidance" / "figure.png").stat().st_size > 1000
     (model, *_) = sorted(tiny.glob("run-*"))
-    alone = [*command[:-1], str(tmp_path / "alone"), "--model", str(model)]
-    run = subprocess.run(alone, check=True, capture_output=True, text=True)
-    assert "training the transformer" not in run.stderr, "a model that is given is measured as it is"
+    capsys.readouterr()
+    assert main([*command[3:-1], str(tmp_path / "alone"), "--model", str(model)]) == 0
+    assert "training the transformer" not in capsys.readouterr().err, "a model that is given is measured as it is"
     measured = json.loads((tmp_path / "alone" / "tiny" / "var-guidance" / "results.json").read_text())
     assert [len(row["figures"]["distance"]["values"]) for row in measured["rows"]] == [2, 2, 2]
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "training the" not in again.stderr, "nothing is left to train"
+    assert main(command[3:]) == 0
+    assert "training the" not in capsys.readouterr().err, "nothing is left to train"
 
 
 def test_the_table_sets_published_figures_beside_ours():
@@ -130,8 +130,7 @@ def test_the_table_sets_published_figures_beside_ours():
 
 def test_accelerations_train_a_refiner_and_count_what_was_computed(tmp_path):
     options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "nextscale.cli", "experiment", "run", "var-accelerations", *options]
-    subprocess.run(command, check=True, capture_output=True)
+    assert main(["experiment", "run", "var-accelerations", *options]) == 0
     tiny = tmp_path / "tiny"
     assert len(list(tiny.glob("run-*"))) == 4, "two models for each of two seeds"
     rows = json.loads((tiny / "var-accelerations" / "results.json").read_text())["rows"]
@@ -147,11 +146,10 @@ def test_a_refiner_goes_with_a_model():
         resolve(load("var-guidance", "tiny"), {"model": "runs/a", "refiner": "runs/b"})
 
 
-def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path):
+def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path, capsys):
     """Table 5 in small: four trainings for each seed, three encoders, each cached once."""
     options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "nextscale.cli", "experiment", "run", "mepa-encoders", *options]
-    subprocess.run(command, check=True, capture_output=True)
+    assert main(["experiment", "run", "mepa-encoders", *options]) == 0
     tiny = tmp_path / "tiny"
     found = {kind: len(list(tiny.glob(f"{kind}-*"))) for kind in ("run", "cache", "encoder", "classifier")}
     assert found == {"run": 8, "cache": 4, "encoder": 2, "classifier": 1}
@@ -163,8 +161,9 @@ def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path):
     assert all(-1 <= value < 0 for value in guidance), "of three scales one is intermediate: minus a cosine"
     assert rows["+SG-DINOv3"]["figures"] == {}
     assert rows["+SG-DINOv3"]["published"]["distance"] == 3.59
-    groups = subprocess.run([*command[:5], "mepa-ablation", *options], check=True, capture_output=True, text=True)
-    assert groups.stderr.count("training the transformer: 100%") == 4, (
+    capsys.readouterr()
+    assert main(["experiment", "run", "mepa-ablation", *options]) == 0
+    assert capsys.readouterr().err.count("training the transformer: 100%") == 4, (
         "+STMoE with and without guidance; all else is there"
     )
 

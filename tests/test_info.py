@@ -5,10 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.config import MVAR_MIXERS, MambaConfig, ModelConfig, SampleConfig
 from nextscale.errors import UserError
-from nextscale.info import as_text, condition_flops, describe, describe_config, sample_flops, scale_flops
+from nextscale.info import as_text, describe, describe_config, sample_flops
 from nextscale.presets import PRESETS
 from nextscale.sample.generate import Eager
-from tests.conftest import tiny_config
+from tests.conftest import check_flops, tiny_config
 
 SMALL_MAMBA = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
 CONFIGS = [
@@ -22,19 +22,8 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@torch.no_grad()
 def test_structural_count_equals_torch_s_counter(config):
-    _, model = build_on_meta(config)
-    values = torch.zeros(1, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        conditioning = model.conditioning(values)
-    assert counter.get_total_flops() == condition_flops(config.transformer)
-    cache = model.new_cache(1)
-    for k, count in enumerate(config.pyramid.counts):
-        x = torch.empty(1, count, config.tokenizer.code_width, device="meta") if k else None
-        with FlopCounterMode(display=False) as counter:
-            model.step(conditioning, x, k, cache)
-        assert counter.get_total_flops() == scale_flops(config, k)
+    check_flops(config)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

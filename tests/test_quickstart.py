@@ -20,7 +20,7 @@ from nextscale.features.encoders import load_encoder
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import measure
-from nextscale.quickstart.run import run_quickstart
+from nextscale.quickstart.run import features_of, run_quickstart
 from nextscale.train.log import read_log
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,12 @@ def test_a_folder_of_images(folder, tmp_path):
     pipeline = Pipeline.from_pretrained(tmp_path / "run")
     assert pipeline.config.transformer.experts.router == "stmoe"
     assert "guidance" in read_log(tmp_path / "run" / "log.jsonl")[-1]
-    assert load_encoder(str(tmp_path / "run" / "encoder")).kind == "moco_v2"
+    encoder = load_encoder(str(tmp_path / "run" / "encoder"))
+    assert encoder.kind == "moco_v2"
+    train, _ = load_images(str(folder), 8, 20000, 0).split(0.2, 0)
+    features_RC = features_of(train, encoder, encoder.grid).flatten(0, 2)
+    assert features_RC.mean(dim=0).abs().max() < 1e-4, "standardised, as `encoder train` does it"
+    assert torch.allclose(features_RC.std(dim=0, correction=0), torch.ones(16), atol=0.02)
     assert pipeline.config.class_names == ("day", "night")
     assert pipeline.sample(["night"]).tensor.shape == (1, 3, 8, 8)
     # a finished run is not repeated

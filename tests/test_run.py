@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.cli import main
-from nextscale.config import ModelConfig
+from nextscale.config import AlignmentConfig, ModelConfig
 from nextscale.config_files import read_settings
 from nextscale.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
@@ -17,7 +19,7 @@ from nextscale.presets import preset
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.train.config import TrainConfig
-from nextscale.train.estimate import activation_bytes
+from nextscale.train.estimate import activation_bytes, head_flops
 from nextscale.train.log import read_log
 from nextscale.train.run_config import RunConfig
 from tests.conftest import randomised, tiny_config
@@ -236,6 +238,33 @@ def test_dry_run_of_divided_experts(place, capsys):
     assert "needs a mixture of experts; the transformer has none" in capsys.readouterr().err
 
 
+def test_dry_run_counts_the_alignment_head(place, capsys):
+    """Of a ViT-B's width where no encoder is at hand; its arithmetic on the tokens of the guided scales alone."""
+    found = {}
+    for encoder in ("cache", ""):
+        assert run(f"train mepa-d12 --out none --dry-run --loss.group 6,7 --loss.encoder={encoder}") == 0
+        out = capsys.readouterr().out
+        assert ("assumed features of width 768" in out) == bool(encoder)
+        parameters = int(out.split("model")[1].split()[0].replace(",", ""))
+        found[encoder] = parameters, float(out.split("arithmetic")[1].split()[0])
+    weights = 768 * 2048 + 2048 * 2048 + 2048 * 768
+    assert found["cache"][0] - found[""][0] == weights + 2048 + 2048 + 768
+    tokens = sum(side * side for side in (1, 2, 3, 4, 5, 6, 8))
+    assert found["cache"][1] - found[""][1] == pytest.approx(3 * 2 * tokens * weights / 1e12, abs=1.1e-3)
+
+
+def test_flops_of_the_alignment_head_equal_torch_s_counter():
+    config = tiny_config(alignment=AlignmentConfig(width=6, hidden=8))
+    _, model = build_on_meta(config)
+    totals = []
+    for guided in (0, 2, 4):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, dtype=torch.int64, device="meta"), torch.empty(1, 29, 4, device="meta"), guided=guided)
+        totals.append(counter.get_total_flops() - head_flops(model, guided))
+    assert len(set(totals)) == 1
+    assert head_flops(model, 2) == 2 * 5 * (32 * 8 + 8 * 8 + 8 * 6)
+
+
 def test_recipes_say_what_was_published():
     from pathlib import Path
 
@@ -246,9 +275,10 @@ def test_recipes_say_what_was_published():
     assert settings.scales == str(preset("var-d30").pyramid)
 
 
-def test_activation_bytes_against_the_tensors_that_autograd_keeps():
+@pytest.mark.parametrize("guided", [0, 3])
+def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
     """On real tensors: the distinct storages that the graph saves, without the weights."""
-    model = randomised(tiny_config("1,2,3,4", depth=3)).transformer
+    model = randomised(tiny_config("1,2,3,4", depth=3, alignment=AlignmentConfig(width=6, hidden=64))).transformer
     found, alive = {}, []
 
     def keep(tensor):
@@ -257,14 +287,14 @@ def test_activation_bytes_against_the_tensors_that_autograd_keeps():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 29, 4))
+        model(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 29, 4), guided=guided)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = sum(size for pointer, size in found.items() if pointer not in weights)
     with torch.device("meta"):
         from nextscale.model.var import VAR
 
         shadow = VAR(model.config, Pyramid.parse("1,2,3,4"), 32, 4)
-    estimate = activation_bytes(shadow, 4, TrainConfig())
+    estimate = activation_bytes(shadow, 4, TrainConfig(), guided)
     assert estimate == pytest.approx(kept, rel=0.15)
 
 

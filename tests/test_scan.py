@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nextscale.config import MambaConfig, TransformerConfig
 from nextscale.model.mamba import Mamba2, ScanState
-from nextscale.model.scan import scan, scan_by_token
+from nextscale.model.scan import scan, scan_by_kernel, scan_by_token
 
 B, H, P, N_STATE = 2, 3, 4, 5
 
@@ -58,6 +58,25 @@ def test_chunks_single_tokens_and_carried_states_are_one_function(length, chunk,
     for other in results[1:]:
         for ours, theirs in zip(other, results[0], strict=True):
             close(ours.detach(), theirs.detach())
+
+
+def test_what_a_fused_kernel_is_given():
+    """A function that does in a plain loop what `mamba_ssm` documents of its kernel, with groups of heads."""
+
+    def documented(x, dt, A, B, C, chunk_size, initial_states=None, return_final_states=False):
+        state, outputs = initial_states.clone(), []
+        for t in range(x.shape[1]):
+            for h in range(x.shape[2]):
+                group = h // (x.shape[2] // B.shape[2])
+                added = dt[:, t, h, None, None] * x[:, t, h, :, None] * B[:, t, group, None, :]
+                state[:, h] = state[:, h] * torch.exp(dt[:, t, h] * A[h])[:, None, None] + added
+                outputs.append((state[:, h] * C[:, t, group, None, :]).sum(-1))
+        y = torch.stack(outputs, dim=1).view_as(x)
+        return (y, state) if return_final_states else y
+
+    given_ = arguments(13, 3)
+    for ours, theirs in zip(scan_by_kernel(documented, *given_), scan(*given_), strict=True):
+        close(ours, theirs)
 
 
 def mixer(width: int = 16, seed: int = 0, **sizes) -> Mamba2:

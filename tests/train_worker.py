@@ -1,8 +1,8 @@
 """Training processes for tests: python -m tests.train_worker FOLDER TASK [setting=value ...] [-- FOLDER TASK ...] ...
 
-Alone or under torchrun. Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts) or 2
-(encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and, for each process,
-FOLDER/held-RANK.json: which share of each parameter it holds.
+Alone or under torchrun. Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with
+mixers=mvar an M-VAR) or 2 (encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and,
+for each process, FOLDER/held-RANK.json: which share of each parameter it holds.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from nextscale.config import MVAR_MIXERS, MambaConfig
 from nextscale.errors import UserError
 from nextscale.train.loop import Interrupted, fit
 from nextscale.train.parallel import whole_weights
@@ -23,6 +24,8 @@ from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.world import World, join_world
 from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, mixture_task, tasks
+
+MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +68,8 @@ def train(folder: Path, which: int, changes: dict, world: World) -> None:
 def build(which: int, changes: dict) -> Task:
     """The task that `changes` ask for; what they say about it is taken out of them."""
     router = changes.pop("router", "")
-    task = mixture_task(router) if router else tasks(randomised(tiny_config()))[which]
+    mixers = MVAR if changes.pop("mixers", "") == "mvar" else {}
+    task = mixture_task(router) if router else tasks(randomised(tiny_config(**mixers)))[which]
     if changes.pop("codebook", None) == "ema":
         task = TokenizerTask(task.tokenizer, task.examples, codebook=CodebookConfig(update="ema", revive_every=3))
     return task

@@ -108,14 +108,14 @@ class Sparsify:
 
 @dataclass
 class ImportOfficial:
-    """Turn official VAR checkpoints (.pth or .safetensors) into a nextscale folder. All tensors are kept exactly."""
+    """Turn official VAR or M-VAR checkpoints (.pth or .safetensors) into a nextscale folder, all tensors exactly."""
 
     vae: Path
     """The tokenizer, such as vae_ch160v4096z32.pth."""
     out: Path
     """Folder to write."""
     var: Path | None = None
-    """The transformer, such as var_d16.pth; without it the folder holds a tokenizer alone."""
+    """The transformer, such as var_d16.pth or mvar_d16.pth; without it the folder holds a tokenizer alone."""
     scales: str | None = None
     """Sides of the token maps, coarse to fine (1,2,3,4 or 1x1,2x3,4x6), where the file does not say them."""
     heads: int | None = None
@@ -146,7 +146,7 @@ class ImportOfficial:
 
 @dataclass
 class ExportOfficial:
-    """Write a nextscale folder as official VAR checkpoints; the suffix chooses .pth or .safetensors."""
+    """Write a nextscale folder as official VAR or M-VAR checkpoints; the suffix chooses .pth or .safetensors."""
 
     model: Positional[Path]
     """Checkpoint folder."""

@@ -15,7 +15,7 @@ from nextscale.pictures import spreads
 from nextscale.train.world import World
 
 if TYPE_CHECKING:
-    from nextscale.experiments.run import Inputs
+    from nextscale.experiments.lab import Inputs
 
 _GROUPS = {"per_scale": "nats_", "per_expert": "load_E"}
 """Names for many columns at once, and how those begin."""

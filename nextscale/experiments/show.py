@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nextscale.config_dict import to_dict
 from nextscale.experiments.entry import Experiment
-from nextscale.experiments.run import key
+from nextscale.experiments.lab import key
 from nextscale.train.estimate import estimate
 from nextscale.train.run_config import LossConfig
 from nextscale.train.sparsify_config import SparsifyConfig
@@ -44,7 +44,7 @@ def as_text(experiment: Experiment) -> str:
             else:
                 codes = experiment.needs["tokenizer"]
                 folder = codes if Path(codes).is_dir() else ""
-                run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # not in the estimate
+                run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # names no encoder yet
                 lines += [f"    {line}" for line in _estimate(run).splitlines()]
             shown.add(cost)
             if row.sparsify is not None:

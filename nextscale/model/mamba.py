@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nextscale.config import TransformerConfig
 from nextscale.model.context import ScaleContext
-from nextscale.model.scan import scan
+from nextscale.model.scan import fastest_scan
 from nextscale.ops import Linear, full_precision
 
 _NORM_EPS = 1e-5
@@ -108,7 +108,7 @@ class Mamba2(nn.Module):
         x_BNI, B_BNn, C_BNn = F.silu(self.conv1d(rows_BMW)).split([inner, n, n], dim=-1)
         x_BNHp = x_BNI.unflatten(-1, (self.heads, -1))
         dt_BNH = F.softplus(dt_BNH + self.dt_bias.float())
-        y_BNHp, sums_BHpn = scan(x_BNHp, dt_BNH, -self.A_log.float().exp(), B_BNn, C_BNn, state.sums_BHpn)
+        y_BNHp, sums_BHpn = fastest_scan(x_BNHp, dt_BNH, -self.A_log.float().exp(), B_BNn, C_BNn, state.sums_BHpn)
         y_BNHp = torch.addcmul(y_BNHp, x_BNHp, self.D.float().unsqueeze(-1))
         y_BNI = F.rms_norm(y_BNHp.flatten(2) * F.silu(z_BNI), (inner,), self.norm.weight.float(), _NORM_EPS)
         return y_BNI, ScanState(rows_BMW[:, raw_BNW.shape[1] :], sums_BHpn)
@@ -127,7 +127,7 @@ class CausalConv(nn.Module):
         """(B, M - K + 1, W) of M rows, the first K - 1 of which lie before the tokens at hand; float32."""
         count = rows_BMW.shape[1] - self.taps + 1
         weight_KW = self.weight.float()[:, 0].T
-        y_BNW = self.bias.float().expand(len(rows_BMW), count, -1)
-        for tap, weight_W in enumerate(weight_KW.unbind(0)):
-            y_BNW = torch.addcmul(y_BNW, rows_BMW[:, tap : tap + count], weight_W)
+        y_BNW = torch.addcmul(self.bias.float(), rows_BMW[:, :count], weight_KW[0])
+        for tap in range(1, self.taps):
+            y_BNW.addcmul_(rows_BMW[:, tap : tap + count], weight_KW[tap])
         return y_BNW

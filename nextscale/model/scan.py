@@ -4,19 +4,27 @@
 
 Given the state that earlier tokens left, both go on exactly where those ended. Within a chunk of Q tokens the
 recurrence is a masked product, (C B^T * decay) x, and only the state at its end goes on to the next (state-space
-duality, Sec. 6): large products in place of N small steps.
+duality, Sec. 6): large products in place of N small steps. On a GPU where `mamba_ssm` is installed its kernel does it.
 
 Letters: B sequences, N tokens, H heads, p head width, I = H p inner width, n state width, G chunks of Q tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale import ops
+
 CHUNK = 64
 """Tokens of a chunk: about a head's width, where the product within a chunk costs as much as those with the state."""
+
+_KERNEL_CHUNK = 256
 
 
 def scan_by_token(
@@ -62,6 +70,39 @@ def scan(
     return y_BGQHp.flatten(1, 2)[:, :N], state_BIn.view(B, H, p, -1)
 
 
+def fastest_scan(
+    x_BNHp: Tensor, dt_BNH: Tensor, A_H: Tensor, B_BNn: Tensor, C_BNn: Tensor, state_BHpn: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scan`, or on a GPU the kernel of `mamba_ssm` where that is installed."""
+    kernel = fused_kernel() if ops.fast and x_BNHp.device.type == "cuda" else None
+    if kernel is None:
+        return scan(x_BNHp, dt_BNH, A_H, B_BNn, C_BNn, state_BHpn)
+    return scan_by_kernel(kernel, x_BNHp, dt_BNH, A_H, B_BNn, C_BNn, state_BHpn)
+
+
+@lru_cache(maxsize=1)
+def fused_kernel() -> Callable[..., Any] | None:
+    """`mamba_chunk_scan_combined`, None where `mamba_ssm` is not installed. It needs CUDA and Triton."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    found: Callable[..., Any] = mamba_chunk_scan_combined
+    return found
+
+
+def scan_by_kernel(
+    kernel: Callable[..., Any], x_BNHp: Tensor, dt_BNH: Tensor, A_H: Tensor, B_BNn: Tensor, C_BNn: Tensor,
+    state_BHpn: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`scan` by a function with the signature of `mamba_ssm`'s kernel, which knows groups of heads: here one."""
+    y_BNHp, state_BHpn = kernel(
+        x_BNHp, dt_BNH, A_H, B_BNn.unsqueeze(2), C_BNn.unsqueeze(2), _KERNEL_CHUNK,
+        initial_states=state_BHpn, return_final_states=True,
+    )  # fmt: skip
+    return y_BNHp, state_BHpn.float()
+
+
 def multiply_adds(tokens: int, inner: int, state: int, chunk: int = CHUNK) -> int:
     """Of `scan`'s products, for one sequence: with the state, and within chunks, whose masked half is computed too."""
     Q = min(chunk, tokens)
@@ -81,10 +122,9 @@ def _within(x_BGQHp: Tensor, log_BGQH: Tensor, scores_BGQQ: Tensor) -> Tensor:
     nothing but their rounding errors in the sum.
     """
     log_BGHQ = log_BGQH.transpose(2, 3)
-    not_earlier_QQ = torch.ones_like(scores_BGQQ[0, 0], dtype=torch.bool).triu()
-    decay_BGHQQ = (log_BGHQ.unsqueeze(-1) - log_BGHQ.unsqueeze(-2)).float()
-    decay_BGHQQ = decay_BGHQQ.masked_fill(not_earlier_QQ, -torch.inf).exp()
-    earlier_BGHQp = (decay_BGHQQ * scores_BGQQ.unsqueeze(2)) @ x_BGQHp.transpose(2, 3)
+    gap_BGHQQ = (log_BGHQ.unsqueeze(-1) - log_BGHQ.unsqueeze(-2)).float()
+    decay_BGHQQ = gap_BGHQQ.clamp_max(0).exp_()  # of later tokens 1, which their scores then strike out
+    earlier_BGHQp = (decay_BGHQQ * scores_BGQQ.tril(-1).unsqueeze(2)) @ x_BGQHp.transpose(2, 3)
     own_BGQ = scores_BGQQ.diagonal(dim1=-2, dim2=-1)
     return torch.addcmul(earlier_BGHQp.transpose(2, 3), x_BGQHp, own_BGQ[..., None, None])
 

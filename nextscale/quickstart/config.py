@@ -69,7 +69,7 @@ class QuickstartConfig:
     )
     train_transformer: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=400, learning_rate=1e-3, weight_decay=0.1, drop_path=0.2, save_every=100
+            steps=220, learning_rate=2e-3, weight_decay=0.1, drop_path=0.2, save_every=100
         )
     )
     sampling: SampleConfig = field(default_factory=lambda: SampleConfig(cfg=1.0, top_k=0, top_p=0.95))

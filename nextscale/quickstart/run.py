@@ -18,21 +18,22 @@ from nextscale.config_dict import to_dict
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import MemoryExamples
 from nextscale.errors import UserError
-from nextscale.features.self_supervised import SmallEncoder
+from nextscale.features.self_supervised import SmallEncoder, load_small_encoder
 from nextscale.files import claim, write_json
 from nextscale.metrics.reconstruction import psnr
 from nextscale.pictures import curves, grid
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import check_available, measure
-from nextscale.rng import fold
 from nextscale.sample.generate import log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
-from nextscale.train.encoder_task import EncoderTask
+from nextscale.train.encoder_run import EncoderWatch
+from nextscale.train.encoder_task import new_encoder_task
 from nextscale.train.log import read_log
 from nextscale.train.loop import fit
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.transformer_task import TransformerTask
+from nextscale.train.world import World
 
 _SAMPLES_PER_CLASS, _SHOWN_CLASSES, _SHOWN_ROUTED = 8, 10, 500
 _BATCH = 250
@@ -67,7 +68,8 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     settings = config.train_transformer
     examples = {"tokens": tokens_BL, "label": train.labels_B}
     if config.loss.encoder:
-        examples["features"] = features_of(train, trained_encoder(config, train, size, folder), pyramid.last)
+        encoder = trained_encoder(config, train, held_out, size, folder)
+        examples["features"] = features_of(train, encoder, pyramid.last)
     task = TransformerTask(pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), settings, config.loss)
     fit(task, settings, folder)
     pipeline.save_pretrained(folder)
@@ -100,16 +102,15 @@ def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_ou
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
 
 
-def trained_encoder(config: QuickstartConfig, train: ImageSet, size: int, folder: Path) -> SmallEncoder:
-    """A self-supervised encoder of the training images, also written to `folder`/encoder."""
+def trained_encoder(
+    config: QuickstartConfig, train: ImageSet, held_out: ImageSet, size: int, folder: Path
+) -> SmallEncoder:
+    """A self-supervised encoder of the training images, as `nextscale encoder train` makes it, in `folder`/encoder."""
     settings = dataclasses.replace(config.encoder, image_size=size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(config.seed, "encoder"))
-        encoder = SmallEncoder(settings)
-    fit(EncoderTask(encoder, train.examples(), config.moco, config.views), config.train_encoder, folder)
-    encoder.trained_for(config.train_encoder.steps)
-    encoder.save(folder / "encoder")
-    return encoder.eval().requires_grad_(False)
+    task = new_encoder_task(settings, train.examples(), config.moco, config.views, config.seed)
+    classes, out = len(train.class_names), folder / "encoder"
+    fit(task, config.train_encoder, folder, EncoderWatch(task, held_out.examples(), classes, len(train), out, World()))
+    return load_small_encoder(out)
 
 
 def features_of(data: ImageSet, encoder: SmallEncoder, grid_size: tuple[int, int]) -> Tensor:

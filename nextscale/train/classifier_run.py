@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nextscale.config_dict import to_dict
-from nextscale.data.datasets import load_images, open_images
+from nextscale.data.datasets import load_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError
 from nextscale.features.classifier import Classifier, load_classifier
@@ -19,7 +19,7 @@ from nextscale.train.classifier_config import ClassifierRunConfig
 from nextscale.train.classifier_task import ClassifierTask
 from nextscale.train.log import Values, read_log
 from nextscale.train.loop import fit_run
-from nextscale.train.state import check_run
+from nextscale.train.open_run import open_run
 from nextscale.train.world import World
 
 _BATCH = 200
@@ -35,12 +35,10 @@ def train_classifier(
     """
     world = world or World()
     settings = {"data": data, **to_dict(config)}
-    check_run(folder, settings, accept_changes)
-    train, held_out, source = open_images(data, config.classifier.image_size, config.images, config.train.seed)
-    world.wait()  # all have looked before one writes
-    if world.main:
-        write_json(folder / "run.json", settings)
-        print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {len(source.class_names)} classes")
+    train, held_out, source = open_run(
+        folder, settings, config.classifier.image_size, config.images, config.train.seed, world,
+        accept_changes=accept_changes,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.train.seed, "classifier"))
         model = Classifier(config.classifier, source.class_names)

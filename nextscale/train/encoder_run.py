@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from nextscale.config_dict import to_dict
-from nextscale.data.datasets import load_images, open_images
+from nextscale.data.datasets import load_images
 from nextscale.data.examples import Examples
 from nextscale.errors import UserError
 from nextscale.features.encoders import load_encoder
 from nextscale.features.patches import PatchEncoder
-from nextscale.features.self_supervised import SmallEncoder
 from nextscale.files import write_json
 from nextscale.metrics.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
 from nextscale.pictures import curves
-from nextscale.rng import fold
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.train.encoder_config import EncoderRunConfig
-from nextscale.train.encoder_task import EncoderTask
+from nextscale.train.encoder_task import EncoderTask, new_encoder_task
 from nextscale.train.log import Values, read_log
 from nextscale.train.loop import fit_run
-from nextscale.train.state import check_run
+from nextscale.train.open_run import open_run
 from nextscale.train.world import World
 
 _BATCH = 200
@@ -43,16 +41,12 @@ def train_encoder(
     """
     world = world or World()
     settings = {"data": data, "untrained": untrained, **to_dict(config)}
-    check_run(folder, settings, accept_changes)
-    train, held_out, source = open_images(data, config.encoder.image_size, config.images, config.train.seed)
-    world.wait()  # all have looked before one writes
-    if world.main:
-        write_json(folder / "run.json", settings)
-        print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {len(source.class_names)} classes")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(config.train.seed, "encoder"))
-        task = EncoderTask(SmallEncoder(config.encoder), train, config.moco, config.views)
-    watch = _Watch(task, held_out, len(source.class_names), config.bank, folder, world)
+    train, held_out, source = open_run(
+        folder, settings, config.encoder.image_size, config.images, config.train.seed, world,
+        accept_changes=accept_changes,
+    )  # fmt: skip
+    task = new_encoder_task(config.encoder, train, config.moco, config.views, config.train.seed)
+    watch = EncoderWatch(task, held_out, len(source.class_names), config.bank, folder, world)
     if untrained:
         values = watch.measure(0)
         watch.keep(0, best=False)
@@ -67,10 +61,12 @@ def train_encoder(
     return next((r for r in reversed(log) if "knn_accuracy" in r), {})
 
 
-class _Watch:
-    """What happens at a save: the vote of neighbours, and the encoder's files."""
+class EncoderWatch:
+    """What happens at a save: features are standardised, neighbours vote, and the encoder's files are written."""
 
     def __init__(self, task: EncoderTask, held_out: Examples, classes: int, bank: int, folder: Path, world: World):
+        """`classes`: how many there are; of one alone nothing is measured. `bank`: training images that standardise the
+        features and vote, at most. `folder`: for the files."""
         self.task, self.held_out, self.classes, self.bank = task, held_out, classes, bank
         self.folder, self.world = folder, world
 

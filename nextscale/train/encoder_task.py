@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nextscale.data.examples import Batch, Examples
 from nextscale.features.self_supervised import SmallEncoder
+from nextscale.features.self_supervised_config import EncoderConfig
+from nextscale.rng import fold
 from nextscale.train.encoder_config import MocoConfig, ViewConfig
 from nextscale.train.moco import Moco
 from nextscale.train.task import Task
@@ -36,3 +38,12 @@ class EncoderTask(Task):
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Queue and momentum encoder, from the whole batch."""
         self.moco.learn(world)
+
+
+def new_encoder_task(
+    config: EncoderConfig, examples: Examples, moco: MocoConfig, views: ViewConfig, seed: int
+) -> EncoderTask:
+    """The task of training a new encoder; all weights, and the queue's first keys, follow from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(seed, "encoder"))
+        return EncoderTask(SmallEncoder(config), examples, moco, views)

@@ -6,13 +6,15 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.config import ModelConfig
 from nextscale.data.cache import TokenCache, is_cache
+from nextscale.features.encoders import load_encoder
 from nextscale.info import condition_flops, scale_flops
+from nextscale.model.align import group_scales
 from nextscale.model.var import VAR
 from nextscale.pyramid import Pyramid
 from nextscale.train.config import TrainConfig
@@ -22,13 +24,14 @@ from nextscale.train.run_config import RunConfig
 IMAGENET = 1_281_167
 _GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by their data sheets
 _SHARE = 0.4  # of the peak; what well-run training of transformers reaches
+_VIT_B = 768  # width of the features of the papers' encoders
 
 
 def estimate(config: RunConfig) -> str:
     """Parameters, memory per device, arithmetic and time of a run, as text.
 
-    Reads the tokenizer's config and the cache's size where they exist; else it assumes the official tokenizer, 1,000
-    classes and ImageNet's 1,281,167 images, and says so.
+    Reads the tokenizer's config, the cache's size and the encoder where they exist; else it assumes the official
+    tokenizer, 1,000 classes, ImageNet's 1,281,167 images and features of a ViT-B, and says so.
     """
     model, notes = _model(config)
     examples = IMAGENET
@@ -41,7 +44,9 @@ def estimate(config: RunConfig) -> str:
     assert model.transformer is not None, "a generator has a transformer"
     parameters = sum(p.numel() for p in transformer.parameters())
     steps, warmup = config.train.schedule_steps(examples)
+    guided = max(group_scales(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
     forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
+    forward += head_flops(transformer, guided)
     per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards
     epoch = per_image * examples
     lines = [
@@ -57,7 +62,7 @@ def estimate(config: RunConfig) -> str:
         lines.append(
             f"time        {name} at {_SHARE:.0%} of its peak: {hours:,.2f} h per epoch, {total:,.1f} GPU-hours"
         )
-    lines += _memory(config.train, transformer, parameters)
+    lines += _memory(config.train, transformer, parameters, guided)
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
@@ -70,21 +75,48 @@ def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
         notes.append("assumed the official tokenizer: give --tokenizer or --start")
     if config.scales:
         base = dataclasses.replace(base, pyramid=Pyramid.parse(config.scales))
+    width = _feature_width(config, notes)
     if config.start and base.transformer:
+        if width and not base.transformer.alignment.width:  # training gives it a new head
+            head = dataclasses.replace(config.transformer.alignment, width=width)
+            base = dataclasses.replace(base, transformer=dataclasses.replace(base.transformer, alignment=head))
         return base, notes
     classes = 1000
     if config.data and is_cache(Path(config.data)):
         classes = len(TokenCache(Path(config.data)).names)
     else:
         notes.append("assumed 1,000 classes")
-    return dataclasses.replace(base, transformer=config.with_classes(classes, 0), class_names=()), notes
+    return dataclasses.replace(base, transformer=config.with_classes(classes, width), class_names=()), notes
 
 
-def _memory(train: TrainConfig, transformer: VAR, parameters: int) -> list[str]:
+def _feature_width(config: RunConfig, notes: list[str]) -> int:
+    """Width of what semantic guidance aims at, 0 without it. What is not on this machine is not fetched."""
+    name = config.loss.encoder
+    if not name:
+        return 0
+    if name == "cache" and config.data and is_cache(Path(config.data)):
+        return TokenCache(Path(config.data)).examples("train").feature_width
+    if name != "cache":
+        notes.append(f"the encoder's own arithmetic and memory are not counted: {name} runs beside the model")
+        if Path(name).exists():
+            return load_encoder(name).width
+    notes.append(f"assumed features of width {_VIT_B} (a ViT-B): loss.encoder names none that is here")
+    return _VIT_B
+
+
+def head_flops(transformer: VAR, guided: int) -> int:
+    """FLOPs of the alignment head for one image, on the tokens of the first `guided` scales."""
+    if not guided or transformer.projector is None:
+        return 0
+    layers = (m for m in transformer.projector.modules() if isinstance(m, nn.Linear))
+    return 2 * transformer.pyramid.spans[guided - 1][1] * sum(m.weight.numel() for m in layers)
+
+
+def _memory(train: TrainConfig, transformer: VAR, parameters: int, guided: int) -> list[str]:
     """Lines on the memory of one device, for the configured portion of the batch."""
     own = train.micro_batch or train.batch_size
     copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, averages
-    kept = activation_bytes(transformer, own, train)
+    kept = activation_bytes(transformer, own, train, guided)
     gib = 2**30
     what = "weights, gradients, optimizer" + (", averages" if train.ema else "")
     divided = {"none": 0, "full": parameters, "experts": _expert_parameters(train, transformer)}[train.sharding]
@@ -106,10 +138,11 @@ def _expert_parameters(train: TrainConfig, transformer: VAR) -> int:
     return sum(p.numel() for experts in mixtures for p in experts.parameters())
 
 
-def activation_bytes(transformer: VAR, images: int, train: TrainConfig) -> int:
+def activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: int = 0) -> int:
     """Bytes that one forward pass keeps for the backward pass.
 
-    Counted on tensors without storage in float32, for one image; half of it in 16-bit precision.
+    Counted on tensors without storage in float32, for one image; half of it in 16-bit precision. `guided`: scales that
+    the alignment head projects.
     """
     seen: dict[int, int] = {}
 
@@ -125,7 +158,7 @@ def activation_bytes(transformer: VAR, images: int, train: TrainConfig) -> int:
     x_BLC = torch.empty(1, length, transformer.word_embed.in_features, device="meta")
     labels = torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        transformer(labels, x_BLC)
+        transformer(labels, x_BLC, guided=guided)
     own = {p.untyped_storage()._cdata for p in transformer.parameters()}
     total = sum(size for number, size in seen.items() if number not in own)
     if train.activation_checkpointing:

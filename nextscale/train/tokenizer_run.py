@@ -14,7 +14,7 @@ from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tok
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config import ModelConfig
 from nextscale.config_dict import to_dict
-from nextscale.data.datasets import load_images, open_images
+from nextscale.data.datasets import load_images
 from nextscale.data.examples import Examples
 from nextscale.files import write_json
 from nextscale.metrics.codebook import CodebookUse
@@ -25,7 +25,7 @@ from nextscale.rng import fold
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 from nextscale.train.log import Values, read_log
 from nextscale.train.loop import fit_run
-from nextscale.train.state import check_run
+from nextscale.train.open_run import open_run
 from nextscale.train.tokenizer_config import TokenizerRunConfig, derive_pyramid
 from nextscale.train.tokenizer_task import TokenizerTask
 from nextscale.train.world import World
@@ -45,15 +45,13 @@ def train_tokenizer(
     """
     world = world or World()
     settings = {"data": data, **to_dict(config)}
-    check_run(folder, settings, accept_changes)
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_pyramid(config, start), codes, None)
-    train, held_out, _ = open_images(data, model.square_side, config.images, config.train.seed)
-    world.wait()  # all have looked before one writes
-    if world.main:
-        write_json(folder / "run.json", settings)
-        print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {model.summary()}")
+    train, held_out, _ = open_run(
+        folder, settings, model.square_side, config.images, config.train.seed, world,
+        accept_changes=accept_changes, about=model.summary(),
+    )  # fmt: skip
     tokenizer = load_tokenizer(start, model) if start else _new_tokenizer(model, config.train.seed)
     task = TokenizerTask(tokenizer, train, config.losses, config.codebook)
     watch = _Watch(model, task, held_out, folder, world)
