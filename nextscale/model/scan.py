@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -84,10 +85,10 @@ def fastest_scan(
 def fused_kernel() -> Callable[..., Any] | None:
     """`mamba_chunk_scan_combined`, None where `mamba_ssm` is not installed. It needs CUDA and Triton."""
     try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        module = import_module("mamba_ssm.ops.triton.ssd_combined")
     except ImportError:
         return None
-    found: Callable[..., Any] = mamba_chunk_scan_combined
+    found: Callable[..., Any] = module.mamba_chunk_scan_combined
     return found
 
 
