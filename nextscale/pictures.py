@@ -82,11 +82,19 @@ def curves(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path, x_
     save_figure(figure, path)
 
 
+_ACROSS = 4
+"""Panels side by side, so that a picture of many can still be read on a page."""
+
+
 def spreads(panels: dict[str, list[tuple[float | str, float, float]]], x_name: str, path: Path) -> None:
     """Means with deviations, (x, mean, deviation): lines over numbers, points over names. Needs matplotlib."""
     longest = max((len(str(x)) for points in panels.values() for x, _, _ in points), default=0)
-    figure, (all_axes,) = new_figure(len(panels), height=3.5 if longest <= 12 else 5.5)
-    for axes, (panel, points) in zip(all_axes, panels.items(), strict=True):
+    columns = min(len(panels), _ACROSS)
+    rows = -(-len(panels) // columns)
+    figure, grid_of_axes = new_figure(columns, rows=rows, height=rows * (3.5 if longest <= 12 else 5.5))
+    for axes in grid_of_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, (panel, points) in zip(grid_of_axes.flat, panels.items(), strict=False):
         x, mean, deviation = zip(*points, strict=True)
         axes.errorbar(x, mean, deviation, fmt="o-" if isinstance(x[0], int | float) else "o", capsize=3, linewidth=1)
         axes.set(title=panel, xlabel=x_name)
