@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nextscale import ops
 from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_config import Hints
 from nextscale.cli import main
 from nextscale.config import MVAR_MIXERS, ExpertsConfig, InitConfig, MambaConfig, SampleConfig, TransformerConfig
 from nextscale.errors import UserError
+from nextscale.model.context import block_causal_mask
 from nextscale.model.init import initialise
 from nextscale.pipeline import Pipeline
 from nextscale.sample.generate import generate_scales
@@ -185,6 +187,17 @@ def test_a_scale_sees_no_later_one_and_training_is_the_same_function():
         after = model(torch.tensor([1]), changed).logits_BNV
         assert torch.equal(after[:, :end], before[:, :end]), f"scale {k}"
         assert not torch.equal(after[:, end:], before[:, end:])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@torch.no_grad()
+def test_attention_within_a_scale_makes_no_mask(fast, monkeypatch):
+    monkeypatch.setattr(ops, "fast", fast)
+    for config, masks in ((mvar_config(), 0), (mvar_config(mixers=("attention",)), 1)):
+        block_causal_mask.cache_clear()
+        model = randomised(config).transformer
+        model(torch.tensor([1]), torch.zeros(1, model.pyramid.length - 1, 4))
+        assert block_causal_mask.cache_info().misses == masks
 
 
 def kept_floats(cache) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nextscale.config import ExpertsConfig, TransformerConfig
 from nextscale.errors import UserError
-from nextscale.model.context import ScaleContext, block_causal_mask
+from nextscale.model.context import ScaleContext
 from nextscale.moe.balance import balance_loss, expert_load
 from nextscale.moe.layer import IdleExperts, MixtureOfExperts
 from nextscale.moe.routers import ROUTERS, Routing, largest
@@ -39,9 +39,7 @@ def first_largest(scores, count):
 
 def whole(pyramid):
     """The context of a pass over all scales."""
-    return ScaleContext(
-        pyramid, (0, pyramid.length), block_causal_mask(pyramid, torch.device("cpu")), k=len(pyramid) - 1
-    )
+    return ScaleContext(pyramid, (0, pyramid.length), True, k=len(pyramid) - 1)
 
 
 def made(config, pyramid, block=1, seed=0):
@@ -111,7 +109,7 @@ def check(router, x_BND, pyramid, previous=None):
 
 def with_previous(pyramid, previous):
     context = whole(pyramid)
-    return ScaleContext(pyramid, context.span, context.mask_LL, k=context.k, previous=previous)
+    return ScaleContext(pyramid, context.span, True, k=context.k, previous=previous)
 
 
 @st.composite
@@ -209,9 +207,8 @@ def test_a_scale_alone_is_routed_as_within_the_sequence(router):
         return Routing(*(getattr(routing, f)[:, start:end] for f in Routing.__dataclass_fields__))
 
     for k, (start, end) in enumerate(PYRAMID.spans):
-        mask = block_causal_mask(PYRAMID, torch.device("cpu"))[:end, :end]
         step = ScaleContext(PYRAMID, (start, end), k=k, previous=part(first, start, end))
-        caught_up = ScaleContext(PYRAMID, (0, end), mask, k=k, previous=part(first, 0, end))
+        caught_up = ScaleContext(PYRAMID, (0, end), True, k=k, previous=part(first, 0, end))
         for begin, context in ((start, step), (0, caught_up)):
             alone = made_router(x_BND[:, begin:end], context)
             expected = part(together, begin, end)

@@ -62,8 +62,8 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ScaleContext) -> Tensor:
         """Softmax attention (B, H, N, d): to all keys, or under the block-causal mask, piece by piece."""
-        if context.mask_LL is None or not ops.fast:
-            return ops.attention(q, k, v, context.mask_LL, self.softmax_scale)
+        if not context.together or not ops.fast:
+            return ops.attention(q, k, v, context.mask(q.device), self.softmax_scale)
         pieces = [
             ops.attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, self.softmax_scale)
             for start, end, mask in attention_segments(context.pyramid, q.shape[2], q.device)

@@ -27,8 +27,9 @@ class ScaleContext:
     pyramid: Pyramid
     span: tuple[int, int]
     """Positions of the tokens at hand in the packed sequence."""
-    mask_LL: Tensor | None = None
-    """True where a token may look; None when it may see all tokens at hand and all cached ones."""
+    together: bool = False
+    """Whether the tokens at hand are those of several scales, from the first one on; otherwise they are of one scale,
+    and may see one another and all cached ones."""
     state: Any = None
     """This layer's own state (a KVCache for attention), or None when all scales run at once."""
     k: int = 0
@@ -43,14 +44,18 @@ class ScaleContext:
     def scales(self, device: torch.device) -> Tensor:
         """Which scale each token at hand belongs to, int64: (N,), or (1,) when all are of one."""
         start, end = self.span
-        if self.mask_LL is None:  # a step; under a pruning its span counts computed tokens
+        if not self.together:  # a step; under a pruning its span counts computed tokens
             start = self.pyramid.spans[self.k][0]
             end = start + 1
         return scale_indices(self.pyramid, device)[start:end]
 
+    def mask(self, device: torch.device) -> Tensor | None:
+        """True where a token may look, (N, N); None when it may see all."""
+        return block_causal_mask(self.pyramid, device, self.span[1]) if self.together else None
+
     def segments(self, count: int) -> list[tuple[int, int]]:
         """The `count` tokens at hand, scale by scale."""
-        if self.mask_LL is None:
+        if not self.together:
             return [(0, count)]
         return [span for span in self.pyramid.spans if span[1] <= count]
 
@@ -90,9 +95,10 @@ def scale_indices(pyramid: Pyramid, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def block_causal_mask(pyramid: Pyramid, device: torch.device) -> Tensor:
-    """(L, L), True where the row's token may see the column's: its own scale and all coarser ones."""
-    scale_L = scale_indices(pyramid, device)
+def block_causal_mask(pyramid: Pyramid, device: torch.device, length: int | None = None) -> Tensor:
+    """(L, L), True where the row's token may see the column's: its own scale and all coarser ones; or of the first
+    `length` tokens alone."""
+    scale_L = scale_indices(pyramid, device)[:length]
     with torch.inference_mode(False):
         return scale_L[:, None] >= scale_L[None, :]
 
@@ -108,6 +114,6 @@ def attention_segments(pyramid: Pyramid, length: int, device: torch.device) -> l
     spans = [span for span in pyramid.spans if span[1] <= length]
     ends = [end for _, end in spans]
     first = max((end for end in ends if end <= _MASKED), default=ends[0])
-    mask = block_causal_mask(pyramid, device)[:first, :first] if first != ends[0] else None
+    mask = block_causal_mask(pyramid, device, first) if first != ends[0] else None
     later = [span for span in spans if span[0] >= first]
     return [(0, first, mask), *((start, end, None) for start, end in later)]

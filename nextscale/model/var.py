@@ -21,7 +21,7 @@ from nextscale.errors import UserError
 from nextscale.model.align import Projector
 from nextscale.model.block import Block, modulate
 from nextscale.model.condition import ClassCondition
-from nextscale.model.context import ScaleContext, block_causal_mask, scale_indices
+from nextscale.model.context import ScaleContext, scale_indices
 from nextscale.model.prune import Pruning
 from nextscale.ops import Embedding, Linear
 from nextscale.pyramid import Pyramid
@@ -105,8 +105,7 @@ class VAR(nn.Module):
         x_BND = self.start(conditioning)
         if expected:
             x_BND = torch.cat([x_BND, self._embed(x_BLC, (self.pyramid.counts[0], self.pyramid.length))], dim=1)
-        mask_LL = block_causal_mask(self.pyramid, x_BND.device)
-        context = ScaleContext(self.pyramid, (0, self.pyramid.length), mask_LL, k=len(self.pyramid) - 1, dial=dial)
+        context = ScaleContext(self.pyramid, (0, self.pyramid.length), True, k=len(self.pyramid) - 1, dial=dial)
         return self._run(x_BND, conditioning, context, None, branch_keep, guided=guided, hidden=hidden)
 
     def step(
@@ -128,8 +127,7 @@ class VAR(nn.Module):
         """
         first, (start, end) = self.pyramid.counts[0], self.pyramid.spans[k]
         x_BND = torch.cat([self.start(conditioning), self._embed(x_BLC, (first, end))], dim=1)
-        mask_LL = block_causal_mask(self.pyramid, x_BND.device)[:end, :end]
-        context = ScaleContext(self.pyramid, (0, end), mask_LL, k=k, dial=dial)
+        context = ScaleContext(self.pyramid, (0, end), True, k=k, dial=dial)
         return self._run(x_BND, conditioning, context, cache, wanted=start)
 
     def new_cache(self, batch: int) -> Cache:
