@@ -1,4 +1,5 @@
-"""The matrix products of a training step on a CPU, one by one: torch's own and ours, forward and backward.
+"""The matrix products of a training step on a CPU, one by one: torch's own and oneDNN's, forward and backward. Which
+of them training takes is decided by `ops.trains_by_onednn`.
 
     python -m benchmarks.products [--model var-d12] [--batch 4] [--rounds 9]
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
+    taken, ops.trains_by_onednn = ops.trains_by_onednn, ops.has_onednn
     config = preset(options.model)
     model = config.transformer
     assert model is not None, "presets of generators have a transformer"
@@ -43,10 +45,11 @@ def main() -> None:
         "model": options.model,
         "rows": rows,
         "machine": describe_machine(torch.device("cpu")),
+        "taken": "oneDNN" if taken else "torch",
         "gflop_s": {},
     }
-    seconds = {"torch": 0.0, "ours": 0.0}
-    print(f"{rows} rows; GFLOP/s     torch forward   backward        ours forward   backward")
+    seconds = {"torch": 0.0, "oneDNN": 0.0}
+    print(f"{rows} rows; GFLOP/s     torch forward   backward        oneDNN forward   backward")
     for name, (width, out, count) in shapes.items():
         times = timed(rows, width, out, options.rounds)
         gflop = 2 * rows * width * out / 1e9
@@ -56,8 +59,8 @@ def main() -> None:
             seconds[who] += count * sum(statistics.median(times[f"{who} {way}"][1]) for way in ("forward", "backward"))
         print(f"{name:<6}{width:>6} to {out:<6}" + "".join(f"{m:>9.0f} ({b:.0f})" for m, b in rates.values()))
     result["seconds_per_step"] = seconds
-    print(f"all products of a step: torch {seconds['torch']:.2f} s, ours {seconds['ours']:.2f} s, "
-          f"{seconds['torch'] / seconds['ours']:.2f} times as fast")  # fmt: skip
+    print(f"all products of a step: torch {seconds['torch']:.2f} s, oneDNN {seconds['oneDNN']:.2f} s, "
+          f"{seconds['torch'] / seconds['oneDNN']:.2f} times as fast")  # fmt: skip
     print(json.dumps(result))
 
 
@@ -66,7 +69,7 @@ def timed(rows: int, width: int, out: int, rounds: int) -> dict[str, tuple[int, 
     x = torch.randn(rows, width, requires_grad=True)
     weight, bias = torch.randn(out, width, requires_grad=True), torch.randn(out, requires_grad=True)
     gradient = torch.randn(rows, out)
-    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": F.linear, "ours": ops.linear}
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": F.linear, "oneDNN": ops.linear}
     times: dict[str, tuple[int, list[float]]] = {
         f"{who} {way}": (products, []) for who in ways for way, products in (("forward", 1), ("backward", 2))
     }

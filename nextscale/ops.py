@@ -7,8 +7,8 @@ of fewer than 16 images. `linear` and `Conv2d` keep clear of those thresholds, w
 bitwise on an AMD EPYC with torch 2.13.0; tests/test_sampling.py holds it for whole images, on one and two threads.
 
 oneDNN's own products (x86) keep the promise but for a single row, and are faster. `linear` takes them in inference, the
-faster yet where a weight was packed (`Linear.pack`), and in training, where the promise is not needed, in float32,
-forward and backward. NEXTSCALE_PLAIN=1 turns all fast paths off.
+faster yet where a weight was packed (`Linear.pack`), and on some CPUs in training, where the promise is not needed, in
+float32, forward and backward. NEXTSCALE_PLAIN=1 turns all fast paths off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import platform
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,20 @@ has_onednn = (
 )
 
 wide_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-"""Without them (AVX2) MKL's products are the faster ones in training, and so is GELU on its own."""
+"""Without them (AVX2) GELU is the faster one on its own."""
+
+
+def _by_intel() -> bool:
+    try:
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        about = platform.processor()
+    return "GenuineIntel" in about
+
+
+trains_by_onednn = has_onednn and wide_vectors and not _by_intel()
+"""Whether oneDNN's products are the faster ones in training. They are not without wide vectors, nor on Intel's own
+CPUs, for which MKL is made: there it reaches 155 to 165 GFLOP/s a core, oneDNN 95 to 150 (benchmarks/products.py)."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -208,8 +222,8 @@ def weight_gradient(dy_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, out: Tensor 
 
 
 def _gains(x: Tensor) -> bool:
-    """Whether products of training with these rows gain by oneDNN: in float32 on a CPU with wide vectors."""
-    if not (fast and has_onednn and wide_vectors) or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    """Whether products of training with these rows gain by oneDNN: in float32 on some CPUs."""
+    if not (fast and trains_by_onednn) or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == torch.float32 and not torch.compiler.is_compiling()  # the compiler has products of its own
 

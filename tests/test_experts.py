@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nextscale import ops
 from nextscale.moe.experts import Dispatch, Experts, _Differentiated, grouped
+from tests.test_packed import needs_onednn
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -116,15 +117,15 @@ def by_groups(experts, dispatch):
     return compute
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["mkl", "onednn"])
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=needs_onednn)])
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 9), st.integers(1, 40), st.sampled_from(KINDS), st.sampled_from([4, 8, 20]), st.integers(0, 99),
     st.integers(0, 30),
 )  # fmt: skip
-def test_every_way_against_brute_force_in_float64(wide, count, rows, kind, width, seed, padding):
+def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, width, seed, padding):
     """The loop, the written-out backward pass and the grouped product; also with padding, as a GPU has it."""
-    before, ops.wide_vectors, least, ops._PRODUCT_ROWS = ops.wide_vectors, wide, ops._PRODUCT_ROWS, 8
+    before, ops.trains_by_onednn, least, ops._PRODUCT_ROWS = ops.trains_by_onednn, onednn, ops._PRODUCT_ROWS, 8
     try:
         experts, mask = made(count, width, 2 * width, seed), masks(rows, count, kind, seed)
         x, gates = inputs(rows, count, width, seed)
@@ -146,7 +147,7 @@ def test_every_way_against_brute_force_in_float64(wide, count, rows, kind, width
             y = experts(x, gates, mask, int(mask.sum()))
         assert (y.double() - exact[0]).abs().max() <= 1e-5 * exact[0].abs().max().clamp_min(1)
     finally:
-        ops.wide_vectors, ops._PRODUCT_ROWS = before, least
+        ops.trains_by_onednn, ops._PRODUCT_ROWS = before, least
 
 
 @pytest.mark.parametrize("kind", KINDS)

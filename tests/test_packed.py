@@ -171,8 +171,8 @@ def test_attention_in_portions_equals_attention_at_once(masked, monkeypatch):
 
 @needs_onednn
 def test_products_of_training_by_onednn_whatever_this_cpu_gains(monkeypatch):
-    """What CPUs with wide vectors take, forward and backward, and a weight's gradient written to its place."""
-    monkeypatch.setattr(ops, "wide_vectors", True)
+    """What some CPUs take, forward and backward, and a weight's gradient written to its place."""
+    monkeypatch.setattr(ops, "trains_by_onednn", True)
     rng = torch.Generator().manual_seed(0)
     x, weight, bias, dy = (torch.randn(s, generator=rng) for s in ((200, 64), (96, 64), (96,), (200, 96)))
     for tensor in (x, weight, bias):
