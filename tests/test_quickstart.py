@@ -185,11 +185,11 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(folder, tmp_path):
     command += ["--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    states, deadline = tmp_path / "run" / "training", time.monotonic() + 60
+    states, deadline = tmp_path / "run" / "training", time.monotonic() + 240
     while not list(states.glob("*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "interrupted while training the tokenizer, at step" in err
