@@ -55,16 +55,13 @@ wide_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _by_intel() -> bool:
-    try:
-        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        about = platform.processor()
-    return "GenuineIntel" in about
+    listed = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (listed.read_text(encoding="utf-8") if listed.exists() else platform.processor())
 
 
 trains_by_onednn = has_onednn and wide_vectors and not _by_intel()
-"""Whether oneDNN's products are the faster ones in training. They are not without wide vectors, nor on Intel's own
-CPUs, for which MKL is made: there it reaches 155 to 165 GFLOP/s a core, oneDNN 95 to 150 (benchmarks/products.py)."""
+"""Whether oneDNN's products are the faster ones in training: not without wide vectors, nor on Intel's own CPUs, where
+MKL reaches 155 to 165 GFLOP/s a core and oneDNN 95 to 150 (benchmarks/products.py)."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from nextscale.checkpoints.official_config import Hints
 from nextscale.cli import main
 from nextscale.config import MVAR_MIXERS, ExpertsConfig, InitConfig, MambaConfig, SampleConfig, TransformerConfig
 from nextscale.errors import UserError
-from nextscale.model.context import block_causal_mask
+from nextscale.model.context import attention_segments, block_causal_mask
 from nextscale.model.init import initialise
 from nextscale.pipeline import Pipeline
 from nextscale.sample.generate import generate_scales
@@ -194,7 +194,7 @@ def test_a_scale_sees_no_later_one_and_training_is_the_same_function():
 def test_attention_within_a_scale_makes_no_mask(fast, monkeypatch):
     monkeypatch.setattr(ops, "fast", fast)
     for config, masks in ((mvar_config(), 0), (mvar_config(mixers=("attention",)), 1)):
-        block_causal_mask.cache_clear()
+        block_causal_mask.cache_clear(), attention_segments.cache_clear()
         model = randomised(config).transformer
         model(torch.tensor([1]), torch.zeros(1, model.pyramid.length - 1, 4))
         assert block_causal_mask.cache_info().misses == masks
