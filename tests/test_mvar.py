@@ -18,7 +18,7 @@ from nextscale.model.init import initialise
 from nextscale.pipeline import Pipeline
 from nextscale.sample.generate import generate_scales
 from tests.conftest import GOLDEN, randomised, tiny_config
-from tests.test_official import close
+from tests.test_official import assert_same_tensors, close
 from tests.test_transformer import reference_forward
 
 SMALL = MambaConfig(state_width=6, head_width=8)
@@ -96,13 +96,8 @@ def test_the_command_line_brings_a_checkpoint_in_and_back(official, suffix, tmp_
     main(["sample", model, "--labels", labels, "--official-seeding", *map(str, settings), *out])
     assert torch.equal(load_file(saved)["tokens"].long(), official.io["out.seeded.tokens"])
     main(["export-official", model, "--vae", files[0], "--var", files[1]])
-    for ours, theirs in zip(files, (official.vae, official.var), strict=True):
-        ours = load_file(ours) if suffix == ".safetensors" else torch.load(ours, weights_only=True)
-        theirs = load_file(theirs)
-        assert ours.keys() == theirs.keys()
-        for name, tensor in theirs.items():
-            assert ours[name].dtype == tensor.dtype, name
-            assert torch.equal(ours[name], tensor), name
+    assert_same_tensors(files[0], official.vae)
+    assert_same_tensors(files[1], official.var)
 
 
 def test_a_file_that_is_no_whole_mvar_is_refused(tmp_path):

@@ -58,6 +58,16 @@ def test_image_files(official):
     close(images.tensor * 2 - 1, expected["reconstruction"])
 
 
+def assert_same_tensors(ours, theirs):
+    """A file that we wrote holds a fixture's tensors: the same names, types and bits."""
+    ours = load_file(ours) if str(ours).endswith(".safetensors") else torch.load(ours, weights_only=True)
+    theirs = load_file(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_round_trip_restores_every_tensor(official, suffix, tmp_path):
     """Official -> native folder -> pipeline in float32 -> native folder -> official: same names, types, bits."""
@@ -66,12 +76,7 @@ def test_round_trip_restores_every_tensor(official, suffix, tmp_path):
     out = tmp_path / f"vae{suffix}", tmp_path / f"var{suffix}"
     export_official(Pipeline.from_pretrained(tmp_path / "two").to_checkpoint(), *out)
     for ours, theirs in zip(out, official.files, strict=True):
-        ours = load_file(ours) if suffix == ".safetensors" else torch.load(ours, weights_only=True)
-        theirs = load_file(theirs)
-        assert ours.keys() == theirs.keys()
-        for name, tensor in theirs.items():
-            assert ours[name].dtype == tensor.dtype, name
-            assert torch.equal(ours[name], tensor), name
+        assert_same_tensors(ours, theirs)
 
 
 def edited(tmp_path, change, which="var"):
