@@ -12,6 +12,7 @@ from nextscale.data.examples import MemoryExamples
 from nextscale.features.encoders import load_encoder
 from nextscale.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
+from nextscale.sample.generate import log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.train.encoder_run import pooled
 from nextscale.train.tokenizer_run import evaluate_tokenizer
@@ -56,3 +57,19 @@ def test_the_cifar10_encoder():
         pool, label = pooled(encoder, images, 1500, [])
         accuracy = knn_accuracy(pool[:500], label[:500], pool[500:], label[500:])
         assert accuracy > 0.3, "chance is 0.1; with a bank of 50,000 images it is 0.52"
+
+
+@torch.no_grad()
+def test_the_cifar10_generator():
+    """Small enough to be kept; it samples as it is, and knows more of pictures than how often tokens occur."""
+    folder = ROOT / "models" / "var-cifar10"
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 16 * 2**20
+    pipeline = Pipeline.from_pretrained(folder)
+    images = pipeline.sample(["cat", "ship"], cfg=2.0, top_p=0.95, top_k=0, seed=0)
+    assert images.tensor.shape == (2, 3, 32, 32)
+    assert images.tensor.std() > 0.05
+    if CIFAR.exists():
+        data = load_images(str(CIFAR), 32, 200, 0)
+        tokens_BL = pipeline.tokenizer.encode(to_unit(data.images_B3HW))
+        nats_BK = -log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
+        assert nats_BK.sum(dim=1).mean() / pipeline.config.pyramid.length < 5.2, "class and position alone give 5.46"
