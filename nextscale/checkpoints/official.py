@@ -169,7 +169,7 @@ def derived_buffers(config: TransformerConfig, pyramid: Pyramid) -> dict[str, Te
     scale_L = torch.tensor(pyramid.scale_of_L)
     visible = scale_L[:, None] >= scale_L[None, :]
     each = {"zero_k_bias": torch.zeros(config.width)}
-    if config.mixers == MVAR_MIXERS:
+    if config.block_mixers(0) == MVAR_MIXERS:
         visible = scale_L[:, None] == scale_L[None, :]
         each["patch_nums"] = torch.tensor(pyramid.counts, dtype=torch.int32)
     bias = torch.where(visible, 0.0, -torch.inf)

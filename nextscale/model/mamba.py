@@ -82,8 +82,8 @@ class Mamba2(nn.Module):
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
         kept: ScanState | None = context.state
-        begins = kept is None or context.span[0] == 0
-        y_BND, state = self.continued(x_BND, self.new_state(len(x_BND), 0) if begins or kept is None else kept)
+        past = self.new_state(len(x_BND), 0) if kept is None or context.span[0] == 0 else kept
+        y_BND, state = self.continued(x_BND, past)
         if kept is not None:
             kept.keep(state)
         return y_BND, None
