@@ -7,7 +7,7 @@
 Random weights; the transformer alone, without tokenizer and decoder, guided (two sequences for an image). `sampling`
 times every scale of both models on their fast paths, in alternating rounds. `training` compares with a dense model of
 equal active parameters: its FFN is as wide as the active experts together; the optimizer is timed apart. `parts` tells
-where a layer's time goes: routing, sorting, gathering, products, scattering. The last line is JSON.
+where a layer's time goes: routing, sorting, products, gathering and scattering. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -230,8 +230,10 @@ def parts(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": options.model, "rounds": options.rounds, "cases": cases}
 
 
-_PARTS = ("route", "sort", "gather", "products", "scatter", "layer", "dense")
-"""The last two: the layer as it is run, and a dense FFN of as many active parameters on the same rows."""
+_PARTS = ("route", "sort", "experts", "in order", "layer", "dense")
+"""Experts read and add rows where they lie; "in order" is the same work on rows that already stand in the experts'
+order, so the difference is gathering and scattering. The last two: the layer as it is run, and a dense FFN of as many
+active parameters on the same rows."""
 
 
 def part_seconds(
@@ -245,23 +247,23 @@ def part_seconds(
     chosen_TM, gates_TM = (t.flatten(0, 1) for t in (routing.chosen_BNM, routing.gates_BNM))
     pairs = layer.router.pairs(x_BND.shape[:2], context)
     dispatch = Dispatch.of(chosen_TM, pairs)
-    pieces = dispatch.pieces()
-    rows = {j: x_TD[dispatch.row_R[i:e]] for j, i, e in pieces}
-    outs = {j: experts.fc2.product(j, experts.fc1.product(j, x, gelu=True)) for j, x in rows.items()}
-    gate_R = gates_TM[dispatch.row_R, dispatch.expert_R]
+    gate_R, count = gates_TM[dispatch.row_R, dispatch.expert_R], len(dispatch.row_R)
+    rows_RD, ones_R = x_TD[dispatch.row_R], torch.ones(count)
+    in_order = dataclasses.replace(dispatch, row_R=torch.arange(count, device=x_TD.device))
     wide = _wide_ffn(experts.fc1.weight.dtype, model.config, options.device)
+    experts(x_TD, gates_TM, chosen_TM, pairs)  # packs
 
-    def scatter() -> None:
-        y_TD = torch.zeros_like(x_TD)
-        for j, i, e in pieces:
-            y_TD.index_add_(0, dispatch.row_R[i:e], outs[j] * gate_R[i:e, None])
+    def run(rows: torch.Tensor, gates: torch.Tensor, which: Dispatch) -> Callable[[], Any]:
+        kernels = experts.kernels(rows)
+        if kernels is None:
+            return lambda: experts.in_turn(rows, gates, which)
+        return lambda: experts.compiled(kernels, rows, gates, which)
 
     work: dict[str, Callable[[], Any]] = {
         "route": lambda: layer.router(x_BND, context),
-        "sort": lambda: (Dispatch.of(chosen_TM, pairs).pieces(), gates_TM[dispatch.row_R, dispatch.expert_R]),
-        "gather": lambda: [x_TD[dispatch.row_R[i:e]] for _, i, e in pieces],
-        "products": lambda: [experts.fc2.product(j, experts.fc1.product(j, x, gelu=True)) for j, x in rows.items()],
-        "scatter": scatter,
+        "sort": lambda: (Dispatch.of(chosen_TM, pairs), gates_TM[dispatch.row_R, dispatch.expert_R]),
+        "experts": run(x_TD, gate_R, dispatch),
+        "in order": run(rows_RD, ones_R, in_order),
         "layer": lambda: layer(x_BND, context),
         "dense": lambda: wide[1](wide[0](x_BND, gelu=True)),
     }

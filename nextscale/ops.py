@@ -35,12 +35,12 @@ _LARGE_MAP = 4096
 """Cells of a map from which Winograd's transformations pay."""
 _PACKED_FOR = 64
 """Rows that oneDNN lays a packed weight out for: with any number but 0 the layout is good from 2 rows to thousands."""
-_PACK_ROWS = 32
+PACK_ROWS = 32
 """Products of fewer rows, as of the first scales, do not make a weight be packed."""
 _PRODUCT_ROWS = 128
 """From here on oneDNN's product is the faster one."""
 
-_UNPACKED = "load them with Pipeline.from_pretrained(..., pack=False)"
+UNPACKED = "load them with Pipeline.from_pretrained(..., pack=False)"
 
 fast = not os.environ.get("NEXTSCALE_PLAIN")
 """Whether fast paths are taken where there are any; the plain ones compute the same function."""
@@ -84,7 +84,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if weight.is_mkldnn:
         if gradient:
-            raise UserError(f"these weights are packed for inference and give no gradients; {_UNPACKED}")
+            raise UserError(f"these weights are packed for inference and give no gradients; {UNPACKED}")
         return True
     if gradient or not fast or x.device.type != "cpu" or x.dtype != weight.dtype or weight.dtype not in _computed():
         return False
@@ -244,7 +244,7 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
         """`linear` by this weight, and by a bias that need not be its own."""
-        if self.may_pack and x.numel() >= _PACK_ROWS * x.shape[-1]:
+        if self.may_pack and x.numel() >= PACK_ROWS * x.shape[-1]:
             self.pack()
         return linear(x, self.weight, bias, gelu)
 
@@ -256,7 +256,7 @@ class Linear(nn.Linear):
 
     def train(self, mode: bool = True) -> Linear:
         if mode and (self.may_pack or self.weight.is_mkldnn):
-            raise UserError(f"weights that are packed for inference cannot be trained; {_UNPACKED}")
+            raise UserError(f"weights that are packed for inference cannot be trained; {UNPACKED}")
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
@@ -268,55 +268,6 @@ class Linear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.is_mkldnn:
             destination[f"{prefix}weight"] = self.weight.to_dense()
-
-
-class StackedLinear(nn.Module):
-    """The `Linear` layers of several experts, in one weight (M, out, in) and one bias (M, out). Packed as they are."""
-
-    may_pack = False
-
-    def __init__(self, count: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(count, out_features))
-        self._packed: list[Tensor] = []
-
-    @property
-    def packed(self) -> bool:
-        """Whether the weight is packed: then it is in `product` alone, and gives no gradients."""
-        return bool(self._packed)
-
-    def product(self, j: int, x: Tensor, gelu: bool = False) -> Tensor:
-        """`linear` by the weight and bias of expert j."""
-        if self.may_pack and x.numel() >= _PACK_ROWS * x.shape[-1]:
-            self.pack()
-        return linear(x, self._packed[j] if self._packed else self.weight[j], self.bias[j], gelu)
-
-    def pack(self) -> None:
-        """As `Linear.pack`; a weight of no size stands in for the packed ones."""
-        self.may_pack = False
-        if fast and self.weight.device.type == "cpu" and self.weight.dtype in _computed() and not self._packed:
-            whole = self.weight.detach()
-            self._packed = [torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR) for weight in whole]
-            self.weight = nn.Parameter(whole.new_empty(0), requires_grad=False)
-
-    def train(self, mode: bool = True) -> StackedLinear:
-        if mode and (self.may_pack or self._packed):
-            raise UserError(f"weights that are packed for inference cannot be trained; {_UNPACKED}")
-        return super().train(mode)
-
-    def _apply(self, *arguments: Any, **options: Any) -> Any:
-        if self._packed:
-            self.weight, self._packed = nn.Parameter(self._whole(), requires_grad=False), []
-        return super()._apply(*arguments, **options)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._packed:
-            destination[f"{prefix}weight"] = self._whole()
-
-    def _whole(self) -> Tensor:
-        return torch.stack([packed.to_dense() for packed in self._packed])
 
 
 def pack(module: nn.Module) -> None:

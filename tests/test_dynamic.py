@@ -13,7 +13,6 @@ from scipy.optimize import linear_sum_assignment
 from nextscale import ops
 from nextscale.config import SampleConfig, TransformerConfig
 from nextscale.config_dict import from_dict, to_dict
-from nextscale.dynamic import compiled
 from nextscale.dynamic import execute as execution
 from nextscale.dynamic.cluster import balanced_assignment, balanced_clusters
 from nextscale.dynamic.config import DynamicConfig
@@ -23,6 +22,8 @@ from nextscale.dynamic.execute import Slices, execute, masked
 from nextscale.dynamic.layer import Activity, Norms, Sparsity, Use, expert_norms
 from nextscale.dynamic.select import choose, kept_units
 from nextscale.errors import UserError
+from nextscale.kernels import build
+from nextscale.kernels import experts as kernels
 from nextscale.moe.experts import Dispatch, grouped
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
@@ -168,10 +169,10 @@ WAYS = ("whole weights", "packed", "compiled")
 def by(way, *modules):
     """Go this way of the three that a CPU has; the compiled one needs a compiler and AVX-512."""
     with pytest.MonkeyPatch.context() as patch:
-        if way == "compiled" and compiled.load(4) is None:
+        if way == "compiled" and build.load(4) is None:
             pytest.skip("there is no C compiler, or no AVX-512")
         if way != "compiled":
-            patch.setattr(compiled, "load", lambda vectors: None)
+            patch.setattr(build, "load", lambda vectors: None)
         if way != "whole weights":
             for module in modules:
                 ops.pack(module)
@@ -220,7 +221,7 @@ def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, wa
 @pytest.mark.parametrize("experts", [1, 8])
 def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch, way, experts, threads_set):
     """Bit for bit, across the borders of tiles and of blocks of every height, on one thread and two."""
-    monkeypatch.setattr(compiled, "TILE", 24)
+    monkeypatch.setattr(kernels, "TILE", 24)
     monkeypatch.setattr(execution, "_MIN_TILE", 16)
     monkeypatch.setattr(execution, "TILE_VALUES", 16 * 32)
     rng = torch.Generator().manual_seed(0)
@@ -240,7 +241,7 @@ def test_without_a_compiler_another_way_is_gone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for compiler in ("/nowhere/cc", "/bin/false"):
         monkeypatch.setenv("CC", compiler)
-        assert compiled.load.__wrapped__(4) is None
+        assert build.load.__wrapped__(4) is None
     assert not list(tmp_path.rglob("*.so"))
 
 

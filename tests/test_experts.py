@@ -93,7 +93,7 @@ def padded(mask_TM, more):
 
 def by_loop(experts, mask_TM):
     dispatch = Dispatch.of(mask_TM, int(mask_TM.sum()))
-    return lambda x, gates: experts._loop(x, gates[dispatch.row_R, dispatch.expert_R], dispatch)
+    return lambda x, gates: experts.in_turn(x, gates[dispatch.row_R, dispatch.expert_R], dispatch)
 
 
 def by_hand(experts, dispatch):

@@ -11,7 +11,7 @@ from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 from nextscale.moe.experts import Experts
 from nextscale.moe.routers import ROUTERS
-from nextscale.ops import StackedLinear
+from nextscale.moe.stacked import StackedLinear
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
 from tests.test_moe_model import moe_config, saved

@@ -26,6 +26,7 @@ LAYERS = [
     ["nextscale.train.classifier_config", "nextscale.train.encoder_config", "nextscale.config_files"],
     ["nextscale.experiments.entry", "nextscale.analysis.config"],
     ["nextscale.presets", "nextscale.quickstart.config", "nextscale.pictures"],
+    ["nextscale.kernels"],
     ["nextscale.tokenizer", "nextscale.model", "nextscale.moe", "nextscale.dynamic"],
     ["nextscale.features.network", "nextscale.features.patches"],
     ["nextscale.data"],

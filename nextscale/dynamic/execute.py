@@ -2,7 +2,7 @@
 
 Several ways to the same function, `execute` takes the fastest at hand:
 
-- a compiled kernel, on a CPU in float32 (`compiled`): rows are read and added where they lie;
+- a compiled kernel, on a CPU in float32 (`nextscale.kernels`): rows are read and added where they lie;
 - the executor that mixtures of experts use, one expert after the other, a tile of rows at a time: the tile's input and
   output stay in the cache while all experts pass over it;
 - on a GPU in 16 bits that executor's grouped product;
@@ -11,8 +11,8 @@ Several ways to the same function, `execute` takes the fastest at hand:
 What costs is not the arithmetic but the bytes: gathered, multiplied and scattered, every expert moves every row through
 memory. docs/dmoe.md has the arithmetic and what was measured.
 
-A row's result is the same to the last bit whatever rows are beside it: the products promise that (`ops`, kernel.c), and
-the outputs of its experts are added in the experts' order.
+A row's result is the same to the last bit whatever rows are beside it: the products promise that (`ops`, experts.c),
+and the outputs of its experts are added in the experts' order.
 
 Letters: T rows, D width, F hidden units, E experts, S hidden units of one.
 """
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from nextscale import ops
-from nextscale.dynamic import compiled
+from nextscale.kernels import build
+from nextscale.kernels.experts import SlicePanels, vectors_for
 from nextscale.moe.experts import Dispatch, grouped, groups, looped
 from nextscale.ops import Linear, linear
 
@@ -46,13 +47,13 @@ class Slices(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._packed: list[tuple[Tensor, Tensor]] = []
-        self._panels: compiled.Panels | None = None
+        self._panels: SlicePanels | None = None
 
-    def panels(self, fc1: Linear, fc2: Linear, experts: int) -> compiled.Panels | None:
+    def panels(self, fc1: Linear, fc2: Linear, experts: int) -> SlicePanels | None:
         """The experts for the compiled kernel; None where weights may not be packed, or not for it."""
         if self._panels is None and self.may_pack and fc1.bias.dtype == torch.float32:
             w1, w2 = (t.to_dense() if t.is_mkldnn else t for t in (fc1.weight, fc2.weight))
-            self._panels = compiled.Panels(w1, fc1.bias, w2, experts)
+            self._panels = SlicePanels(w1, fc1.bias, w2, experts)
         return self._panels
 
     def of(self, fc1: Linear, fc2: Linear, experts: int) -> list[tuple[Tensor, Tensor]]:
@@ -85,11 +86,10 @@ def execute(x_TD: Tensor, chosen_TE: Tensor, layers: tuple[Linear, Linear], relu
         return _grouped(x_TD, chosen_TE, layers, relu)
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).add_(fc2.bias)
     size = fc1.out_features // experts
-    here = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32
-    run = compiled.load(compiled.vectors_for(size)) if here else None
-    panels = slices.panels(fc1, fc2, experts) if run is not None else None
-    if run is not None and panels is not None:
-        panels.add(run, x_TD.contiguous(), chosen_TE.contiguous(), relu, into=y_TD)
+    kernels = build.load(vectors_for(size)) if build.usable(x_TD, fc1.bias) else None
+    panels = slices.panels(fc1, fc2, experts) if kernels is not None else None
+    if kernels is not None and panels is not None:
+        panels.add(kernels, x_TD.contiguous(), chosen_TE.contiguous(), relu, into=y_TD)
         return y_TD
     pairs = slices.of(fc1, fc2, experts)
     bias_E = fc1.bias.chunk(experts)

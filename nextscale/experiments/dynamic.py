@@ -11,10 +11,12 @@ from nextscale.analysis.dynamic import equal_flops, sampled_flops
 from nextscale.config import SampleConfig
 from nextscale.files import read_json, write_json
 from nextscale.pipeline import Pipeline
-from nextscale.train.sparsify_config import SparsifyConfig
+from nextscale.train.sparsify_config import STAGES, SparsifyConfig
 from nextscale.train.sparsify_run import sparsify
 from nextscale.train.world import World
 
+_TUNING = ("tune", "hoyer", "scales", "tuning")
+"""Settings of `nextscale sparsify` that decide what tuning makes."""
 _COUNTED = 64
 """Images over which executed FLOPs are averaged, of all classes in turn."""
 
@@ -27,13 +29,24 @@ def without_dial(sampling: SampleConfig) -> SampleConfig:
 def sparsified(
     config: SparsifyConfig, source: Path, data: str, within: Path, key: Callable[..., str], world: World
 ) -> Path:
-    """The folder of the model that `config` makes of the dense one in `source`, made once."""
+    """The folder of the model that `config` makes of the dense one in `source`, made once; a tuning, too, is done once
+    for all that go on from it."""
     config = dataclasses.replace(config, data=data)
+    if config.tune == "none":
+        return _done(config, source, within, key, world)
+    asked = {name: getattr(config, name) for name in ("data", "samples", "sampling", "images", "seed", *_TUNING)}
+    tuned = _done(SparsifyConfig(stages=("tune",), **asked), source, within, key, world)
+    return _done(dataclasses.replace(config, stages=STAGES[1:]), tuned, within, key, world)
+
+
+def _done(config: SparsifyConfig, source: Path, within: Path, key: Callable[..., str], world: World) -> Path:
     folder = within / f"sparse-{key(str(source), dataclasses.asdict(config))}"
     if not (folder / "finished.json").exists():
-        sparsify(source, folder, config, world)
+        report = sparsify(source, folder, config, world)
         if world.main:
-            write_json(folder / "finished.json", {})
+            before = source / "finished.json"
+            stages = {**(read_json(before).get("stages", {}) if before.exists() else {}), **report["stages"]}
+            write_json(folder / "finished.json", {"stages": stages})
     world.wait()
     return folder
 
@@ -60,7 +73,7 @@ def dynamic_figures(folder: Path, sampling: SampleConfig, kept: Path, world: Wor
         executed = sampled_flops(pipeline, _labels(pipeline), sampling)
         write_json(kept, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
     world.wait()
-    stages: dict[str, Any] = read_json(folder / "sparsify.json")["stages"]
+    stages: dict[str, Any] = read_json(folder / "finished.json")["stages"]
     found: dict[str, float] = dict(read_json(kept))
     tuned, routers = stages.get("tune", {}), stages.get("routers", {})
     names = {

@@ -11,7 +11,7 @@ from nextscale.config import InitConfig
 from nextscale.model.mamba import Mamba2
 from nextscale.model.var import VAR
 from nextscale.moe.routers import Router
-from nextscale.ops import StackedLinear
+from nextscale.moe.stacked import StackedLinear
 
 _FIRST_STEPS = (1e-3, 0.1)
 """Between them lie Mamba's steps dt at the start."""

@@ -1,9 +1,10 @@
 """The one executor of experts: whoever routes, each expert computes the rows that were given to it, and no others.
 
 No row is dropped and none is computed for nothing; memory grows with the pairs of row and expert, not with rows times
-experts. Three ways to the same function:
+experts. Four ways to the same function:
 
-- `Experts._loop`, one expert after the other: what a CPU does in inference, and what the others are tested against;
+- `Experts.in_turn`, one expert after the other: what the others are tested against;
+- `add_experts`, a compiled kernel: packed weights on a CPU in float32 (`nextscale.kernels`);
 - `_Differentiated`, the same with gradients, written out;
 - `grouped`: on a GPU in 16 bits, all experts in one product, without waiting for the host.
 
@@ -14,6 +15,7 @@ Letters: T rows, D width, F hidden width, M experts, R pairs of row and expert, 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +26,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nextscale import ops
+from nextscale.kernels import build
+from nextscale.kernels.experts import add_experts
 from nextscale.moe.exchange import Exchange, local_part
-from nextscale.ops import StackedLinear, full_precision, input_gradient, low_precision, product, weight_gradient
+from nextscale.moe.stacked import StackedLinear
+from nextscale.ops import full_precision, input_gradient, low_precision, product, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Dispatch:
 class Experts(nn.Module):
     """M feed-forward networks, D to F to D with tanh-GELU, as the dense block's."""
 
+    may_pack = False
+
     def __init__(self, count: int, width: int, hidden: int):
         super().__init__()
         self.count = count
@@ -80,9 +87,31 @@ class Experts(nn.Module):
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *weights))
         if ops.fast and not self.fc1.packed and (differentiated or _in_one(x_TD, self.fc1.weight)):
             return _computed(x_TD, gate_R, dispatch, weights)
-        return self._loop(x_TD, gate_R, dispatch)
+        kernels = self.kernels(x_TD)
+        if kernels is not None:
+            return self.compiled(kernels, x_TD, gate_R, dispatch)
+        return self.in_turn(x_TD, gate_R, dispatch)
 
-    def _loop(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+    def kernels(self, x_TD: Tensor) -> ctypes.CDLL | None:
+        """The compiled kernels, where they can compute x; packs the weights for them at the first use, if it may."""
+        kernels = build.load() if build.usable(x_TD, self.fc1.bias) else None
+        if kernels is not None and self.may_pack:
+            self.may_pack = False
+            self.fc1.pack(panels=True)
+            self.fc2.pack(panels=True)
+        return kernels if self.fc1.panels is not None else None
+
+    def compiled(self, kernels: ctypes.CDLL, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+        """By the compiled kernels, for which the weights were packed."""
+        assert self.fc1.panels is not None, "packed together"
+        assert self.fc2.panels is not None, "packed together"
+        y_TD, pairs = torch.zeros_like(x_TD), (dispatch.row_R.contiguous(), gate_R, dispatch.ends_M)
+        weights = self.fc1.panels, self.fc1.bias, self.fc2.panels, self.fc2.bias
+        add_experts(kernels, x_TD.contiguous(), pairs, weights, into=y_TD)
+        return y_TD
+
+    def in_turn(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+        """One expert after the other."""
         y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         looped(x_TD, dispatch, lambda j, x: self.fc2.product(j, self.fc1.product(j, x, gelu=True)), gate_R, into=y_TD)
         return y_TD.to(x_TD.dtype)

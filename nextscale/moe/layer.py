@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from nextscale.config import ExpertsConfig, TransformerConfig
 from nextscale.model.context import ScaleContext
-from nextscale.moe.experts import Experts, StackedLinear
+from nextscale.moe.experts import Experts
 from nextscale.moe.routers import ROUTERS, Routing
+from nextscale.moe.stacked import StackedLinear
 from nextscale.ops import Linear, linear
 
 

@@ -1,0 +1,228 @@
+/* Feed-forward experts on a CPU, float32. Compiled by nextscale/kernels/build.py.
+
+   run_slices: y[t] += W2_e act(W1_e x[t] + b1_e) for every chosen pair (t, e), experts being slices of one FFN. A block
+   of up to ROWS rows of one expert goes through both products before the next: its inputs are read where they lie (no
+   gather), its hidden units stay in the first cache, and its outputs are added where they belong (no scatter). The
+   expert's weights, 2 S D values, stay in the second cache while the rows of a tile pass.
+
+   run_experts: y[t] += g (W2_e gelu(W1_e x[t] + b1_e) + b2_e), experts being whole FFNs, whose weights fit no cache. They
+   are read once for a tile of rows, and while the rows of one chunk of a panel are multiplied the next chunk is fetched:
+   memory and arithmetic work at the same time, which they do not in a product of few rows otherwise.
+
+   In both a row's sums run in one order whatever rows are beside it and whatever threads there are. */
+
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef VECTORS
+#define VECTORS 4 /* of 16 outputs at once */
+#endif
+/* Sums fill most of AVX-512's 32 registers. Not more than 12 rows: rows of 4 KiB all fall into one set of the first
+   cache, which has 12 places. */
+#define ROWS (VECTORS == 4 ? 7 : 12)
+#define LANES 16
+#define PANEL (VECTORS * LANES)
+#define PADDED(n) (((n) + PANEL - 1) / PANEL * PANEL)
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* sums[r] = a[r] . panel, over `depth` steps; a[r] are rows anywhere, panel is (depth, PANEL). */
+static inline __attribute__((always_inline)) void products(
+    const int rows, const float *const *a, const float *panel, long depth, vec sums[][VECTORS])
+{
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = (vec){0};
+    for (long k = 0; k < depth; k++) {
+        vec b[VECTORS];
+        for (int v = 0; v < VECTORS; v++) b[v] = *(const vec *)(panel + k * PANEL + v * LANES);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += a[r][k] * b[v];
+    }
+}
+
+/* tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3); 2^t by its whole and broken part */
+static inline float gelu(float x)
+{
+    float t = -2.302208198f * (x + 0.044715f * x * x * x); /* -2 sqrt(2/pi) log2(e) */
+    t = t > 126.0f ? 126.0f : t < -126.0f ? -126.0f : t;
+    float whole = (t + 12582912.0f) - 12582912.0f, part = (t - whole) * 0.693147181f;
+    float power = 1.0f + part * (1.0f + part * (0.5f + part * (0.166666667f + part * (0.0416666667f
+                  + part * (0.00833333333f + part * 0.00138888889f)))));
+    union { int32_t i; float f; } scale = {((int32_t)whole + 127) << 23};
+    return x / (1.0f + power * scale.f);
+}
+
+static inline __attribute__((always_inline)) void block(
+    const int rows, const long *index, const float *x, float *y, const float *w1, const float *b1, const float *w2,
+    long width, long size, int relu, float *hidden)
+{
+    const long padded = PADDED(size);
+    const float *from[ROWS];
+    vec sums[ROWS][VECTORS];
+    for (int r = 0; r < rows; r++) from[r] = x + index[r] * width;
+    for (long j = 0; j < padded; j += PANEL) {
+        products(rows, from, w1 + j * width, width, sums);
+        for (int r = 0; r < rows; r++) {
+            float *h = hidden + r * padded + j;
+            memcpy(h, sums[r], sizeof sums[r]);
+            for (int i = 0; i < PANEL; i++) {
+                float value = h[i] + b1[j + i];
+                h[i] = relu ? (value > 0 ? value : 0) : gelu(value);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) from[r] = hidden + r * padded;
+    for (long j = 0; j < width; j += PANEL) {
+        if (j + PANEL < width)
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < VECTORS; v++) __builtin_prefetch(y + index[r] * width + j + PANEL + v * LANES, 1);
+        products(rows, from, w2 + j * size, size, sums);
+        const long left = width - j < PANEL ? width - j : PANEL;
+        for (int r = 0; r < rows; r++) {
+            float *to = y + index[r] * width + j, *sum = (float *)sums[r];
+            if (left == PANEL) {
+                for (int v = 0; v < VECTORS; v++) *(vec *)(to + v * LANES) += sums[r][v];
+            } else {
+                for (long i = 0; i < left; i++) to[i] += sum[i];
+            }
+        }
+    }
+}
+
+#define CASE(n) case n: block(n, list, x, y, w1, b1, w2, width, size, relu, hidden); break;
+
+/* The rows start to stop of all experts. */
+static void tile_of_slices(
+    const float *x, const uint8_t *chosen, float *y, const float *w1_all, const float *b1_all, const float *w2_all,
+    long start, long stop, long experts, long width, long size, int relu, long *rows, float *hidden)
+{
+    const long padded = PADDED(size), wide = PADDED(width);
+    for (long e = 0; e < experts; e++) {
+        const float *w1 = w1_all + e * padded * width, *b1 = b1_all + e * padded, *w2 = w2_all + e * wide * size;
+        long count = 0;
+        for (long t = start; t < stop; t++)
+            if (chosen[t * experts + e]) rows[count++] = t;
+        const long blocks = (count + ROWS - 1) / ROWS;
+        for (long b = 0; b < blocks; b++) { /* of nearly equal size */
+            const long first = count * b / blocks, *list = rows + first;
+            switch (count * (b + 1) / blocks - first) {
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+#if VECTORS < 4
+                CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+            }
+        }
+    }
+}
+#undef CASE
+
+/* `rows` (T, D) inputs, a tile of them after another. chosen: (T, experts) bytes. w1: per expert panels (padded / PANEL,
+   width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL). Scratch:
+   indices (T), hidden (threads, ROWS, padded). */
+void run_slices(
+    const float *x, const uint8_t *chosen, float *y, const float *w1, const float *b1, const float *w2,
+    long rows, long tile, long experts, long width, long size, int relu, int threads, long *indices, float *hidden)
+{
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long start = 0; start < rows; start += tile) {
+        const long stop = start + tile < rows ? start + tile : rows;
+        tile_of_slices(x, chosen, y, w1, b1, w2, start, stop, experts, width, size, relu, indices + start,
+                       hidden + omp_get_thread_num() * ROWS * PADDED(size));
+    }
+}
+
+/* ---- whole FFNs */
+
+#define STEPS 128 /* of a chunk: 32 KiB of a panel of 64, which the first cache holds beside the rows' values */
+#define TILE 56   /* rows: their hidden units, of 4,096 values, stay in the second cache */
+
+/* sums (rows, PANEL) of `steps` steps from `from` on, added to what is there unless they are the first; `ahead` lines of
+   64 bytes are fetched with every step. */
+static inline __attribute__((always_inline)) void chunk(
+    const int rows, const int ahead, const float *const *a, const float *panel, long from, long steps, float *sums_,
+    const char *next)
+{
+    vec sums[ROWS][VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++)
+            sums[r][v] = from ? *(const vec *)(sums_ + r * PANEL + v * LANES) : (vec){0};
+    for (long k = from; k < from + steps; k++) {
+        vec b[VECTORS];
+        for (int v = 0; v < VECTORS; v++) b[v] = *(const vec *)(panel + k * PANEL + v * LANES);
+        for (int i = 0; i < ahead; i++, next += 64) __builtin_prefetch(next, 0, 2);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += a[r][k] * b[v];
+    }
+    for (int r = 0; r < rows; r++) memcpy(sums_ + r * PANEL, sums[r], sizeof sums[r]);
+}
+
+#define CASE(n) case n: \
+    switch (ahead) { \
+    case 0: chunk(n, 0, a + first, panel, from, steps, to, next); break; \
+    case 1: chunk(n, 1, a + first, panel, from, steps, to, next); break; \
+    case 2: chunk(n, 2, a + first, panel, from, steps, to, next); break; \
+    default: chunk(n, VECTORS, a + first, panel, from, steps, to, next); \
+    } \
+    break;
+
+/* sums (count, PANEL) = the rows a (count, depth) times a panel (depth, PANEL) */
+static void panel_product(const float *const *a, long count, const float *panel, long depth, float *sums)
+{
+    const long blocks = (count + ROWS - 1) / ROWS;
+    for (long from = 0; from < depth; from += STEPS) {
+        const long steps = depth - from < STEPS ? depth - from : STEPS;
+        for (long b = 0; b < blocks; b++) {
+            const long first = count * b / blocks;
+            /* The blocks share in fetching the next chunk, VECTORS lines for each of its steps. */
+            const int share = blocks == 1 ? VECTORS : blocks <= 3 ? 2 : 1, ahead = b * share < VECTORS ? share : 0;
+            const char *next = (const char *)(panel + (from + STEPS) * PANEL) + b * share * steps * 64;
+            float *to = sums + first * PANEL;
+            switch (count * (b + 1) / blocks - first) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) }
+        }
+    }
+}
+
+/* rows: of all pairs of row and expert, sorted by expert; ends: where each expert's end. Weights as in run_slices, b2
+   (experts, width). Scratch: hidden (2, TILE, padded), sums (threads, TILE, PANEL). A thread has its part of the
+   panels. */
+void run_experts(
+    const float *x, const long *rows, const float *gates, const int32_t *ends, float *y,
+    const float *w1_all, const float *b1_all, const float *w2_all, const float *b2_all,
+    long experts, long width, long size, int threads, float *hidden_all, float *sums_all)
+{
+    const long padded = PADDED(size), wide = PADDED(width), panels1 = padded / PANEL, panels2 = wide / PANEL;
+#pragma omp parallel num_threads(threads)
+    {
+        const long me = omp_get_thread_num(), all = omp_get_num_threads();
+        float *sums = sums_all + me * TILE * PANEL;
+        const float *from[TILE];
+        long turn = 0;
+        for (long e = 0; e < experts; e++) {
+            const float *w1 = w1_all + e * padded * width, *w2 = w2_all + e * wide * size;
+            const float *b1 = b1_all + e * padded, *b2 = b2_all + e * width;
+            for (long start = e ? ends[e - 1] : 0; start < ends[e]; start += TILE) {
+                const long count = ends[e] - start < TILE ? ends[e] - start : TILE;
+                float *hidden = hidden_all + (turn++ % 2) * TILE * padded; /* others may still read the last one */
+                for (long r = 0; r < count; r++) from[r] = x + rows[start + r] * width;
+                for (long p = panels1 * me / all; p < panels1 * (me + 1) / all; p++) {
+                    panel_product(from, count, w1 + p * PANEL * width, width, sums);
+                    for (long r = 0; r < count; r++)
+                        for (long i = 0; i < PANEL; i++)
+                            hidden[r * padded + p * PANEL + i] = gelu(sums[r * PANEL + i] + b1[p * PANEL + i]);
+                }
+#pragma omp barrier
+                for (long r = 0; r < count; r++) from[r] = hidden + r * padded;
+                for (long p = panels2 * me / all; p < panels2 * (me + 1) / all; p++) {
+                    const long left = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
+                    panel_product(from, count, w2 + p * PANEL * size, size, sums);
+                    for (long r = 0; r < count; r++) {
+                        float *to = y + rows[start + r] * width + p * PANEL;
+                        for (long i = 0; i < left; i++)
+                            to[i] += gates[start + r] * (sums[r * PANEL + i] + b2[p * PANEL + i]);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+"""The compiled kernels of whole experts, against formulas in float64; tests/test_dynamic.py has those of slices."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from nextscale import ops
+from nextscale.kernels import build
+from nextscale.kernels.experts import from_panels, to_panels
+from nextscale.moe.experts import Experts
+
+pytestmark = pytest.mark.skipif(build.load() is None, reason="there is no C compiler, or no AVX-512")
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def filled(count, width, hidden, seed=0):
+    experts, rng = Experts(count, width, hidden), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) / parameter.shape[-1] ** 0.5)
+    return experts
+
+
+def by_formula(experts, x, gates, chosen):
+    """sum_j g_j (W2_j gelu(W1_j x + b1_j) + b2_j), row by row in float64."""
+    w1, b1, w2, b2 = (
+        t.detach().double().numpy()
+        for t in (experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias)
+    )
+    y = np.zeros(x.shape)
+    for t, j in chosen.nonzero().tolist():
+        h = w1[j] @ x[t].double().numpy() + b1[j]
+        a = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        y[t] += float(gates[t, j]) * (w2[j] @ a + b2[j])
+    return y
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 130), st.integers(1, 5), st.sampled_from([3, 16, 64, 100]), st.sampled_from([5, 64, 130, 300]),
+    st.floats(0, 1), st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+@torch.no_grad()
+def test_whole_experts_equal_the_formula(rows, count, width, hidden, density, thread_count, seed):
+    """Empty and overfull ones, widths that fill no panel, more rows than a tile has, more threads than panels."""
+    rng = torch.Generator().manual_seed(seed)
+    experts = filled(count, width, hidden, seed)
+    x, gates = torch.randn(rows, width, generator=rng), torch.rand(rows, count, generator=rng)
+    chosen = torch.rand(rows, count, generator=rng) < density
+    expected = by_formula(experts, x, gates, chosen)
+    ops.pack(experts)
+    with threads(thread_count):
+        found = experts(x, gates, chosen, int(chosen.sum()))
+    assert experts.fc1.panels is not None
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max(initial=0)))
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_rows_or_threads():
+    """Bit for bit, across blocks of every height, the borders of tiles and chunks, on one to three threads."""
+    rng = torch.Generator().manual_seed(0)
+    experts = filled(3, 200, 520)
+    ops.pack(experts)
+    x, gates = torch.randn(150, 200, generator=rng), torch.rand(150, 3, generator=rng)
+    chosen = torch.rand(150, 3, generator=rng) < 0.7
+    whole = experts(x, gates, chosen, int(chosen.sum()))
+    for rows in (slice(40, 150), slice(16, 33), *(slice(7, 7 + n) for n in range(1, 60))):
+        with threads(1 + rows.stop % 3):
+            part = experts(x[rows], gates[rows], chosen[rows], int(chosen[rows].sum()))
+        assert torch.equal(part, whole[rows]), rows
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 140), st.integers(1, 20), st.sampled_from([2, 4]))
+def test_panels_are_the_weights_in_another_order(count, out, width, vectors):
+    weight = torch.randn(count, out, width)
+    panels = to_panels(weight, vectors)
+    assert torch.equal(from_panels(panels, out), weight)
+    assert panels[0, 0, width // 2, out // 2 % 8] == weight[0, out // 2 % 8, width // 2]
+
+
+def test_panels_are_saved_and_moved_as_weights(tmp_path):
+    experts, x = filled(2, 8, 24), torch.randn(1, 8)
+    before = {name: t.clone() for name, t in experts.state_dict().items()}
+    gates = chosen = torch.ones(1, 2)
+    ops.pack(experts)
+    with torch.no_grad():
+        experts(x, gates, chosen.bool(), 2)  # packs at the first use, whatever the rows
+    assert experts.fc2.weight.numel() == 0
+    save_file(experts.state_dict(), tmp_path / "experts.safetensors")
+    saved = load_file(tmp_path / "experts.safetensors")
+    assert all(torch.equal(saved[name], t) for name, t in before.items())
+    experts.to(torch.bfloat16)
+    assert torch.equal(experts.fc1.weight, before["fc1.weight"].bfloat16())
+    assert experts.fc1.panels is None
