@@ -12,7 +12,7 @@ from nextscale.config import SampleConfig
 from nextscale.errors import UserError
 from nextscale.sample.draw import ImageStreams, inverse_cdf
 from nextscale.sample.generate import log_likelihood
-from nextscale.sample.logits import filtered, guide, keep_top_k, keep_top_k_top_p, keep_top_p
+from nextscale.sample.logits import filtered, guide, keep_top_k, keep_top_k_top_p, keep_top_p, largest
 from tests.conftest import randomised, tiny_config
 
 rows = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12)
@@ -51,6 +51,14 @@ def test_both_filters_at_once_are_one_after_the_other(values, k, p):
     if not torch.equal(one_by_one, together):  # rounding may decide, where a sum hits 1 - p
         sums = keep_top_k(logits, k).softmax(-1).sort(-1).values.cumsum(-1)
         assert (sums - (1 - p)).abs().min() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 7, 40, 99])
+def test_the_largest_values_against_sorting(dtype, k):
+    logits = torch.randn(3, 5, 40).to(dtype)
+    logits[1] = logits[1].round()  # ties
+    assert torch.equal(largest(logits, k), logits.sort(dim=-1).values[..., -k:])
 
 
 def test_filters_off_and_temperature():

@@ -56,7 +56,8 @@ def load(vectors: int = 4) -> ctypes.CDLL | None:
         pointer, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
         found.run_slices.argtypes = [pointer] * 6 + [number] * 5 + [flag] * 2 + [pointer] * 2
         found.run_experts.argtypes = [pointer] * 9 + [number] * 3 + [flag] + [pointer] * 2
-        found.run_slices.restype = found.run_experts.restype = None
+        found.choose_slices.argtypes = [pointer] * 4 + [number] * 4 + [ctypes.c_float, flag, pointer]
+        found.run_slices.restype = found.run_experts.restype = found.choose_slices.restype = None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
         return None  # the other way is slower, and as good
     return found

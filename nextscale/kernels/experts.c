@@ -5,6 +5,8 @@
    gather), its hidden units stay in the first cache, and its outputs are added where they belong (no scatter). The
    expert's weights, 2 S D values, stay in the second cache while the rows of a tile pass.
 
+   choose_slices: which pairs are chosen, from the norms of the slices' outputs that a router predicts.
+
    run_experts: y[t] += g (W2_e gelu(W1_e x[t] + b1_e) + b2_e), experts being whole FFNs, whose weights fit no cache. They
    are read once for a tile of rows, and while the rows of one chunk of a panel are multiplied the next chunk is fetched:
    memory and arithmetic work at the same time, which they do not in a product of few rows otherwise.
@@ -131,6 +133,60 @@ void run_slices(
                        hidden + omp_get_thread_num() * ROWS * PADDED(size));
     }
 }
+
+/* ---- which slices run */
+
+static inline __attribute__((always_inline)) void predicted(
+    const int rows, const float *x, uint8_t *chosen, const float *w1, const float *w2, long experts, long width,
+    long hidden, float least, float *scratch)
+{
+    const long padded = PADDED(hidden), wide = PADDED(experts);
+    float *norm = scratch + ROWS * padded;
+    const float *from[ROWS];
+    vec sums[ROWS][VECTORS];
+    for (int r = 0; r < rows; r++) from[r] = x + r * width;
+    for (long j = 0; j < padded; j += PANEL) {
+        products(rows, from, w1 + j * width, width, sums);
+        for (int r = 0; r < rows; r++) {
+            float *h = scratch + r * padded + j;
+            memcpy(h, sums[r], sizeof sums[r]);
+            for (int i = 0; i < PANEL; i++) h[i] = gelu(h[i]);
+        }
+    }
+    for (int r = 0; r < rows; r++) from[r] = scratch + r * padded;
+    for (long j = 0; j < wide; j += PANEL) {
+        products(rows, from, w2 + j * hidden, hidden, sums);
+        for (int r = 0; r < rows; r++) memcpy(norm + r * wide + j, sums[r], sizeof sums[r]);
+    }
+    for (int r = 0; r < rows; r++) {
+        float *p = norm + r * wide, largest = 0;
+        for (long e = 0; e < experts; e++) p[e] = p[e] < 0 ? -p[e] : p[e];
+        for (long e = 0; e < experts; e++) largest = p[e] > largest ? p[e] : largest;
+        for (long e = 0; e < experts; e++) chosen[r * experts + e] = p[e] >= least * largest;
+    }
+}
+
+#define CASE(n) \
+    case n: predicted(n, x + t * width, chosen + t * experts, w1, w2, experts, width, hidden, least, mine); break;
+
+/* chosen (rows, experts): where p >= least max p, p = |W2 gelu(W1 x)|. w1: panels (padded / PANEL, width, PANEL); w2:
+   panels (experts / PANEL rounded up, hidden, PANEL). Scratch: (threads, ROWS, padded + experts rounded up). */
+void choose_slices(
+    const float *x, uint8_t *chosen, const float *w1, const float *w2, long rows, long experts, long width, long hidden,
+    float least, int threads, float *scratch)
+{
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long t = 0; t < rows; t += ROWS) {
+        float *mine = scratch + omp_get_thread_num() * ROWS * (PADDED(hidden) + PADDED(experts));
+        switch (rows - t < ROWS ? rows - t : ROWS) {
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+#if VECTORS < 4
+            CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+        }
+    }
+}
+#undef CASE
 
 /* ---- whole FFNs */
 

@@ -66,6 +66,28 @@ class SlicePanels:
         )
 
 
+class RouterPanels:
+    """The weights of a router, Linear-GELU-Linear without biases: (H, D) and (E, H), float32."""
+
+    vectors = 2
+
+    def __init__(self, w1_HD: Tensor, w2_EH: Tensor):
+        (self.hidden, self.width), self.experts = w1_HD.shape, len(w2_EH)
+        self.w1, self.w2 = (to_panels(w.unsqueeze(0), self.vectors) for w in (w1_HD, w2_EH))
+
+    def chosen(self, kernels: ctypes.CDLL, x_TD: Tensor, tau: float) -> Tensor:
+        """(T, E) bool: where p >= (1 - tau) max p, p = |W2 gelu(W1 x)|, with tanh-GELU."""
+        threads, panel = torch.get_num_threads(), self.vectors * _LANES
+        chosen_TE = torch.empty(len(x_TD), self.experts, dtype=torch.bool)
+        columns = sum(-(-n // panel) * panel for n in (self.hidden, self.experts))
+        scratch = torch.empty(threads * _SLICE_ROWS * columns)
+        kernels.choose_slices(
+            *_pointers(x_TD, chosen_TE, self.w1, self.w2), len(x_TD), self.experts, self.width, self.hidden,
+            1 - tau, threads, *_pointers(scratch),
+        )  # fmt: skip
+        return chosen_TE
+
+
 def add_experts(
     kernels: ctypes.CDLL, x_TD: Tensor, pairs: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, ...], into: Tensor
 ) -> None:
