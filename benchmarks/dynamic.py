@@ -2,16 +2,18 @@
 
     python -m benchmarks.dynamic ffn [--batches 1 8 32] [--active 0.25 0.58 0.8 1] [--rounds 7] [--clock wall]
     python -m benchmarks.dynamic nested [--rounds 7]
-    python -m benchmarks.dynamic sampling MODEL [--batches 1 8] [--budgets 0.9 0.8 0.7] [--rounds 5] [--cfg 1.5]
+    python -m benchmarks.dynamic sampling MODEL [--dense DENSE] [--batches 1 8] [--budgets 0.9 0.8 0.7] [--rounds 5]
+        [--cfg 1.5]
     python -m benchmarks.dynamic quality MODEL --features NETWORK --reference DATA [--budget 0.8] [--images 2000]
         [--seeds 0 1 2 3 4] [--dense DENSE] --out FOLDER
 
 `ffn`: one FFN of VAR-d16 with random weights at its last scale, guided, so that a batch of B has 512 B rows; random
 experts for each row, the worst case; router and choice included; in alternating pairs with the packed dense FFN.
 `nested`: experts within the experts of a mixture, at the rows that each then has. `sampling`: seconds of the
-transformer for a checkpoint of `nextscale sparsify`, with all experts and at budgets, beside the FLOPs that were
-executed. `quality`: Fréchet distances of paired seeds, dense and at a budget, beside uniform tau, top-k, the oracle and
-pruned FFNs at equal FLOPs; the upper 95 % bound of the mean loss. The last line is JSON.
+transformer, and of all but decoding, for a checkpoint of `nextscale sparsify`, with all experts and at budgets, beside
+the dense model and the FLOPs that were executed. `quality`: Fréchet distances of paired seeds, dense and at a budget,
+beside uniform tau, top-k, the oracle and pruned FFNs at equal FLOPs; the upper 95 % bound of the mean loss. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--features", default="")
     parser.add_argument("--reference", default="")
-    parser.add_argument("--dense", default="", help="quality: the model that it was made of; default: all experts")
+    parser.add_argument(
+        "--dense", default="", help="sampling, quality: the model that it was made of; default: all experts"
+    )
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("runs/dynamic"))
@@ -167,31 +171,67 @@ def nested(options: argparse.Namespace) -> dict[str, Any]:
 # ---- a checkpoint
 
 
+class Timed:
+    """A pipeline whose transformer's own seconds are added up: its steps and the condition, without choosing tokens."""
+
+    def __init__(self, pipeline: Pipeline, now: Callable[[], float]):
+        self.pipeline, self.seconds = pipeline, 0.0
+        for name in ("step", "conditioning"):
+            setattr(pipeline.transformer, name, self._timed(getattr(pipeline.transformer, name), now))
+
+    def _timed(self, call: Callable[..., Any], now: Callable[[], float]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = now()
+            result = call(*arguments, **named)
+            self.seconds += now() - began
+            return result
+
+        return timed
+
+
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    pipeline = Pipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype)
-    base, classes = SampleConfig(cfg=options.cfg), pipeline.transformer.config.condition.num_classes
-    settings = {"all experts": dataclasses.replace(base, tau=(1.0,))}
-    settings |= {f"budget {b:g}": dataclasses.replace(base, budget=b) for b in options.budgets}
+    now = _now(options)
+    base = SampleConfig(cfg=options.cfg, top_k=0, top_p=0.95)
+    sparse = Timed(Pipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype), now)
+    dense = sparse
+    if options.dense:
+        dense = Timed(Pipeline.from_pretrained(options.dense, device=options.device, dtype=options.dtype), now)
+    whole = base if options.dense else dataclasses.replace(base, tau=(1.0,))
+    settings = {"dense": (dense, whole), "all experts": (sparse, dataclasses.replace(base, tau=(1.0,)))}
+    settings |= {f"budget {b:g}": (sparse, dataclasses.replace(base, budget=b)) for b in options.budgets}
     cases = []
     for batch in options.batches:
-        labels = [i % classes for i in range(batch)]
+        labels = [i % sparse.pipeline.transformer.config.condition.num_classes for i in range(batch)]
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
+        for turn in range(options.rounds + 2):
+            for name, (model, config) in settings.items():
+                model.seconds, began = 0.0, now()
+                for _ in model.pipeline.sample_scales(labels, config):
+                    pass
+                if turn > 1:
+                    found[name].append((model.seconds, now() - began))
+        for name, (model, config) in settings.items():
+            share = sampled_flops(model.pipeline, labels, config, batch).share if model is sparse else 1.0
+            cases.append(_sampling_case(batch, name, share, found[name], found["dense"]))
+    return {"model": options.model, "dense": options.dense, "rounds": options.rounds, "cases": cases}
 
-        def drawn(config: SampleConfig, labels: list[int] = labels) -> None:
-            for _ in pipeline.sample_scales(labels, config):
-                pass
 
-        work = {name: (lambda c=config: drawn(c)) for name, config in settings.items()}
-        times = alternating(work, options.rounds, _now(options))
-        for name, config in settings.items():
-            ratios = [b / a for a, b in zip(times["all experts"], times[name], strict=True)]
-            executed = sampled_flops(pipeline, labels, config, batch)
-            saved, flops_saved = 1 - statistics.median(ratios), 1 - executed.share
-            case = {"batch": batch, "setting": name, "saved": saved, "flops_saved": flops_saved,
-                    "ratio": spread(ratios), "seconds": spread(times[name])}  # fmt: skip
-            cases.append(case)
-            print(f"batch {batch}, {name}: {1000 * case['seconds']['median']:.0f} ms, {saved:.1%} saved of the time, "
-                  f"{flops_saved:.1%} of the FLOPs", flush=True)  # fmt: skip
-    return {"model": options.model, "rounds": options.rounds, "cases": cases}
+def _sampling_case(
+    batch: int, name: str, share: float, times: list[tuple[float, float]], dense: list[tuple[float, float]]
+) -> dict[str, Any]:
+    """What a setting saves of the transformer's time and of all but decoding, round by round beside the dense model."""
+    saved = {
+        part: spread([1 - a[i] / b[i] for a, b in zip(times, dense, strict=True)])
+        for i, part in enumerate(("transformer", "sampling"))
+    }
+    seconds = {part: spread([t[i] for t in times]) for i, part in enumerate(saved)}
+    parts = ", ".join(
+        f"{part} {1000 * seconds[part]['median']:.0f} ms, {found['median']:.1%} saved ({found['min']:.1%} to "
+        f"{found['max']:.1%})" for part, found in saved.items()
+    )  # fmt: skip
+    worth = saved["transformer"]["median"] / (1 - share) if share < 1 else float("nan")
+    print(f"batch {batch}, {name}: {1 - share:.1%} of the FLOPs saved; {parts}; ratio {worth:.2f}", flush=True)
+    return {"batch": batch, "setting": name, "flops_saved": 1 - share, "saved": saved, "seconds": seconds}
 
 
 def quality(options: argparse.Namespace) -> dict[str, Any]:
