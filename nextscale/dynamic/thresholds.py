@@ -22,7 +22,8 @@ from nextscale.config import ModelConfig
 from nextscale.dynamic.budget import Budget
 from nextscale.dynamic.config import Selection
 from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.flops import activities, dense_flops, of_scale, step_flops
+from nextscale.dynamic.flops import dense_flops, of_scale, step_flops
+from nextscale.dynamic.records import Activity, recorded
 from nextscale.info import condition_flops
 from nextscale.model.var import VAR
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -74,15 +75,14 @@ def measure(
             nats_BL = -here_BLV[: len(labels_B)].gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
             for k, span in enumerate(config.pyramid.spans):
                 part = slice(*span)
-                routed = dial.tau_K[k] < 1 and dial.selection in ("threshold", "top-k")
-                records = [[of_scale(activity, span, routed)] for activity in activities(output.records)]
-                units = torch.stack([r[0].units_BN.double().mean() for r in records]).mean()
+                ran = [of_scale(activity, span) for activity in recorded(output.records, Activity)]
+                active = torch.stack([a.share_BN(model.config.ffn_width).mean() for a in ran]).mean()
                 total[:, k] += torch.tensor([
-                    step_flops(config, k, records, len(values)) / 2,
+                    step_flops(config, k, [ran], len(values)) / 2,
                     float(harm_BL[:, part].double().sum()) / 2,
                     float(nats_BL[:, part].double().mean()) * len(labels_B),
                     float(agree_BL[:, part].mean()) * len(labels_B),
-                    float(units) / model.config.ffn_width * len(labels_B),
+                    float(active) * len(labels_B),
                 ], dtype=torch.float64)  # fmt: skip
     return [Point(*(tuple(row.tolist()) for row in total / images)) for total in sums]
 

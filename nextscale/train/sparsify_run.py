@@ -23,7 +23,7 @@ from nextscale.config_dict import to_dict
 from nextscale.dynamic.budget import tau_for
 from nextscale.dynamic.convert import check_identity, dense_config, identity, relufied, split, with_dynamic
 from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.layer import Use
+from nextscale.dynamic.records import Use, recorded
 from nextscale.dynamic.thresholds import GRID, Point, calibrate
 from nextscale.errors import UserError
 from nextscale.files import read_json, write_json
@@ -161,10 +161,11 @@ def _note_importance(job: _Job, pipeline: Pipeline, data: Data) -> None:
     for label_B, tokens_BL in _calibration(job.config, pipeline, data, held_out=False):
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         output = model(model.condition.with_none(label_B), inputs_BLC, dial=dial)
-        uses = [r.contribution_F for records in output.records for r in records if isinstance(r, Use)]
+        uses = [use.contribution_F for use in recorded(output.records, Use)]
         sums = [a + b for a, b in zip(sums, uses, strict=True)] if sums else uses
         images += len(label_B)
-    for layer, total_F in zip(layers(model), sums, strict=True):
+    found = torch.cat(sums).split(model.config.ffn_width)
+    for layer, total_F in zip(layers(model), found, strict=True):
         layer.importance_F.copy_(total_F / images)
 
 
