@@ -75,9 +75,9 @@ class DynamicFeedForward(nn.Module):
     """Mean contribution of each hidden unit at the sparse scales: what static pruning goes by."""
 
     @property
-    def output(self) -> Linear:
+    def outputs(self) -> list[Linear]:
         """The last projection, which writes to the residual stream."""
-        return self.fc2
+        return [self.fc2]
 
     @property
     def divided(self) -> tuple[Linear, Linear]:

@@ -1,4 +1,4 @@
-"""`nextscale sparsify`: from a trained dense model to dynamic experts, stage by stage, each of which can be resumed.
+"""`nextscale sparsify`: from a trained model to dynamic experts, stage by stage, each of which can be resumed.
 
 OUT/stages/tune/, split/, routers/     what each stage made: a checkpoint, finished.json; run.json, log.jsonl
 OUT/stages/samples/                    the model's own samples, where no data are given
@@ -21,7 +21,7 @@ from nextscale.checkpoints.checkpoint import Checkpoint
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config_dict import to_dict
 from nextscale.dynamic.budget import tau_for
-from nextscale.dynamic.convert import check_identity, dense_config, identity, relufied, split, with_dynamic
+from nextscale.dynamic.convert import check_identity, identity, model_of, relufied, split, with_dynamic
 from nextscale.dynamic.dial import Dial
 from nextscale.dynamic.records import Use, recorded
 from nextscale.dynamic.thresholds import GRID, Point, calibrate
@@ -92,7 +92,7 @@ def _needs_data(config: SparsifyConfig) -> bool:
 
 def _check_start(checkpoint: Checkpoint, config: SparsifyConfig) -> None:
     """Raise UserError when the first stage cannot work on this model, before anything is done."""
-    dynamic, first = dense_config(checkpoint).dynamic, config.stages[0]
+    dynamic, first = model_of(checkpoint).dynamic, config.stages[0]
     if first in ("routers", "thresholds") and not dynamic.experts:
         raise UserError(f"stage {first} needs a model whose FFNs are divided; begin with --stages split {first}")
     if first == "thresholds" and not dynamic.identity:
@@ -103,7 +103,7 @@ def _check_start(checkpoint: Checkpoint, config: SparsifyConfig) -> None:
         raise UserError(f"this model's FFNs are divided already, into {dynamic.experts} experts")
     if first == "tune" and config.tune != "none":
         relufied(checkpoint, config.scales, config.tune == "late")
-    width = dense_config(checkpoint).ffn_width
+    width = model_of(checkpoint).ffn_width
     if {"tune", "split"} & {first} and "split" in config.stages and width % min(config.expert_size, width + 1):
         split(checkpoint, config.expert_size, config.scales, config.router_width)  # says what is wrong
 
@@ -138,7 +138,7 @@ def _split(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkp
         write_json(note, settings)
     job.world.wait()
     divided = read_checkpoint(folder)
-    dynamic = dense_config(divided).dynamic
+    dynamic = model_of(divided).dynamic
     return divided, {"experts": dynamic.experts, "expert_size": config.expert_size, "sparse_scales": dynamic.scales}
 
 
@@ -171,7 +171,7 @@ def _note_importance(job: _Job, pipeline: Pipeline, data: Data) -> None:
 
 def _thresholds(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkpoint, dict[str, Any]]:
     assert data is not None, "thresholds were given data"
-    config, dynamic = job.config, dense_config(checkpoint).dynamic
+    config, dynamic = job.config, model_of(checkpoint).dynamic
     pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device).pack()
     batches = _calibration(config, pipeline, data, held_out=True)
     shares = sorted({*config.budgets, *([config.budget] if config.budget else [])}, reverse=True)
@@ -237,10 +237,10 @@ def _train(
 
 def _after(job: _Job, name: str, before: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with a trained model's weights, also written into the stage's folder."""
-    dynamic = dense_config(before).dynamic
+    dynamic = model_of(before).dynamic
     checkpoint = dataclasses.replace(with_dynamic(before, dynamic), transformer=whole_weights(model))
     if name == "routers":
-        own = identity(checkpoint.transformer, dense_config(checkpoint))
+        own = identity(checkpoint.transformer, model_of(checkpoint))
         checkpoint = with_dynamic(checkpoint, dataclasses.replace(dynamic, identity=own, tau=()))
     if job.world.main:
         write_checkpoint(job.stage(name), checkpoint)

@@ -51,7 +51,8 @@ class RouterTask(Task):
     """Each router learns to predict the norm of its experts' outputs (Eq. 2), by regression; nothing else changes.
 
     The squared error of a block is divided by the mean square of its targets, so that 1 is what predicting nothing
-    gives and blocks count alike; per block that changes no optimum. Labels are left out at random as in training, for
+    gives and blocks count alike; per block that changes no optimum. In a mixture each expert has a router, which learns
+    from the tokens that are the expert's. Labels are left out at random as in training, for
     the unconditional branch of guidance.
     """
 
@@ -66,6 +67,7 @@ class RouterTask(Task):
         self.trained.requires_grad_(True)
         self.dial = Dial((1.0,) * len(model.pyramid), observe="norms")
         self.tokens_per_example = model.pyramid.length
+        self.leaves_parameters_unused = model.config.nested  # of experts that no token at hand has chosen
 
     def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         return {"drop": torch.rand(count, generator=rng) < self.config.label_drop}
