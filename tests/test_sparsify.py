@@ -11,7 +11,7 @@ import torch
 
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.cli import main
-from nextscale.config import ExpertsConfig, SampleConfig
+from nextscale.config import SampleConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.dynamic.budget import Budget, resolved, table_of, tau_for
 from nextscale.dynamic.convert import relufied
@@ -146,12 +146,9 @@ def test_each_stage_alone_and_without_tuning(made, tmp_path, capsys):
 
 def test_what_cannot_be_sparsified_is_named(made, tmp_path, capsys):
     dense, dynamic = made
-    mixture = tmp_path / "mixture"
-    randomised(tiny_config(experts=ExpertsConfig(router="smoe"))).save_pretrained(mixture)
     checkpoint = read_checkpoint(dense)
     write_checkpoint(tmp_path / "codes", replace(checkpoint, config=replace(checkpoint.config, transformer=None)))
     out = f"--out {tmp_path}/out {FAST}"
-    assert "mixture of experts (smoe)" in fails(f"sparsify {mixture} {out}", capsys)
     assert "tokenizer alone" in fails(f"sparsify {tmp_path}/codes {out}", capsys)
     assert "divided already, into 8 experts" in fails(f"sparsify {dynamic} {out}", capsys)
     assert "begin with --stages split" in fails(f"sparsify {dense} {out} --stages thresholds", capsys)

@@ -5,7 +5,7 @@
 - `Sparsity` and `Norms` where a dial observes: what tuning and the training of routers need;
 - `Use`: how much each hidden unit contributed.
 
-A mixture of experts, each of which is a dynamic FFN, records the same of all of them together, within its `Routing`.
+A mixture of experts, each of which is a dynamic FFN, records the same of all of them together, beside its routing.
 
 Letters: B sequences, N tokens at hand, F hidden units of one FFN, E experts that it is divided into.
 """
@@ -67,12 +67,20 @@ class Use:
     """Sum over tokens of |a_j| |column j of W2|_2, float64; of a mixture (M F,), one expert after the other."""
 
 
+@dataclass(frozen=True)
+class NestedRouting(Routing):
+    """The record of a mixture whose experts are dynamic FFNs."""
+
+    within: Activity | Sparsity | Norms | Use | None
+    """What they recorded."""
+
+
 R = TypeVar("R", Activity, Sparsity, Norms, Use)
 
 
 def recorded(records: Sequence[Sequence[Any]], kind: type[R]) -> list[R]:
     """What each block's FFN recorded, where it is of this kind; of a mixture what its experts did together."""
-    within = (r.within if isinstance(r, Routing) else r for block in records for r in block)
+    within = (r.within if isinstance(r, NestedRouting) else r for block in records for r in block)
     return [record for record in within if isinstance(record, kind)]
 
 

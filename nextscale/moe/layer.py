@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from nextscale.config import ExpertsConfig, TransformerConfig
 from nextscale.dynamic.mixture import DynamicExperts
+from nextscale.dynamic.records import NestedRouting
 from nextscale.model.context import ScaleContext
 from nextscale.moe.experts import Experts, StackedLinear
 from nextscale.moe.routers import ROUTERS, Routing
@@ -16,7 +15,7 @@ from nextscale.ops import Linear, linear
 
 
 class MixtureOfExperts(nn.Module):
-    """y_i = sum_j G_ij E_j(x_i). The record is the `Routing`, with what experts recorded that are divided further."""
+    """y_i = sum_j G_ij E_j(x_i). The record is the `Routing`; with what they recorded, if experts are dynamic FFNs."""
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__()
@@ -43,7 +42,7 @@ class MixtureOfExperts(nn.Module):
         pairs = self.router.pairs((B, N), context)
         if isinstance(self.experts, DynamicExperts):
             y_BND, within = self.experts(*parts, pairs, context)
-            routing = replace(routing, within=within)
+            routing = NestedRouting(**vars(routing), within=within)
         else:
             y_BND = self.experts(*(part.flatten(0, 1) for part in parts), pairs).view_as(x_BND)
         if self.idle is not None:

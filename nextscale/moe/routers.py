@@ -6,7 +6,6 @@ Letters: B sequences, N tokens at hand, D width, K scales, M experts (those with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,6 @@ class Routing:
     """bool: which experts work on which tokens."""
     gates_BNM: Tensor
     """float32: what an expert's output is multiplied by, G of Eq. 7; 0 where it was not chosen."""
-    within: Any = None
-    """What the experts recorded where each is divided further (`nextscale.dynamic.records`)."""
 
 
 def largest(scores: Tensor, count: int, dim: int) -> Tensor:
