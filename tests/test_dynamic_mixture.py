@@ -274,7 +274,7 @@ def test_tuning_goes_on_with_the_mixture_s_own_loss(router):
         parts = found["cross_entropy"].item(), 0.3 * found["hoyer"].item(), 0.01 * balance
         assert loss.item() == pytest.approx(sum(parts), rel=1e-5)
         assert found["balance"].item() == pytest.approx(balance / 2, rel=1e-5)
-        assert task.leaves_parameters_unused
+        assert not any(p.requires_grad for p in task.model.projector.parameters()), "guidance has no part in it"
         loss.backward()
         reached = {n for n, p in task.model.named_parameters() if p.grad is not None and p.grad.any()}
         if own:
@@ -301,6 +301,24 @@ def test_routers_learn_the_norms_and_nothing_else_changes():
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert 0 < found["recall"].item() <= 1
+
+
+@pytest.mark.parametrize("kind", ["tuning", "routers"])
+def test_experts_that_no_token_chose_have_gradients_of_0(kind):
+    """As those of a plain mixture have: processes could not add up gradients that some of them do not have."""
+    pipeline = nested(identity="")
+    with torch.no_grad():
+        for block in pipeline.transformer.blocks:
+            block.ffn.router.score.weight.zero_()  # of equal scores the first two are taken
+    given = pipeline.transformer, pipeline.tokenizer, examples(), TrainConfig()
+    task = TuneTask(*given, hoyer=0.3) if kind == "tuning" else RouterTask(*given)
+    loss, _ = task(examples().fetch(range(6), None), {"drop": torch.zeros(6, dtype=torch.bool)}, 0)
+    loss.backward()
+    for ffn in pipeline.transformer.blocks[1].ffn.experts:
+        assert (ffn.router.fc2.weight if kind == "routers" else ffn.fc1.weight).grad is not None
+    used = [(ffn.router if kind == "routers" else ffn).fc2.weight.grad.any().item() for ffn in layers(task.model)]
+    assert used == [True, True, False, False, False, False] * 2
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.model.parameters())
 
 
 # ---- the command

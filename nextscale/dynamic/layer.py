@@ -153,7 +153,7 @@ class DynamicFeedForward(nn.Module):
         assert self.router is not None, "norms are observed of models with experts"
         with torch.no_grad(), full_precision(x_BND):
             true_TE = expert_norms(a_BNF.flatten(0, 1), fc2, self.config.experts)
-        return Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], -1))
+        return Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], self.config.experts))
 
 
 def _ran(units_BN: Tensor, routed: bool) -> Activity:

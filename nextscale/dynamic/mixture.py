@@ -61,6 +61,9 @@ class DynamicExperts(nn.ModuleList):
 
         y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         looped(x_TD, dispatch, work, gates_TM[dispatch.row_R, dispatch.expert_R], into=y_TD)
+        if torch.is_grad_enabled():  # processes must agree on who has a gradient: without rows it is 0
+            idle = [work(j, x_TD[:0]).to(y_TD.dtype) for j in range(len(self)) if j not in found]
+            y_TD = torch.cat([y_TD, *idle]) if idle else y_TD
         record = self._together(found, dispatch, parts[0].shape[:2], dial, late) if dial is not None else None
         return y_TD.to(x_TD.dtype).view_as(parts[0]), record
 
@@ -70,6 +73,8 @@ class DynamicExperts(nn.ModuleList):
         """What those experts that had rows recorded, as one record of `shape` (B, N) tokens."""
         if dial.observe == "use":
             return Use(torch.cat([_use(ffn, found.get(j)) for j, ffn in enumerate(self.ffns)])) if late else None
+        if dial.observe == "norms":
+            return joined([found[j] for j in sorted(found) if found[j] is not None])
         pieces = [(dispatch.row_R[i:end], found[j]) for j, i, end in dispatch.pieces() if found[j] is not None]
         if not dial.observe:
             counts = [torch.zeros(shape.numel(), dtype=torch.int64, device=dispatch.row_R.device) for _ in range(3)]
@@ -77,8 +82,8 @@ class DynamicExperts(nn.ModuleList):
                 for count_T, part_1r in zip(counts, (ran.units_BN, ran.ffns_BN, ran.routed_BN), strict=True):
                     count_T.index_add_(0, row_r, part_1r[0])
             return Activity(*(count_T.view(shape) for count_T in counts))
-        if dial.observe == "norms" or not pieces:
-            return joined([record for _, record in pieces])
+        if not pieces:
+            return None
         share = [len(row_r) / sum(len(rows) for rows, _ in pieces) for row_r, _ in pieces]
         hoyer, zeros = (torch.stack([getattr(r, name) for _, r in pieces]) for name in ("hoyer", "zeros"))
         weight = hoyer.new_tensor(share)  # experts count by their rows

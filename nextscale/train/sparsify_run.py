@@ -236,16 +236,15 @@ def _train(
 
 
 def _after(job: _Job, name: str, before: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with a trained model's weights, also written into the stage's folder."""
-    dynamic = model_of(before).dynamic
-    checkpoint = dataclasses.replace(with_dynamic(before, dynamic), transformer=whole_weights(model))
-    if name == "routers":
-        own = identity(checkpoint.transformer, model_of(checkpoint))
-        checkpoint = with_dynamic(checkpoint, dataclasses.replace(dynamic, identity=own, tau=()))
+    """The checkpoint with a trained model's weights, read back from the stage's folder."""
+    weights, dynamic = whole_weights(model), model_of(before).dynamic  # of several processes the first alone has them
     if job.world.main:
-        write_checkpoint(job.stage(name), checkpoint)
+        if name == "routers":
+            dynamic = dataclasses.replace(dynamic, identity=identity(weights, model_of(before)), tau=())
+        after = dataclasses.replace(with_dynamic(before, dynamic), transformer=weights)
+        write_checkpoint(job.stage(name), after)
     job.world.wait()
-    return checkpoint
+    return read_checkpoint(job.stage(name))
 
 
 def _calibration(config: SparsifyConfig, pipeline: Pipeline, data: Data, held_out: bool) -> list[tuple[Tensor, Tensor]]:

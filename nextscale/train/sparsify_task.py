@@ -34,6 +34,8 @@ class TuneTask(TransformerTask):
     def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, hoyer: float):
         super().__init__(model, tokenizer, examples, config)
         self.hoyer, self.dial = hoyer, Dial((1.0,) * len(model.pyramid), observe="sparsity")
+        if model.projector is not None:
+            model.projector.requires_grad_(False)  # of guidance, which tuning does without
         if model.config.dynamic.own:
             model.requires_grad_(False)
             self.trained = nn.ModuleList([cast(nn.Module, layer.late) for layer in layers(model)])
@@ -67,7 +69,6 @@ class RouterTask(Task):
         self.trained.requires_grad_(True)
         self.dial = Dial((1.0,) * len(model.pyramid), observe="norms")
         self.tokens_per_example = model.pyramid.length
-        self.leaves_parameters_unused = model.config.nested  # of experts that no token at hand has chosen
 
     def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         return {"drop": torch.rand(count, generator=rng) < self.config.label_drop}

@@ -47,7 +47,6 @@ class TransformerTask(Task):
         self._frozen = (tokenizer, encoder)  # in a tuple: no part of what is trained, moved or saved
         self.examples, self.trained = examples, model
         self.tokens_per_example = model.pyramid.length
-        self.leaves_parameters_unused = model.config.nested  # of experts that no token at hand has chosen
         scales = group_scales(self.loss.group, len(model.pyramid))
         self.guided_scales = scales if self.loss.encoder else ()
 
