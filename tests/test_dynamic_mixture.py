@@ -22,6 +22,7 @@ from nextscale.dynamic.convert import identity, relufied, split
 from nextscale.dynamic.dial import Dial
 from nextscale.dynamic.flops import step_flops
 from nextscale.dynamic.records import Norms, Sparsity, Use, recorded
+from nextscale.dynamic.thresholds import calibrate
 from nextscale.errors import UserError
 from nextscale.info import describe_config
 from nextscale.model.context import ScaleContext
@@ -222,6 +223,20 @@ def test_sampling_counts_less_at_a_lower_dial():
     assert whole.active_K == (1.0,) * 4
     assert less.flops == again.flops < whole.flops
     assert max(less.active_K[2:]) < 1
+
+
+def test_budgets_of_a_mixture_whose_tokens_choose_idle_experts():
+    """Shares that nothing has to be turned down for are one line of the table, and each line has its own figures."""
+    pipeline = nested("moe++")
+    batch = torch.arange(4), torch.randint(32, (4, 30), generator=torch.Generator().manual_seed(0))
+    given = pipeline.config, pipeline.tokenizer, pipeline.transformer, [batch]
+    table, points, verified = calibrate(*given, (1.0, 0.99, 0.98, 0.7))
+    whole = points[0].share(pipeline.config)
+    assert whole < 0.98
+    assert points[0].active_K == (1.0,) * 4
+    assert [row.share for row in table] == pytest.approx([1.0, whole, 0.7], abs=0.03)
+    assert [row.share for row in table[1:]] == [point.share(pipeline.config) for point in verified]
+    assert table[1].tau == (1.0, 1.0)
 
 
 # ---- what is learnt

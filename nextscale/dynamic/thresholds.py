@@ -154,7 +154,7 @@ def calibrate(
     config: ModelConfig, tokenizer: Tokenizer, model: VAR, batches: Sequence[tuple[Tensor, Tensor]],
     shares: Sequence[float], selection: Selection = "threshold", corrections: int = 2,
 ) -> tuple[list[Budget], list[Point], list[Point]]:  # fmt: skip
-    """(table, points of the grid, points of the table): dials for these shares of the dense FLOPs, verified.
+    """(table, points of the grid, points of the table below its first line): dials for these shares, verified.
 
     The curves of single scales do not add up to the last digit, as a sparse scale changes what later ones see; so the
     dials are measured together and the targets corrected by what was missed. The table's shares are the measured ones.
@@ -167,13 +167,13 @@ def calibrate(
         if turn < corrections:
             missed = [want - point.share(config) for want, point in zip(shares, verified, strict=True)]
             targets = [target + miss for target, miss in zip(targets, missed, strict=True)]
-    rows: dict[float, Budget] = {}
+    rows: dict[float, tuple[Budget, Point]] = {}
     for tau, point in zip(taus, verified, strict=True):
         share = point.share(config)
         if share < 1:
-            rows.setdefault(round(share, 6), Budget(share, tau))
+            rows.setdefault(round(share, 6), (Budget(share, tau), point))
     ones = (1.0,) * min(model.config.dynamic.scales, scales)
-    return [Budget(1.0, ones), *rows.values()], points, verified
+    return [Budget(1.0, ones), *(row for row, _ in rows.values())], points, [point for _, point in rows.values()]
 
 
 def _dial(model: VAR, scales: int, tau: tuple[float, ...], selection: Selection) -> Dial:

@@ -192,7 +192,7 @@ def _thresholds(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[C
     found = {
         **record, "tau": list(tau), "budget": config.budget,
         "grid": [_row(out, (t,), p) for t, p in zip(GRID, points, strict=True)],
-        "table": [_row(out, row.tau, p) for row, p in zip(table[1:], verified, strict=False)],
+        "table": [_row(out, row.tau, p) for row, p in zip(table[1:], verified, strict=True)],
     }  # fmt: skip
     return out, found
 
