@@ -83,38 +83,51 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
 def active_parameters(config: ModelConfig, total: int) -> int:
     """Of the transformer's `total` parameters those that work on a token: m of M experts (MEPA, Table 2).
 
-    Of dynamic experts all; of two FFNs, one for early scales and one for late ones, one.
+    Of dynamic experts all, with their router; of two FFNs, one for early scales and one for late ones, one.
     """
     model = config.transformer
-    if model is None or (model.experts.router == "none" and not model.dynamic.own):
+    if model is None:
         return total
-    expert = 2 * model.width * model.ffn_width + model.ffn_width + model.width
-    if model.dynamic.own:
-        return total - model.depth * expert
-    return total - model.depth * expert * (model.experts.count - min(model.experts.active, model.experts.count))
+    dynamic, experts = model.dynamic, model.experts
+    ffn = 2 * model.width * model.ffn_width + model.ffn_width + model.width
+    router = dynamic.router_width * (model.width + dynamic.experts) if dynamic.experts else 0
+    count, working = (1, 1) if experts.router == "none" else (experts.count, min(experts.active, experts.count))
+    return total - model.depth * ((count - working) * (ffn * (1 + dynamic.own) + router) + working * ffn * dynamic.own)
+
+
+def ffn_pairs(model: TransformerConfig, tokens: int) -> int:
+    """How many FFNs work on `tokens` tokens of one scale, in all: 1 on each, in a mixture its m experts.
+
+    With idle experts (moe++) at most: as if no token chose one.
+    """
+    experts = model.experts
+    if experts.router == "none":
+        return tokens
+    if experts.router == "expert-choice":  # each expert takes a whole number
+        return experts.count * -(-tokens * experts.active // experts.count)
+    return tokens * min(experts.active, experts.count)
 
 
 def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -> int:
     """Multiply-adds of `tokens` tokens of one scale in the FFN of a block: the dense one, or router and experts.
 
-    With idle experts (moe++) at most: as if no token chose one. Dynamic experts: all of them, as with tau 1; what a
-    pass executed is counted from its records (`nextscale.dynamic.flops`).
+    Dynamic experts: all of them, as with tau 1; what a pass executed is counted from its records
+    (`nextscale.dynamic.flops`).
     """
     D, experts, router = model.width, model.experts, model.experts.router
+    computed = ffn_pairs(model, tokens) * 2 * D * model.ffn_width
     if router == "none":
-        return tokens * 2 * D * model.ffn_width
-    pairs, scored, others = tokens * min(experts.active, experts.count), tokens, 0
-    if router == "expert-choice":  # each expert takes a whole number
-        pairs = experts.count * -(-tokens * experts.active // experts.count)
-    elif router == "smoe":  # scale embeddings are scored, tokens are not
+        return computed
+    scored, others = tokens, 0
+    if router == "smoe":  # scale embeddings are scored, tokens are not
         scored = scales
     elif router == "stmoe":
         scored = tokens + scales * experts.scale_embedding
-    else:
+    elif router == "moe++":
         others = tokens * 3 * D * experts.constant
         if experts.gating_residual and block > 0:
             others += tokens * (experts.count + experts.idle) ** 2
-    return pairs * 2 * D * model.ffn_width + scored * D * (experts.count + experts.idle) + others
+    return computed + scored * D * (experts.count + experts.idle) + others
 
 
 def _mixer_flops(model: TransformerConfig, mixer: Mixer, tokens: int, seen: int) -> int:

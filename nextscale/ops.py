@@ -74,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     elif x.device.type != "cpu" or rows >= _MIN_ROWS:
         y = F.linear(x.contiguous(), weight, bias)
     else:
-        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, _MIN_ROWS - rows))
+        padded = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _MIN_ROWS - rows))
         y = F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], weight.shape[0])
     return F.gelu(y, approximate="tanh") if gelu else y
 

@@ -19,7 +19,8 @@ from nextscale.dynamic.config import DynamicConfig
 from nextscale.dynamic.convert import identity, relufied, split
 from nextscale.dynamic.dial import Dial
 from nextscale.dynamic.execute import Slices, execute, masked
-from nextscale.dynamic.layer import Activity, Norms, Sparsity, Use, expert_norms
+from nextscale.dynamic.layer import expert_norms
+from nextscale.dynamic.records import Activity, Norms, Sparsity, Use
 from nextscale.dynamic.select import choose, kept_units
 from nextscale.errors import UserError
 from nextscale.kernels import build
@@ -266,10 +267,11 @@ def test_records_say_who_ran_at_which_scale():
     output = run(pipeline, Dial((1.0, 1.0, 0.6, 0.0)))
     for _, record in output.records:
         assert isinstance(record, Activity)
-        assert record.chosen_BNE[:, :5].all()
-        assert (record.chosen_BNE[:, 14:].sum(dim=-1) == 1).all()
-        assert torch.equal(record.units_BN, 16 * record.chosen_BNE.sum(dim=-1))
-        assert record.routed == 3 * 25
+        assert (record.units_BN[:, :5] == 128).all()
+        assert (record.units_BN[:, 14:] == 16).all()
+        assert not (record.units_BN % 16).any()
+        assert (record.ffns_BN == 1).all()
+        assert record.routed_BN.tolist() == [[0] * 5 + [1] * 25] * 3
     assert [record for _, record in run(pipeline).records] == [None, None]
 
 
@@ -299,7 +301,7 @@ def test_an_oracle_knows_the_norms_and_pruning_keeps_the_same_units_for_all():
         kept = layer.fc1(x)[..., :32].relu() @ layer.fc2.weight[:, :32].T + layer.fc2.bias
     torch.testing.assert_close(y, kept, rtol=1e-4, atol=1e-4)
     assert (record.units_BN == 32).all()
-    assert record.routed == 0
+    assert not record.routed_BN.any()
 
 
 def test_what_a_dial_observes_is_what_the_formulas_say():

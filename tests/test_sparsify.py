@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.cli import main
-from nextscale.config import ExpertsConfig, SampleConfig
+from nextscale.config import SampleConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.dynamic.budget import Budget, resolved, table_of, tau_for
 from nextscale.dynamic.convert import relufied
@@ -20,8 +21,10 @@ from nextscale.dynamic.flops import dense_flops
 from nextscale.dynamic.thresholds import GRID, Point, allot, calibrate
 from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
+from nextscale.train import sparsify_run
 from nextscale.train.config import TrainConfig
 from nextscale.train.log import read_log
+from nextscale.train.sparsify_config import SparsifyConfig
 from nextscale.train.sparsify_task import RouterTask, TuneTask
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline
@@ -146,12 +149,9 @@ def test_each_stage_alone_and_without_tuning(made, tmp_path, capsys):
 
 def test_what_cannot_be_sparsified_is_named(made, tmp_path, capsys):
     dense, dynamic = made
-    mixture = tmp_path / "mixture"
-    randomised(tiny_config(experts=ExpertsConfig(router="smoe"))).save_pretrained(mixture)
     checkpoint = read_checkpoint(dense)
     write_checkpoint(tmp_path / "codes", replace(checkpoint, config=replace(checkpoint.config, transformer=None)))
     out = f"--out {tmp_path}/out {FAST}"
-    assert "mixture of experts (smoe)" in fails(f"sparsify {mixture} {out}", capsys)
     assert "tokenizer alone" in fails(f"sparsify {tmp_path}/codes {out}", capsys)
     assert "divided already, into 8 experts" in fails(f"sparsify {dynamic} {out}", capsys)
     assert "begin with --stages split" in fails(f"sparsify {dense} {out} --stages thresholds", capsys)
@@ -175,6 +175,16 @@ def test_routers_of_another_checkpoint_are_refused(made, tmp_path, capsys):
     assert "routers were trained for another checkpoint" in message
     assert run(f"sparsify {tmp_path}/other --stages routers thresholds --out {tmp_path}/again {FAST}") == 0
     assert run(f"sample {tmp_path}/again --labels 0 --out {tmp_path}/a.png") == 0
+
+
+def test_a_process_that_holds_no_weights_reads_them_back(made, monkeypatch):
+    """Of several processes the first alone gathers a trained model: the others once went on without one."""
+    _, dynamic = made
+    monkeypatch.setattr(sparsify_run, "whole_weights", lambda model: {})
+    job = sparsify_run._Job(SparsifyConfig(), dynamic, SimpleNamespace(main=False, wait=lambda: None), False)
+    found = sparsify_run._after(job, "routers", read_checkpoint(dynamic / "stages" / "split"), None)
+    assert found.config.transformer.dynamic.identity
+    assert found.transformer.keys() == weights(dynamic).keys()
 
 
 # ---- tasks

@@ -17,7 +17,8 @@ from nextscale.analysis.config import DynamicShown
 from nextscale.analysis.figures import map_grids
 from nextscale.analysis.subject import scale_names
 from nextscale.config import SampleConfig
-from nextscale.dynamic.flops import activities, dense_flops, step_flops
+from nextscale.dynamic.flops import dense_flops, step_flops
+from nextscale.dynamic.records import Activity, recorded
 from nextscale.errors import UserError
 from nextscale.files import write_json
 from nextscale.info import condition_flops
@@ -57,7 +58,7 @@ def sampled_flops(
         run = torch.ones(len(config.pyramid), dtype=torch.float64)
         for step in pipeline.sample_scales(list(part), settings, first_image=start):
             total += step_flops(config, step.k, step.records, sequences)
-            found = [a.units_BN.double().mean() / model.ffn_width for a in activities(step.records)]
+            found = [a.share_BN(model.ffn_width).mean() for a in recorded(step.records, Activity)]
             run[step.k] = torch.stack(found).mean() if found else 1.0
         totals.append((total, len(part)))
         units.append(run * len(part))
@@ -85,18 +86,21 @@ def equal_flops(
 def expert_maps(pipeline: Pipeline, label: int | None, settings: SampleConfig, first_image: int = 0) -> dict[str, Any]:
     """One image as it is drawn: at each sparse scale the picture so far and how many experts each token used.
 
-    Means over blocks and over the two branches of guidance, as shares of all experts. UserError for a model without
-    experts.
+    Means over blocks and over the two branches of guidance, as shares of all experts; in a mixture, of those that the
+    token's FFNs are divided into. UserError for a model without experts.
     """
     _need_experts(pipeline)
     scales, maps, pictures = [], [], []
     names = scale_names(pipeline.config.pyramid)
     for step in pipeline.sample_scales([label], settings, first_image=first_image):
-        found = activities(step.records)
-        share = torch.stack([a.units_BN.double().mean(dim=0) for a in found]).mean(dim=0) if found else None
-        if share is None or bool((share == found[0].units_BN.max()).all() and found[0].routed == 0):
+        found = recorded(step.records, Activity)
+        if not found:
             continue
-        share_hw = share.view(pipeline.config.pyramid.sides[step.k]) / pipeline.transformer.config.ffn_width
+        width = pipeline.transformer.config.ffn_width
+        share_N = torch.stack([a.share_BN(width).mean(dim=0) for a in found]).mean(dim=0)
+        if bool((share_N == share_N[0]).all()) and not found[0].routed_BN.any():
+            continue
+        share_hw = share_N.view(pipeline.config.pyramid.sides[step.k])
         scales.append(names[step.k])
         maps.append(share_hw.tolist())
         pictures.append(to_pil((pipeline.tokenizer.paint(step.canvas_BChw) + 1) / 2)[0])

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint
-from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
+from nextscale.config import ModelConfig
 from nextscale.config_dict import nearest
 from nextscale.errors import UserError
 from nextscale.pyramid import Pyramid, Side
@@ -48,7 +48,7 @@ def parse_classes(text: str, config: ModelConfig) -> tuple[NewClass, ...]:
 
 
 def _class_index(old: str, config: ModelConfig) -> int:
-    count = _transformer(config).condition.num_classes
+    count = transformer_config(config, "adapt").condition.num_classes
     if old.isdigit() and int(old) < count:
         return int(old)
     if old in config.class_names:
@@ -65,7 +65,7 @@ def adapt(
     A scale of the new pyramid takes its position and level embeddings, and what routers know of it, from the scale that
     stands at the same progress between first and last; positions are resampled bicubically where the sides differ.
     """
-    config, model = checkpoint.config, _transformer(checkpoint.config)
+    config, model = checkpoint.config, transformer_config(checkpoint.config, "adapt")
     transformer, tokenizer = dict(checkpoint.transformer), dict(checkpoint.tokenizer)
     if classes is not None:
         key = "condition.embedding.weight"
@@ -86,12 +86,6 @@ def adapt(
 def scale_sources(old: Pyramid, new: Pyramid) -> list[int]:
     """For each scale of `new`, the scale of `old` at the nearest progress; the earlier one on ties."""
     return [min(range(len(old)), key=lambda j: abs(old.progress(j) - new.progress(k))) for k in range(len(new))]
-
-
-def _transformer(config: ModelConfig) -> TransformerConfig:
-    if config.transformer is None:
-        raise UserError("this checkpoint is a tokenizer alone: there is no transformer to adapt")
-    return config.transformer
 
 
 def _class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Tensor:

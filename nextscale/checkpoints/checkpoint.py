@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.config import ModelConfig
+from nextscale.config import ModelConfig, TransformerConfig
 from nextscale.errors import UserError
 from nextscale.model.var import VAR
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -29,6 +29,13 @@ class Checkpoint:
     """Where the weights come from and how that format spelled them; empty for models trained here."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Tensors of the original format that have no place in our modules, kept for the way back."""
+
+
+def transformer_config(config: ModelConfig, aim: str) -> TransformerConfig:
+    """The transformer's config; UserError for a tokenizer alone, which has nothing to `aim` (a verb)."""
+    if config.transformer is None:
+        raise UserError(f"this checkpoint is a tokenizer alone: there is no transformer to {aim}")
+    return config.transformer
 
 
 def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:

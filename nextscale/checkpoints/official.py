@@ -91,7 +91,8 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
     """Write official files; the suffix decides the format (.safetensors, or a torch pickle for anything else).
 
     The head of semantic guidance, which only training uses, is left out. UserError for what has no official form:
-    mixtures of experts, other mixers than those of VAR or M-VAR, an M-VAR of one adaLN or of another Mamba-2.
+    mixtures of experts, dynamic FFNs, other mixers than those of VAR or M-VAR, an M-VAR of one adaLN or of another
+    Mamba-2.
     """
     config, origin = checkpoint.config, checkpoint.origin
     default = "single" if config.tokenizer.num_phi == 1 else "list"
@@ -112,11 +113,6 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
                 f"cannot write {var}: {unknown}, which the official format does not know; its tokenizer can be "
                 "exported by --vae alone"
             )
-        if config.transformer.dynamic.on:
-            raise UserError(
-                f"cannot write {var}: this model has dynamic FFNs, which the official format does not know; export the "
-                "model that it was made of"
-            )
         ours = {n: t for n, t in checkpoint.transformer.items() if not n.startswith("projector.")}
         theirs = {official_transformer_name(n): t for n, t in ours.items()}
         if origin.get("buffers", True):
@@ -129,6 +125,8 @@ def _unknown_officially(model: TransformerConfig) -> str:
     """What this model has that neither official code knows; empty when there is nothing."""
     if model.experts.router != "none":
         return f"this model is a mixture of experts ({model.experts.router})"
+    if model.dynamic.on:
+        return "this model has dynamic FFNs (the model that it was made of may be exported)"
     kinds = {model.block_mixers(i) for i in range(model.depth)}
     if kinds == {("attention",)}:
         return ""

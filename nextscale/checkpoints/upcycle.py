@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.config import ExpertsConfig, TransformerConfig
 from nextscale.errors import UserError
 from nextscale.model.init import draw_weights
@@ -63,13 +63,13 @@ _REASONS = {
 
 def _dense(checkpoint: Checkpoint) -> TransformerConfig:
     """The transformer's config, when it is a dense one."""
-    model = checkpoint.config.transformer
-    if model is None:
-        raise UserError("this checkpoint is a tokenizer alone: there is no transformer to upcycle")
+    model = transformer_config(checkpoint.config, "upcycle")
     if model.experts.router != "none":
         raise UserError(
             f"this model is a mixture of experts already ({model.experts.router}); upcycling wants a dense one"
         )
+    if model.dynamic.on:
+        raise UserError("this model's FFNs are dynamic ones: upcycle the model that it was made of, then sparsify that")
     return model
 
 

@@ -75,11 +75,12 @@ class Upcycle:
 
 @dataclass
 class Sparsify:
-    """Turn a dense model into one whose compute can be turned down after training (DMoE-VAR).
+    """Turn a trained model into one whose compute can be turned down (DMoE-VAR).
 
-    FFNs become experts, of which each token uses those that matter to it, at the last scales. Stages: tune, split,
-    routers, thresholds; finished ones are not repeated, an interrupted one goes on. Then `nextscale sample OUT --budget
-    0.8`, or --tau: an expert runs when its predicted norm is at least (1 - tau) times the largest.
+    FFNs (of a mixture each of its experts) are divided into experts, of which each token uses those that matter to it,
+    at the last scales. Stages: tune, split, routers, thresholds; finished ones are not repeated, an interrupted one
+    goes on. Then `nextscale sample OUT --budget 0.8`, or --tau: an expert runs when its predicted norm is at least
+    (1 - tau) times the largest.
     """
 
     model: Positional[Path]

@@ -1,6 +1,7 @@
-"""From a dense model to dynamic experts, step by step: functions from checkpoint to checkpoint.
+"""From a trained model to dynamic experts, step by step: functions from checkpoint to checkpoint.
 
-A step changes FFNs alone; attention, embeddings and head are kept to the bit.
+A step changes FFNs alone, the dense ones or those that are the experts of mixtures; attention, embeddings, head and the
+routers of mixtures are kept to the bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.config import TransformerConfig
 from nextscale.dynamic.cluster import balanced_clusters
 from nextscale.dynamic.config import DynamicConfig
@@ -23,20 +24,30 @@ from nextscale.model.init import draw_weights
 from nextscale.rng import generator
 
 _SAMPLED_ROWS = 61
+_PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
-def dense_config(checkpoint: Checkpoint) -> TransformerConfig:
-    """The transformer's config; UserError for a model without an FFN that could be divided."""
-    model = checkpoint.config.transformer
-    if model is None:
-        raise UserError("this checkpoint is a tokenizer alone: there is no transformer to sparsify")
-    if model.experts.router != "none":
-        raise UserError(
-            f"this model is a mixture of experts ({model.experts.router}): a token already uses "
-            f"{model.experts.active} of {model.experts.count}; experts within experts are not built (docs/dmoe.md "
-            "says what they would save). Give a model with dense FFNs"
-        )
-    return model
+def model_of(checkpoint: Checkpoint) -> TransformerConfig:
+    """The transformer's config; UserError for a tokenizer alone."""
+    return transformer_config(checkpoint.config, "sparsify")
+
+
+def ffn_places(model: TransformerConfig, block: int) -> list[str]:
+    """Where the dynamic FFNs of a block stand in a checkpoint: one, or as many as its mixture has experts."""
+    place = f"blocks.{block}.ffn"
+    return [place] if model.experts.router == "none" else [f"{place}.experts.{j}" for j in range(model.experts.count)]
+
+
+def separated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, stacked ones of a mixture's experts under the names of FFNs of their own (`ffn_places`)."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        before, stacked, layer = name.partition(".ffn.experts.")
+        if stacked and not layer[0].isdigit():
+            found |= {f"{before}{stacked}{j}.{layer}": part for j, part in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
 
 
 def relufied(checkpoint: Checkpoint, scales: int, own: bool) -> Checkpoint:
@@ -44,19 +55,17 @@ def relufied(checkpoint: Checkpoint, scales: int, own: bool) -> Checkpoint:
 
     `own`: only at the last `scales` scales, which get copies of the FFNs; those before them compute what they did.
     """
-    model = dense_config(checkpoint)
+    model = model_of(checkpoint)
     if model.dynamic.on:
         raise UserError(
             f"this model's FFNs are another kind already (activation {model.dynamic.activation}, "
-            f"{model.dynamic.experts or 'no'} experts); tuning starts from a dense GELU model"
+            f"{model.dynamic.experts or 'no'} experts); tuning starts from GELU FFNs that are whole"
         )
     dynamic = DynamicConfig(scales=_sparse_scales(checkpoint, scales), activation="relu", own=own)
-    weights = dict(checkpoint.transformer)
+    weights = separated(checkpoint.transformer)
     if own:
-        for name, tensor in checkpoint.transformer.items():
-            before, ffn, layer = name.partition(".ffn.")
-            if ffn:
-                weights[f"{before}.ffn.late.{layer}"] = tensor.clone()
+        for place in (place for block in range(model.depth) for place in ffn_places(model, block)):
+            weights |= {f"{place}.late.{name}": weights[f"{place}.{name}"].clone() for name in _PROJECTIONS}
     return _with(checkpoint, dynamic, weights)
 
 
@@ -73,7 +82,7 @@ def split(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: i
     model computes what it did. `scales`: of the last, how many are sparse; of a model whose late scales have FFNs of
     their own, those.
     """
-    model = dense_config(checkpoint)
+    model = model_of(checkpoint)
     if model.dynamic.experts:
         raise UserError(f"this model's FFNs are divided already, into {model.dynamic.experts} experts")
     if not 1 <= expert_size <= model.ffn_width or model.ffn_width % expert_size:
@@ -89,24 +98,20 @@ def split(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: i
         model.dynamic, experts=experts, router_width=router_width,
         scales=model.dynamic.scales if model.dynamic.own else scales,
     )  # fmt: skip
-    weights = dict(checkpoint.transformer)
+    weights = separated(checkpoint.transformer)
     for block in tqdm(range(model.depth), desc="dividing FFNs", unit="block"):
-        place = divided(block, model.dynamic.own)
-        rng = generator(seed, "experts", block)
-        order_F = balanced_clusters(weights[f"{place}.fc1.weight"], experts, rng).argsort(stable=True)
-        for name in ("fc1.weight", "fc1.bias"):
-            weights[f"{place}.{name}"] = weights[f"{place}.{name}"][order_F]
-        weights[f"{place}.fc2.weight"] = weights[f"{place}.fc2.weight"][:, order_F].contiguous()
-        router = ExpertRouter(model.width, router_width, experts)
-        draw_weights(router, model.width, generator(seed, "router", block))
-        weights |= {f"blocks.{block}.ffn.router.{n}": t for n, t in router.state_dict().items()}
-        weights[f"blocks.{block}.ffn.importance_F"] = torch.zeros(model.ffn_width)
+        clusters, start = (generator(seed, purpose, block) for purpose in ("experts", "router"))
+        for ffn in ffn_places(model, block):
+            place = f"{ffn}.late" if model.dynamic.own else ffn
+            order_F = balanced_clusters(weights[f"{place}.fc1.weight"], experts, clusters).argsort(stable=True)
+            for name in ("fc1.weight", "fc1.bias"):
+                weights[f"{place}.{name}"] = weights[f"{place}.{name}"][order_F]
+            weights[f"{place}.fc2.weight"] = weights[f"{place}.fc2.weight"][:, order_F].contiguous()
+            router = ExpertRouter(model.width, router_width, experts)
+            draw_weights(router, model.width, start)
+            weights |= {f"{ffn}.router.{n}": t for n, t in router.state_dict().items()}
+            weights[f"{ffn}.importance_F"] = torch.zeros(model.ffn_width)
     return _with(checkpoint, dynamic, weights)
-
-
-def divided(block: int, own: bool) -> str:
-    """Where the projections of a block stand whose hidden units are divided."""
-    return f"blocks.{block}.ffn{'.late' if own else ''}"
 
 
 def with_dynamic(checkpoint: Checkpoint, dynamic: DynamicConfig) -> Checkpoint:
@@ -115,7 +120,7 @@ def with_dynamic(checkpoint: Checkpoint, dynamic: DynamicConfig) -> Checkpoint:
 
 
 def _with(checkpoint: Checkpoint, dynamic: DynamicConfig, weights: Mapping[str, Tensor]) -> Checkpoint:
-    assert checkpoint.config.transformer is not None, "dense_config has looked"
+    assert checkpoint.config.transformer is not None, "a model was converted"
     config = replace(checkpoint.config, transformer=replace(checkpoint.config.transformer, dynamic=dynamic))
     origin = {name: value for name, value in checkpoint.origin.items() if name != "dynamic"}
     return Checkpoint(config, dict(checkpoint.tokenizer), dict(weights), origin, dict(checkpoint.extras))
@@ -128,9 +133,9 @@ def identity(weights: Mapping[str, Tensor], model: TransformerConfig) -> str:
     time of reading the weights; a step of training changes it, as does any other order of the hidden units.
     """
     digest = hashlib.sha256(f"{model.dynamic.experts} {model.dynamic.activation} {model.dynamic.own}".encode())
-    for block in range(model.depth):
-        place = divided(block, model.dynamic.own)
-        for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+    late = ".late" if model.dynamic.own else ""
+    for place in (f"{ffn}{late}" for block in range(model.depth) for ffn in ffn_places(model, block)):
+        for name in _PROJECTIONS:
             tensor = weights[f"{place}.{name}"].detach()
             rows = tensor[::_SAMPLED_ROWS] if tensor.ndim == 2 else tensor
             digest.update(rows.to(torch.bfloat16).view(torch.int16).contiguous().cpu().numpy().tobytes())

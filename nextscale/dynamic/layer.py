@@ -5,20 +5,13 @@ columns of fc2. So the dense layer is one product each way, and the bias of fc2 
 
     y = b2 + sum over the experts e that run of W2_e act(W1_e x + b1_e)
 
-What a pass did comes back as its record, in each case a value and never the state of a module:
-
-- nothing without a dial, which is all experts at every scale;
-- `Activity` with one: who ran;
-- `Sparsity` and `Norms` where a dial observes: what tuning and the training of routers need;
-- `Use`: how much each hidden unit contributed.
+What a pass did comes back as its record (`nextscale.dynamic.records`).
 
 Letters: B sequences, N tokens at hand, T rows, D width, F hidden units, E experts, S hidden units of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,49 +20,12 @@ from torch import Tensor, nn
 
 from nextscale import ops
 from nextscale.config import TransformerConfig
+from nextscale.dynamic.dial import Dial
 from nextscale.dynamic.execute import Slices, execute
+from nextscale.dynamic.records import Activity, Norms, Sparsity, Use, joined
 from nextscale.dynamic.select import choose, kept_units
 from nextscale.model.context import ScaleContext
 from nextscale.ops import Linear, full_precision
-
-
-@dataclass(frozen=True)
-class Activity:
-    """Which experts ran on which tokens."""
-
-    chosen_BNE: Tensor
-    """bool; all True where the whole FFN ran, and where hidden units were left out whatever the expert."""
-    units_BN: Tensor
-    """int64: hidden units that ran."""
-    routed: int
-    """Tokens of the B sequences that a router looked at."""
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How sparse the hidden units were."""
-
-    hoyer: Tensor
-    """Mean over tokens of (|a|_1 / |a|_2)^2, 1 for one active unit to F for equal ones (the square Hoyer penalty)."""
-    zeros: Tensor
-    """Share of the hidden units that were 0."""
-
-
-@dataclass(frozen=True)
-class Norms:
-    """What a router predicts, and what it should have."""
-
-    predicted_BNE: Tensor
-    true_BNE: Tensor
-    """|W2_e a_e|_2 of each expert; no gradients."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """How much each hidden unit contributed."""
-
-    contribution_F: Tensor
-    """Sum over tokens of |a_j| |column j of W2|_2, float64."""
 
 
 class ExpertRouter(nn.Module):
@@ -119,9 +75,9 @@ class DynamicFeedForward(nn.Module):
     """Mean contribution of each hidden unit at the sparse scales: what static pruning goes by."""
 
     @property
-    def output(self) -> Linear:
+    def outputs(self) -> list[Linear]:
         """The last projection, which writes to the residual stream."""
-        return self.fc2
+        return [self.fc2]
 
     @property
     def divided(self) -> tuple[Linear, Linear]:
@@ -129,13 +85,13 @@ class DynamicFeedForward(nn.Module):
         return (self.late.fc1, self.late.fc2) if self.late is not None else (self.fc1, self.fc2)
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, Any]:
-        pieces = self._pieces(context, x_BND.shape[1])
-        done = [self._piece(x_BND[:, start:end], dial, late, context) for start, end, dial, late in pieces]
+        pieces = self.pieces(context, x_BND.shape[1])
+        done = [self.piece(x_BND[:, start:end], context.dial, tau, late) for start, end, tau, late in pieces]
         records = [record for _, record in done if record is not None]
         y_BND = done[0][0] if len(done) == 1 else torch.cat([y for y, _ in done], dim=1)
-        return y_BND, _joined(records)
+        return y_BND, joined(records)
 
-    def _pieces(self, context: ScaleContext, count: int) -> list[tuple[int, int, float, bool]]:
+    def pieces(self, context: ScaleContext, count: int) -> list[tuple[int, int, float, bool]]:
         """(start, end, dial, whether the scale is a sparse one) of tokens that are treated alike, in order."""
         dial, found = context.dial, list[tuple[int, int, float, bool]]()
         segments = context.segments(count)
@@ -148,12 +104,13 @@ class DynamicFeedForward(nn.Module):
                 found.append((start, end, *alike))
         return found
 
-    def _tells(self, dial: Any) -> bool:
+    def _tells(self, dial: Dial | None) -> bool:
         """Whether sparse scales are another case than the others even with all experts."""
         return self.late is not None or bool(dial and dial.observe)
 
-    def _piece(self, x_BND: Tensor, tau: float, late: bool, context: ScaleContext) -> tuple[Tensor, Any]:
-        dial, own = context.dial, late and self.late is not None
+    def piece(self, x_BND: Tensor, dial: Dial | None, tau: float, late: bool) -> tuple[Tensor, Any]:
+        """The output of tokens that are treated alike, as `pieces` says, and its record."""
+        own = late and self.late is not None
         fc1, fc2 = self.divided if own else (self.fc1, self.fc2)
         relu = self.config.activation == "relu" and (own or self.late is None)
         if dial is not None and tau < 1:
@@ -164,9 +121,7 @@ class DynamicFeedForward(nn.Module):
             if dial.observe != "use" or late:
                 record = self._observed(x_BND, a_BNF, dial.observe) if own or self.late is None else None
         elif dial is not None:
-            experts = max(self.config.experts, 1)
-            whole = torch.ones(*x_BND.shape[:2], experts, dtype=torch.bool, device=x_BND.device)
-            return y_BND, Activity(whole, torch.full(x_BND.shape[:2], a_BNF.shape[-1], device=x_BND.device), 0)
+            return y_BND, _ran(torch.full(x_BND.shape[:2], a_BNF.shape[-1], device=x_BND.device), routed=False)
         return y_BND, record
 
     def _part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, Activity]:
@@ -176,9 +131,7 @@ class DynamicFeedForward(nn.Module):
         if selection == "pruned":
             units = kept_units(self.importance_F, tau)
             y_TD = _pruned(x_TD, units, fc1, fc2, relu)
-            every = torch.ones(*shape, experts, dtype=torch.bool, device=x_TD.device)
-            record = Activity(every, torch.full(shape, len(units), device=x_TD.device), 0)
-            return y_TD.view_as(x_BND), record
+            return y_TD.view_as(x_BND), _ran(torch.full(shape, len(units), device=x_TD.device), routed=False)
         assert self.router is not None, "a dial is made for models with experts"
         if selection == "oracle":
             p_TE = expert_norms(_activated(fc1, x_TD, relu), _whole(fc2), experts)
@@ -186,10 +139,8 @@ class DynamicFeedForward(nn.Module):
             p_TE = self.router(x_TD)
         chosen_TE = choose(p_TE, tau, selection)
         y_TD = execute(x_TD, chosen_TE, (fc1, fc2), relu, self.slices)
-        chosen_BNE = chosen_TE.view(*shape, experts)
-        units_BN = chosen_BNE.sum(dim=-1) * (fc1.out_features // experts)
-        routed = 0 if selection == "oracle" else len(x_TD)
-        return y_TD.view_as(x_BND), Activity(chosen_BNE, units_BN, routed)
+        units_BN = chosen_TE.sum(dim=-1).view(shape) * (fc1.out_features // experts)
+        return y_TD.view_as(x_BND), _ran(units_BN, routed=selection != "oracle")
 
     def _observed(self, x_BND: Tensor, a_BNF: Tensor, what: str) -> Sparsity | Norms | Use:
         if what == "sparsity":
@@ -202,7 +153,12 @@ class DynamicFeedForward(nn.Module):
         assert self.router is not None, "norms are observed of models with experts"
         with torch.no_grad(), full_precision(x_BND):
             true_TE = expert_norms(a_BNF.flatten(0, 1), fc2, self.config.experts)
-        return Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], -1))
+        return Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], self.config.experts))
+
+
+def _ran(units_BN: Tensor, routed: bool) -> Activity:
+    one_BN = torch.ones_like(units_BN)
+    return Activity(units_BN, one_BN, one_BN if routed else torch.zeros_like(units_BN))
 
 
 def _activated(fc1: Linear, x: Tensor, relu: bool) -> Tensor:
@@ -231,23 +187,3 @@ def expert_norms(a_TF: Tensor, w2_DF: Tensor, experts: int, at_once: int = 4096)
         a_EtS = rows_tF.unflatten(1, (experts, -1)).transpose(0, 1)
         norms.append(((a_EtS @ gram_ESS) * a_EtS).sum(dim=-1).clamp_min(0).sqrt().T)
     return torch.cat(norms)
-
-
-def _joined(records: list[Any]) -> Any:
-    """The record of the whole pass from those of its pieces."""
-    if len(records) < 2:
-        return records[0] if records else None
-    assert all(isinstance(r, type(records[0])) for r in records), "pieces of one pass record alike"
-    if isinstance(records[0], Activity):
-        return Activity(
-            torch.cat([r.chosen_BNE for r in records], dim=1),
-            torch.cat([r.units_BN for r in records], dim=1),
-            sum(r.routed for r in records),
-        )
-    if isinstance(records[0], Norms):
-        return Norms(
-            torch.cat([r.predicted_BNE for r in records], dim=1), torch.cat([r.true_BNE for r in records], dim=1)
-        )
-    assert isinstance(records[0], Sparsity), "hidden units are summed in one piece"
-    over: Callable[[str], Tensor] = lambda name: torch.stack([getattr(r, name) for r in records]).mean()  # noqa: E731
-    return Sparsity(over("hoyer"), over("zeros"))

@@ -22,7 +22,8 @@ from nextscale.config import ModelConfig
 from nextscale.dynamic.budget import Budget
 from nextscale.dynamic.config import Selection
 from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.flops import activities, dense_flops, of_scale, step_flops
+from nextscale.dynamic.flops import dense_flops, of_scale, step_flops
+from nextscale.dynamic.records import Activity, recorded
 from nextscale.info import condition_flops
 from nextscale.model.var import VAR
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -74,15 +75,14 @@ def measure(
             nats_BL = -here_BLV[: len(labels_B)].gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
             for k, span in enumerate(config.pyramid.spans):
                 part = slice(*span)
-                routed = dial.tau_K[k] < 1 and dial.selection in ("threshold", "top-k")
-                records = [[of_scale(activity, span, routed)] for activity in activities(output.records)]
-                units = torch.stack([r[0].units_BN.double().mean() for r in records]).mean()
+                ran = [of_scale(activity, span) for activity in recorded(output.records, Activity)]
+                active = torch.stack([a.share_BN(model.config.ffn_width).mean() for a in ran]).mean()
                 total[:, k] += torch.tensor([
-                    step_flops(config, k, records, len(values)) / 2,
+                    step_flops(config, k, [ran], len(values)) / 2,
                     float(harm_BL[:, part].double().sum()) / 2,
                     float(nats_BL[:, part].double().mean()) * len(labels_B),
                     float(agree_BL[:, part].mean()) * len(labels_B),
-                    float(units) / model.config.ffn_width * len(labels_B),
+                    float(active) * len(labels_B),
                 ], dtype=torch.float64)  # fmt: skip
     return [Point(*(tuple(row.tolist()) for row in total / images)) for total in sums]
 
@@ -154,7 +154,7 @@ def calibrate(
     config: ModelConfig, tokenizer: Tokenizer, model: VAR, batches: Sequence[tuple[Tensor, Tensor]],
     shares: Sequence[float], selection: Selection = "threshold", corrections: int = 2,
 ) -> tuple[list[Budget], list[Point], list[Point]]:  # fmt: skip
-    """(table, points of the grid, points of the table): dials for these shares of the dense FLOPs, verified.
+    """(table, points of the grid, points of the table below its first line): dials for these shares, verified.
 
     The curves of single scales do not add up to the last digit, as a sparse scale changes what later ones see; so the
     dials are measured together and the targets corrected by what was missed. The table's shares are the measured ones.
@@ -167,13 +167,13 @@ def calibrate(
         if turn < corrections:
             missed = [want - point.share(config) for want, point in zip(shares, verified, strict=True)]
             targets = [target + miss for target, miss in zip(targets, missed, strict=True)]
-    rows: dict[float, Budget] = {}
+    rows: dict[float, tuple[Budget, Point]] = {}
     for tau, point in zip(taus, verified, strict=True):
         share = point.share(config)
         if share < 1:
-            rows.setdefault(round(share, 6), Budget(share, tau))
+            rows.setdefault(round(share, 6), (Budget(share, tau), point))
     ones = (1.0,) * min(model.config.dynamic.scales, scales)
-    return [Budget(1.0, ones), *rows.values()], points, verified
+    return [Budget(1.0, ones), *(row for row, _ in rows.values())], points, [point for _, point in rows.values()]
 
 
 def _dial(model: VAR, scales: int, tau: tuple[float, ...], selection: Selection) -> Dial:

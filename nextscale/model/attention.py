@@ -39,9 +39,9 @@ class Attention(nn.Module):
         self.softmax_scale = 1.0 if config.qk_norm else 0.25 / math.sqrt(self.head_width)
 
     @property
-    def output(self) -> Linear:
+    def outputs(self) -> list[Linear]:
         """The last projection, which writes to the residual stream."""
-        return self.proj
+        return [self.proj]
 
     def new_state(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` sequences of `length` tokens."""

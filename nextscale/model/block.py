@@ -38,9 +38,9 @@ class FeedForward(nn.Module):
         self.fc2 = Linear(config.ffn_width, config.width)
 
     @property
-    def output(self) -> Linear:
+    def outputs(self) -> list[Linear]:
         """The last projection, which writes to the residual stream."""
-        return self.fc2
+        return [self.fc2]
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
         return self.fc2(self.fc1(x_BND, gelu=True)), None

@@ -31,7 +31,8 @@ def initialise(model: VAR, config: InitConfig, generator: torch.Generator) -> VA
             if isinstance(layer, Mamba2):
                 draw_scan(layer, generator)
             else:
-                layer.output.weight.div_(math.sqrt(2 * depth))
+                for last in layer.outputs:
+                    last.weight.div_(math.sqrt(2 * depth))
         if block.adaln.offset is not None:
             block.adaln.offset.normal_(generator=generator).div_(math.sqrt(D))
         rows = block.adaln.rows()

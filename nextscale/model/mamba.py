@@ -69,9 +69,9 @@ class Mamba2(nn.Module):
         self.out_proj = Linear(self.inner, config.width, bias=False)
 
     @property
-    def output(self) -> Linear:
+    def outputs(self) -> list[Linear]:
         """The last projection, which writes to the residual stream."""
-        return self.out_proj
+        return [self.out_proj]
 
     def new_state(self, batch: int, length: int) -> ScanState:
         """The state before the first token, of `batch` sequences."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.config import ExpertsConfig, TransformerConfig
+from nextscale.dynamic.mixture import DynamicExperts
+from nextscale.dynamic.records import NestedRouting
 from nextscale.model.context import ScaleContext
 from nextscale.moe.experts import Experts
 from nextscale.moe.routers import ROUTERS, Routing
@@ -14,25 +16,36 @@ from nextscale.ops import Linear, linear
 
 
 class MixtureOfExperts(nn.Module):
-    """y_i = sum_j G_ij E_j(x_i). The record is the `Routing`."""
+    """y_i = sum_j G_ij E_j(x_i). The record is the `Routing`; with what they recorded, if experts are dynamic FFNs."""
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__()
         self.router = ROUTERS[config.experts.router](config, scales, block)
-        self.experts = Experts(config.experts.count, config.width, config.ffn_width)
+        self.experts: Experts | DynamicExperts
+        if config.dynamic.on:
+            self.experts = DynamicExperts(config, scales)
+        else:
+            self.experts = Experts(config.experts.count, config.width, config.ffn_width)
+        self.count = config.experts.count
         self.idle = IdleExperts(config.experts, config.width) if config.experts.idle else None
 
     @property
-    def output(self) -> StackedLinear:
+    def outputs(self) -> list[Linear] | list[StackedLinear]:
         """The last projections, which write to the residual stream."""
-        return self.experts.fc2
+        if isinstance(self.experts, DynamicExperts):
+            return [ffn.fc2 for ffn in self.experts.ffns]
+        return [self.experts.fc2]
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, Routing]:
         B, N, _ = x_BND.shape
-        routing, M = self.router(x_BND, context), self.experts.count
-        gates_TM, chosen_TM = (t[..., :M].flatten(0, 1) for t in (routing.gates_BNM, routing.chosen_BNM))
+        routing, M = self.router(x_BND, context), self.count
+        parts = x_BND, routing.gates_BNM[..., :M], routing.chosen_BNM[..., :M]
         pairs = self.router.pairs((B, N), context)
-        y_BND = self.experts(x_BND.flatten(0, 1), gates_TM, chosen_TM, pairs).view_as(x_BND)
+        if isinstance(self.experts, DynamicExperts):
+            y_BND, within = self.experts(*parts, pairs, context)
+            routing = NestedRouting(**vars(routing), within=within)
+        else:
+            y_BND = self.experts(*(part.flatten(0, 1) for part in parts), pairs).view_as(x_BND)
         if self.idle is not None:
             y_BND = y_BND + self.idle(x_BND, routing.gates_BNM[..., M:].to(x_BND.dtype))
         return y_BND, routing

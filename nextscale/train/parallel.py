@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from nextscale.dynamic.mixture import DynamicExperts
 from nextscale.errors import UserError
 from nextscale.moe.exchange import Exchange
 from nextscale.moe.experts import Experts
@@ -93,7 +94,9 @@ class Laid:
 
 
 def mixtures_of(module: nn.Module, name: str) -> dict[str, Experts]:
-    """The experts of every mixture in a module, by their place in it. Raises UserError when there are none."""
+    """The experts of every mixture in a module, by their place in it. Raises UserError when there are none to share."""
+    if any(isinstance(m, DynamicExperts) for m in module.modules()):
+        raise UserError("sharding: experts cannot share experts that are dynamic FFNs themselves: use none or full")
     mixtures = {place: m for place, m in module.named_modules() if isinstance(m, Experts)}
     if not mixtures:
         raise UserError(f"sharding: experts needs a mixture of experts; the {name} has none: use none or full")

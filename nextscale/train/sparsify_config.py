@@ -30,7 +30,7 @@ def _routers() -> TrainConfig:
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """From a trained dense model to dynamic experts (DMoE-VAR, arXiv 2510.08629), stage by stage."""
+    """From a trained model to dynamic experts (DMoE-VAR, arXiv 2510.08629), stage by stage."""
 
     stages: tuple[Stage, ...] = STAGES
     """Which stages to do, in this order: tune (ReLU and Hoyer penalty), split (FFNs into experts), routers (their
@@ -47,7 +47,8 @@ class SparsifyConfig:
     """What becomes ReLU and is tuned: the whole model (the paper); the FFNs of the sparse scales alone, which are then
     kept beside the dense ones; or nothing: then experts are divided of the FFNs as they are."""
     hoyer: float = 0.1
-    """Weight of the Hoyer penalty beside the cross-entropy (Eq. 1), mean over blocks and tokens."""
+    """Weight of the Hoyer penalty beside the cross-entropy (Eq. 1), mean over blocks and tokens (in a mixture, pairs of
+    token and expert)."""
     scales: int = 3
     """How many of the last scales are sparse."""
     expert_size: int = 128

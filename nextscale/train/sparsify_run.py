@@ -1,4 +1,4 @@
-"""`nextscale sparsify`: from a trained dense model to dynamic experts, stage by stage, each of which can be resumed.
+"""`nextscale sparsify`: from a trained model to dynamic experts, stage by stage, each of which can be resumed.
 
 OUT/stages/tune/, split/, routers/     what each stage made: a checkpoint, finished.json; run.json, log.jsonl
 OUT/stages/samples/                    the model's own samples, where no data are given
@@ -21,9 +21,9 @@ from nextscale.checkpoints.checkpoint import Checkpoint
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.config_dict import to_dict
 from nextscale.dynamic.budget import tau_for
-from nextscale.dynamic.convert import check_identity, dense_config, identity, relufied, split, with_dynamic
+from nextscale.dynamic.convert import check_identity, identity, model_of, relufied, split, with_dynamic
 from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.layer import Use
+from nextscale.dynamic.records import Use, recorded
 from nextscale.dynamic.thresholds import GRID, Point, calibrate
 from nextscale.errors import UserError
 from nextscale.files import read_json, write_json
@@ -92,7 +92,7 @@ def _needs_data(config: SparsifyConfig) -> bool:
 
 def _check_start(checkpoint: Checkpoint, config: SparsifyConfig) -> None:
     """Raise UserError when the first stage cannot work on this model, before anything is done."""
-    dynamic, first = dense_config(checkpoint).dynamic, config.stages[0]
+    dynamic, first = model_of(checkpoint).dynamic, config.stages[0]
     if first in ("routers", "thresholds") and not dynamic.experts:
         raise UserError(f"stage {first} needs a model whose FFNs are divided; begin with --stages split {first}")
     if first == "thresholds" and not dynamic.identity:
@@ -103,7 +103,7 @@ def _check_start(checkpoint: Checkpoint, config: SparsifyConfig) -> None:
         raise UserError(f"this model's FFNs are divided already, into {dynamic.experts} experts")
     if first == "tune" and config.tune != "none":
         relufied(checkpoint, config.scales, config.tune == "late")
-    width = dense_config(checkpoint).ffn_width
+    width = model_of(checkpoint).ffn_width
     if {"tune", "split"} & {first} and "split" in config.stages and width % min(config.expert_size, width + 1):
         split(checkpoint, config.expert_size, config.scales, config.router_width)  # says what is wrong
 
@@ -138,7 +138,7 @@ def _split(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkp
         write_json(note, settings)
     job.world.wait()
     divided = read_checkpoint(folder)
-    dynamic = dense_config(divided).dynamic
+    dynamic = model_of(divided).dynamic
     return divided, {"experts": dynamic.experts, "expert_size": config.expert_size, "sparse_scales": dynamic.scales}
 
 
@@ -161,16 +161,17 @@ def _note_importance(job: _Job, pipeline: Pipeline, data: Data) -> None:
     for label_B, tokens_BL in _calibration(job.config, pipeline, data, held_out=False):
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         output = model(model.condition.with_none(label_B), inputs_BLC, dial=dial)
-        uses = [r.contribution_F for records in output.records for r in records if isinstance(r, Use)]
+        uses = [use.contribution_F for use in recorded(output.records, Use)]
         sums = [a + b for a, b in zip(sums, uses, strict=True)] if sums else uses
         images += len(label_B)
-    for layer, total_F in zip(layers(model), sums, strict=True):
+    found = torch.cat(sums).split(model.config.ffn_width)
+    for layer, total_F in zip(layers(model), found, strict=True):
         layer.importance_F.copy_(total_F / images)
 
 
 def _thresholds(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkpoint, dict[str, Any]]:
     assert data is not None, "thresholds were given data"
-    config, dynamic = job.config, dense_config(checkpoint).dynamic
+    config, dynamic = job.config, model_of(checkpoint).dynamic
     pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device).pack()
     batches = _calibration(config, pipeline, data, held_out=True)
     shares = sorted({*config.budgets, *([config.budget] if config.budget else [])}, reverse=True)
@@ -191,7 +192,7 @@ def _thresholds(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[C
     found = {
         **record, "tau": list(tau), "budget": config.budget,
         "grid": [_row(out, (t,), p) for t, p in zip(GRID, points, strict=True)],
-        "table": [_row(out, row.tau, p) for row, p in zip(table[1:], verified, strict=False)],
+        "table": [_row(out, row.tau, p) for row, p in zip(table[1:], verified, strict=True)],
     }  # fmt: skip
     return out, found
 
@@ -235,16 +236,15 @@ def _train(
 
 
 def _after(job: _Job, name: str, before: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with a trained model's weights, also written into the stage's folder."""
-    dynamic = dense_config(before).dynamic
-    checkpoint = dataclasses.replace(with_dynamic(before, dynamic), transformer=whole_weights(model))
-    if name == "routers":
-        own = identity(checkpoint.transformer, dense_config(checkpoint))
-        checkpoint = with_dynamic(checkpoint, dataclasses.replace(dynamic, identity=own, tau=()))
+    """The checkpoint with a trained model's weights, read back from the stage's folder."""
+    weights, dynamic = whole_weights(model), model_of(before).dynamic  # of several processes the first alone has them
     if job.world.main:
-        write_checkpoint(job.stage(name), checkpoint)
+        if name == "routers":
+            dynamic = dataclasses.replace(dynamic, identity=identity(weights, model_of(before)), tau=())
+        after = dataclasses.replace(with_dynamic(before, dynamic), transformer=weights)
+        write_checkpoint(job.stage(name), after)
     job.world.wait()
-    return checkpoint
+    return read_checkpoint(job.stage(name))
 
 
 def _calibration(config: SparsifyConfig, pipeline: Pipeline, data: Data, held_out: bool) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nextscale.data.examples import Batch, Examples
 from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.layer import DynamicFeedForward, Norms, Sparsity
+from nextscale.dynamic.layer import DynamicFeedForward
+from nextscale.dynamic.records import Norms, Sparsity, recorded
 from nextscale.model.var import VAR, Output
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.train.config import TrainConfig
@@ -18,8 +19,8 @@ from nextscale.train.transformer_task import TransformerTask, read_batch
 
 
 def layers(model: VAR) -> list[DynamicFeedForward]:
-    """The dynamic FFN of every block."""
-    return [cast(DynamicFeedForward, block.ffn) for block in model.blocks]
+    """The dynamic FFN of every block, or those of its experts one after the other."""
+    return [module for module in model.modules() if isinstance(module, DynamicFeedForward)]
 
 
 class TuneTask(TransformerTask):
@@ -33,6 +34,8 @@ class TuneTask(TransformerTask):
     def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, hoyer: float):
         super().__init__(model, tokenizer, examples, config)
         self.hoyer, self.dial = hoyer, Dial((1.0,) * len(model.pyramid), observe="sparsity")
+        if model.projector is not None:
+            model.projector.requires_grad_(False)  # of guidance, which tuning does without
         if model.config.dynamic.own:
             model.requires_grad_(False)
             self.trained = nn.ModuleList([cast(nn.Module, layer.late) for layer in layers(model)])
@@ -40,7 +43,7 @@ class TuneTask(TransformerTask):
 
     def _whole_loss(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, others = super()._whole_loss(loss, output, batch)
-        found = [r for records in output.records for r in records if isinstance(r, Sparsity)]
+        found = recorded(output.records, Sparsity)
         hoyer = torch.stack([r.hoyer for r in found]).mean()
         zeros = torch.stack([r.zeros for r in found]).mean().detach()
         return loss + self.hoyer * hoyer, {**others, "hoyer": hoyer.detach(), "zeros": zeros}
@@ -50,7 +53,8 @@ class RouterTask(Task):
     """Each router learns to predict the norm of its experts' outputs (Eq. 2), by regression; nothing else changes.
 
     The squared error of a block is divided by the mean square of its targets, so that 1 is what predicting nothing
-    gives and blocks count alike; per block that changes no optimum. Labels are left out at random as in training, for
+    gives and blocks count alike; per block that changes no optimum. In a mixture each expert has a router, which learns
+    from the tokens that are the expert's. Labels are left out at random as in training, for
     the unconditional branch of guidance.
     """
 
@@ -73,7 +77,7 @@ class RouterTask(Task):
         label_B, _, inputs_BLC = read_batch(batch, self._frozen[0])
         values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
         output = self.model(values, inputs_BLC, dial=self.dial)
-        found = [r for records in output.records for r in records if isinstance(r, Norms)]
+        found = recorded(output.records, Norms)
         errors = [(r.predicted_BNE - r.true_BNE).square().mean() / r.true_BNE.square().mean() for r in found]
         loss = torch.stack(errors).mean()
         with torch.no_grad():  # of the experts that matter most, how many would be found
