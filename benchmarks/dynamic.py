@@ -36,7 +36,6 @@ from nextscale.config import SampleConfig, TransformerConfig
 from nextscale.dynamic.config import DynamicConfig
 from nextscale.dynamic.execute import execute
 from nextscale.dynamic.layer import DynamicFeedForward
-from nextscale.dynamic.select import choose
 from nextscale.machine import describe_machine, keep_freed_memory
 from nextscale.model.block import FeedForward
 from nextscale.pipeline import Pipeline
@@ -136,13 +135,13 @@ def _ffn_case(
     assert router is not None, "divided FFNs have a router"
 
     def sparse() -> torch.Tensor:
-        choose(router(x_TD), 0.8)  # what routing costs; random experts then take the place of its choice
+        router.choose(x_TD, 0.8, "threshold")  # what routing costs; random experts then take the place of its choice
         return execute(x_TD, chosen_TE, dynamic.divided, True, dynamic.slices)
 
     work = {
         "dense": lambda: dense.fc2(dense.fc1(x_TD, gelu=True)),
         "sparse": sparse,
-        "router": lambda: choose(router(x_TD), 0.8),
+        "router": lambda: router.choose(x_TD, 0.8, "threshold"),
     }
     times = alternating(work, options.rounds, _now(options))
     ratios = [b / a for a, b in zip(times["dense"], times["sparse"], strict=True)]

@@ -1,4 +1,4 @@
-"""The compiled kernels of whole experts, against formulas in float64; tests/test_dynamic.py has those of slices."""
+"""The compiled kernels of whole experts and of routers, against formulas; tests/test_dynamic.py has that of slices."""
 
 from contextlib import contextmanager
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from nextscale import ops
+from nextscale.dynamic.layer import ExpertRouter
 from nextscale.kernels import build
 from nextscale.kernels.experts import from_panels, to_panels
 from nextscale.moe.experts import Experts
@@ -105,3 +106,27 @@ def test_panels_are_saved_and_moved_as_weights(tmp_path):
     experts.to(torch.bfloat16)
     assert torch.equal(experts.fc1.weight, before["fc1.weight"].bfloat16())
     assert experts.fc1.panels is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 60), st.integers(1, 40), st.sampled_from([3, 32, 130]), st.sampled_from([1, 16, 50]),
+    st.floats(0.01, 0.99), st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+@torch.no_grad()
+def test_routers_choose_by_the_formula(rows, experts, width, hidden, tau, thread_count, seed):
+    rng = torch.Generator().manual_seed(seed)
+    router, x = ExpertRouter(width, hidden, experts), torch.randn(rows, width, generator=rng)
+    for parameter in router.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    w1, w2 = (layer.weight.double().numpy() for layer in (router.fc1, router.fc2))
+    h = x.double().numpy() @ w1.T
+    p = np.abs((0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))) @ w2.T)
+    largest = p.max(axis=1, keepdims=True)
+    ops.pack(router)
+    with threads(thread_count):
+        chosen = router.choose(x, tau, "threshold")
+        assert torch.equal(router.choose(x[-1:], tau, "threshold"), chosen[-1:]), "it depends on the rows beside it"
+    clear = np.abs(p - (1 - tau) * largest) > 1e-4 * largest + 1e-6  # elsewhere rounding decides
+    assert (chosen.numpy() == (p >= (1 - tau) * largest))[clear].all()
+    assert chosen.any(dim=1).all()

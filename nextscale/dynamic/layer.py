@@ -24,6 +24,8 @@ from nextscale.dynamic.dial import Dial
 from nextscale.dynamic.execute import Slices, execute
 from nextscale.dynamic.records import Activity, Norms, Sparsity, Use, joined
 from nextscale.dynamic.select import choose, kept_units
+from nextscale.kernels import build
+from nextscale.kernels.experts import RouterPanels
 from nextscale.model.context import ScaleContext
 from nextscale.ops import Linear, full_precision
 
@@ -31,20 +33,39 @@ from nextscale.ops import Linear, full_precision
 class ExpertRouter(nn.Module):
     """Predicts the norm of each expert's output: Linear-GELU-Linear-|.|, in float32 whatever the rest is."""
 
+    may_pack = False
+
     def __init__(self, width: int, hidden: int, experts: int):
         super().__init__()
         self.fc1 = Linear(width, hidden, bias=False)
         self.fc2 = Linear(hidden, experts, bias=False)
+        self._panels: RouterPanels | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):  # rounded norms would choose other experts
-            return _in_float32(self.fc2, F.gelu(_in_float32(self.fc1, x))).abs()
+            return _in_float32(self.fc2, _in_float32(self.fc1, x, gelu=True)).abs()
+
+    def choose(self, x_TD: Tensor, tau: float, selection: str) -> Tensor:
+        """`select.choose` by the predicted norms, (T, E)."""
+        usable = selection == "threshold" and 0 < tau < 1 and build.usable(x_TD, self.fc1.weight)
+        kernels = build.load(RouterPanels.vectors) if usable and self.may_pack else None
+        if kernels is None:
+            return choose(self(x_TD), tau, selection)
+        if self._panels is None:
+            self._panels = RouterPanels(_whole(self.fc1), _whole(self.fc2))
+        return self._panels.chosen(kernels, x_TD.contiguous(), tau)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self._panels = None
+        return super()._apply(*arguments, **options)
 
 
-def _in_float32(layer: Linear, x: Tensor) -> Tensor:
+def _in_float32(layer: Linear, x: Tensor, gelu: bool = False) -> Tensor:
     packed_low = layer.weight.is_mkldnn and layer.weight.dtype != torch.float32
     weight = layer.weight.to_dense() if packed_low else layer.weight
-    return layer(x) if weight.dtype == x.dtype == torch.float32 else ops.linear(x.float(), weight.float())
+    if weight.dtype == x.dtype == torch.float32:
+        return layer(x, gelu)
+    return ops.linear(x.float(), weight.float(), gelu=gelu)
 
 
 class Pair(nn.Module):
@@ -134,10 +155,9 @@ class DynamicFeedForward(nn.Module):
             return y_TD.view_as(x_BND), _ran(torch.full(shape, len(units), device=x_TD.device), routed=False)
         assert self.router is not None, "a dial is made for models with experts"
         if selection == "oracle":
-            p_TE = expert_norms(_activated(fc1, x_TD, relu), _whole(fc2), experts)
+            chosen_TE = choose(expert_norms(_activated(fc1, x_TD, relu), _whole(fc2), experts), tau)
         else:
-            p_TE = self.router(x_TD)
-        chosen_TE = choose(p_TE, tau, selection)
+            chosen_TE = self.router.choose(x_TD, tau, selection)
         y_TD = execute(x_TD, chosen_TE, (fc1, fc2), relu, self.slices)
         units_BN = chosen_TE.sum(dim=-1).view(shape) * (fc1.out_features // experts)
         return y_TD.view_as(x_BND), _ran(units_BN, routed=selection != "oracle")
