@@ -222,7 +222,7 @@ def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, wa
 @pytest.mark.parametrize("experts", [1, 8])
 def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch, way, experts, threads_set):
     """Bit for bit, across the borders of tiles and of blocks of every height, on one thread and two."""
-    monkeypatch.setattr(kernels, "TILE", 24)
+    monkeypatch.setattr(kernels, "TILE_VALUES", 24 * 32)
     monkeypatch.setattr(execution, "_MIN_TILE", 16)
     monkeypatch.setattr(execution, "TILE_VALUES", 16 * 32)
     rng = torch.Generator().manual_seed(0)

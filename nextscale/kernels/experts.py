@@ -14,9 +14,9 @@ from torch import Tensor
 _LANES = 16
 _SLICE_ROWS, _EXPERT_ROWS = 12, 56
 """Rows that the kernels take at once, at most."""
-TILE = 512
-"""Rows that pass over all slices together: their inputs and outputs, and one slice's weights, fill a second cache of
-2 MiB in part; more would not save much, as weights are read once for so many."""
+TILE_VALUES = 2**19
+"""Input values of the rows that pass over all slices together: 512 rows of width 1,024. These, as many outputs and one
+slice's weights fill a second cache of 2 MiB in part; more would not save much, as weights are read once for so many."""
 
 
 def vectors_for(size: int) -> int:
@@ -57,7 +57,7 @@ class SlicePanels:
     def add(self, kernels: ctypes.CDLL, x_TD: Tensor, chosen_TE: Tensor, relu: bool, into: Tensor) -> None:
         """Add the chosen experts' outputs to `into` (T, D); all contiguous, float32 and bool."""
         count, threads = len(x_TD), torch.get_num_threads()
-        tile = max(1, min(TILE, -(-count // threads)))
+        tile = max(1, min(TILE_VALUES // self.width, -(-count // threads)))
         rows = torch.empty(count, dtype=torch.int64)
         hidden = torch.empty(threads * _SLICE_ROWS * self.b1.shape[1])
         tensors = _pointers(x_TD, chosen_TE, into, self.w1, self.b1, self.w2)
