@@ -25,6 +25,7 @@ from nextscale.dynamic.select import choose, kept_units
 from nextscale.errors import UserError
 from nextscale.kernels import build
 from nextscale.kernels import experts as kernels
+from nextscale.model.context import ScaleContext
 from nextscale.moe.experts import Dispatch, grouped
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
@@ -322,6 +323,20 @@ def test_what_a_dial_observes_is_what_the_formulas_say():
     assert isinstance(use, Use)
     columns = np.linalg.norm(layer.fc2.weight.detach().numpy(), axis=0)
     np.testing.assert_allclose(use.contribution_F.numpy(), a.sum((0, 1)) * columns, rtol=1e-4)
+
+
+def test_every_token_counts_alike_in_the_penalty():
+    """In one pass over all scales, sparse ones and others."""
+    pipeline = dynamic_pipeline(activation="relu")
+    layer, pyramid = pipeline.transformer.blocks[0].ffn, pipeline.config.pyramid
+    context = ScaleContext(
+        pyramid, (0, pyramid.length), True, k=len(pyramid) - 1, dial=Dial((1.0,) * len(pyramid), observe="sparsity")
+    )
+    with torch.no_grad():
+        x = torch.randn(2, pyramid.length, 32)
+        a = layer.fc1(x).relu()
+        _, record = layer(x, context)
+    assert record.hoyer.item() == pytest.approx((a.sum(-1) ** 2 / a.square().sum(-1)).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "pruned"])

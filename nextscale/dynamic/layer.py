@@ -127,7 +127,7 @@ class DynamicFeedForward(nn.Module):
 
     def _tells(self, dial: Dial | None) -> bool:
         """Whether sparse scales are another case than the others even with all experts."""
-        return self.late is not None or bool(dial and dial.observe)
+        return self.late is not None or bool(dial and dial.observe == "use")
 
     def piece(self, x_BND: Tensor, dial: Dial | None, tau: float, late: bool) -> tuple[Tensor, Any]:
         """The output of tokens that are treated alike, as `pieces` says, and its record."""

@@ -12,7 +12,7 @@ Letters: B sequences, N tokens at hand, F hidden units of one FFN, E experts tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -91,11 +91,8 @@ def joined(records: list[Any]) -> Any:
     assert all(isinstance(r, type(records[0])) for r in records), "pieces of one pass record alike"
     if isinstance(records[0], Activity):
         return Activity(*(_along_tokens(records, name) for name in ("units_BN", "ffns_BN", "routed_BN")))
-    if isinstance(records[0], Norms):
-        return Norms(*(_along_tokens(records, name) for name in ("predicted_BNE", "true_BNE")))
-    assert isinstance(records[0], Sparsity), "hidden units are summed in one piece"
-    over: Callable[[str], Tensor] = lambda name: torch.stack([getattr(r, name) for r in records]).mean()  # noqa: E731
-    return Sparsity(over("hoyer"), over("zeros"))
+    assert isinstance(records[0], Norms), "sparsity and use are recorded in one piece"
+    return Norms(*(_along_tokens(records, name) for name in ("predicted_BNE", "true_BNE")))
 
 
 def _along_tokens(records: list[Any], name: str) -> Tensor:
