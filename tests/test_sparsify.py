@@ -25,7 +25,7 @@ from nextscale.train import sparsify_run
 from nextscale.train.config import TrainConfig
 from nextscale.train.log import read_log
 from nextscale.train.sparsify_config import SparsifyConfig
-from nextscale.train.sparsify_task import RouterTask, TuneTask
+from nextscale.train.sparsify_task import AdaptTask, RouterTask, TuneTask
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline
 
@@ -147,6 +147,46 @@ def test_each_stage_alone_and_without_tuning(made, tmp_path, capsys):
     assert "blocks.0.ffn.late.fc1.weight" not in tuned
 
 
+ADAPT = (
+    "--adapting.epochs 0 --adapting.steps 4 --adapting.batch-size 8 --adapting.save-every 2 --adapting.warmup-epochs 0 "
+    "--adapting.learning-rate 1e-3"
+)
+
+
+@pytest.mark.parametrize("tune", ["late", "all"])
+def test_a_model_adapts_to_the_experts_that_run(tune, made, tmp_path, monkeypatch, capsys):
+    """Its routers stay, what is tuned changes; interrupted, it ends with the same weights."""
+    dense, late = made
+    before = late if tune == "late" else tmp_path / "before"
+    if tune == "all":
+        assert run(f"sparsify {dense} --out {before} --tune all {FAST}") == 0
+    whole, out, calls = tmp_path / "whole", tmp_path / "out", itertools.count()
+    command = f"sparsify {before} --stages adapt thresholds {FAST} {ADAPT}"
+    assert run(f"{command} --out {whole}") == 0
+    forward, dials = AdaptTask.forward, []
+
+    def breaks(self, batch, noise, step):
+        dials.append(self.dial.tau_K)
+        if noise and step == 3 and next(calls) == 0:
+            raise KeyboardInterrupt
+        return forward(self, batch, noise, step)
+
+    monkeypatch.setattr(AdaptTask, "forward", breaks)
+    assert run(f"{command} --out {out}") == 130
+    assert run(f"{command} --out {out}") == 0
+    a, b, c = weights(before), weights(whole), weights(out)
+    assert all(torch.equal(c[name], tensor) for name, tensor in b.items())
+    changed = {name for name, tensor in a.items() if not torch.equal(b[name], tensor)}
+    assert "blocks.0.ffn.late.fc1.weight" in changed or "blocks.0.ffn.fc1.weight" in changed
+    assert not any(".router." in name for name in changed)
+    assert ("head.weight" in changed) == (tune == "all"), "late FFNs are adapted alone"
+    assert len(set(dials)) == 1
+    assert dials[0][:2] == (1.0, 1.0)
+    assert min(dials[0]) < 1
+    assert run(f"sample {out} --labels 0 --budget 0.85 --out {tmp_path}/a.png") == 0
+    assert list(json.loads((out / "sparsify.json").read_text())["stages"]) == ["adapt", "thresholds"]
+
+
 def test_what_cannot_be_sparsified_is_named(made, tmp_path, capsys):
     dense, dynamic = made
     checkpoint = read_checkpoint(dense)
@@ -156,6 +196,8 @@ def test_what_cannot_be_sparsified_is_named(made, tmp_path, capsys):
     assert "divided already, into 8 experts" in fails(f"sparsify {dynamic} {out}", capsys)
     assert "begin with --stages split" in fails(f"sparsify {dense} {out} --stages thresholds", capsys)
     assert "must follow one another" in fails(f"sparsify {dense} {out} --stages tune routers", capsys)
+    assert "needs a budget" in fails(f"sparsify {dense} {out} --stages adapt thresholds --budget 0", capsys)
+    assert "begin with --stages split adapt" in fails(f"sparsify {dense} {out} --stages adapt thresholds", capsys)
     assert "cannot be divided into experts of 100" in fails(f"sparsify {dense} {out} --expert-size 100", capsys)
     assert "9 of them cannot be sparse" in fails(f"sparsify {dense} {out} --scales 9", capsys)
     assert "--out must be another folder" in fails(f"sparsify {dense} --out {dense}", capsys)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nextscale.analysis.dynamic import equal_flops, sampled_flops
 from nextscale.config import SampleConfig
+from nextscale.experiments.keys import decides, key
 from nextscale.files import read_json, write_json
 from nextscale.pipeline import Pipeline
-from nextscale.train.sparsify_config import STAGES, SparsifyConfig
+from nextscale.train.sparsify_config import PUBLISHED, SparsifyConfig
 from nextscale.train.sparsify_run import sparsify
 from nextscale.train.world import World
 
@@ -26,21 +26,23 @@ def without_dial(sampling: SampleConfig) -> SampleConfig:
     return dataclasses.replace(sampling, tau=(), budget=0.0, selection="threshold")
 
 
-def sparsified(
-    config: SparsifyConfig, source: Path, data: str, within: Path, key: Callable[..., str], world: World
-) -> Path:
+def sparsified(config: SparsifyConfig, source: Path, data: str, within: Path, world: World) -> Path:
     """The folder of the model that `config` makes of the dense one in `source`, made once; a tuning, too, is done once
     for all that go on from it."""
     config = dataclasses.replace(config, data=data)
+    if "adapt" in config.stages:
+        published = dataclasses.replace(config, stages=PUBLISHED, adapting=SparsifyConfig().adapting)
+        before = sparsified(published, source, data, within, world)
+        return _done(dataclasses.replace(config, stages=("adapt", "thresholds")), before, within, world)
     if config.tune == "none":
-        return _done(config, source, within, key, world)
+        return _done(config, source, within, world)
     asked = {name: getattr(config, name) for name in ("data", "samples", "sampling", "images", "seed", *_TUNING)}
-    tuned = _done(SparsifyConfig(stages=("tune",), **asked), source, within, key, world)
-    return _done(dataclasses.replace(config, stages=STAGES[1:]), tuned, within, key, world)
+    tuned = _done(SparsifyConfig(stages=("tune",), **asked), source, within, world)
+    return _done(dataclasses.replace(config, stages=PUBLISHED[1:]), tuned, within, world)
 
 
-def _done(config: SparsifyConfig, source: Path, within: Path, key: Callable[..., str], world: World) -> Path:
-    folder = within / f"sparse-{key(str(source), dataclasses.asdict(config))}"
+def _done(config: SparsifyConfig, source: Path, within: Path, world: World) -> Path:
+    folder = within / f"sparse-{key(str(source), decides(config))}"
     if not (folder / "finished.json").exists():
         report = sparsify(source, folder, config, world)
         if world.main:

@@ -7,8 +7,6 @@ A training that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from nextscale.evaluate.run import Settings, evaluate, make_statistics
 from nextscale.experiments.cost import sampling_seconds, training_seconds
 from nextscale.experiments.dynamic import dynamic_figures, sampling_at, sparsified, without_dial
 from nextscale.experiments.entry import Experiment, Row
+from nextscale.experiments.keys import decides, key
 from nextscale.experiments.pictures import Shown, draw
 from nextscale.features.classifier import is_classifier
 from nextscale.files import read_json, write_json
@@ -73,20 +72,6 @@ def trained_figures(finished: dict[str, Any], config: ModelConfig) -> dict[str, 
         load = finished["validation_expert_load"]
         figures |= {f"load_E{j}": v for j, v in enumerate(load, start=1)} | {"load_variance": statistics.variance(load)}
     return figures
-
-
-def key(*parts: Any) -> str:
-    """A short checksum of JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def decides(config: Any) -> dict[str, Any]:
-    """The settings that differ from their defaults: a run stays the same run when a new setting comes up."""
-    return {
-        f.name: decides(value) if dataclasses.is_dataclass(value) else to_dict(value)
-        for f in dataclasses.fields(config)
-        if (value := getattr(config, f.name)) != getattr(type(config)(), f.name)
-    }
 
 
 class Lab:
@@ -203,7 +188,7 @@ class Lab:
         """The row's model made of the dense one, its sampling with the dial that the row asks for, and its figures."""
         assert row.sparsify is not None, "called for rows that are sparsified"
         data = self.data and self._cache(row, str(dense), "") if self.model else read_json(dense / "run.json")["data"]
-        folder = sparsified(row.sparsify, dense, data, self.folder, key, self.world)
+        folder = sparsified(row.sparsify, dense, data, self.folder, self.world)
         unseeded = dataclasses.replace(sampling, seed=0)
         name = key(dataclasses.asdict(unseeded), row.flops)
         sampling = sampling_at(folder, unseeded, row.flops, folder / f"dial-{name}.json", self.world)

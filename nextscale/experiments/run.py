@@ -12,7 +12,8 @@ from nextscale.config_dict import to_dict
 from nextscale.data.cache import is_cache
 from nextscale.errors import UserError
 from nextscale.experiments.entry import Experiment
-from nextscale.experiments.lab import Inputs, Lab, key, own_path
+from nextscale.experiments.keys import key
+from nextscale.experiments.lab import Inputs, Lab, own_path
 from nextscale.experiments.report import write_results
 from nextscale.train.world import World
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nextscale.config_dict import to_dict
 from nextscale.experiments.entry import Experiment
-from nextscale.experiments.lab import key
+from nextscale.experiments.keys import key
 from nextscale.train.estimate import estimate
 from nextscale.train.run_config import LossConfig
 from nextscale.train.sparsify_config import SparsifyConfig

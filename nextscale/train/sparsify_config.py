@@ -10,8 +10,11 @@ from nextscale.config_dict import check
 from nextscale.errors import UserError
 from nextscale.train.config import TrainConfig
 
-Stage = Literal["tune", "split", "routers", "thresholds"]
-STAGES: tuple[Stage, ...] = ("tune", "split", "routers", "thresholds")
+Stage = Literal["tune", "split", "routers", "adapt", "thresholds"]
+STAGES: tuple[Stage, ...] = ("tune", "split", "routers", "adapt", "thresholds")
+_OPTIONAL: Stage = "adapt"
+"""Ours, and left out unless asked for: DMoE-VAR does not train the model once experts are chosen."""
+PUBLISHED: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != _OPTIONAL)
 
 
 def _tuning() -> TrainConfig:
@@ -32,9 +35,10 @@ def _routers() -> TrainConfig:
 class SparsifyConfig:
     """From a trained model to dynamic experts (DMoE-VAR, arXiv 2510.08629), stage by stage."""
 
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] = PUBLISHED
     """Which stages to do, in this order: tune (ReLU and Hoyer penalty), split (FFNs into experts), routers (their
-    training), thresholds (the table of budgets). Those left out must have been done by the model that is given."""
+    training), adapt (optional: the model learns to do with the experts that run at `budget`), thresholds (the table of
+    budgets). Those left out must have been done by the model that is given."""
     data: str = ""
     """A token cache, or images ('digits', a folder, parquet, owner/name on the hub). Empty = samples of the model."""
     samples: int = 5000
@@ -58,6 +62,8 @@ class SparsifyConfig:
     tuning: TrainConfig = field(default_factory=_tuning)
     routers: TrainConfig = field(default_factory=_routers)
     """label_drop 0.5, because guidance runs both branches."""
+    adapting: TrainConfig = field(default_factory=_tuning)
+    """Of stage adapt."""
     budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
     """Shares of the dense model's FLOPs that thresholds are calibrated for."""
     budget: float = 0.8
@@ -83,6 +89,9 @@ class SparsifyConfig:
             "batch_size must be 1 or more": self.batch_size >= 1,
         }
         check("sparsify", self, rules)
-        order = [STAGES.index(stage) for stage in self.stages]
-        if order != list(range(order[0], order[0] + len(order))):
+        first, last = (STAGES.index(self.stages[i]) for i in (0, -1))
+        whole = STAGES[first : last + 1]
+        if self.stages not in (whole, tuple(stage for stage in whole if stage != _OPTIONAL)):
             raise UserError(f"sparsify: stages must follow one another as {', '.join(STAGES)}; got {self.stages}")
+        if "adapt" in self.stages and not self.budget:
+            raise UserError("sparsify: stage adapt needs a budget, the share of the FLOPs that the model adapts to")

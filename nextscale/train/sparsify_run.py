@@ -1,6 +1,6 @@
 """`nextscale sparsify`: from a trained model to dynamic experts, stage by stage, each of which can be resumed.
 
-OUT/stages/tune/, split/, routers/     what each stage made: a checkpoint, finished.json; run.json, log.jsonl
+OUT/stages/tune/, split/, routers/, adapt/     what each stage made: a checkpoint, finished.json; run.json, log.jsonl
 OUT/stages/samples/                    the model's own samples, where no data are given
 OUT/                                   the result, sparsify.json and sparsify.png
 """
@@ -35,7 +35,7 @@ from nextscale.train.loop import fit_run
 from nextscale.train.parallel import whole_weights
 from nextscale.train.sparsify_config import SparsifyConfig
 from nextscale.train.sparsify_data import Data, batches_of, open_data
-from nextscale.train.sparsify_task import RouterTask, TuneTask, layers
+from nextscale.train.sparsify_task import AdaptTask, RouterTask, TuneTask, layers
 from nextscale.train.state import check_run
 from nextscale.train.task import Task
 from nextscale.train.transformer_run import validate
@@ -93,11 +93,11 @@ def _needs_data(config: SparsifyConfig) -> bool:
 def _check_start(checkpoint: Checkpoint, config: SparsifyConfig) -> None:
     """Raise UserError when the first stage cannot work on this model, before anything is done."""
     dynamic, first = model_of(checkpoint).dynamic, config.stages[0]
-    if first in ("routers", "thresholds") and not dynamic.experts:
+    if first in ("routers", "adapt", "thresholds") and not dynamic.experts:
         raise UserError(f"stage {first} needs a model whose FFNs are divided; begin with --stages split {first}")
-    if first == "thresholds" and not dynamic.identity:
-        raise UserError("stage thresholds needs trained routers; begin with --stages routers thresholds")
-    if first == "thresholds":
+    if first in ("adapt", "thresholds") and not dynamic.identity:
+        raise UserError(f"stage {first} needs trained routers; begin with --stages routers {first}")
+    if first in ("adapt", "thresholds"):
         check_identity("this model", checkpoint)
     if first in ("tune", "split") and dynamic.experts:
         raise UserError(f"this model's FFNs are divided already, into {dynamic.experts} experts")
@@ -169,6 +169,28 @@ def _note_importance(job: _Job, pipeline: Pipeline, data: Data) -> None:
         layer.importance_F.copy_(total_F / images)
 
 
+def _adapt(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkpoint, dict[str, Any]]:
+    """The model learns to do with the experts that run at the budget, where it is without this stage."""
+    assert data is not None, "adapting was given data"
+    config, kept = job.config, job.stage("adapt") / "tau.json"
+    settings = {
+        "from": _mark(checkpoint), "data": data.name, "budget": config.budget, "train": to_dict(config.adapting)
+    }  # fmt: skip
+    check_run(job.stage("adapt"), settings, job.accept_changes)
+    if job.world.main and not (kept.exists() and read_json(kept)["from"] == settings["from"]):
+        packed = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device).pack()
+        batches = _calibration(config, packed, data, held_out=True)
+        table, *_ = calibrate(checkpoint.config, packed.tokenizer, packed.transformer, batches, [config.budget])
+        write_json(kept, {"from": settings["from"], "tau": table[-1].tau})
+    job.world.wait()
+    pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device)
+    model, tau = pipeline.transformer, tuple(read_json(kept)["tau"])
+    dial = Dial.of(model.config, len(model.pyramid), tau, "threshold")
+    task = AdaptTask(model, pipeline.tokenizer, data.train, config.adapting, dial)
+    values = _train(job, "adapt", task, config.adapting, data, settings)
+    return _after(job, "adapt", checkpoint, model), {**values, "tau": tau}
+
+
 def _thresholds(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkpoint, dict[str, Any]]:
     assert data is not None, "thresholds were given data"
     config, dynamic = job.config, model_of(checkpoint).dynamic
@@ -197,7 +219,7 @@ def _thresholds(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[C
     return out, found
 
 
-_STAGES = {"tune": _tune, "split": _split, "routers": _routers, "thresholds": _thresholds}
+_STAGES = {"tune": _tune, "split": _split, "routers": _routers, "adapt": _adapt, "thresholds": _thresholds}
 
 
 # ---- what they share
@@ -239,7 +261,7 @@ def _after(job: _Job, name: str, before: Checkpoint, model: nn.Module) -> Checkp
     """The checkpoint with a trained model's weights, read back from the stage's folder."""
     weights, dynamic = whole_weights(model), model_of(before).dynamic  # of several processes the first alone has them
     if job.world.main:
-        if name == "routers":
+        if name in ("routers", "adapt"):
             dynamic = dataclasses.replace(dynamic, identity=identity(weights, model_of(before)), tau=())
         after = dataclasses.replace(with_dynamic(before, dynamic), transformer=weights)
         write_checkpoint(job.stage(name), after)
@@ -293,6 +315,10 @@ def summary(report: dict[str, Any], out: Path) -> str:
         lines.append(
             f"tuned: held-out cross-entropy {tuned['validation_loss']:.3f} nats per token, "
             f"{tuned['validation_zeros']:.1%} of the hidden units are 0"
+        )
+    if "adapt" in stages:
+        lines.append(
+            f"adapted: held-out cross-entropy {stages['adapt']['validation_loss']:.3f} with a part of the experts"
         )
     if "split" in stages:
         lines.append("{experts} experts of {expert_size}, at the last {sparse_scales} scales".format(**stages["split"]))

@@ -1,4 +1,4 @@
-"""What `nextscale sparsify` trains: the ReLU model towards sparse hidden units, and the routers."""
+"""What `nextscale sparsify` trains: the ReLU model towards sparse hidden units, routers, and what routers choose."""
 
 from __future__ import annotations
 
@@ -34,12 +34,7 @@ class TuneTask(TransformerTask):
     def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, hoyer: float):
         super().__init__(model, tokenizer, examples, config)
         self.hoyer, self.dial = hoyer, Dial((1.0,) * len(model.pyramid), observe="sparsity")
-        if model.projector is not None:
-            model.projector.requires_grad_(False)  # of guidance, which tuning does without
-        if model.config.dynamic.own:
-            model.requires_grad_(False)
-            self.trained = nn.ModuleList([cast(nn.Module, layer.late) for layer in layers(model)])
-            self.trained.requires_grad_(True)
+        _freeze(model)
 
     def _whole_loss(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, others = super()._whole_loss(loss, output, batch)
@@ -47,6 +42,32 @@ class TuneTask(TransformerTask):
         hoyer = torch.stack([r.hoyer for r in found]).mean()
         zeros = torch.stack([r.zeros for r in found]).mean().detach()
         return loss + self.hoyer * hoyer, {**others, "hoyer": hoyer.detach(), "zeros": zeros}
+
+
+class AdaptTask(TransformerTask):
+    """Cross-entropy of the model that runs a part of its experts, as `dial` and the routers choose them.
+
+    The choice itself has no gradients, and the routers stay as they are.
+    """
+
+    name = "adapting"
+
+    def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, dial: Dial):
+        super().__init__(model, tokenizer, examples, config)
+        self.dial = dial
+        _freeze(model)
+        for layer in layers(model):
+            cast(nn.Module, layer.router).requires_grad_(False)
+
+
+def _freeze(model: VAR) -> None:
+    """What the whole model's trainings leave alone: guidance's head; all but the late FFNs where there are such."""
+    if model.projector is not None:
+        model.projector.requires_grad_(False)
+    if model.config.dynamic.own:
+        model.requires_grad_(False)
+        for layer in layers(model):
+            cast(nn.Module, layer.late).requires_grad_(True)
 
 
 class RouterTask(Task):
