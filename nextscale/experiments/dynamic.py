@@ -30,10 +30,11 @@ def sparsified(config: SparsifyConfig, source: Path, data: str, within: Path, wo
     """The folder of the model that `config` makes of the dense one in `source`, made once; a tuning, too, is done once
     for all that go on from it."""
     config = dataclasses.replace(config, data=data)
+    published = dataclasses.replace(config, stages=PUBLISHED, adapting=SparsifyConfig().adapting)
     if "adapt" in config.stages:
-        published = dataclasses.replace(config, stages=PUBLISHED, adapting=SparsifyConfig().adapting)
         before = sparsified(published, source, data, within, world)
         return _done(dataclasses.replace(config, stages=("adapt", "thresholds")), before, within, world)
+    config = published
     if config.tune == "none":
         return _done(config, source, within, world)
     asked = {name: getattr(config, name) for name in ("data", "samples", "sampling", "images", "seed", *_TUNING)}
