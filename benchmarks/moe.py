@@ -31,7 +31,7 @@ from nextscale.info import active_parameters, condition_flops, scale_flops
 from nextscale.machine import describe_machine, keep_freed_memory
 from nextscale.model.context import ScaleContext
 from nextscale.model.var import VAR
-from nextscale.moe.experts import Dispatch
+from nextscale.moe.experts import Dispatch, Experts
 from nextscale.moe.layer import MixtureOfExperts
 from nextscale.presets import preset
 from nextscale.train.config import TrainConfig
@@ -230,9 +230,10 @@ def parts(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": options.model, "rounds": options.rounds, "cases": cases}
 
 
-_PARTS = ("route", "sort", "experts", "in order", "layer", "dense")
+_PARTS = ("route", "sort", "experts", "in order", "in turn", "layer", "dense")
 """Experts read and add rows where they lie; "in order" is the same work on rows that already stand in the experts'
-order, so the difference is gathering and scattering. The last two: the layer as it is run, and a dense FFN of as many
+order, so the difference is gathering and scattering; "in turn" is one expert after the other, as without the compiled
+kernel. The last two: the layer as it is run, and a dense FFN of as many
 active parameters on the same rows."""
 
 
@@ -250,7 +251,8 @@ def part_seconds(
     gate_R, count = gates_TM[dispatch.row_R, dispatch.expert_R], len(dispatch.row_R)
     rows_RD, ones_R = x_TD[dispatch.row_R], torch.ones(count)
     in_order = dataclasses.replace(dispatch, row_R=torch.arange(count, device=x_TD.device))
-    wide = _wide_ffn(experts.fc1.weight.dtype, model.config, options.device)
+    wide = _wide_ffn(experts.fc1.bias.dtype, model.config, options.device)
+    in_turn = _in_turn(layer, model.config)
     experts(x_TD, gates_TM, chosen_TM, pairs)  # packs
 
     def run(rows: torch.Tensor, gates: torch.Tensor, which: Dispatch) -> Callable[[], Any]:
@@ -264,6 +266,7 @@ def part_seconds(
         "sort": lambda: (Dispatch.of(chosen_TM, pairs), gates_TM[dispatch.row_R, dispatch.expert_R]),
         "experts": run(x_TD, gate_R, dispatch),
         "in order": run(rows_RD, ones_R, in_order),
+        "in turn": lambda: in_turn(x_TD, gate_R, dispatch),
         "layer": lambda: layer(x_BND, context),
         "dense": lambda: wide[1](wide[0](x_BND, gelu=True)),
     }
@@ -275,6 +278,21 @@ def part_seconds(
             if turn > 1:
                 times[name].append(_now(options.device) - began)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+_IN_TURN: dict[int, Callable[..., Any]] = {}
+
+
+def _in_turn(layer: MixtureOfExperts, config: TransformerConfig) -> Callable[..., Any]:
+    """The experts of a layer one after the other, each by oneDNN where it is at hand; made once."""
+    if id(layer) not in _IN_TURN:
+        plain = Experts(layer.experts.count, config.width, config.ffn_width)
+        plain.load_state_dict(layer.experts.state_dict())
+        plain.to(layer.experts.fc1.bias.dtype).to(layer.experts.fc1.bias.device).requires_grad_(False)
+        for stack in (plain.fc1, plain.fc2):
+            stack.pack()
+        _IN_TURN[id(layer)] = plain.in_turn
+    return _IN_TURN[id(layer)]
 
 
 _WIDE: dict[str, tuple[ops.Linear, ops.Linear]] = {}

@@ -126,7 +126,7 @@ void run_slices(
     const float *x, const uint8_t *chosen, float *y, const float *w1, const float *b1, const float *w2,
     long rows, long tile, long experts, long width, long size, int relu, int threads, long *indices, float *hidden)
 {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long start = 0; start < rows; start += tile) {
         const long stop = start + tile < rows ? start + tile : rows;
         tile_of_slices(x, chosen, y, w1, b1, w2, start, stop, experts, width, size, relu, indices + start,

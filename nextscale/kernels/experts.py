@@ -18,6 +18,10 @@ TILE_VALUES = 2**19
 """Input values of the rows that pass over all slices together: 512 rows of width 1,024. These, as many outputs and one
 slice's weights fill a second cache of 2 MiB in part; more would not save much, as weights are read once for so many."""
 
+_SHARES = 4
+"""Tiles of each thread where all weights fit the second cache, so that tiles may be small: rows that follow one another
+have like numbers of experts, and threads would not be done together."""
+
 
 def vectors_for(size: int) -> int:
     """How many vectors of outputs a kernel takes at once for experts of this size: none should be padding."""
@@ -57,7 +61,8 @@ class SlicePanels:
     def add(self, kernels: ctypes.CDLL, x_TD: Tensor, chosen_TE: Tensor, relu: bool, into: Tensor) -> None:
         """Add the chosen experts' outputs to `into` (T, D); all contiguous, float32 and bool."""
         count, threads = len(x_TD), torch.get_num_threads()
-        tile = max(1, min(TILE_VALUES // self.width, -(-count // threads)))
+        shares = 1 if threads == 1 or self.w1.numel() + self.w2.numel() > TILE_VALUES else _SHARES
+        tile = max(1, min(TILE_VALUES // self.width, -(-count // (shares * threads))))
         rows = torch.empty(count, dtype=torch.int64)
         hidden = torch.empty(threads * _SLICE_ROWS * self.b1.shape[1])
         tensors = _pointers(x_TD, chosen_TE, into, self.w1, self.b1, self.w2)
