@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,27 @@ def grid(images_B3HW: Tensor, captions: Sequence[str], path: Path, columns: int 
     save_image(tile(to_pil(images_B3HW), captions, columns), path)
 
 
-def curves(series: dict[str, dict[str, list[tuple[int, float]]]], path: Path, x_name: str = "step") -> None:
+_FEW = 5
+"""Points of a line that are marked: one alone would not be seen."""
+
+
+_LEGEND = 6
+"""Lines whose names find room within a panel."""
+
+
+def curves(series: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, x_name: str = "step") -> None:
     """Line plots side by side: {panel: {line: [(x, y), ...]}}. Needs matplotlib."""
     figure, (panels,) = new_figure(len(series))
     for axes, (panel, lines) in zip(panels, series.items(), strict=True):
-        for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        for i, (name, points) in enumerate(lines.items()):
+            marker = "os^"[i // 10 % 3] if len(points) <= _FEW else ""  # there are ten colours
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=marker, markersize=4)
         axes.set(title=panel, xlabel=x_name)
         axes.grid(alpha=0.3)
-        if len(lines) > 1:
+        if 1 < len(lines) <= _LEGEND:
             axes.legend(fontsize="small")
+    if any(len(lines) > _LEGEND for lines in series.values()):  # in the panels it would hide what they show
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     save_figure(figure, path)
 
 

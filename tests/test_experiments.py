@@ -14,7 +14,7 @@ import pytest
 from nextscale.cli import main
 from nextscale.errors import UserError
 from nextscale.experiments.entry import SCALES, load, names
-from nextscale.experiments.report import table
+from nextscale.experiments.report import _over, table
 from nextscale.experiments.run import resolve
 from nextscale.experiments.show import as_text
 
@@ -210,3 +210,13 @@ def test_rows_of_dynamic_experts_are_sparsified_once_and_counted(tmp_path):
     assert everything["figures"]["flops_share"]["mean"] == 1
     assert budget["figures"]["flops_share"]["mean"] == pytest.approx(0.8, abs=0.05)
     assert all((folder / f"{name}.png").exists() for name in ("experts", "samples", "figure"))
+
+
+def test_figures_over_another_are_lines_by_kind():
+    def row(name, share, distance):
+        return {"name": name, "figures": {"flops_share": {"mean": share}, "distance": {"mean": distance}}}
+
+    rows = [row("dense", 1.0, 3.0), row("pruned, 90 %", 0.9, 4.0), row("pruned, 80 %", 0.8, 5.0)]
+    rows.append({"name": "not measured", "figures": {}})
+    found = _over("flops_share", rows, ["flops_share", "distance"], "classifier")
+    assert found == {"classifier_fd": {"dense": [(1.0, 3.0)], "pruned": [(0.9, 4.0), (0.8, 5.0)]}}

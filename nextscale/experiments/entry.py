@@ -80,6 +80,8 @@ class Experiment:
     """Of the token cache; 0 = none is made."""
     refiner: RunConfig | None
     """How the model is trained that draws the late scales in rows with `draft_scales`."""
+    against: str = ""
+    """A figure over which the others are drawn too, as curves; rows whose names differ after the last comma are one."""
     picture: str = ""
     """What is drawn of the trained models beside the table: samples, routing, ...; empty = nothing."""
     note: str = ""
@@ -141,6 +143,7 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         encoder=encoder,
         views=int(settings.get("views", 0)),
         refiner=_row(refiner, layers, scale, where, on_cpu).run if refiner else None,
+        against=entry.get("against", ""),
         picture=entry.get("picture", ""),
         note=note,
     )

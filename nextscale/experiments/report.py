@@ -11,7 +11,7 @@ from nextscale.evaluate.measures import NEUTRAL, name_of
 from nextscale.experiments.entry import Experiment
 from nextscale.files import write_json, write_text
 from nextscale.machine import describe_machine
-from nextscale.pictures import spreads
+from nextscale.pictures import curves, spreads
 from nextscale.train.world import World
 
 if TYPE_CHECKING:
@@ -60,7 +60,23 @@ def write_results(
         for figure in columns
     }  # fmt: skip
     spreads({name: points for name, points in panels.items() if points}, experiment.x_name, folder / "figure.png")
+    if experiment.against:
+        curves(_over(experiment.against, rows, columns, network), folder / "curves.png", experiment.against)
     return results
+
+
+def _over(
+    x: str, rows: list[dict[str, Any]], columns: list[str], network: str
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Each figure that was measured, as lines over the figure `x`: {figure: {line: [(x, mean), ...]}}."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for figure in (column for column in columns if column in NEUTRAL):
+        for row in rows:
+            found = row["figures"]
+            if figure in found and x in found:
+                line = panels.setdefault(ours(figure, network), {}).setdefault(row["name"].rsplit(", ", 1)[0], [])
+                line.append((found[x]["mean"], found[figure]["mean"]))
+    return panels
 
 
 def ours(figure: str, network: str) -> str:
