@@ -240,7 +240,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         SampleConfig(cfg=options.cfg, top_k=0, top_p=0.95),
         pipeline.transformer.config.condition.num_classes,
     )
-    labels = [i % classes for i in range(min(options.images, 256))]
+    labels = [i % classes for i in range(min(options.images, 64))]
     target = sampled_flops(pipeline, labels, dataclasses.replace(base, budget=options.budget)).share
     settings = {"all experts": dataclasses.replace(base, tau=(1.0,)),
                 "calibrated": dataclasses.replace(base, budget=options.budget)}  # fmt: skip
