@@ -233,8 +233,7 @@ def parts(options: argparse.Namespace) -> dict[str, Any]:
 _PARTS = ("route", "sort", "experts", "in order", "in turn", "layer", "dense")
 """Experts read and add rows where they lie; "in order" is the same work on rows that already stand in the experts'
 order, so the difference is gathering and scattering; "in turn" is one expert after the other, as without the compiled
-kernel. The last two: the layer as it is run, and a dense FFN of as many
-active parameters on the same rows."""
+kernel. The last two: the layer as it is run, and a dense FFN of as many active parameters on the same rows."""
 
 
 def part_seconds(
@@ -249,7 +248,7 @@ def part_seconds(
     pairs = layer.router.pairs(x_BND.shape[:2], context)
     dispatch = Dispatch.of(chosen_TM, pairs)
     gate_R, count = gates_TM[dispatch.row_R, dispatch.expert_R], len(dispatch.row_R)
-    rows_RD, ones_R = x_TD[dispatch.row_R], torch.ones(count)
+    rows_RD, ones_R = x_TD[dispatch.row_R], torch.ones(count, device=x_TD.device)
     in_order = dataclasses.replace(dispatch, row_R=torch.arange(count, device=x_TD.device))
     wide = _wide_ffn(experts.fc1.bias.dtype, model.config, options.device)
     in_turn = _in_turn(layer, model.config)
@@ -288,7 +287,7 @@ def _in_turn(layer: MixtureOfExperts, config: TransformerConfig) -> Callable[...
     if id(layer) not in _IN_TURN:
         plain = Experts(layer.experts.count, config.width, config.ffn_width)
         plain.load_state_dict(layer.experts.state_dict())
-        plain.to(layer.experts.fc1.bias.dtype).to(layer.experts.fc1.bias.device).requires_grad_(False)
+        plain.to(layer.experts.fc1.bias).requires_grad_(False)
         for stack in (plain.fc1, plain.fc2):
             stack.pack()
         _IN_TURN[id(layer)] = plain.in_turn

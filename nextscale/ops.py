@@ -41,6 +41,7 @@ _PRODUCT_ROWS = 128
 """From here on oneDNN's product is the faster one."""
 
 UNPACKED = "load them with Pipeline.from_pretrained(..., pack=False)"
+NO_GRADIENTS = f"these weights are packed for inference and give no gradients; {UNPACKED}"
 
 fast = not os.environ.get("NEXTSCALE_PLAIN")
 """Whether fast paths are taken where there are any; the plain ones compute the same function."""
@@ -84,7 +85,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if weight.is_mkldnn:
         if gradient:
-            raise UserError(f"these weights are packed for inference and give no gradients; {UNPACKED}")
+            raise UserError(NO_GRADIENTS)
         return True
     if gradient or not fast or x.device.type != "cpu" or x.dtype != weight.dtype or weight.dtype not in _computed():
         return False

@@ -71,8 +71,6 @@ def grid(images_B3HW: Tensor, captions: Sequence[str], path: Path, columns: int 
 
 _FEW = 5
 """Points of a line that are marked: one alone would not be seen."""
-
-
 _LEGEND = 6
 """Lines whose names find room within a panel."""
 

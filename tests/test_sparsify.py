@@ -184,6 +184,11 @@ def test_a_model_adapts_to_the_experts_that_run(tune, made, tmp_path, monkeypatc
     assert dials[0][:2] == (1.0, 1.0)
     assert min(dials[0]) < 1
     assert run(f"sample {out} --labels 0 --budget 0.85 --out {tmp_path}/a.png") == 0
+    kept = out / "stages" / "adapt" / "tau.json"
+    calibrated = json.loads(kept.read_text())["tau"]
+    other = command.replace("--budget 0.85", "--budget 0.95") + f" --out {out} --accept-changes"
+    assert run(other) == 0
+    assert json.loads(kept.read_text())["tau"] > calibrated, "calibrated anew for another budget"
     assert list(json.loads((out / "sparsify.json").read_text())["stages"]) == ["adapt", "thresholds"]
 
 

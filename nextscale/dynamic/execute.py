@@ -86,7 +86,7 @@ def execute(x_TD: Tensor, chosen_TE: Tensor, layers: tuple[Linear, Linear], relu
         return _grouped(x_TD, chosen_TE, layers, relu)
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).add_(fc2.bias)
     size = fc1.out_features // experts
-    kernels = build.load(vectors_for(size)) if build.usable(x_TD, fc1.bias) else None
+    kernels = build.load(vectors_for(size)) if slices.may_pack and build.usable(x_TD, fc1.bias) else None
     panels = slices.panels(fc1, fc2, experts) if kernels is not None else None
     if kernels is not None and panels is not None:
         panels.add(kernels, x_TD.contiguous(), chosen_TE.contiguous(), relu, into=y_TD)

@@ -11,7 +11,7 @@
    are read once for a tile of rows, and while the rows of one chunk of a panel are multiplied the next chunk is fetched:
    memory and arithmetic work at the same time, which they do not in a product of few rows otherwise.
 
-   In both a row's sums run in one order whatever rows are beside it and whatever threads there are. */
+   In all of them a row's sums run in one order whatever rows are beside it and whatever threads there are. */
 
 #include <omp.h>
 #include <stdint.h>
@@ -22,7 +22,13 @@
 #endif
 /* Sums fill most of AVX-512's 32 registers. Not more than 12 rows: rows of 4 KiB all fall into one set of the first
    cache, which has 12 places. */
-#define ROWS (VECTORS == 4 ? 7 : 12)
+#if VECTORS == 4
+#define ROWS 7
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+#else
+#define ROWS 12
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
 #define LANES 16
 #define PANEL (VECTORS * LANES)
 #define PADDED(n) (((n) + PANEL - 1) / PANEL * PANEL)
@@ -109,10 +115,7 @@ static void tile_of_slices(
         for (long b = 0; b < blocks; b++) { /* of nearly equal size */
             const long first = count * b / blocks, *list = rows + first;
             switch (count * (b + 1) / blocks - first) {
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-#if VECTORS < 4
-                CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
+                CASES
             }
         }
     }
@@ -179,10 +182,7 @@ void choose_slices(
     for (long t = 0; t < rows; t += ROWS) {
         float *mine = scratch + omp_get_thread_num() * ROWS * (PADDED(hidden) + PADDED(experts));
         switch (rows - t < ROWS ? rows - t : ROWS) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-#if VECTORS < 4
-            CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
+            CASES
         }
     }
 }
@@ -234,7 +234,7 @@ static void panel_product(const float *const *a, long count, const float *panel,
             const int share = blocks == 1 ? VECTORS : blocks <= 3 ? 2 : 1, ahead = b * share < VECTORS ? share : 0;
             const char *next = (const char *)(panel + (from + STEPS) * PANEL) + b * share * steps * 64;
             float *to = sums + first * PANEL;
-            switch (count * (b + 1) / blocks - first) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) }
+            switch (count * (b + 1) / blocks - first) { CASES }
         }
     }
 }

@@ -94,12 +94,13 @@ class Experts(nn.Module):
 
     def kernels(self, x_TD: Tensor) -> ctypes.CDLL | None:
         """The compiled kernels, where they can compute x; packs the weights for them at the first use, if it may."""
-        kernels = build.load() if build.usable(x_TD, self.fc1.bias) else None
+        mine = self.may_pack or self.fc1.panels is not None
+        kernels = build.load() if mine and build.usable(x_TD, self.fc1.bias) else None
         if kernels is not None and self.may_pack:
             self.may_pack = False
             self.fc1.pack(panels=True)
             self.fc2.pack(panels=True)
-        return kernels if self.fc1.panels is not None else None
+        return kernels
 
     def compiled(self, kernels: ctypes.CDLL, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
         """By the compiled kernels, for which the weights were packed."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nextscale import ops
 from nextscale.errors import UserError
 from nextscale.kernels.experts import from_panels, to_panels
-from nextscale.ops import PACK_ROWS, UNPACKED, linear
+from nextscale.ops import NO_GRADIENTS, PACK_ROWS, UNPACKED, linear
 
 
 class StackedLinear(nn.Module):
@@ -41,7 +41,7 @@ class StackedLinear(nn.Module):
         if self.panels is None:
             return self._packed[j] if self._packed else self.weight[j]
         if torch.is_grad_enabled() and x.requires_grad:
-            raise UserError(f"these weights are packed for inference and give no gradients; {UNPACKED}")
+            raise UserError(NO_GRADIENTS)
         return from_panels(self.panels[j : j + 1], self.bias.shape[1])[0]
 
     def pack(self, panels: bool = False) -> None:

@@ -176,12 +176,13 @@ def _adapt(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkp
     settings = {
         "from": _mark(checkpoint), "data": data.name, "budget": config.budget, "train": to_dict(config.adapting)
     }  # fmt: skip
-    check_run(job.stage("adapt"), settings, job.accept_changes)
-    if job.world.main and not (kept.exists() and read_json(kept)["from"] == settings["from"]):
+    check_run(job.stage("adapt"), settings, job.accept_changes)  # before dials are calibrated
+    about = {name: settings[name] for name in ("from", "data", "budget")}
+    if job.world.main and not (kept.exists() and read_json(kept)["about"] == about):
         packed = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device).pack()
         batches = _calibration(config, packed, data, held_out=True)
         table, *_ = calibrate(checkpoint.config, packed.tokenizer, packed.transformer, batches, [config.budget])
-        write_json(kept, {"from": settings["from"], "tau": table[-1].tau})
+        write_json(kept, {"about": about, "tau": table[-1].tau})
     job.world.wait()
     pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device)
     model, tau = pipeline.transformer, tuple(read_json(kept)["tau"])
