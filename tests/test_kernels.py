@@ -16,7 +16,8 @@ from nextscale.kernels.experts import from_panels, to_panels
 from nextscale.moe.experts import Experts
 
 needs_kernels = pytest.mark.skipif(
-    build.load() is None, reason="there is no C compiler, or no AVX-512, and the plain way has tests of its own"
+    build.load("experts") is None,
+    reason="there is no C compiler, or no AVX-512, and the plain way has tests of its own",
 )
 
 

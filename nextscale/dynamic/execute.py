@@ -53,7 +53,7 @@ class Slices(nn.Module):
         """The experts for the compiled kernel; None where weights may not be packed, or not for it."""
         if self._panels is None and self.may_pack and fc1.bias.dtype == torch.float32:
             w1, w2 = (t.to_dense() if t.is_mkldnn else t for t in (fc1.weight, fc2.weight))
-            self._panels = SlicePanels(w1, fc1.bias, w2, experts)
+            self._panels = SlicePanels(w1, fc1.bias, w2, fc2.bias, experts)
         return self._panels
 
     def of(self, fc1: Linear, fc2: Linear, experts: int) -> list[tuple[Tensor, Tensor]]:
@@ -84,13 +84,11 @@ def execute(x_TD: Tensor, chosen_TE: Tensor, layers: tuple[Linear, Linear], relu
         return masked(x_TD, chosen_TE, layers, relu)
     if groups(x_TD, (fc1.out_features // experts, fc1.in_features)):
         return _grouped(x_TD, chosen_TE, layers, relu)
-    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).add_(fc2.bias)
     size = fc1.out_features // experts
-    kernels = build.load(vectors_for(size)) if slices.may_pack and build.usable(x_TD, fc1.bias) else None
+    kernels = build.load("experts", vectors_for(size)) if slices.may_pack and build.usable(x_TD, fc1.bias) else None
     panels = slices.panels(fc1, fc2, experts) if kernels is not None else None
     if kernels is not None and panels is not None:
-        panels.add(kernels, x_TD.contiguous(), chosen_TE.contiguous(), relu, into=y_TD)
-        return y_TD
+        return panels.output(kernels, x_TD.contiguous(), chosen_TE.contiguous(), relu)
     pairs = slices.of(fc1, fc2, experts)
     bias_E = fc1.bias.chunk(experts)
 
@@ -98,6 +96,7 @@ def execute(x_TD: Tensor, chosen_TE: Tensor, layers: tuple[Linear, Linear], relu
         a_rS = linear(rows_rD, pairs[j][0], bias_E[j], gelu=not relu)
         return linear(a_rS.relu_() if relu else a_rS, pairs[j][1])
 
+    y_TD = torch.empty_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32)).copy_(fc2.bias)
     tile = max(_MIN_TILE, min(TILE_VALUES // x_TD.shape[1], _MAX_TILE))
     for x_tD, chosen_tE, y_tD in zip(x_TD.split(tile), chosen_TE.split(tile), y_TD.split(tile), strict=True):
         looped(x_tD, Dispatch.of(chosen_tE, 0), work, into=y_tD)

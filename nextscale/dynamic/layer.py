@@ -22,7 +22,7 @@ from nextscale import ops
 from nextscale.config import TransformerConfig
 from nextscale.dynamic.dial import Dial
 from nextscale.dynamic.execute import Slices, execute
-from nextscale.dynamic.records import Activity, Norms, Sparsity, Use, joined
+from nextscale.dynamic.records import Norms, Ran, Sparsity, Use, joined
 from nextscale.dynamic.select import choose, kept_units
 from nextscale.kernels import build
 from nextscale.kernels.experts import RouterPanels
@@ -48,7 +48,7 @@ class ExpertRouter(nn.Module):
     def choose(self, x_TD: Tensor, tau: float, selection: str) -> Tensor:
         """`select.choose` by the predicted norms, (T, E)."""
         usable = selection == "threshold" and 0 < tau < 1 and build.usable(x_TD, self.fc1.weight)
-        kernels = build.load(RouterPanels.vectors) if usable and self.may_pack else None
+        kernels = build.load("experts", RouterPanels.vectors) if usable and self.may_pack else None
         if kernels is None:
             return choose(self(x_TD), tau, selection)
         if self._panels is None:
@@ -142,25 +142,25 @@ class DynamicFeedForward(nn.Module):
             if dial.observe != "use" or late:
                 record = self._observed(x_BND, a_BNF, dial.observe) if own or self.late is None else None
         elif dial is not None:
-            return y_BND, _ran(torch.full(x_BND.shape[:2], a_BNF.shape[-1], device=x_BND.device), routed=False)
+            return y_BND, _ran(x_BND, a_BNF.shape[-1])
         return y_BND, record
 
-    def _part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, Activity]:
+    def _part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, Ran]:
         """The output of the experts that are chosen, or of the hidden units that are kept."""
         (fc1, fc2), relu, experts = self.divided, self.config.activation == "relu", self.config.experts
-        shape, x_TD = x_BND.shape[:2], x_BND.flatten(0, 1)
+        x_TD = x_BND.flatten(0, 1)
         if selection == "pruned":
             units = kept_units(self.importance_F, tau)
             y_TD = _pruned(x_TD, units, fc1, fc2, relu)
-            return y_TD.view_as(x_BND), _ran(torch.full(shape, len(units), device=x_TD.device), routed=False)
+            return y_TD.view_as(x_BND), _ran(x_BND, len(units))
         assert self.router is not None, "a dial is made for models with experts"
         if selection == "oracle":
             chosen_TE = choose(expert_norms(_activated(fc1, x_TD, relu), _whole(fc2), experts), tau)
         else:
             chosen_TE = self.router.choose(x_TD, tau, selection)
         y_TD = execute(x_TD, chosen_TE, (fc1, fc2), relu, self.slices)
-        units_BN = chosen_TE.sum(dim=-1).view(shape) * (fc1.out_features // experts)
-        return y_TD.view_as(x_BND), _ran(units_BN, routed=selection != "oracle")
+        chosen_BNE = chosen_TE.view(*x_BND.shape[:2], experts)
+        return y_TD.view_as(x_BND), Ran(chosen_BNE, fc1.out_features // experts, routed=selection != "oracle")
 
     def _observed(self, x_BND: Tensor, a_BNF: Tensor, what: str) -> Sparsity | Norms | Use:
         if what == "sparsity":
@@ -176,9 +176,9 @@ class DynamicFeedForward(nn.Module):
         return Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], self.config.experts))
 
 
-def _ran(units_BN: Tensor, routed: bool) -> Activity:
-    one_BN = torch.ones_like(units_BN)
-    return Activity(units_BN, one_BN, one_BN if routed else torch.zeros_like(units_BN))
+def _ran(x_BND: Tensor, units: int) -> Ran:
+    """So many hidden units for every token, no router asked."""
+    return Ran(torch.ones(1, 1, 1, dtype=torch.bool, device=x_BND.device).expand(*x_BND.shape[:2], 1), units, False)
 
 
 def _activated(fc1: Linear, x: Tensor, relu: bool) -> Tensor:

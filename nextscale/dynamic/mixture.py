@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nextscale.config import TransformerConfig
 from nextscale.dynamic.dial import Dial
 from nextscale.dynamic.layer import DynamicFeedForward
-from nextscale.dynamic.records import Activity, Norms, Sparsity, Use, joined
+from nextscale.dynamic.records import Activity, Norms, Sparsity, Use, counted, joined
 from nextscale.model.context import ScaleContext
 from nextscale.moe.experts import Dispatch, looped
 
@@ -75,7 +75,7 @@ class DynamicExperts(nn.ModuleList):
             return Use(torch.cat([_use(ffn, found.get(j)) for j, ffn in enumerate(self.ffns)])) if late else None
         if dial.observe == "norms":
             return joined([found[j] for j in sorted(found) if found[j] is not None])
-        pieces = [(dispatch.row_R[i:end], found[j]) for j, i, end in dispatch.pieces() if found[j] is not None]
+        pieces = [(dispatch.row_R[i:end], counted(found[j])) for j, i, end in dispatch.pieces() if found[j] is not None]
         if not dial.observe:
             counts = [torch.zeros(shape.numel(), dtype=torch.int64, device=dispatch.row_R.device) for _ in range(3)]
             for row_r, ran in pieces:

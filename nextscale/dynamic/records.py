@@ -1,7 +1,7 @@
 """What dynamic FFNs record of a pass: values that come back with its output, never the state of a module.
 
 - nothing without a dial, which is all experts at every scale;
-- `Activity` with one: how much ran;
+- `Activity` with one: how much ran (`Ran` until somebody asks);
 - `Sparsity` and `Norms` where a dial observes: what tuning and the training of routers need;
 - `Use`: how much each hidden unit contributed.
 
@@ -37,6 +37,22 @@ class Activity:
         """Share of the hidden units that ran, float64; 1 where no FFN was to. `width`: hidden units of an FFN."""
         share_BN = self.units_BN.double() / (self.ffns_BN * width).clamp_min(1)
         return torch.where(self.ffns_BN > 0, share_BN, 1.0)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Which experts of one FFN ran, as one that draws images leaves it: nobody counts them there."""
+
+    chosen_BNE: Tensor
+    size: int
+    """Hidden units of an expert."""
+    routed: bool
+
+    def activity(self) -> Activity:
+        """The same, counted."""
+        units_BN = self.chosen_BNE.sum(dim=-1) * self.size
+        one_BN = torch.ones_like(units_BN)
+        return Activity(units_BN, one_BN, one_BN if self.routed else torch.zeros_like(units_BN))
 
 
 @dataclass(frozen=True)
@@ -80,14 +96,20 @@ R = TypeVar("R", Activity, Sparsity, Norms, Use)
 
 def recorded(records: Sequence[Sequence[Any]], kind: type[R]) -> list[R]:
     """What each block's FFN recorded, where it is of this kind; of a mixture what its experts did together."""
-    within = (r.within if isinstance(r, NestedRouting) else r for block in records for r in block)
+    within = (r.within if isinstance(r, NestedRouting) else counted(r) for block in records for r in block)
     return [record for record in within if isinstance(record, kind)]
+
+
+def counted(record: Any) -> Any:
+    """An FFN's record with what ran as `Activity`."""
+    return record.activity() if isinstance(record, Ran) else record
 
 
 def joined(records: list[Any]) -> Any:
     """The record of the whole pass from those of its pieces, which are of one kind; None of none."""
     if len(records) < 2:
         return records[0] if records else None
+    records = [counted(record) for record in records]
     assert all(isinstance(r, type(records[0])) for r in records), "pieces of one pass record alike"
     if isinstance(records[0], Activity):
         return Activity(*(_along_tokens(records, name) for name in ("units_BN", "ffns_BN", "routed_BN")))

@@ -1,6 +1,6 @@
 /* Feed-forward experts on a CPU, float32. Compiled by nextscale/kernels/build.py.
 
-   run_slices: y[t] += W2_e act(W1_e x[t] + b1_e) for every chosen pair (t, e), experts being slices of one FFN. A block
+   run_slices: y[t] = b2 + W2_e act(W1_e x[t] + b1_e) for every chosen pair (t, e), experts being slices of one FFN. A block
    of up to ROWS rows of one expert goes through both products before the next: its inputs are read where they lie (no
    gather), its hidden units stay in the first cache, and its outputs are added where they belong (no scatter). The
    expert's weights, 2 S D values, stay in the second cache while the rows of a tile pass.
@@ -13,41 +13,9 @@
 
    In all of them a row's sums run in one order whatever rows are beside it and whatever threads there are. */
 
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
+#include "products.h"
 
-#ifndef VECTORS
-#define VECTORS 4 /* of 16 outputs at once */
-#endif
-/* Sums fill most of AVX-512's 32 registers. Not more than 12 rows: rows of 4 KiB all fall into one set of the first
-   cache, which has 12 places. */
-#if VECTORS == 4
-#define ROWS 7
-#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-#else
-#define ROWS 12
-#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-#define LANES 16
-#define PANEL (VECTORS * LANES)
-#define PADDED(n) (((n) + PANEL - 1) / PANEL * PANEL)
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-
-/* sums[r] = a[r] . panel, over `depth` steps; a[r] are rows anywhere, panel is (depth, PANEL). */
-static inline __attribute__((always_inline)) void products(
-    const int rows, const float *const *a, const float *panel, long depth, vec sums[][VECTORS])
-{
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = (vec){0};
-    for (long k = 0; k < depth; k++) {
-        vec b[VECTORS];
-        for (int v = 0; v < VECTORS; v++) b[v] = *(const vec *)(panel + k * PANEL + v * LANES);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += a[r][k] * b[v];
-    }
-}
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 /* tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3); 2^t by its whole and broken part */
 static inline float gelu(float x)
@@ -61,60 +29,63 @@ static inline float gelu(float x)
     return x / (1.0f + power * scale.f);
 }
 
+/* One expert on a block of rows. `later`: those of a block to come, whose inputs are fetched. */
 static inline __attribute__((always_inline)) void block(
     const int rows, const long *index, const float *x, float *y, const float *w1, const float *b1, const float *w2,
-    long width, long size, int relu, float *hidden)
+    long width, long size, int relu, const long *later, float *hidden)
 {
     const long padded = PADDED(size);
     const float *from[ROWS];
-    vec sums[ROWS][VECTORS];
-    for (int r = 0; r < rows; r++) from[r] = x + index[r] * width;
+    float *to[ROWS], part[ROWS][PANEL];
+    for (int r = 0; r < rows; r++) from[r] = x + index[r] * width, to[r] = hidden + r * padded;
     for (long j = 0; j < padded; j += PANEL) {
-        products(rows, from, w1 + j * width, width, sums);
-        for (int r = 0; r < rows; r++) {
-            float *h = hidden + r * padded + j;
-            memcpy(h, sums[r], sizeof sums[r]);
+        products(rows, VECTORS, 0, 0, from, 1, w1 + j * width, PANEL, width, to, 0);
+        for (int r = 0; r < rows; r++, to[r - 1] += PANEL)
             for (int i = 0; i < PANEL; i++) {
-                float value = h[i] + b1[j + i];
-                h[i] = relu ? (value > 0 ? value : 0) : gelu(value);
+                float value = to[r][i] + b1[j + i];
+                to[r][i] = relu ? (value > 0 ? value : 0) : gelu(value);
             }
-        }
     }
-    for (int r = 0; r < rows; r++) from[r] = hidden + r * padded;
+    for (int r = 0; r < rows; r++) from[r] = hidden + r * padded, to[r] = y + index[r] * width;
     for (long j = 0; j < width; j += PANEL) {
-        if (j + PANEL < width)
-            for (int r = 0; r < rows; r++)
-                for (int v = 0; v < VECTORS; v++) __builtin_prefetch(y + index[r] * width + j + PANEL + v * LANES, 1);
-        products(rows, from, w2 + j * size, size, sums);
-        const long left = width - j < PANEL ? width - j : PANEL;
-        for (int r = 0; r < rows; r++) {
-            float *to = y + index[r] * width + j, *sum = (float *)sums[r];
-            if (left == PANEL) {
-                for (int v = 0; v < VECTORS; v++) *(vec *)(to + v * LANES) += sums[r][v];
-            } else {
-                for (long i = 0; i < left; i++) to[i] += sum[i];
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < VECTORS; v++) {
+                if (j + PANEL < width) __builtin_prefetch(to[r] + PANEL + v * LANES, 1);
+                __builtin_prefetch(x + later[r] * width + j + v * LANES);
             }
+        if (j + PANEL <= width) {
+            products(rows, VECTORS, 0, 1, from, 1, w2 + j * size, PANEL, size, to, 0);
+            for (int r = 0; r < rows; r++) to[r] += PANEL;
+        } else {
+            float *parts[ROWS];
+            for (int r = 0; r < rows; r++) parts[r] = memcpy(part[r], to[r], (width - j) * sizeof *y);
+            products(rows, VECTORS, 0, 1, from, 1, w2 + j * size, PANEL, size, parts, 0);
+            for (int r = 0; r < rows; r++) memcpy(to[r], part[r], (width - j) * sizeof *y);
         }
     }
 }
 
-#define CASE(n) case n: block(n, list, x, y, w1, b1, w2, width, size, relu, hidden); break;
+#define CASE(n) case n: block(n, list, x, y, w1, b1, w2, width, size, relu, later, hidden); break;
 
 /* The rows start to stop of all experts. */
 static void tile_of_slices(
     const float *x, const uint8_t *chosen, float *y, const float *w1_all, const float *b1_all, const float *w2_all,
-    long start, long stop, long experts, long width, long size, int relu, long *rows, float *hidden)
+    const float *b2, long start, long stop, long experts, long width, long size, int relu, long *rows, float *hidden)
 {
     const long padded = PADDED(size), wide = PADDED(width);
+    for (long t = start; t < stop; t++) memcpy(y + t * width, b2, width * sizeof *y);
     for (long e = 0; e < experts; e++) {
         const float *w1 = w1_all + e * padded * width, *b1 = b1_all + e * padded, *w2 = w2_all + e * wide * size;
         long count = 0;
-        for (long t = start; t < stop; t++)
-            if (chosen[t * experts + e]) rows[count++] = t;
+        for (long t = start; t < stop; t++) { /* without a branch, which would be foretold wrongly */
+            rows[count] = t;
+            count += chosen[t * experts + e];
+        }
         const long blocks = (count + ROWS - 1) / ROWS;
         for (long b = 0; b < blocks; b++) { /* of nearly equal size */
-            const long first = count * b / blocks, *list = rows + first;
-            switch (count * (b + 1) / blocks - first) {
+            const long first = count * b / blocks, many = count * (b + 1) / blocks - first;
+            const long *list = rows + first, *later = first + 2 * many <= count ? list + many : list;
+            switch (many) {
                 CASES
             }
         }
@@ -123,21 +94,54 @@ static void tile_of_slices(
 #undef CASE
 
 /* `rows` (T, D) inputs, a tile of them after another. chosen: (T, experts) bytes. w1: per expert panels (padded / PANEL,
-   width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL). Scratch:
-   indices (T), hidden (threads, ROWS, padded). */
+   width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL); b2: (width).
+   Scratch: indices (T), hidden (threads, ROWS, padded). */
 void run_slices(
-    const float *x, const uint8_t *chosen, float *y, const float *w1, const float *b1, const float *w2,
+    const float *x, const uint8_t *chosen, float *y, const float *w1, const float *b1, const float *w2, const float *b2,
     long rows, long tile, long experts, long width, long size, int relu, int threads, long *indices, float *hidden)
 {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long start = 0; start < rows; start += tile) {
         const long stop = start + tile < rows ? start + tile : rows;
-        tile_of_slices(x, chosen, y, w1, b1, w2, start, stop, experts, width, size, relu, indices + start,
+        tile_of_slices(x, chosen, y, w1, b1, w2, b2, start, stop, experts, width, size, relu, indices + start,
                        hidden + omp_get_thread_num() * ROWS * PADDED(size));
     }
 }
 
 /* ---- which slices run */
+
+static inline int32_t bits_of(float number)
+{
+    int32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return bits;
+}
+
+static inline float number_of(int32_t bits)
+{
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+/* chosen (experts): where |norm| >= least max |norm|. `wide` norms, those after `experts` are 0. */
+static inline void at_least(const float *norm, long wide, long experts, float least, uint8_t *chosen)
+{
+    ints largest = {0}; /* without their signs, numbers and their bits are in one order */
+    int32_t most = 0, bound;
+    uint8_t found[wide];
+    for (long e = 0; e < wide; e += LANES) {
+        const ints p = *(const ints *)(norm + e) & INT32_MAX, more = p > largest;
+        largest = (p & more) | (largest & ~more);
+    }
+    for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
+    bound = bits_of(least * number_of(most));
+    for (long e = 0; e < wide; e += LANES) {
+        const ints enough = (*(const ints *)(norm + e) & INT32_MAX) >= bound;
+        *(bytes *)(found + e) = __builtin_convertvector(enough, bytes) & 1;
+    }
+    memcpy(chosen, found, experts);
+}
 
 static inline __attribute__((always_inline)) void predicted(
     const int rows, const float *x, uint8_t *chosen, const float *w1, const float *w2, long experts, long width,
@@ -146,27 +150,19 @@ static inline __attribute__((always_inline)) void predicted(
     const long padded = PADDED(hidden), wide = PADDED(experts);
     float *norm = scratch + ROWS * padded;
     const float *from[ROWS];
-    vec sums[ROWS][VECTORS];
-    for (int r = 0; r < rows; r++) from[r] = x + r * width;
+    float *to[ROWS];
+    for (int r = 0; r < rows; r++) from[r] = x + r * width, to[r] = scratch + r * padded;
     for (long j = 0; j < padded; j += PANEL) {
-        products(rows, from, w1 + j * width, width, sums);
-        for (int r = 0; r < rows; r++) {
-            float *h = scratch + r * padded + j;
-            memcpy(h, sums[r], sizeof sums[r]);
-            for (int i = 0; i < PANEL; i++) h[i] = gelu(h[i]);
-        }
+        products(rows, VECTORS, 0, 0, from, 1, w1 + j * width, PANEL, width, to, 0);
+        for (int r = 0; r < rows; r++, to[r - 1] += PANEL)
+            for (int i = 0; i < PANEL; i++) to[r][i] = gelu(to[r][i]);
     }
-    for (int r = 0; r < rows; r++) from[r] = scratch + r * padded;
+    for (int r = 0; r < rows; r++) from[r] = scratch + r * padded, to[r] = norm + r * wide;
     for (long j = 0; j < wide; j += PANEL) {
-        products(rows, from, w2 + j * hidden, hidden, sums);
-        for (int r = 0; r < rows; r++) memcpy(norm + r * wide + j, sums[r], sizeof sums[r]);
+        products(rows, VECTORS, 0, 0, from, 1, w2 + j * hidden, PANEL, hidden, to, 0);
+        for (int r = 0; r < rows; r++) to[r] += PANEL;
     }
-    for (int r = 0; r < rows; r++) {
-        float *p = norm + r * wide, largest = 0;
-        for (long e = 0; e < experts; e++) p[e] = p[e] < 0 ? -p[e] : p[e];
-        for (long e = 0; e < experts; e++) largest = p[e] > largest ? p[e] : largest;
-        for (long e = 0; e < experts; e++) chosen[r * experts + e] = p[e] >= least * largest;
-    }
+    for (int r = 0; r < rows; r++) at_least(norm + r * wide, wide, experts, least, chosen + r * experts);
 }
 
 #define CASE(n) \
@@ -193,24 +189,15 @@ void choose_slices(
 #define STEPS 128 /* of a chunk: 32 KiB of a panel of 64, which the first cache holds beside the rows' values */
 #define TILE 56   /* rows: their hidden units, of 4,096 values, stay in the second cache */
 
-/* sums (rows, PANEL) of `steps` steps from `from` on, added to what is there unless they are the first; `ahead` lines of
-   64 bytes are fetched with every step. */
+/* `steps` steps of a block's products with a panel, added to `sums` (rows, PANEL) unless they are the first */
 static inline __attribute__((always_inline)) void chunk(
-    const int rows, const int ahead, const float *const *a, const float *panel, long from, long steps, float *sums_,
+    const int rows, const int ahead, const float *const *a, const float *panel, long from, long steps, float *sums,
     const char *next)
 {
-    vec sums[ROWS][VECTORS];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++)
-            sums[r][v] = from ? *(const vec *)(sums_ + r * PANEL + v * LANES) : (vec){0};
-    for (long k = from; k < from + steps; k++) {
-        vec b[VECTORS];
-        for (int v = 0; v < VECTORS; v++) b[v] = *(const vec *)(panel + k * PANEL + v * LANES);
-        for (int i = 0; i < ahead; i++, next += 64) __builtin_prefetch(next, 0, 2);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += a[r][k] * b[v];
-    }
-    for (int r = 0; r < rows; r++) memcpy(sums_ + r * PANEL, sums[r], sizeof sums[r]);
+    const float *here[ROWS];
+    float *to[ROWS];
+    for (int r = 0; r < rows; r++) here[r] = a[r] + from, to[r] = sums + r * PANEL;
+    products(rows, VECTORS, ahead, from > 0, here, 1, panel + from * PANEL, PANEL, steps, to, next);
 }
 
 #define CASE(n) case n: \

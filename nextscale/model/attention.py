@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nextscale import ops
 from nextscale.config import TransformerConfig
+from nextscale.kernels.blocks import attend
 from nextscale.model.context import KVCache, ScaleContext, attention_segments
 from nextscale.ops import Linear
 
@@ -51,6 +52,9 @@ class Attention(nn.Module):
         B, N, D = x_BND.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv.product(x_BND, bias).view(B, N, 3, self.heads, self.head_width)
+        y_BND = self._compiled(qkv, context)
+        if y_BND is not None:
+            return self.proj(y_BND), None
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
         if self.log_scale is not None:
             q = _rescaled(q, self.log_scale.clamp_max(_MAX_LOG_SCALE).exp())
@@ -59,6 +63,18 @@ class Attention(nn.Module):
             k, v = context.state.update(context.span, k, v)
         y_BHNd = self._attend(q, k, v, context)
         return self.proj(y_BHNd.transpose(1, 2).reshape(B, N, D)), None
+
+    def _compiled(self, qkv_BN3Hd: Tensor, context: ScaleContext) -> Tensor | None:
+        """All between the two projections for one scale, (B, N, D); None where there is no kernel for it."""
+        if context.together or not ops.fast:
+            return None
+        cache: KVCache | None = context.state
+        if self.log_scale is not None:
+            lengths_H = self.log_scale.clamp_max(_MAX_LOG_SCALE).exp().flatten()
+        else:
+            lengths_H = self.q_bias.new_full((self.heads,), self.softmax_scale)
+        caches, start = ((cache.k_BHLd, cache.v_BHLd), context.span[0]) if cache is not None else (None, 0)
+        return attend(qkv_BN3Hd, caches, start, lengths_H, self.log_scale is not None)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ScaleContext) -> Tensor:
         """Softmax attention (B, H, N, d): to all keys, or under the block-causal mask, piece by piece."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nextscale.config import TransformerConfig
 from nextscale.dynamic.layer import DynamicFeedForward
+from nextscale.kernels.blocks import modulated
 from nextscale.model.attention import Attention, ScaleAttention
 from nextscale.model.context import ScaleContext
 from nextscale.model.mamba import Mamba2
@@ -87,6 +88,9 @@ class AdaLN(nn.Module):
 
 def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
     """LN(x) (1 + scale) + shift, with a LayerNorm that has no weights of its own."""
+    fused = modulated(x_BND, scale_B1D, shift_B1D, eps)
+    if fused is not None:
+        return fused
     return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps), 1 + scale_B1D)
 
 

@@ -95,7 +95,7 @@ class Experts(nn.Module):
     def kernels(self, x_TD: Tensor) -> ctypes.CDLL | None:
         """The compiled kernels, where they can compute x; packs the weights for them at the first use, if it may."""
         mine = self.may_pack or self.fc1.panels is not None
-        kernels = build.load() if mine and build.usable(x_TD, self.fc1.bias) else None
+        kernels = build.load("experts") if mine and build.usable(x_TD, self.fc1.bias) else None
         if kernels is not None and self.may_pack:
             self.may_pack = False
             self.fc1.pack(panels=True)
