@@ -49,23 +49,24 @@ class Attention(nn.Module):
         return KVCache(batch, self.heads, length, self.head_width, like=self.q_bias)
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
-        B, N, D = x_BND.shape
+        B, N, _ = x_BND.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv.product(x_BND, bias).view(B, N, 3, self.heads, self.head_width)
-        y_BND = self._compiled(qkv, context)
-        if y_BND is not None:
-            return self.proj(y_BND), None
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
+        y_BND = self.compiled(qkv, context)
+        return self.proj(y_BND if y_BND is not None else self.by_operators(qkv, context)), None
+
+    def by_operators(self, qkv_BN3Hd: Tensor, context: ScaleContext) -> Tensor:
+        """All between the two projections, (B, N, D)."""
+        q, k, v = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
         if self.log_scale is not None:
             q = _rescaled(q, self.log_scale.clamp_max(_MAX_LOG_SCALE).exp())
             k = _rescaled(k)
         if context.state is not None:
             k, v = context.state.update(context.span, k, v)
-        y_BHNd = self._attend(q, k, v, context)
-        return self.proj(y_BHNd.transpose(1, 2).reshape(B, N, D)), None
+        return self._attend(q, k, v, context).transpose(1, 2).flatten(2)
 
-    def _compiled(self, qkv_BN3Hd: Tensor, context: ScaleContext) -> Tensor | None:
-        """All between the two projections for one scale, (B, N, D); None where there is no kernel for it."""
+    def compiled(self, qkv_BN3Hd: Tensor, context: ScaleContext) -> Tensor | None:
+        """As `by_operators`, for one scale, in one pass; None where there is no kernel for it."""
         if context.together or not ops.fast:
             return None
         cache: KVCache | None = context.state

@@ -88,9 +88,12 @@ class AdaLN(nn.Module):
 
 def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
     """LN(x) (1 + scale) + shift, with a LayerNorm that has no weights of its own."""
-    fused = modulated(x_BND, scale_B1D, shift_B1D, eps)
-    if fused is not None:
-        return fused
+    y_BND = modulated(x_BND, scale_B1D, shift_B1D, eps)
+    return y_BND if y_BND is not None else by_operators(x_BND, scale_B1D, shift_B1D, eps)
+
+
+def by_operators(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
+    """`modulate` where there is no kernel for it."""
     return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps), 1 + scale_B1D)
 
 

@@ -1,0 +1,96 @@
+"""What a block does between its products on a CPU: by the compiled kernels, beside torch's operators.
+
+    python -m benchmarks.blocks [--model var-d16] [--batch 1] [--rounds 15]
+
+MODEL is a preset or a checkpoint (random weights serve: values change no time). `batch` images are guided, so twice as
+many sequences. Attention is all between the two projections: normalisation, cache, softmax, values. Prints a line for
+each scale; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.bench.run import spread
+from nextscale.checkpoints.native import read_config
+from nextscale.config import ModelConfig
+from nextscale.errors import UserError
+from nextscale.machine import describe_machine, keep_freed_memory
+from nextscale.model import block
+from nextscale.model.attention import Attention
+from nextscale.model.context import ScaleContext
+from nextscale.presets import preset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="var-d16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    keep_freed_memory()
+    path = Path(options.model)
+    config = read_config(path)[0] if path.is_dir() else preset(options.model)
+    names = f"{'operators':>11}{'kernel':>8}{'times':>7}"
+    print(f"{'':>6}{'attention, ms':>26}{'adaLN, ms':>26}\n{'scale':>6}{names}{names}")
+    scales = [_scale(config, k, 2 * options.batch, options.rounds) for k in range(len(config.pyramid))]
+    report = {"what": "blocks", "machine": describe_machine(torch.device("cpu")), "model": options.model,
+              "batch": options.batch, "rounds": options.rounds, "scales": scales}  # fmt: skip
+    print(json.dumps(report))
+
+
+@torch.inference_mode()
+def _scale(config: ModelConfig, k: int, sequences: int, rounds: int) -> dict[str, Any]:
+    model, pyramid = config.transformer, config.pyramid
+    assert model is not None, "a tokenizer alone has no blocks"
+    attention, count = Attention(model), pyramid.counts[k]
+    qkv = torch.randn(sequences, count, 3, model.heads, model.width // model.heads)
+    cache = attention.new_state(sequences, pyramid.spans[-1][0])
+    cache.k_BHLd.normal_()
+    cache.v_BHLd.normal_()
+    context = ScaleContext(pyramid, pyramid.spans[k], state=cache, k=k)
+    x, adaln = torch.randn(sequences, count, model.width), torch.randn(sequences, 3, 2, model.width)
+    scale, shift = (adaln[:, i, 1].unsqueeze(1) for i in (1, 2))
+    if attention.compiled(qkv, context) is None:
+        raise UserError("no kernel can be used: see nextscale/kernels/build.py")
+    found = {
+        "attention": _pair(
+            lambda: attention.by_operators(qkv, context), lambda: attention.compiled(qkv, context), rounds
+        ),
+        "adaln": _pair(
+            lambda: block.by_operators(x, scale, shift, 1e-6), lambda: block.modulate(x, scale, shift, 1e-6), rounds
+        ),
+    }
+    side = pyramid.sides[k][0]
+    columns = ""
+    for part in found.values():
+        before, after = (1000 * part[name]["median"] for name in ("operators", "kernel"))
+        columns += f"{before:>11.3f}{after:>8.3f}{part['ratio']['median']:>7.2f}"
+    print(f"{side:>6}{columns}", flush=True)
+    return {"side": side, **found}
+
+
+def _pair(operators: Callable[[], Tensor | None], kernel: Callable[[], Tensor | None], rounds: int) -> dict[str, Any]:
+    """Seconds of both in turn, after two rounds to warm up, and how many times as fast the kernel is."""
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds + 2):
+        began = time.perf_counter()
+        operators()
+        between = time.perf_counter()
+        kernel()
+        times.append((between - began, time.perf_counter() - between))
+    times = times[2:]
+    return {"operators": spread([a for a, _ in times]), "kernel": spread([b for _, b in times]),
+            "ratio": spread([a / b for a, b in times])}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
