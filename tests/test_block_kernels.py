@@ -52,22 +52,28 @@ def attention_by_formula(qkv, keys, values, lengths, normalise):
 @given(
     st.integers(1, 3), st.integers(1, 3), st.sampled_from([32, 64]), st.integers(1, 100), st.integers(0, 90),
     st.booleans(), st.booleans(), st.sampled_from([0.1, 4.0, 100.0]), st.integers(1, 3), st.integers(0, 99),
+    st.sampled_from([7, 48, blocks.AT_ONCE]),
 )  # fmt: skip
-def test_attention_equals_the_formula(batch, heads, d, count, start, kept, normalise, length, thread_count, seed):
-    """Counts that fill no vector, room in the cache or none, sharp and flat softmaxes, more threads than heads."""
+def test_attention_equals_the_formula(
+    batch, heads, d, count, start, kept, normalise, length, thread_count, seed, at_once
+):
+    """Counts that fill no vector, room in the cache or none, sharp and flat softmaxes, more threads than heads,
+    portions of cached keys, of new ones and of both."""
     qkv, lengths = drawn(batch, count, 3, heads, d, seed=seed), torch.rand(heads) + length
     if not normalise:
         lengths = lengths / d**0.5
     k_cache, v_cache = (drawn(batch, heads, start + (count + 2 if kept else 0), d, seed=seed + i) for i in (1, 2))
     before = k_cache.clone(), v_cache.clone()
     expected, k, v = attention_by_formula(qkv, k_cache[:, :, :start], v_cache[:, :, :start], lengths, normalise)
-    y = on_threads(thread_count, lambda: attend(qkv, (k_cache, v_cache), start, lengths, normalise))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "AT_ONCE", at_once)
+        y = on_threads(thread_count, lambda: attend(qkv, (k_cache, v_cache), start, lengths, normalise))
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=3e-6 * (1 + length * (d**0.5 if not normalise else 1)))
     end = start + count if kept else start
     for cache, all_of_it, old in ((k_cache, k, before[0]), (v_cache, v, before[1])):
         np.testing.assert_allclose(cache[:, :, :end].numpy(), all_of_it[:, :, :end], rtol=0, atol=1e-6)
         assert torch.equal(cache[:, :, end:], old[:, :, end:]), "beyond the scale nothing is written"
-    if start == 0:
+    if start == 0 and at_once == blocks.AT_ONCE:
         alone = on_threads(1, lambda: attend(qkv, None, 0, lengths, normalise))
         assert torch.equal(alone, y), "without a cache it is the same"
 

@@ -90,21 +90,32 @@ static inline __attribute__((always_inline)) void all_scores(
 }
 #undef CASE
 
-/* exp(scores - the largest) in place of `scores` (many, vectors), scores being in units of log 2; `sums` of each lane */
+/* What a softmax over keys that come in parts has found for each query: its largest score so far and the sum of the
+   exponentials beside that; `by` is what the parts before are multiplied by when a larger one is found. */
+struct softmax {
+    float largest[HEAD], sums[HEAD], by[HEAD];
+};
+
+/* exp(scores - the largest) in place of `scores` (many, vectors), in units of log 2; `first`: there was no part before */
 static inline __attribute__((always_inline)) void exponentials(
-    const int vectors, float *scores, long many, float *sums)
+    const int vectors, float *scores, long many, int first, struct softmax *found)
 {
     for (int v = 0; v < vectors; v++) {
-        float *first = scores + v * LANES;
-        vec largest = *(const vec *)first, sum = {0};
-        for (long m = 1; m < many; m++) largest = larger(*(const vec *)(first + m * vectors * LANES), largest);
+        vec *top = (vec *)(found->largest + v * LANES), *sum = (vec *)(found->sums + v * LANES);
+        float *by = found->by + v * LANES, *start = scores + v * LANES;
+        vec largest = first ? *(const vec *)start : *top;
+        for (long m = 0; m < many; m++) largest = larger(*(const vec *)(start + m * vectors * LANES), largest);
+        if (first) *top = largest, *sum = (vec){0};
+        *(vec *)by = *top - largest;
+        for (int i = 0; i < LANES; i++) by[i] = power(by[i]);
+        *top = largest;
+        *sum *= *(vec *)by;
         for (long m = 0; m < many; m++) {
-            float *s = first + m * vectors * LANES;
+            float *s = start + m * vectors * LANES;
             *(vec *)s -= largest;
             for (int i = 0; i < LANES; i++) s[i] = power(s[i]);
-            sum += *(const vec *)s;
+            *sum += *(const vec *)s;
         }
-        *(vec *)(sums + v * LANES) = sum;
     }
 }
 
@@ -114,41 +125,55 @@ struct values {
     long old, new, stride;
 };
 
-/* y[r] = sum over keys of weights[key][r] values[key], divided by sums[r]; weights have `lanes` columns */
+/* Those from `start` to `stop`. */
+static inline struct values part_of(const struct values *all, long start, long stop)
+{
+    const long old = all->old, from = start < old ? start : old, to = stop < old ? stop : old;
+    return (struct values){all->cached + from * HEAD, all->fresh + (start - from) * all->stride, to - from,
+                           stop - start - (to - from), all->stride};
+}
+
+/* y[r] = by[r] y[r], unless these are the `first`, + sum over keys of weights[key][r] values[key]; weights have `lanes`
+   columns */
 static inline __attribute__((always_inline)) void mixed(
-    const int rows, const float *weights, long lanes, const struct values *values, const float *sums, float *y,
+    const int rows, const float *weights, long lanes, const struct values *values, const float *by, int first, float *y,
     long stride)
 {
     const float *of_cached[ROWS], *of_fresh[ROWS];
     float *to[ROWS];
     for (int r = 0; r < rows; r++) {
         of_cached[r] = weights + r, of_fresh[r] = weights + values->old * lanes + r, to[r] = y + r * stride;
+        for (int v = 0; v < VECTORS && !first; v++) *(vec *)(to[r] + v * LANES) *= by[r];
     }
-    products(rows, VECTORS, 0, 0, of_cached, lanes, values->cached, HEAD, values->old, to, 0);
+    products(rows, VECTORS, 0, !first, of_cached, lanes, values->cached, HEAD, values->old, to, 0);
     products(rows, VECTORS, 0, 1, of_fresh, lanes, values->fresh, values->stride, values->new, to, 0);
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) *(vec *)(to[r] + v * LANES) *= 1.0f / sums[r];
 }
 
-#define CASE(n) case n: mixed(n, scores + first, lanes, values, sums + first, to, stride); break;
+#define CASE(n) case n: mixed(n, scores + j, lanes, &part, found.by + j, !start, to, stride); break;
 
 /* `count` <= HEAD queries, `apart` values from one to the next, of one head */
 static inline __attribute__((always_inline)) void some_queries(
     const int vectors, const float *q, long apart, long count, float length, int normalise, const float *const *keys,
-    const struct values *values, float *y, long stride, float *queries, float *scores)
+    const struct values *values, long at_once, float *y, long stride, float *queries, float *scores)
 {
     const long lanes = vectors * LANES, many = values->old + values->new, blocks = (count + ROWS - 1) / ROWS;
-    float sums[HEAD];
+    struct softmax found;
     as_columns(vectors, q, apart, count, length, normalise, queries);
-    all_scores(vectors, keys, many, queries, scores);
-    exponentials(vectors, scores, many, sums);
-    for (long b = 0; b < blocks; b++) {
-        const long first = count * b / blocks;
-        float *to = y + first * stride;
-        switch (count * (b + 1) / blocks - first) {
-            CASES
+    for (long start = 0; start < many; start += at_once) {
+        const long stop = start + at_once < many ? start + at_once : many;
+        const struct values part = part_of(values, start, stop);
+        all_scores(vectors, keys + start, stop - start, queries, scores);
+        exponentials(vectors, scores, stop - start, !start, &found);
+        for (long b = 0; b < blocks; b++) {
+            const long j = count * b / blocks;
+            float *to = y + j * stride;
+            switch (count * (b + 1) / blocks - j) {
+                CASES
+            }
         }
     }
+    for (long j = 0; j < count; j++)
+        for (int v = 0; v < VECTORS; v++) *(vec *)(y + j * stride + v * LANES) *= 1.0f / found.sums[j];
 }
 #undef CASE
 
@@ -156,19 +181,19 @@ static inline __attribute__((always_inline)) void some_queries(
 
 /* qkv: (batch, count, 3, heads, HEAD) as projected. Keys and values are put into the caches (batch, heads, length, HEAD)
    at `start` if there is room; those before are attended to as well. lengths (heads): what queries are multiplied by,
-   after normalisation if that is asked for, which is of keys as well. y: (batch, count, heads, HEAD). Scratch for each
-   thread: `room` floats = HEAD * HEAD + (start + count) * HEAD + count * HEAD, and start + count pointers. */
+   after normalisation if that is asked for, which is of keys as well. y: (batch, count, heads, HEAD). `at_once` keys are
+   scored at once. Scratch for each thread: (HEAD + at_once + count) * HEAD floats, and start + count pointers. */
 void attend(
     const float *qkv, float *k_cache, float *v_cache, const float *lengths, float *y, long batch, long heads, long count,
-    long start, long length, int normalise, int threads, float *scratch, const float **pointers)
+    long start, long length, long at_once, int normalise, int threads, float *scratch, const float **pointers)
 {
-    const long width = heads * HEAD, many = start + count, room = (HEAD + many + count) * HEAD;
+    const long width = heads * HEAD, many = start + count, room = (HEAD + at_once + count) * HEAD;
     const int kept = many <= length;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < batch * heads; i++) {
         const long b = i / heads, h = i % heads;
         float *queries = scratch + omp_get_thread_num() * room, *scores = queries + HEAD * HEAD;
-        float *fresh = kept ? k_cache + (i * length + start) * HEAD : scores + many * HEAD;
+        float *fresh = kept ? k_cache + (i * length + start) * HEAD : scores + at_once * HEAD;
         const float **keys = pointers + omp_get_thread_num() * many;
         const float *q = qkv + b * count * 3 * width + h * HEAD, *k = q + width, *v = k + width;
         for (long n = 0; n < start; n++) keys[n] = k_cache + (i * length + n) * HEAD;
@@ -189,7 +214,7 @@ void attend(
             const long some = count - n < HEAD ? count - n : HEAD;
             float *to = y + (b * count + n) * width + h * HEAD;
 #define CASE(v) case v: some_queries(v, q + n * 3 * width, 3 * width, some, lengths[h] * LOG2E, normalise, keys, \
-                                     &values, to, width, queries, scores); break;
+                                     &values, at_once, to, width, queries, scores); break;
             switch ((some + LANES - 1) / LANES) {
                 CASE(1)
                 CASE(2)

@@ -16,6 +16,9 @@ from nextscale.kernels import build
 _LANES = 16
 _HEADS = (32, 64)
 """Head widths that kernels are built for."""
+AT_ONCE = 256
+"""Keys that are scored at once: their scores, 64 KiB for heads of 64, they and their values stay in the second cache.
+With all in one portion 4,096 queries and 9,451 keys took 1.7 times as long as torch's operator, so they take 0.9."""
 
 
 def attend(
@@ -32,11 +35,11 @@ def attend(
         return None
     k_BHLd, v_BHLd = caches if caches is not None else (qkv_BN3Hd.new_empty(B, H, 0, d),) * 2
     y_BND, threads, seen = qkv_BN3Hd.new_empty(B, N, H * d), torch.get_num_threads(), start + N
-    scratch = torch.empty(threads * (d + seen + N) * d)
+    scratch = torch.empty(threads * (d + AT_ONCE + N) * d)
     pointers = torch.empty(threads * seen, dtype=torch.int64)
     kernels.attend(
         *build.pointers(qkv_BN3Hd, k_BHLd, v_BHLd, lengths_H.contiguous(), y_BND),
-        B, H, N, start, k_BHLd.shape[2], int(normalise), threads, *build.pointers(scratch, pointers),
+        B, H, N, start, k_BHLd.shape[2], AT_ONCE, int(normalise), threads, *build.pointers(scratch, pointers),
     )  # fmt: skip
     return y_BND
 

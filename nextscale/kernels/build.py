@@ -35,7 +35,7 @@ _ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "choose_slices": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG, _POINTER],
     },
     "blocks": {
-        "attend": [_POINTER] * 5 + [_NUMBER] * 5 + [_FLAG] * 2 + [_POINTER] * 2,
+        "attend": [_POINTER] * 5 + [_NUMBER] * 6 + [_FLAG] * 2 + [_POINTER] * 2,
         "modulate": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG],
     },
 }
