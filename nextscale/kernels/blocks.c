@@ -96,7 +96,7 @@ struct softmax {
     float largest[HEAD], sums[HEAD], by[HEAD];
 };
 
-/* exp(scores - the largest) in place of `scores` (many, vectors), in units of log 2; `first`: there was no part before */
+/* exp(scores - the largest) in place of `scores` (many, vectors), in units of log 2; `first`: no part was before */
 static inline __attribute__((always_inline)) void exponentials(
     const int vectors, float *scores, long many, int first, struct softmax *found)
 {
@@ -136,8 +136,8 @@ static inline struct values part_of(const struct values *all, long start, long s
 /* y[r] = by[r] y[r], unless these are the `first`, + sum over keys of weights[key][r] values[key]; weights have `lanes`
    columns */
 static inline __attribute__((always_inline)) void mixed(
-    const int rows, const float *weights, long lanes, const struct values *values, const float *by, int first, float *y,
-    long stride)
+    const int rows, const float *weights, long lanes, const struct values *values, const float *by, int first,
+    float *y, long stride)
 {
     const float *of_cached[ROWS], *of_fresh[ROWS];
     float *to[ROWS];
@@ -179,13 +179,28 @@ static inline __attribute__((always_inline)) void some_queries(
 
 #define LOG2E 1.44269504f
 
-/* qkv: (batch, count, 3, heads, HEAD) as projected. Keys and values are put into the caches (batch, heads, length, HEAD)
-   at `start` if there is room; those before are attended to as well. lengths (heads): what queries are multiplied by,
-   after normalisation if that is asked for, which is of keys as well. y: (batch, count, heads, HEAD). `at_once` keys are
-   scored at once. Scratch for each thread: (HEAD + at_once + count) * HEAD floats, and start + count pointers. */
+/* `count` keys, `apart` values from one to the next, to rows that follow one another, of length 1 if so asked. */
+static void take_keys(const float *k, long apart, long count, int normalise, float *to)
+{
+    for (long n = 0; n < count; n++, k += apart, to += HEAD) {
+        float by = 1.0f;
+        if (normalise) {
+            vec squares = {0};
+            for (int j = 0; j < HEAD; j += LANES) squares += *(const vec *)(k + j) * *(const vec *)(k + j);
+            by = factor(total(squares), 1.0f);
+        }
+        for (int j = 0; j < HEAD; j += LANES) *(vec *)(to + j) = *(const vec *)(k + j) * by;
+    }
+}
+
+/* qkv: (batch, count, 3, heads, HEAD) as projected. Keys and values are put into the caches (batch, heads, length,
+   HEAD) at `start` if there is room; those before are attended to as well. lengths (heads): what queries are multiplied
+   by, after normalisation if that is asked for, which is of keys as well. y: (batch, count, heads, HEAD). `at_once`
+   keys are scored at once. Scratch for each thread: (HEAD + at_once + count) * HEAD floats, and start + count pointers. */
 void attend(
-    const float *qkv, float *k_cache, float *v_cache, const float *lengths, float *y, long batch, long heads, long count,
-    long start, long length, long at_once, int normalise, int threads, float *scratch, const float **pointers)
+    const float *qkv, float *k_cache, float *v_cache, const float *lengths, float *y, long batch, long heads,
+    long count, long start, long length, long at_once, int normalise, int threads, float *scratch,
+    const float **pointers)
 {
     const long width = heads * HEAD, many = start + count, room = (HEAD + at_once + count) * HEAD;
     const int kept = many <= length;
@@ -193,22 +208,13 @@ void attend(
     for (long i = 0; i < batch * heads; i++) {
         const long b = i / heads, h = i % heads;
         float *queries = scratch + omp_get_thread_num() * room, *scores = queries + HEAD * HEAD;
-        float *fresh = kept ? k_cache + (i * length + start) * HEAD : scores + at_once * HEAD;
+        float *old = k_cache + i * length * HEAD, *fresh = kept ? old + start * HEAD : scores + at_once * HEAD;
         const float **keys = pointers + omp_get_thread_num() * many;
         const float *q = qkv + b * count * 3 * width + h * HEAD, *k = q + width, *v = k + width;
-        for (long n = 0; n < start; n++) keys[n] = k_cache + (i * length + n) * HEAD;
-        for (long n = 0; n < count; n++) {
-            const float *from = k + n * 3 * width;
-            float *to = fresh + n * HEAD, by = 1.0f;
-            if (normalise) {
-                vec squares = {0};
-                for (int j = 0; j < HEAD; j += LANES) squares += *(const vec *)(from + j) * *(const vec *)(from + j);
-                by = factor(total(squares), 1.0f);
-            }
-            for (int j = 0; j < HEAD; j += LANES) *(vec *)(to + j) = *(const vec *)(from + j) * by;
-            if (kept) memcpy(v_cache + (i * length + start + n) * HEAD, v + n * 3 * width, HEAD * sizeof *v);
-            keys[start + n] = to;
-        }
+        take_keys(k, 3 * width, count, normalise, fresh);
+        for (long n = 0; n < count && kept; n++)
+            memcpy(v_cache + (i * length + start + n) * HEAD, v + n * 3 * width, HEAD * sizeof *v);
+        for (long n = 0; n < many; n++) keys[n] = n < start ? old + n * HEAD : fresh + (n - start) * HEAD;
         const struct values values = {v_cache + i * length * HEAD, v, start, count, 3 * width};
         for (long n = 0; n < count; n += HEAD) {
             const long some = count - n < HEAD ? count - n : HEAD;
@@ -230,8 +236,8 @@ void attend(
 
 /* ---- LayerNorm and adaLN */
 
-/* y = LN(x) (1 + scale) + shift: x (batch, count, width), scale and shift of an image (width), `apart` values from those
-   of the next. width is a multiple of 16. */
+/* y = LN(x) (1 + scale) + shift: x (batch, count, width), scale and shift of an image (width), `apart` values from
+   those of the next. width is a multiple of 16. */
 void modulate(
     const float *x, const float *scale, const float *shift, float *y, long batch, long count, long width, long apart,
     float eps, int threads)

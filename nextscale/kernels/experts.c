@@ -1,14 +1,14 @@
 /* Feed-forward experts on a CPU, float32. Compiled by nextscale/kernels/build.py.
 
-   run_slices: y[t] = b2 + W2_e act(W1_e x[t] + b1_e) for every chosen pair (t, e), experts being slices of one FFN. A block
-   of up to ROWS rows of one expert goes through both products before the next: its inputs are read where they lie (no
-   gather), its hidden units stay in the first cache, and its outputs are added where they belong (no scatter). The
-   expert's weights, 2 S D values, stay in the second cache while the rows of a tile pass.
+   run_slices: y[t] = b2 + the sum over chosen experts e of W2_e act(W1_e x[t] + b1_e), experts being slices of one FFN.
+   A block of up to ROWS rows of one expert goes through both products before the next: its inputs are read where they
+   lie (no gather), its hidden units stay in the first cache, and its outputs are added where they belong (no scatter).
+   The expert's weights, 2 S D values, stay in the second cache while the rows of a tile pass.
 
    choose_slices: which pairs are chosen, from the norms of the slices' outputs that a router predicts.
 
-   run_experts: y[t] += g (W2_e gelu(W1_e x[t] + b1_e) + b2_e), experts being whole FFNs, whose weights fit no cache. They
-   are read once for a tile of rows, and while the rows of one chunk of a panel are multiplied the next chunk is fetched:
+   run_experts: y[t] += g (W2_e gelu(W1_e x[t] + b1_e) + b2_e), experts being whole FFNs, whose weights fit no cache.
+   They are read once for a tile of rows, and while the rows of one chunk of a panel are multiplied the next is fetched:
    memory and arithmetic work at the same time, which they do not in a product of few rows otherwise.
 
    In all of them a row's sums run in one order whatever rows are beside it and whatever threads there are. */
@@ -40,11 +40,12 @@ static inline __attribute__((always_inline)) void block(
     for (int r = 0; r < rows; r++) from[r] = x + index[r] * width, to[r] = hidden + r * padded;
     for (long j = 0; j < padded; j += PANEL) {
         products(rows, VECTORS, 0, 0, from, 1, w1 + j * width, PANEL, width, to, 0);
-        for (int r = 0; r < rows; r++, to[r - 1] += PANEL)
+        for (int r = 0; r < rows; r++)
             for (int i = 0; i < PANEL; i++) {
                 float value = to[r][i] + b1[j + i];
                 to[r][i] = relu ? (value > 0 ? value : 0) : gelu(value);
             }
+        advance(rows, to);
     }
     for (int r = 0; r < rows; r++) from[r] = hidden + r * padded, to[r] = y + index[r] * width;
     for (long j = 0; j < width; j += PANEL) {
@@ -55,7 +56,7 @@ static inline __attribute__((always_inline)) void block(
             }
         if (j + PANEL <= width) {
             products(rows, VECTORS, 0, 1, from, 1, w2 + j * size, PANEL, size, to, 0);
-            for (int r = 0; r < rows; r++) to[r] += PANEL;
+            advance(rows, to);
         } else {
             float *parts[ROWS];
             for (int r = 0; r < rows; r++) parts[r] = memcpy(part[r], to[r], (width - j) * sizeof *y);
@@ -93,9 +94,9 @@ static void tile_of_slices(
 }
 #undef CASE
 
-/* `rows` (T, D) inputs, a tile of them after another. chosen: (T, experts) bytes. w1: per expert panels (padded / PANEL,
-   width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL); b2: (width).
-   Scratch: indices (T), hidden (threads, ROWS, padded). */
+/* `rows` (T, D) inputs, a tile of them after another. chosen: (T, experts) bytes. w1: per expert panels (padded /
+   PANEL, width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL); b2:
+   (width). Scratch: indices (T), hidden (threads, ROWS, padded). */
 void run_slices(
     const float *x, const uint8_t *chosen, float *y, const float *w1, const float *b1, const float *w2, const float *b2,
     long rows, long tile, long experts, long width, long size, int relu, int threads, long *indices, float *hidden)
@@ -154,13 +155,14 @@ static inline __attribute__((always_inline)) void predicted(
     for (int r = 0; r < rows; r++) from[r] = x + r * width, to[r] = scratch + r * padded;
     for (long j = 0; j < padded; j += PANEL) {
         products(rows, VECTORS, 0, 0, from, 1, w1 + j * width, PANEL, width, to, 0);
-        for (int r = 0; r < rows; r++, to[r - 1] += PANEL)
+        for (int r = 0; r < rows; r++)
             for (int i = 0; i < PANEL; i++) to[r][i] = gelu(to[r][i]);
+        advance(rows, to);
     }
     for (int r = 0; r < rows; r++) from[r] = scratch + r * padded, to[r] = norm + r * wide;
     for (long j = 0; j < wide; j += PANEL) {
         products(rows, VECTORS, 0, 0, from, 1, w2 + j * hidden, PANEL, hidden, to, 0);
-        for (int r = 0; r < rows; r++) to[r] += PANEL;
+        advance(rows, to);
     }
     for (int r = 0; r < rows; r++) at_least(norm + r * wide, wide, experts, least, chosen + r * experts);
 }

@@ -56,3 +56,9 @@ static inline __attribute__((always_inline)) void products(
     EVERYWHERE
 #undef AT_
 }
+
+/* Each of `rows` places one panel on. */
+static inline __attribute__((always_inline)) void advance(const int rows, float **to)
+{
+    for (int r = 0; r < rows; r++) to[r] += PANEL;
+}
