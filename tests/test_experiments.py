@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_every_entry_is_complete_at_every_scale(name, scale):
     text = as_text(load(name, scale, on_cpu=True))
     assert experiment.title in text
     assert text.count("published ") >= len(experiment.rows)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_models_that_are_compared_for_their_depth_differ_in_nothing_else(on_cpu):
+    """A row's own settings come after those for a CPU, and must not undo them."""
+    models = {row.run.transformer for row in load("dmoe-depth", "cifar", on_cpu=on_cpu).rows}
+    of_depth_one = {replace(m, depth=1, width=m.width or 64 * m.depth, heads=m.heads or m.depth) for m in models}
+    assert len(of_depth_one) == 1
+    assert len({model.depth for model in models}) == 2
 
 
 def test_paper_scale_is_the_published_configuration(capsys):
