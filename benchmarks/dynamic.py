@@ -5,7 +5,7 @@
     python -m benchmarks.dynamic sampling MODEL [--dense DENSE] [--batches 1 8] [--budgets 0.9 0.8 0.7] [--rounds 5]
         [--cfg 1.5]
     python -m benchmarks.dynamic quality MODEL --features NETWORK --reference DATA [--budget 0.8] [--images 2000]
-        [--seeds 0 1 2 3 4] [--dense DENSE] --out FOLDER
+        [--seeds 0 1 2 3 4] [--dense DENSE] [--variants "one tau" top-k ...] --out FOLDER
 
 `ffn`: one FFN of VAR-d16 with random weights at its last scale, guided, so that a batch of B has 512 B rows; random
 experts for each row, the worst case; router and choice included; in alternating pairs with the packed dense FFN.
@@ -65,6 +65,8 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--variants", nargs="*", default=["one tau", "oracle", "top-k", "pruned", "tau at all scales"],
+                        help="quality: besides the calibrated one and all experts")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/dynamic"))
     options = parser.parse_args()
     options.batches = options.batches or ([1, 8] if options.what == "sampling" else [1, 8, 32])
@@ -247,7 +249,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     every = (len(pipeline.config.pyramid),)
     for name, selection, scales in (("one tau", "threshold", 1), ("oracle", "oracle", 1), ("top-k", "top-k", 1),
                                     ("pruned", "pruned", 1), ("tau at all scales", "threshold", every[0])):  # fmt: skip
-        if scales > 1 and pipeline.transformer.config.dynamic.own:
+        if name not in options.variants or (scales > 1 and pipeline.transformer.config.dynamic.own):
             continue
         tau = equal_flops(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
         settings[name] = dataclasses.replace(base, selection=selection, tau=(tau,) * scales)
