@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.dynamic import alternating
 from nextscale.bench.run import spread
 from nextscale.checkpoints.native import read_config
 from nextscale.config import ModelConfig
@@ -79,17 +80,10 @@ def _scale(config: ModelConfig, k: int, sequences: int, rounds: int) -> dict[str
 
 
 def _pair(operators: Callable[[], Tensor | None], kernel: Callable[[], Tensor | None], rounds: int) -> dict[str, Any]:
-    """Seconds of both in turn, after two rounds to warm up, and how many times as fast the kernel is."""
-    times: list[tuple[float, float]] = []
-    for _ in range(rounds + 2):
-        began = time.perf_counter()
-        operators()
-        between = time.perf_counter()
-        kernel()
-        times.append((between - began, time.perf_counter() - between))
-    times = times[2:]
-    return {"operators": spread([a for a, _ in times]), "kernel": spread([b for _, b in times]),
-            "ratio": spread([a / b for a, b in times])}  # fmt: skip
+    """Seconds of both in turn, and how many times as fast the kernel is."""
+    times = alternating({"operators": operators, "kernel": kernel}, rounds, time.perf_counter)
+    ratios = [a / b for a, b in zip(times["operators"], times["kernel"], strict=True)]
+    return {**{name: spread(seconds) for name, seconds in times.items()}, "ratio": spread(ratios)}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 # Before torch is imported: threads that wait for one another sleep. Spinning, they take the cores that others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.config import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
 from nextscale.info import condition_flops, scale_flops
+from nextscale.kernels import build
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.train.config import TrainConfig
@@ -34,6 +36,23 @@ FIXTURES = ["var_tiny_l2", "var_tiny_nol2", "var_shared", "var_tiny"]
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
+def needs_kernels(name):
+    """Marks a test of the compiled kernels of this file."""
+    reason = "there is no C compiler, or no AVX-512, and the plain way has tests of its own"
+    return pytest.mark.skipif(build.load(name) is None, reason=reason)
+
+
+@contextmanager
+def threads(count):
+    """On so many of torch's threads; for properties, whose examples fixtures do not see."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,25 +10,17 @@ from hypothesis import strategies as st
 
 from nextscale import ops
 from nextscale.config import ClassConditionConfig, TransformerConfig
-from nextscale.kernels import blocks, build
+from nextscale.kernels import blocks
 from nextscale.kernels.blocks import attend, modulated
 from nextscale.model.block import modulate
 from nextscale.model.var import VAR
 from nextscale.pyramid import Pyramid
-
-needs_kernels = pytest.mark.skipif(
-    build.load("blocks") is None, reason="there is no C compiler, or no AVX-512, and the plain way has tests of its own"
-)
+from tests.conftest import needs_kernels, threads
 
 
 def on_threads(count, call):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        with torch.no_grad():
-            return call()
-    finally:
-        torch.set_num_threads(before)
+    with threads(count), torch.no_grad():
+        return call()
 
 
 def drawn(*shape, seed=0):
@@ -47,7 +39,7 @@ def attention_by_formula(qkv, keys, values, lengths, normalise):
     return y.reshape(*y.shape[:2], -1), k, v
 
 
-@needs_kernels
+@needs_kernels("blocks")
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.sampled_from([32, 64]), st.integers(1, 100), st.integers(0, 90),
@@ -78,7 +70,7 @@ def test_attention_equals_the_formula(
         assert torch.equal(alone, y), "without a cache it is the same"
 
 
-@needs_kernels
+@needs_kernels("blocks")
 def test_attention_of_an_image_does_not_depend_on_the_others_nor_on_threads():
     qkv, lengths = drawn(5, 70, 3, 3, 32), torch.tensor([1.0, 4.0, 9.0])
     caches = drawn(5, 3, 60, 32, seed=1), drawn(5, 3, 60, 32, seed=2)
@@ -89,7 +81,7 @@ def test_attention_of_an_image_does_not_depend_on_the_others_nor_on_threads():
         assert torch.equal(on_threads(1, partial(attend, *own)), whole[some])
 
 
-@needs_kernels
+@needs_kernels("blocks")
 def test_a_vector_without_length_stays_finite():
     qkv = drawn(1, 4, 3, 1, 32)
     qkv[0, 1, :2] = 0
@@ -98,7 +90,7 @@ def test_a_vector_without_length_stays_finite():
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=1e-5)
 
 
-@needs_kernels
+@needs_kernels("blocks")
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 40), st.sampled_from([16, 48, 192]), st.integers(1, 3), st.integers(0, 99))
 def test_modulation_equals_the_formula(batch, count, width, thread_count, seed):
@@ -113,7 +105,7 @@ def test_modulation_equals_the_formula(batch, count, width, thread_count, seed):
     assert torch.equal(on_threads(1, lambda: modulated(x[-1:], scale[-1:], shift[-1:], 1e-6)), y[-1:])
 
 
-@needs_kernels
+@needs_kernels("blocks")
 @pytest.mark.parametrize(("width", "heads", "qk_norm"), [(64, 2, True), (64, 1, False), (192, 6, True)])
 def test_a_model_steps_alike_with_kernels_and_without(width, heads, qk_norm, monkeypatch):
     config = TransformerConfig(

@@ -266,7 +266,9 @@ def test_the_grouped_product_equals_the_loop():
 def test_records_say_who_ran_at_which_scale():
     pipeline = dynamic_pipeline(activation="relu")
     output = run(pipeline, Dial((1.0, 1.0, 0.6, 0.0)))
-    for record in recorded(output.records, Activity):
+    found = recorded(output.records, Activity)
+    assert len(found) == len(output.records)
+    for record in found:
         assert (record.units_BN[:, :5] == 128).all()
         assert (record.units_BN[:, 14:] == 16).all()
         assert not (record.units_BN % 16).any()

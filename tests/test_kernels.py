@@ -1,9 +1,6 @@
 """The compiled kernels of whole experts and of routers, against formulas; tests/test_dynamic.py has that of slices."""
 
-from contextlib import contextmanager
-
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,24 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from nextscale import ops
 from nextscale.dynamic.layer import ExpertRouter
-from nextscale.kernels import build
 from nextscale.kernels.experts import from_panels, to_panels
 from nextscale.moe.experts import Experts
-
-needs_kernels = pytest.mark.skipif(
-    build.load("experts") is None,
-    reason="there is no C compiler, or no AVX-512, and the plain way has tests of its own",
-)
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+from tests.conftest import needs_kernels, threads
 
 
 def filled(count, width, hidden, seed=0):
@@ -53,7 +35,7 @@ def by_formula(experts, x, gates, chosen):
     return y
 
 
-@needs_kernels
+@needs_kernels("experts")
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 130), st.integers(1, 5), st.sampled_from([3, 16, 64, 100]), st.sampled_from([5, 64, 130, 300]),
@@ -74,7 +56,7 @@ def test_whole_experts_equal_the_formula(rows, count, width, hidden, density, th
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max(initial=0)))
 
 
-@needs_kernels
+@needs_kernels("experts")
 @torch.no_grad()
 def test_a_row_does_not_depend_on_rows_or_threads():
     """Bit for bit, across blocks of every height, the borders of tiles and chunks, on one to three threads."""
@@ -99,7 +81,7 @@ def test_panels_are_the_weights_in_another_order(count, out, width, vectors):
     assert panels[0, 0, width // 2, out // 2 % 8] == weight[0, out // 2 % 8, width // 2]
 
 
-@needs_kernels
+@needs_kernels("experts")
 def test_panels_are_saved_and_moved_as_weights(tmp_path):
     experts, x = filled(2, 8, 24), torch.randn(1, 8)
     before = {name: t.clone() for name, t in experts.state_dict().items()}

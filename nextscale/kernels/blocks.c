@@ -30,17 +30,6 @@ static inline vec larger(vec a, vec b)
 
 /* ---- attention */
 
-/* 2^t by its whole and broken part, for t <= 0 */
-static inline float power(float t)
-{
-    t = t < -126.0f ? -126.0f : t;
-    float whole = (t + 12582912.0f) - 12582912.0f, part = (t - whole) * 0.693147181f;
-    float broken = 1.0f + part * (1.0f + part * (0.5f + part * (0.166666667f + part * (0.0416666667f
-                   + part * (0.00833333333f + part * 0.00138888889f)))));
-    union { int32_t i; float f; } scale = {((int32_t)whole + 127) << 23};
-    return broken * scale.f;
-}
-
 /* What gives a vector with this sum of squares this length. */
 static inline float factor(float squares, float length)
 {

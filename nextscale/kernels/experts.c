@@ -17,16 +17,10 @@
 
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-/* tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3); 2^t by its whole and broken part */
+/* tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) */
 static inline float gelu(float x)
 {
-    float t = -2.302208198f * (x + 0.044715f * x * x * x); /* -2 sqrt(2/pi) log2(e) */
-    t = t > 126.0f ? 126.0f : t < -126.0f ? -126.0f : t;
-    float whole = (t + 12582912.0f) - 12582912.0f, part = (t - whole) * 0.693147181f;
-    float power = 1.0f + part * (1.0f + part * (0.5f + part * (0.166666667f + part * (0.0416666667f
-                  + part * (0.00833333333f + part * 0.00138888889f)))));
-    union { int32_t i; float f; } scale = {((int32_t)whole + 127) << 23};
-    return x / (1.0f + power * scale.f);
+    return x / (1.0f + power(-2.302208198f * (x + 0.044715f * x * x * x))); /* -2 sqrt(2/pi) log2(e) */
 }
 
 /* One expert on a block of rows. `later`: those of a block to come, whose inputs are fetched. */

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nextscale import ops
 from nextscale.config import TransformerConfig
+from nextscale.kernels import build
 from nextscale.kernels.blocks import attend
 from nextscale.model.context import KVCache, ScaleContext, attention_segments
 from nextscale.ops import Linear
@@ -67,7 +68,7 @@ class Attention(nn.Module):
 
     def compiled(self, qkv_BN3Hd: Tensor, context: ScaleContext) -> Tensor | None:
         """As `by_operators`, for one scale, in one pass; None where there is no kernel for it."""
-        if context.together or not ops.fast:
+        if context.together or not build.usable(qkv_BN3Hd, self.q_bias):
             return None
         cache: KVCache | None = context.state
         if self.log_scale is not None:
