@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.dynamic import alternating
-from nextscale.bench.run import spread
 from nextscale.checkpoints.native import read_config
-from nextscale.config import ModelConfig
-from nextscale.errors import UserError
-from nextscale.machine import describe_machine, keep_freed_memory
-from nextscale.model import block
-from nextscale.model.attention import Attention
-from nextscale.model.context import ScaleContext
-from nextscale.presets import preset
+from nextscale.common.devices import describe_machine, keep_freed_memory
+from nextscale.common.errors import UserError
+from nextscale.config.model import ModelConfig
+from nextscale.config.presets import preset
+from nextscale.evaluation.latency import spread
+from nextscale.transformer import block
+from nextscale.transformer.attention import Attention
+from nextscale.transformer.context import ScaleContext
 
 
 def main() -> None:

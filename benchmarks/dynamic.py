@@ -29,16 +29,17 @@ from typing import Any
 
 import torch
 
-from nextscale import ops
-from nextscale.analysis.dynamic import equal_flops, sampled_flops
-from nextscale.bench.run import spread
-from nextscale.config import SampleConfig, TransformerConfig
-from nextscale.dynamic.config import DynamicConfig
-from nextscale.dynamic.execute import execute
-from nextscale.dynamic.layer import DynamicFeedForward
-from nextscale.machine import describe_machine, keep_freed_memory
-from nextscale.model.block import FeedForward
+from nextscale.backends.cpu import ops
+from nextscale.common.devices import describe_machine, keep_freed_memory
+from nextscale.config.dynamic import DynamicConfig
+from nextscale.config.model import TransformerConfig
+from nextscale.config.sampling import SampleConfig
+from nextscale.evaluation.latency import spread
 from nextscale.pipeline import Pipeline
+from nextscale.research.analysis.dynamic import equal_flops, sampled_flops
+from nextscale.transformer.block import FeedForward
+from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
+from nextscale.transformer.feed_forward.execute import execute
 
 _LAST, _GUIDED = 256, 2
 _T95 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}
@@ -272,8 +273,8 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
 
 def _distances(model: str, name: str, config: SampleConfig, options: argparse.Namespace) -> list[float]:
     """Fréchet distance of each seed's images; measured ones are kept in --out."""
-    from nextscale.evaluate.run import Settings, evaluate
-    from nextscale.train.world import World
+    from nextscale.common.distributed import World
+    from nextscale.evaluation.run import Settings, evaluate
 
     found = []
     for seed in options.seeds:

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from nextscale.bench.memory import peak_resident
-from nextscale.bench.run import time_batch
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config import ModelConfig, SampleConfig, TransformerConfig
-from nextscale.files import write_json
+from nextscale.common.devices import describe_machine, find_device
+from nextscale.common.files import write_json
+from nextscale.config.model import ModelConfig, TransformerConfig
+from nextscale.config.sampling import SampleConfig
+from nextscale.evaluation.latency import time_batch
+from nextscale.evaluation.peak_memory import peak_resident
 from nextscale.info import describe_config
-from nextscale.machine import describe_machine, find_device
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
 

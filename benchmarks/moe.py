@@ -24,18 +24,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nextscale import ops
-from nextscale.bench.run import spread
-from nextscale.config import ModelConfig, TransformerConfig
+from nextscale.backends.cpu import ops
+from nextscale.common.devices import describe_machine, keep_freed_memory
+from nextscale.config.model import ModelConfig, TransformerConfig
+from nextscale.config.presets import preset
+from nextscale.config.training import TrainConfig
+from nextscale.evaluation.latency import spread
 from nextscale.info import active_parameters, condition_flops, scale_flops
-from nextscale.machine import describe_machine, keep_freed_memory
-from nextscale.model.context import ScaleContext
-from nextscale.model.var import VAR
-from nextscale.moe.experts import Dispatch, Experts
-from nextscale.moe.layer import MixtureOfExperts
-from nextscale.presets import preset
-from nextscale.train.config import TrainConfig
-from nextscale.train.step import adamw
+from nextscale.training.engine.step import adamw
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward.experts import Dispatch, Experts
+from nextscale.transformer.feed_forward.mixture import MixtureOfExperts
+from nextscale.transformer.var import VAR
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 

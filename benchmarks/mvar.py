@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.moe import build
-from nextscale import ops
-from nextscale.bench.run import spread
-from nextscale.config import MVAR_MIXERS, ModelConfig, TransformerConfig
+from nextscale.backends.cpu import ops
+from nextscale.common.devices import describe_machine, keep_freed_memory
+from nextscale.config.model import MVAR_MIXERS, ModelConfig, TransformerConfig
+from nextscale.evaluation.latency import spread
 from nextscale.info import condition_flops, scale_flops, state_bytes
-from nextscale.machine import describe_machine, keep_freed_memory
-from nextscale.model.context import ScaleContext
-from nextscale.model.mamba import Mamba2
-from nextscale.model.scan import multiply_adds
-from nextscale.model.var import VAR
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.mamba import Mamba2
+from nextscale.transformer.scan import multiply_adds
+from nextscale.transformer.var import VAR
 
 _PYRAMIDS = {256: PYRAMID_256, 512: PYRAMID_512, 1024: PYRAMID_1024}
 

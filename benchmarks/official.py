@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nextscale.checkpoints.official import derived_buffers, official_tokenizer_name, official_transformer_name
-from nextscale.config import ModelConfig
+from nextscale.config.model import ModelConfig
 from nextscale.pipeline import Pipeline
 
 

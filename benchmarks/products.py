@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale import ops
-from nextscale.machine import describe_machine
-from nextscale.presets import preset
+from nextscale.backends.cpu import ops
+from nextscale.common.devices import describe_machine
+from nextscale.config.presets import preset
 
 
 def main() -> None:

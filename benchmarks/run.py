@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.official import official_shape, official_tensors
-from nextscale.bench.run import spread
+from nextscale.common.devices import describe_machine, find_device
+from nextscale.config.presets import preset
+from nextscale.evaluation.latency import spread
 from nextscale.info import describe_config
-from nextscale.machine import describe_machine, find_device
 from nextscale.pipeline import Pipeline
-from nextscale.presets import preset
 
 FIRST_SCALE = """
 import os, sys, time
 sys.argv = ["nextscale", "sample", sys.argv[1], "--labels", "1", "--out", "first-scale.png"]
 from nextscale import cli
-import nextscale.sample.generate as generate
+import nextscale.sampling.sampler as generate
 step = generate.Eager.logits
 def stop(*given):
     step(*given)
@@ -149,7 +149,7 @@ def start_up(folder: Path, rounds: int) -> dict[str, list[float]]:
     programs = {
         "import torch": ["-c", "import torch, time; print(time.time())"],
         "first scale": ["-c", FIRST_SCALE, str(folder / "native")],
-        "--help": ["-c", "import time; from nextscale.cli import main; main(['--help']); print(time.time())"],
+        "--help": ["-c", "import time; from nextscale.cli.parser import main; main(['--help']); print(time.time())"],
     }
     out: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(rounds + 1):

@@ -20,9 +20,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nextscale.files import write_json, write_text
-from nextscale.pictures import curves
-from nextscale.train.log import read_log
+from nextscale.common.files import write_json, write_text
+from nextscale.common.pictures import curves
+from nextscale.training.engine.log import read_log
 
 RECIPE = "tokenizer-cifar10"
 BATCH, PROBE_STEPS = 32, 120
@@ -42,7 +42,7 @@ def nextscale(*arguments: str, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as output:
-        command = [sys.executable, "-m", "nextscale.cli", *arguments]
+        command = [sys.executable, "-m", "nextscale.cli.parser", *arguments]
         subprocess.run(command, stdout=output, stderr=output, env=environment, check=True)
 
 

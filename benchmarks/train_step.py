@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.official import load_official, official_names
+from nextscale.config.presets import preset
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pipeline import Pipeline
-from nextscale.presets import preset
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ def answer(worker: Official | Nextscale, command: dict[str, Any], device: str) -
         worker.sample(command["batch"], 0)
         if device != "cpu":
             return {"bytes": torch.cuda.max_memory_allocated()}
-        from nextscale.bench.memory import peak_resident
+        from nextscale.evaluation.peak_memory import peak_resident
 
         return {"bytes": peak_resident()}
     given = torch.load(command["given"], weights_only=True)

@@ -20,13 +20,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Pipeline": "nextscale.pipeline",
-    "SampleConfig": "nextscale.config",
-    "ModelConfig": "nextscale.config",
-    "TokenizerConfig": "nextscale.config",
-    "TransformerConfig": "nextscale.config",
+    "SampleConfig": "nextscale.config.sampling",
+    "ModelConfig": "nextscale.config.model",
+    "TokenizerConfig": "nextscale.config.model",
+    "TransformerConfig": "nextscale.config.model",
     "Pyramid": "nextscale.pyramid",
-    "UserError": "nextscale.errors",
-    "preset": "nextscale.presets",
+    "UserError": "nextscale.common.errors",
+    "preset": "nextscale.config.presets",
 }
 __all__ = [
     "ModelConfig",
@@ -40,10 +40,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nextscale.config import ModelConfig, SampleConfig, TokenizerConfig, TransformerConfig
-    from nextscale.errors import UserError
+    from nextscale.common.errors import UserError
+    from nextscale.config.model import ModelConfig, TokenizerConfig, TransformerConfig
+    from nextscale.config.presets import preset
+    from nextscale.config.sampling import SampleConfig
     from nextscale.pipeline import Pipeline
-    from nextscale.presets import preset
     from nextscale.pyramid import Pyramid
 
 

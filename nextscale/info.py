@@ -14,14 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
-from nextscale.config import Mixer, ModelConfig, SampleConfig, TransformerConfig
-from nextscale.config_dict import nearest
-from nextscale.errors import UserError
-from nextscale.model.prune import Pruning
-from nextscale.model.scan import multiply_adds
-from nextscale.presets import PRESETS, preset
+from nextscale.common.errors import UserError
+from nextscale.config.model import Mixer, ModelConfig, TransformerConfig
+from nextscale.config.parse import nearest
+from nextscale.config.presets import PRESETS, preset
+from nextscale.config.sampling import SampleConfig
 from nextscale.pyramid import Pyramid
+from nextscale.sampling.pruning import Pruning
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.scan import multiply_adds
 
 
 def _cached(pyramid: Pyramid, k: int) -> int:
@@ -112,7 +113,7 @@ def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -
     """Multiply-adds of `tokens` tokens of one scale in the FFN of a block: the dense one, or router and experts.
 
     Dynamic experts: all of them, as with tau 1; what a pass executed is counted from its records
-    (`nextscale.dynamic.flops`).
+    (`nextscale.sparsify.flops`).
     """
     D, experts, router = model.width, model.experts, model.experts.router
     computed = ffn_pairs(model, tokens) * 2 * D * model.ffn_width

@@ -17,25 +17,26 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from nextscale.backends.cpu.ops import pack
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.hub import locate, upload
 from nextscale.checkpoints.native import read_modules, write_checkpoint
-from nextscale.config import InitConfig, ModelConfig, SampleConfig
-from nextscale.config_dict import nearest
+from nextscale.common.devices import find_device, keep_freed_memory
+from nextscale.common.errors import UserError
+from nextscale.common.pictures import grid, to_pil
+from nextscale.common.rng import fold, generator
+from nextscale.config.model import InitConfig, ModelConfig
+from nextscale.config.parse import nearest
+from nextscale.config.sampling import SampleConfig
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
-from nextscale.dynamic.budget import resolved
-from nextscale.dynamic.convert import check_identity
-from nextscale.errors import UserError
-from nextscale.machine import find_device, keep_freed_memory
-from nextscale.model.init import initialise
-from nextscale.model.var import VAR
-from nextscale.ops import pack
-from nextscale.pictures import grid, to_pil
-from nextscale.rng import fold, generator
-from nextscale.sample.capture import Captured
-from nextscale.sample.edit import keep_cells
-from nextscale.sample.generate import Eager, Kept, Sample, ScaleStep, Steps, generate, generate_scales, log_likelihood
+from nextscale.sampling.budget import resolved
+from nextscale.sampling.capture import Captured
+from nextscale.sampling.editing import keep_cells
+from nextscale.sampling.sampler import Eager, Kept, Sample, ScaleStep, Steps, generate, generate_scales, log_likelihood
+from nextscale.sparsify.convert import check_identity
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.initialization import initialise
+from nextscale.transformer.var import VAR
 
 Labels = Tensor | Sequence["int | str | None"]
 

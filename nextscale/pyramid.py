@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
 
 Side = tuple[int, int]
 

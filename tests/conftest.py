@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from nextscale.backends.cpu import build
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.config.model import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.config.training import TrainConfig
 from nextscale.info import condition_flops, scale_flops
-from nextscale.kernels import build
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.train.config import TrainConfig
-from nextscale.train.log import read_log
-from nextscale.train.loop import fit
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.loop import fit
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures"

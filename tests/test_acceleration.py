@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.config import SampleConfig
-from nextscale.errors import UserError
-from nextscale.model.prune import Pruning, enlarged, farthest
+from nextscale.common.errors import UserError
+from nextscale.config.sampling import SampleConfig
 from nextscale.pyramid import Pyramid
+from nextscale.sampling.pruning import Pruning, enlarged, farthest
 from tests.conftest import randomised, tiny_config
 
 SCALES = "1,2,3,4"

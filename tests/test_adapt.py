@@ -10,15 +10,15 @@ from nextscale.checkpoints.adapt import NewClass, adapt, parse_classes, resample
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.official import import_official
 from nextscale.checkpoints.official_config import Hints
-from nextscale.cli import main
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
-from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
-from nextscale.train.config import TrainConfig
-from nextscale.train.log import read_log
-from nextscale.train.loop import fit
-from nextscale.train.transformer_task import TransformerTask
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.loop import fit
+from nextscale.training.transformer_task import TransformerTask
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
 

@@ -11,22 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.analysis.config import AnalysisConfig, ErrorsConfig
-from nextscale.analysis.errors import analyse_errors
-from nextscale.analysis.features import analyse_features, principal
-from nextscale.analysis.load import analyse_load
-from nextscale.analysis.routing import analyse_routing
 from nextscale.checkpoints.native import write_checkpoint
-from nextscale.cli import main
-from nextscale.config import DataConfig, ExpertsConfig, SampleConfig
+from nextscale.cli.parser import main
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.common.rng import generator
+from nextscale.config.analysis import AnalysisConfig, ErrorsConfig
+from nextscale.config.data import DataConfig
+from nextscale.config.model import ExpertsConfig
+from nextscale.config.sampling import SampleConfig
 from nextscale.data.cache import TokenCache
-from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
-from nextscale.rng import generator
-from nextscale.sample.draw import inverse_cdf
-from nextscale.sample.logits import filtered, guide
-from nextscale.train.tokenize_run import tokenize
-from nextscale.train.world import World
+from nextscale.research.analysis.errors import analyse_errors
+from nextscale.research.analysis.features import analyse_features, principal
+from nextscale.research.analysis.load import analyse_load
+from nextscale.research.analysis.routing import analyse_routing
+from nextscale.sampling.draw import inverse_cdf
+from nextscale.sampling.logits import filtered, guide
+from nextscale.training.tokenize import tokenize
 from tests.conftest import randomised, tiny_config
 from tests.test_cli import fails
 from tests.test_convergence import write_log
@@ -111,9 +113,9 @@ def test_load_counts_every_choice(place, tmp_path, router):
 
 def test_load_equals_what_training_measures(place, tmp_path):
     """The same figure that validation logs as expert_load."""
-    from nextscale.train.config import TrainConfig
-    from nextscale.train.transformer_run import validate
-    from nextscale.train.transformer_task import TransformerTask
+    from nextscale.config.training import TrainConfig
+    from nextscale.training.transformer_run import validate
+    from nextscale.training.transformer_task import TransformerTask
 
     pipeline = Pipeline.from_pretrained(place / "stmoe")
     held_out = TokenCache(place / "cache").examples("held_out")
@@ -173,7 +175,7 @@ def test_routing_of_one_image_and_of_a_scale_router(place, tmp_path):
 
 def test_pictures_of_other_aspects(tmp_path):
     """Maps need not be square."""
-    from nextscale.analysis.figures import map_grids
+    from nextscale.research.analysis.figures import map_grids
 
     maps = [[[[0.5]]], [[[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]]]]
     map_grids({"a model": (["E1"], ["1x1", "2x3"], maps, [])}, "share", tmp_path / "maps.png")

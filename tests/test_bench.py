@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from nextscale.cli import main
+from nextscale.cli.parser import main
 from tests.conftest import randomised, tiny_config
 
 
@@ -16,7 +16,7 @@ def test_bench_of_two_models_prints_a_table_and_json(tmp_path, capsys, monkeypat
     real, measured = subprocess.run, []
 
     def run(command, **more):
-        if "nextscale.bench.memory" not in command:
+        if "nextscale.evaluation.peak_memory" not in command:
             return real(command, **more)
         if len(measured) < 2:
             measured.append(real(command, **more))

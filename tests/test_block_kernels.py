@@ -8,13 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale import ops
-from nextscale.config import ClassConditionConfig, TransformerConfig
-from nextscale.kernels import blocks
-from nextscale.kernels.blocks import attend, modulated
-from nextscale.model.block import modulate
-from nextscale.model.var import VAR
+from nextscale.backends.cpu import blocks, ops
+from nextscale.backends.cpu.blocks import attend, modulated
+from nextscale.config.model import ClassConditionConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
+from nextscale.transformer.block import modulate
+from nextscale.transformer.var import VAR
 from tests.conftest import needs_kernels, threads
 
 
@@ -117,7 +116,7 @@ def test_a_model_steps_alike_with_kernels_and_without(width, heads, qk_norm, mon
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     inputs, calls = drawn(3, pyramid.length, 8), []
-    monkeypatch.setattr("nextscale.model.attention.attend", lambda *a: calls.append(attend(*a)) or calls[-1])
+    monkeypatch.setattr("nextscale.transformer.attention.attend", lambda *a: calls.append(attend(*a)) or calls[-1])
 
     @torch.no_grad()
     def steps():

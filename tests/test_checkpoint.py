@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nextscale.checkpoints.native import read_config
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
 
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(limit, copy):
     code = f"""
 import resource, sys
 from nextscale.pipeline import Pipeline
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
 pipeline = Pipeline.from_pretrained({str(copy)!r})
 pipeline.transformer.head.bias.data += 1
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.cli import main
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.config.classifier import ClassifierConfig
 from nextscale.data.datasets import load_images
-from nextscale.errors import UserError
-from nextscale.features.classifier import Classifier, load_classifier
-from nextscale.features.classifier_config import ClassifierConfig
-from nextscale.train.classifier_run import evaluate_classifier
-from nextscale.train.classifier_task import moved
+from nextscale.encoders.classifier import Classifier, load_classifier
+from nextscale.training.classifier_run import evaluate_classifier
+from nextscale.training.classifier_task import moved
 
 
 def test_moved_images_against_padding_and_cutting():

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nextscale.cli import main, parse
-from nextscale.commands import COMMANDS
-from nextscale.commands.use import parse_labels
-from nextscale.config import SampleConfig
-from nextscale.config_files import read_settings
-from nextscale.errors import UserError
+from nextscale.cli.commands import COMMANDS
+from nextscale.cli.parser import main, parse
+from nextscale.cli.use import parse_labels
+from nextscale.common.errors import UserError
+from nextscale.config.files import read_settings
+from nextscale.config.sampling import SampleConfig
 from tests.conftest import FIXTURES, read_fixture
 
 ROOT = Path(__file__).parents[1]

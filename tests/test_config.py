@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextscale.config import ModelConfig, SampleConfig, TokenizerConfig, TransformerConfig
-from nextscale.config_dict import from_dict, to_dict
-from nextscale.errors import UserError
-from nextscale.presets import PRESETS, preset
-from nextscale.quickstart.config import QuickstartConfig
+from nextscale.common.errors import UserError
+from nextscale.config.model import ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.config.parse import from_dict, to_dict
+from nextscale.config.presets import PRESETS, preset
+from nextscale.config.quickstart import QuickstartConfig
+from nextscale.config.sampling import SampleConfig
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), QuickstartConfig(), SampleConfig()])
@@ -68,7 +69,7 @@ def test_image_size_follows_from_pyramid_and_tokenizer():
 def test_configs_and_command_line_parse_without_torch():
     """`--help` has to answer at once, so nothing on its way may import torch."""
     code = (
-        "import sys, nextscale.cli as c; c.parse(['--help']); c.parse(['info', 'var-d16']); "
+        "import sys, nextscale.cli.parser as c; c.parse(['--help']); c.parse(['info', 'var-d16']); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nextscale.analysis.convergence import analyse_convergence
+from nextscale.research.analysis.convergence import analyse_convergence
 from tests.test_cli import fails
 
 

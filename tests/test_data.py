@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.config import DataConfig
+from nextscale.common.errors import UserError
+from nextscale.config.data import DataConfig
 from nextscale.data.cache import CacheWriter, TokenCache, fingerprint
 from nextscale.data.datasets import ImageExamples, load_images, open_images, split_rows
 from nextscale.data.examples import MemoryExamples, Places, batches
 from nextscale.data.images import fit, random_crop
 from nextscale.data.sources import Parquet, folder_source, open_source
-from nextscale.errors import UserError
 from nextscale.tokenizer.tokenizer import to_unit
 from tests.conftest import randomised, tiny_config
 
@@ -205,9 +205,9 @@ class Deadly(MemoryExamples):
 def test_a_data_worker_that_dies_costs_nothing(tmp_path):
     from dataclasses import replace
 
-    from nextscale.train.loop import fit
-    from nextscale.train.state import StateFiles
-    from nextscale.train.world import World
+    from nextscale.common.distributed import World
+    from nextscale.training.engine.loop import fit
+    from nextscale.training.engine.state import StateFiles
     from tests.test_train import SETTINGS, tasks
 
     task = tasks(randomised(tiny_config()))[1]

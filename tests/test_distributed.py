@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextscale.errors import UserError
-from nextscale.train.config import TrainConfig
-from nextscale.train.log import read_log
-from nextscale.train.parallel import Laid
-from nextscale.train.world import World
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.config.training import TrainConfig
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.parallel import Laid
 from tests.train_worker import build, parse, train
 
 ROOT = Path(__file__).parents[1]

@@ -10,24 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from nextscale import ops
-from nextscale.config import SampleConfig, TransformerConfig
-from nextscale.config_dict import from_dict, to_dict
-from nextscale.dynamic import execute as execution
-from nextscale.dynamic.cluster import balanced_assignment, balanced_clusters
-from nextscale.dynamic.config import DynamicConfig
-from nextscale.dynamic.convert import identity, relufied, split
-from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.execute import Slices, execute, masked
-from nextscale.dynamic.layer import expert_norms
-from nextscale.dynamic.records import Activity, Norms, Sparsity, Use, recorded
-from nextscale.dynamic.select import choose, kept_units
-from nextscale.errors import UserError
-from nextscale.kernels import build
-from nextscale.kernels import experts as kernels
-from nextscale.model.context import ScaleContext
-from nextscale.moe.experts import Dispatch, grouped
+from nextscale.backends.cpu import build, ops
+from nextscale.backends.cpu import experts as kernels
+from nextscale.common.errors import UserError
+from nextscale.config.dynamic import DynamicConfig
+from nextscale.config.model import TransformerConfig
+from nextscale.config.parse import from_dict, to_dict
+from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
+from nextscale.sparsify.cluster import balanced_assignment, balanced_clusters
+from nextscale.sparsify.convert import identity, relufied, split
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward import execute as execution
+from nextscale.transformer.feed_forward.dynamic import expert_norms
+from nextscale.transformer.feed_forward.execute import Slices, execute, masked
+from nextscale.transformer.feed_forward.experts import Dispatch, grouped
+from nextscale.transformer.feed_forward.records import Activity, Norms, Sparsity, Use, recorded
+from nextscale.transformer.feed_forward.selection import choose, kept_units
+from nextscale.transformer.feed_forward.thresholds import Dial
 from tests.conftest import randomised, tiny_config
 
 KINDS = ("threshold", "oracle", "top-k")
@@ -127,7 +127,7 @@ def test_relu_replaces_gelu_everywhere_or_at_late_scales_alone():
 
 
 def _context(pipeline, k=0, dial=None):
-    from nextscale.model.context import ScaleContext
+    from nextscale.transformer.context import ScaleContext
 
     pyramid = pipeline.transformer.pyramid
     return ScaleContext(pyramid, pyramid.spans[k], k=k, dial=dial)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from nextscale import ops
-from nextscale.analysis.dynamic import sampled_flops
-from nextscale.config import SampleConfig
-from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.flops import dense_flops, step_flops
+from nextscale.backends.cpu import ops
+from nextscale.config.sampling import SampleConfig
 from nextscale.info import sample_flops
+from nextscale.research.analysis.dynamic import sampled_flops
+from nextscale.sparsify.flops import dense_flops, step_flops
+from nextscale.transformer.feed_forward.thresholds import Dial
 from tests.test_dynamic import dynamic_pipeline
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from nextscale import ops
-from nextscale.analysis.dynamic import sampled_flops
-from nextscale.analysis.load import routing_of
+from nextscale.backends.cpu import ops
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config import SampleConfig
-from nextscale.dynamic.config import DynamicConfig
-from nextscale.dynamic.convert import relufied, split
-from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.flops import step_flops
-from nextscale.dynamic.records import Norms, Sparsity, Use, recorded
-from nextscale.dynamic.thresholds import calibrate
+from nextscale.config.dynamic import DynamicConfig
+from nextscale.config.sampling import SampleConfig
+from nextscale.config.training import TrainConfig
 from nextscale.info import describe_config
-from nextscale.model.context import ScaleContext
-from nextscale.moe.balance import balance_loss
-from nextscale.moe.routers import ROUTERS, Routing
 from nextscale.pipeline import Pipeline
-from nextscale.train.config import TrainConfig
-from nextscale.train.sparsify_task import RouterTask, TuneTask, layers
+from nextscale.research.analysis.dynamic import sampled_flops
+from nextscale.research.analysis.load import routing_of
+from nextscale.sparsify.calibrate import calibrate
+from nextscale.sparsify.convert import relufied, split
+from nextscale.sparsify.flops import step_flops
+from nextscale.sparsify.task import RouterTask, TuneTask, layers
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward.balance import balance_loss
+from nextscale.transformer.feed_forward.records import Norms, Sparsity, Use, recorded
+from nextscale.transformer.feed_forward.routers import ROUTERS, Routing
+from nextscale.transformer.feed_forward.thresholds import Dial
 from tests.conftest import check_flops, randomised
 from tests.test_dynamic_flops import counting
 from tests.test_moe_model import moe_config

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.cli import main
-from nextscale.errors import UserError
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
 from nextscale.pyramid import Pyramid
-from nextscale.sample.edit import keep_cells
+from nextscale.sampling.editing import keep_cells
 from tests.conftest import randomised, tiny_config
 
 

@@ -13,21 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nextscale.cli import main
-from nextscale.config_files import read_settings
+from nextscale.cli.parser import main
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.config.encoder import EncoderRunConfig, MocoConfig, ViewConfig
+from nextscale.config.files import read_settings
 from nextscale.data.datasets import load_images
-from nextscale.errors import UserError
-from nextscale.features.encoders import load_encoder
-from nextscale.features.self_supervised import SmallEncoder
-from nextscale.metrics.neighbours import knn_accuracy, knn_classes
+from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.self_supervised import SmallEncoder
+from nextscale.evaluation.metrics.neighbours import knn_accuracy, knn_classes
 from nextscale.tokenizer.tokenizer import to_unit
-from nextscale.train.encoder_config import EncoderRunConfig, MocoConfig, ViewConfig
-from nextscale.train.encoder_run import evaluate_encoder
-from nextscale.train.log import read_log
-from nextscale.train.loop import fit
-from nextscale.train.moco import Moco, info_nce
-from nextscale.train.views import DRAWS, cut, recoloured, view
-from nextscale.train.world import World
+from nextscale.training.encoder_run import evaluate_encoder
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.loop import fit
+from nextscale.training.moco import Moco, info_nce
+from nextscale.training.views import DRAWS, cut, recoloured, view
 from tests.test_train import SETTINGS, encoder_task
 
 RNG = np.random.default_rng(0)

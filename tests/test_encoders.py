@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nextscale.errors import UserError
-from nextscale.features.classifier import Classifier
-from nextscale.features.classifier_config import ClassifierConfig
-from nextscale.features.encoders import load_encoder
-from nextscale.features.moco_v3 import MocoV3
-from nextscale.features.self_supervised import SmallEncoder
-from nextscale.features.self_supervised_config import EncoderConfig
+from nextscale.common.errors import UserError
+from nextscale.config.classifier import ClassifierConfig
+from nextscale.config.encoder import EncoderConfig
+from nextscale.encoders.classifier import Classifier
+from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.moco_v3 import MocoV3
+from nextscale.encoders.self_supervised import SmallEncoder
 
 WIDTH, DEPTH, PATCH, SIDE = 384, 2, 4, 3
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.cli import main
-from nextscale.config import SampleConfig
-from nextscale.errors import UserError
-from nextscale.evaluate.images import NpzImages, PictureImages, open_images
-from nextscale.evaluate.reference import read_arrays
-from nextscale.evaluate.run import Settings, evaluate, make_statistics
-from nextscale.features.classifier import Classifier
-from nextscale.features.classifier_config import ClassifierConfig
-from nextscale.metrics.lpips import ALEX, VGG, Lpips
+from nextscale.cli.parser import main
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.config.classifier import ClassifierConfig
+from nextscale.config.sampling import SampleConfig
+from nextscale.encoders.classifier import Classifier
+from nextscale.evaluation.images import NpzImages, PictureImages, open_images
+from nextscale.evaluation.metrics.lpips import ALEX, VGG, Lpips
+from nextscale.evaluation.reference import read_arrays
+from nextscale.evaluation.run import Settings, evaluate, make_statistics
 from nextscale.pipeline import Pipeline
-from nextscale.train.world import World
 from tests.conftest import randomised, tiny_config
 
 SAMPLING = SampleConfig(cfg=1.0, seed=3)
@@ -83,9 +83,9 @@ def test_model_pictures_npz_and_features_give_the_same_figures(places, tmp_path)
 
 def test_figures_are_those_of_the_metrics(places, tmp_path):
     """The report against features computed by hand."""
-    from nextscale.features.load import load_network
-    from nextscale.metrics.frechet import Moments, frechet_distance
-    from nextscale.metrics.manifold import precision_recall
+    from nextscale.encoders.load import load_network
+    from nextscale.evaluation.metrics.frechet import Moments, frechet_distance
+    from nextscale.evaluation.metrics.manifold import precision_recall
 
     report = figures(places, tmp_path / "r.json", places / "model")["measures"]["classifier"]
     eye = load_network(str(places / "classifier"))
@@ -105,7 +105,7 @@ def test_figures_are_those_of_the_metrics(places, tmp_path):
 
 def test_adm_statistics_with_samples(places, tmp_path, monkeypatch):
     """ADM's file: statistics of the whole set under Inception, and images for precision and recall."""
-    from nextscale.features.inception import Inception
+    from nextscale.encoders.inception import Inception
 
     torch.manual_seed(0)
     torch.save(Inception().state_dict(), tmp_path / "inception.pth")

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import pytest
 
-from nextscale.cli import main
-from nextscale.errors import UserError
-from nextscale.experiments.entry import SCALES, load, names
-from nextscale.experiments.report import _over, table
-from nextscale.experiments.run import resolve
-from nextscale.experiments.show import as_text
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.research.experiments.entry import SCALES, load, names
+from nextscale.research.experiments.report import _over, table
+from nextscale.research.experiments.run import resolve
+from nextscale.research.experiments.show import as_text
 
 
 @pytest.mark.parametrize("scale", SCALES)

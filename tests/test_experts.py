@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale import ops
-from nextscale.moe.experts import Dispatch, Experts, _Differentiated, grouped
+from nextscale.backends.cpu import ops
+from nextscale.transformer.feed_forward.experts import Dispatch, Experts, _Differentiated, grouped
 from tests.test_packed import needs_onednn
 
 pytestmark = pytest.mark.usefixtures("seeded")

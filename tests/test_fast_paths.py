@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale import ops
-from nextscale.model.context import attention_segments, block_causal_mask
+from nextscale.backends.cpu import ops
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
+from nextscale.transformer.context import attention_segments, block_causal_mask
 from tests.conftest import randomised, tiny_config
 
 

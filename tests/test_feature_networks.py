@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nextscale.errors import UserError
-from nextscale.features.classifier import Classifier, load_classifier
-from nextscale.features.classifier_config import ClassifierConfig
-from nextscale.features.inception import Inception, resize_like_tensorflow
-from nextscale.features.load import load_network
+from nextscale.common.errors import UserError
+from nextscale.config.classifier import ClassifierConfig
+from nextscale.encoders.classifier import Classifier, load_classifier
+from nextscale.encoders.inception import Inception, resize_like_tensorflow
+from nextscale.encoders.load import load_network
 
 # What torch-fidelity 0.4's FeatureExtractorInceptionV3 gives for `inception_weights()` and `pictures(...)`:
 # pool features, class scores without bias, and the first 7 channels of Mixed_6d.branch1x1 in the order (h, w, channel),

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nextscale.common.errors import UserError
 from nextscale.data.cache import CacheWriter, TokenCache
-from nextscale.errors import UserError
-from nextscale.features.encoders import load_encoder
+from nextscale.encoders.load_encoder import load_encoder
 from nextscale.tokenizer.tokenizer import to_unit
 from tests.conftest import randomised, tiny_config
 from tests.test_data import cache_parts

@@ -6,15 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.config import AlignmentConfig, ExpertsConfig, TransformerConfig
+from nextscale.common.errors import UserError
+from nextscale.config.model import AlignmentConfig, ExpertsConfig, TransformerConfig
+from nextscale.config.training import TrainConfig
+from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import MemoryExamples
-from nextscale.errors import UserError
-from nextscale.model.align import GROUPS, Projector, aggregated, alignment_loss, group_scales
-from nextscale.moe.routers import Routing
 from nextscale.pyramid import PYRAMID_256, Pyramid
-from nextscale.train.config import TrainConfig
-from nextscale.train.run_config import LossConfig
-from nextscale.train.transformer_task import TransformerTask
+from nextscale.training.transformer_task import TransformerTask
+from nextscale.transformer.feed_forward.routers import Routing
+from nextscale.transformer.projector import GROUPS, Projector, aggregated, alignment_loss, group_scales
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
 from tests.test_transformer import softmax

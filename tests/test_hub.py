@@ -16,7 +16,7 @@ from tests.test_data import write_parquet
 
 ROOT = Path(__file__).parents[1]
 CLIENT = """
-from nextscale.config import DataConfig
+from nextscale.config.data import DataConfig
 from nextscale.data import datasets
 datasets._IN_MEMORY = 0
 train, held_out, source = datasets.open_images("someone/photos", 8, DataConfig(), 0)

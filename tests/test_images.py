@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nextscale.common.errors import UserError
 from nextscale.data.images import fit, load_image, to_tensor
-from nextscale.errors import UserError
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)

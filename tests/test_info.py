@@ -3,11 +3,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config import MVAR_MIXERS, MambaConfig, ModelConfig, SampleConfig
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
+from nextscale.config.model import MVAR_MIXERS, MambaConfig, ModelConfig
+from nextscale.config.presets import PRESETS
+from nextscale.config.sampling import SampleConfig
 from nextscale.info import as_text, describe, describe_config, sample_flops
-from nextscale.presets import PRESETS
-from nextscale.sample.generate import Eager
+from nextscale.sampling.sampler import Eager
 from tests.conftest import check_flops, tiny_config
 
 SMALL_MAMBA = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nextscale import ops
-from nextscale.dynamic.layer import ExpertRouter
-from nextscale.kernels.experts import from_panels, to_panels
-from nextscale.moe.experts import Experts
+from nextscale.backends.cpu import ops
+from nextscale.backends.cpu.experts import from_panels, to_panels
+from nextscale.transformer.feed_forward.dynamic import ExpertRouter
+from nextscale.transformer.feed_forward.experts import Experts
 from tests.conftest import needs_kernels, threads
 
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nextscale.errors import UserError
-from nextscale.metrics.frechet import Moments, frechet_distance
-from nextscale.metrics.manifold import precision_recall
-from nextscale.metrics.score import inception_score
+from nextscale.common.errors import UserError
+from nextscale.evaluation.metrics.frechet import Moments, frechet_distance
+from nextscale.evaluation.metrics.manifold import precision_recall
+from nextscale.evaluation.metrics.score import inception_score
 
 
 def features(count, width, seed, shift=0.0):

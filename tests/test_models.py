@@ -9,13 +9,13 @@ from PIL import Image
 
 from nextscale.data.datasets import load_images
 from nextscale.data.examples import MemoryExamples
-from nextscale.features.encoders import load_encoder
-from nextscale.metrics.neighbours import knn_accuracy
+from nextscale.encoders.load_encoder import load_encoder
+from nextscale.evaluation.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
-from nextscale.sample.generate import log_likelihood
+from nextscale.sampling.sampler import log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
-from nextscale.train.encoder_run import pooled
-from nextscale.train.tokenizer_run import evaluate_tokenizer
+from nextscale.training.encoder_run import pooled
+from nextscale.training.tokenizer_run import evaluate_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-test.parquet"

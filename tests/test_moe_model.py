@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextscale import ops
+from nextscale.backends.cpu import ops
 from nextscale.checkpoints.adapt import adapt, scale_sources
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.official import export_official
-from nextscale.cli import main
-from nextscale.config import AlignmentConfig, ExpertsConfig, InitConfig, SampleConfig
+from nextscale.cli.parser import main
+from nextscale.config.model import AlignmentConfig, ExpertsConfig, InitConfig
+from nextscale.config.sampling import SampleConfig
+from nextscale.config.training import TrainConfig
 from nextscale.info import as_text, describe_config, sample_flops
-from nextscale.model.init import initialise
-from nextscale.moe.routers import ROUTERS, Routing
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.train.config import TrainConfig
-from nextscale.train.step import adamw
+from nextscale.training.engine.step import adamw
+from nextscale.transformer.feed_forward.routers import ROUTERS, Routing
+from nextscale.transformer.initialization import initialise
 from tests.conftest import check_flops, randomised, tiny_config
 from tests.test_routers import chosen_by_loops
 from tests.test_transformer import gelu, reference_forward, softmax

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale import ops
-from nextscale.config import SampleConfig
-from nextscale.errors import UserError
-from nextscale.moe.experts import Experts
-from nextscale.moe.routers import ROUTERS
-from nextscale.moe.stacked import StackedLinear
+from nextscale.backends.cpu import ops
+from nextscale.common.errors import UserError
+from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
+from nextscale.transformer.feed_forward.experts import Experts
+from nextscale.transformer.feed_forward.routers import ROUTERS
+from nextscale.transformer.feed_forward.stacked import StackedLinear
 from tests.conftest import randomised, tiny_config
 from tests.test_moe_model import moe_config, saved
 from tests.test_packed import DTYPES, needs_onednn

@@ -8,19 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nextscale.cli import main
-from nextscale.config import MVAR_MIXERS, AlignmentConfig, ClassConditionConfig, ExpertsConfig, MambaConfig
+from nextscale.cli.parser import main
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.config.model import MVAR_MIXERS, AlignmentConfig, ClassConditionConfig, ExpertsConfig, MambaConfig
+from nextscale.config.training import TrainConfig
+from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
-from nextscale.errors import UserError
-from nextscale.moe.routers import ROUTERS
 from nextscale.pipeline import Pipeline
-from nextscale.train.config import TrainConfig
-from nextscale.train.log import read_log
-from nextscale.train.loop import fit
-from nextscale.train.run_config import LossConfig, RunConfig
-from nextscale.train.step import Stepper
-from nextscale.train.transformer_run import _target
-from nextscale.train.world import World
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.loop import fit
+from nextscale.training.engine.step import Stepper
+from nextscale.training.transformer_run import _target
+from nextscale.transformer.feed_forward.routers import ROUTERS
 from tests.conftest import losses_by_precision, randomised, tiny_config
 from tests.test_data import write_folder
 from tests.test_guidance import task_of

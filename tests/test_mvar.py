@@ -7,16 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nextscale import ops
+from nextscale.backends.cpu import ops
 from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_config import Hints
-from nextscale.cli import main
-from nextscale.config import MVAR_MIXERS, ExpertsConfig, InitConfig, MambaConfig, SampleConfig, TransformerConfig
-from nextscale.errors import UserError
-from nextscale.model.context import attention_segments, block_causal_mask
-from nextscale.model.init import initialise
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.config.model import MVAR_MIXERS, ExpertsConfig, InitConfig, MambaConfig, TransformerConfig
+from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
-from nextscale.sample.generate import generate_scales
+from nextscale.sampling.sampler import generate_scales
+from nextscale.transformer.context import attention_segments, block_causal_mask
+from nextscale.transformer.initialization import initialise
 from tests.conftest import GOLDEN, randomised, tiny_config
 from tests.test_official import assert_same_tensors, close
 from tests.test_transformer import reference_forward

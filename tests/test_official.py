@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_config import Hints
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from tests.conftest import read_fixture

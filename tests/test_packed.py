@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale import ops
-from nextscale.errors import UserError
-from nextscale.ops import Conv2d, Linear
+from nextscale.backends.cpu import ops
+from nextscale.backends.cpu.ops import Conv2d, Linear
+from nextscale.common.errors import UserError
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
 

@@ -1,8 +1,8 @@
 import pytest
 
 from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.config.presets import PRESETS
 from nextscale.info import describe
-from nextscale.presets import PRESETS
 
 PUBLISHED = {
     "var-d12": 133_186_960,

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextscale.errors import UserError
-from nextscale.model.context import block_causal_mask
+from nextscale.common.errors import UserError
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024, Pyramid
+from nextscale.transformer.context import block_causal_mask
 
 sides = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6).map(
     lambda s: [*s, (max(h for h, _ in s), max(w for _, w in s))]

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from nextscale.common.errors import UserError
+from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import load_images
-from nextscale.errors import UserError
-from nextscale.features.encoders import load_encoder
+from nextscale.encoders.load_encoder import load_encoder
 from nextscale.pipeline import Pipeline
-from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import measure
 from nextscale.quickstart.run import features_of, run_quickstart
-from nextscale.train.log import read_log
+from nextscale.training.engine.log import read_log
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -39,7 +39,7 @@ TINY = {
 
 
 def tiny_settings(**changes) -> QuickstartConfig:
-    from nextscale.config_dict import from_dict
+    from nextscale.config.parse import from_dict
 
     return from_dict(QuickstartConfig, {**TINY, **changes})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nextscale.commands import COMMANDS
+from nextscale.cli.commands import COMMANDS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -28,7 +28,7 @@ def test_python_example_runs(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_commands_in_the_readme_parse(monkeypatch):
-    from nextscale.cli import parse
+    from nextscale.cli.parser import parse
 
     lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
     commands = [words[1:] for words in lines if words and words[0] == "nextscale"]

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nextscale.cli import main
-from nextscale.config_dict import from_dict
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.config.parse import from_dict
+from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import load_images
-from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
-from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.run import run_quickstart
-from nextscale.train.loop import Interrupted, fit
+from nextscale.training.engine.loop import Interrupted, fit
 from tests.conftest import randomised, read_fixture, tiny_config
 from tests.test_quickstart import picture, tiny_settings
 from tests.test_train import SETTINGS, tasks
@@ -213,7 +213,7 @@ def test_no_permission(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "m")
     (tmp_path / "m").chmod(0)
     code = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from nextscale.cli import main; import torch; "
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from nextscale.cli.parser import main; import torch; "
         f"import nextscale.pipeline; os.setuid(65534); sys.exit(main(['sample', {str(tmp_path / 'm')!r}, '--labels', "
         f"'1', '--out', 'x.png']))"
     )

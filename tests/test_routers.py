@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.config import ExpertsConfig, TransformerConfig
-from nextscale.errors import UserError
-from nextscale.model.context import ScaleContext
-from nextscale.moe.balance import balance_loss, expert_load
-from nextscale.moe.layer import IdleExperts, MixtureOfExperts
-from nextscale.moe.routers import ROUTERS, Routing, largest
+from nextscale.common.errors import UserError
+from nextscale.config.model import ExpertsConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward.balance import balance_loss, expert_load
+from nextscale.transformer.feed_forward.mixture import IdleExperts, MixtureOfExperts
+from nextscale.transformer.feed_forward.routers import ROUTERS, Routing, largest
 from tests.test_transformer import softmax
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -10,18 +10,18 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.cli import main
-from nextscale.config import AlignmentConfig, ModelConfig
-from nextscale.config_files import read_settings
-from nextscale.metrics.frequencies import frequency_loss
+from nextscale.cli.parser import main
+from nextscale.config.files import read_settings
+from nextscale.config.model import AlignmentConfig, ModelConfig
+from nextscale.config.presets import preset
+from nextscale.config.training import TrainConfig
+from nextscale.config.transformer_training import RunConfig
+from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
-from nextscale.presets import preset
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.train.config import TrainConfig
-from nextscale.train.estimate import activation_bytes, head_flops
-from nextscale.train.log import read_log
-from nextscale.train.run_config import RunConfig
+from nextscale.training.engine.log import read_log
+from nextscale.training.estimate import activation_bytes, head_flops
 from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder
 
@@ -291,7 +291,7 @@ def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = sum(size for pointer, size in found.items() if pointer not in weights)
     with torch.device("meta"):
-        from nextscale.model.var import VAR
+        from nextscale.transformer.var import VAR
 
         shadow = VAR(model.config, Pyramid.parse("1,2,3,4"), 32, 4)
     estimate = activation_bytes(shadow, 4, TrainConfig(), guided)

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.config import SampleConfig
-from nextscale.errors import UserError
-from nextscale.sample.draw import ImageStreams, inverse_cdf
-from nextscale.sample.generate import log_likelihood
-from nextscale.sample.logits import filtered, guide, keep_top_k, keep_top_k_top_p, keep_top_p, largest
+from nextscale.common.errors import UserError
+from nextscale.config.sampling import SampleConfig
+from nextscale.sampling.draw import ImageStreams, inverse_cdf
+from nextscale.sampling.logits import filtered, guide, keep_top_k, keep_top_k_top_p, keep_top_p, largest
+from nextscale.sampling.sampler import log_likelihood
 from tests.conftest import randomised, tiny_config
 
 rows = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.config import MambaConfig, TransformerConfig
-from nextscale.model.mamba import Mamba2, ScanState
-from nextscale.model.scan import scan, scan_by_kernel, scan_by_token
+from nextscale.config.model import MambaConfig, TransformerConfig
+from nextscale.transformer.mamba import Mamba2, ScanState
+from nextscale.transformer.scan import scan, scan_by_kernel, scan_by_token
 
 B, H, P, N_STATE = 2, 3, 4, 5
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from nextscale.train.world import World
+from nextscale.common.distributed import World
 from tests.train_worker import parse, train
 
 ROOT = Path(__file__).parents[1]

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
-from nextscale.cli import main
-from nextscale.config import SampleConfig
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.config.sampling import SampleConfig
+from nextscale.config.sparsify import SparsifyConfig
+from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
-from nextscale.dynamic.budget import Budget, resolved, table_of, tau_for
-from nextscale.dynamic.convert import relufied
-from nextscale.dynamic.dial import Dial
-from nextscale.dynamic.flops import dense_flops
-from nextscale.dynamic.thresholds import GRID, Point, allot, calibrate
-from nextscale.errors import UserError
 from nextscale.pipeline import Pipeline
-from nextscale.train import sparsify_run
-from nextscale.train.config import TrainConfig
-from nextscale.train.log import read_log
-from nextscale.train.sparsify_config import SparsifyConfig
-from nextscale.train.sparsify_task import AdaptTask, RouterTask, TuneTask
+from nextscale.sampling.budget import Budget, resolved, table_of, tau_for
+from nextscale.sparsify import run as sparsify_run
+from nextscale.sparsify.calibrate import GRID, Point, allot, calibrate
+from nextscale.sparsify.convert import relufied
+from nextscale.sparsify.flops import dense_flops
+from nextscale.sparsify.task import AdaptTask, RouterTask, TuneTask
+from nextscale.training.engine.log import read_log
+from nextscale.transformer.feed_forward.thresholds import Dial
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline
 

@@ -8,12 +8,12 @@ import torch
 
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.checkpoints.upcycle import upcycle
-from nextscale.cli import main
-from nextscale.config import ClassConditionConfig, ExpertsConfig
-from nextscale.dynamic.convert import identity
-from nextscale.errors import UserError
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.config.model import ClassConditionConfig, ExpertsConfig
 from nextscale.pipeline import Pipeline
-from nextscale.train.parallel import mixtures_of
+from nextscale.sparsify.convert import identity
+from nextscale.training.engine.parallel import mixtures_of
 from tests.conftest import randomised
 from tests.test_dynamic import dynamic_pipeline
 from tests.test_dynamic_mixture import KINDS, difference, logits, nested

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.config import TokenizerConfig
-from nextscale.errors import UserError
-from nextscale.ops import enlarge, shrink
+from nextscale.backends.cpu.ops import enlarge, shrink
+from nextscale.common.errors import UserError
+from nextscale.config.model import TokenizerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.quantizer import Quantizer
 from nextscale.tokenizer.tokenizer import Tokenizer

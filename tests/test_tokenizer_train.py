@@ -10,23 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nextscale.cli import main
+from nextscale.cli.parser import main
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.config.tokenizer_training import CodebookConfig, TokenizerLossConfig, derive_pyramid
+from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
-from nextscale.errors import UserError
-from nextscale.metrics.codebook import CodebookUse, counts, perplexity, usage
-from nextscale.metrics.lpips import Lpips
-from nextscale.metrics.reconstruction import psnr, ssim
+from nextscale.evaluation.metrics.codebook import CodebookUse, counts, perplexity, usage
+from nextscale.evaluation.metrics.lpips import Lpips
+from nextscale.evaluation.metrics.reconstruction import psnr, ssim
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.tokenizer.adversary import PatchDiscriminator, adaptive_weight, hinge_loss
 from nextscale.tokenizer.codebook import CodebookLearner
+from nextscale.tokenizer.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from nextscale.tokenizer.quantizer import Quantized
-from nextscale.train.config import TrainConfig
-from nextscale.train.log import read_log
-from nextscale.train.loop import fit
-from nextscale.train.tokenizer_config import CodebookConfig, TokenizerLossConfig, derive_pyramid
-from nextscale.train.tokenizer_task import TokenizerTask
-from nextscale.train.world import World
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.loop import fit
+from nextscale.training.tokenizer_task import TokenizerTask
 from tests.conftest import randomised, read_fixture, tiny_config
 
 

@@ -15,20 +15,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.config import AlignmentConfig, ExpertsConfig
+from nextscale.common.errors import UserError
+from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
+from nextscale.config.model import AlignmentConfig, ExpertsConfig
+from nextscale.config.training import TrainConfig, learning_rate, weight_decay
+from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import MemoryExamples, Places
-from nextscale.errors import UserError
-from nextscale.features.self_supervised import SmallEncoder
-from nextscale.features.self_supervised_config import EncoderConfig
-from nextscale.train.config import TrainConfig, learning_rate, weight_decay
-from nextscale.train.encoder_config import MocoConfig, ViewConfig
-from nextscale.train.encoder_task import EncoderTask
-from nextscale.train.log import read_log
-from nextscale.train.loop import fit
-from nextscale.train.run_config import LossConfig
-from nextscale.train.step import adamw
-from nextscale.train.tokenizer_task import TokenizerTask
-from nextscale.train.transformer_task import TransformerTask
+from nextscale.encoders.self_supervised import SmallEncoder
+from nextscale.training.encoder_task import EncoderTask
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.loop import fit
+from nextscale.training.engine.step import adamw
+from nextscale.training.tokenizer_task import TokenizerTask
+from nextscale.training.transformer_task import TransformerTask
 from tests.conftest import losses_by_precision, randomised, tiny_config
 
 SETTINGS = TrainConfig(steps=8, batch_size=6, warmup_steps=2, log_every=1, save_every=3, drop_path=0.2)
@@ -108,7 +107,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
 RUN = """
 import sys, torch
 from pathlib import Path
-from nextscale.train.loop import fit, Interrupted
+from nextscale.training.engine.loop import fit, Interrupted
 from tests.test_train import tasks, LONG
 from tests.conftest import randomised, tiny_config
 torch.set_num_threads(1)
@@ -370,7 +369,7 @@ def test_training_learns(tmp_path):
 
 
 def test_a_reader_that_dies_is_told_from_other_failures():
-    from nextscale.train.loop import _worker_death
+    from nextscale.training.engine.loop import _worker_death
 
     assert "handed over" in _worker_death(ConnectionResetError(104, "reset by peer"), 2)
     assert "handed over" in _worker_death(EOFError(), 1)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nextscale.errors import UserError
-from nextscale.model.init import InitConfig, initialise
-from nextscale.train.transformer_task import branch_keep
+from nextscale.common.errors import UserError
+from nextscale.training.transformer_task import branch_keep
+from nextscale.transformer.initialization import InitConfig, initialise
 from tests.conftest import randomised, tiny_config
 
 VARIANTS = [

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from nextscale.checkpoints.official import import_official
 from nextscale.checkpoints.official_config import Hints
 from nextscale.checkpoints.upcycle import upcycle
-from nextscale.cli import main
-from nextscale.config import AlignmentConfig, ExpertsConfig
-from nextscale.errors import UserError
+from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.config.model import AlignmentConfig, ExpertsConfig
 from nextscale.info import active_parameters
 from nextscale.pipeline import Pipeline
-from nextscale.train.log import read_log
+from nextscale.training.engine.log import read_log
 from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder
 

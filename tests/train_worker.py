@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from nextscale.config import MVAR_MIXERS, MambaConfig
-from nextscale.errors import UserError
-from nextscale.train.loop import Interrupted, fit
-from nextscale.train.parallel import whole_weights
-from nextscale.train.task import Task
-from nextscale.train.tokenizer_config import CodebookConfig
-from nextscale.train.tokenizer_task import TokenizerTask
-from nextscale.train.world import World, join_world
+from nextscale.common.distributed import World, join_world
+from nextscale.common.errors import UserError
+from nextscale.config.model import MVAR_MIXERS, MambaConfig
+from nextscale.config.tokenizer_training import CodebookConfig
+from nextscale.training.engine.loop import Interrupted, fit
+from nextscale.training.engine.parallel import whole_weights
+from nextscale.training.engine.task import Task
+from nextscale.training.tokenizer_task import TokenizerTask
 from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, mixture_task, tasks
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
-from nextscale.config import ModelConfig
-from nextscale.config_dict import nearest
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
+from nextscale.common.rng import generator
+from nextscale.config.model import ModelConfig
+from nextscale.config.parse import nearest
 from nextscale.pyramid import Pyramid, Side
-from nextscale.rng import generator
 
 
 @dataclass(frozen=True)

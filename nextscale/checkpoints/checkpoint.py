@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.config import ModelConfig, TransformerConfig
-from nextscale.errors import UserError
-from nextscale.model.var import VAR
+from nextscale.common.errors import UserError
+from nextscale.config.model import ModelConfig, TransformerConfig
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.var import VAR
 
 Shape = tuple[int, ...]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nextscale.errors import UserError
-from nextscale.files import is_hub_name
+from nextscale.common.errors import UserError
+from nextscale.common.files import is_hub_name
 
 
 def locate(source: str | Path, *, revision: str | None, token: str | None) -> Path:

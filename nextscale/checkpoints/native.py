@@ -19,12 +19,12 @@ from torch import Tensor
 
 import nextscale
 from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
-from nextscale.config import ModelConfig
-from nextscale.config_dict import from_dict, to_dict
-from nextscale.errors import UserError
-from nextscale.files import read_json, replacing, write_json
-from nextscale.model.var import VAR
+from nextscale.common.errors import UserError
+from nextscale.common.files import read_json, replacing, write_json
+from nextscale.config.model import ModelConfig
+from nextscale.config.parse import from_dict, to_dict
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.var import VAR
 
 FORMAT, VERSION = "nextscale", 1
 _OWN_MAPPING = 2**18

@@ -17,8 +17,8 @@ from torch import Tensor
 from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
 from nextscale.checkpoints.official_config import Hints, infer_config
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
-from nextscale.config import MVAR_MIXERS, MambaConfig, ModelConfig, TransformerConfig
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
+from nextscale.config.model import MVAR_MIXERS, MambaConfig, ModelConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
 
 USAGE = "quantize.ema_vocab_hit_SV"

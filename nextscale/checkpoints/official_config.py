@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nextscale.config import MVAR_MIXERS, ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
+from nextscale.config.model import MVAR_MIXERS, ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024, Pyramid
 
 

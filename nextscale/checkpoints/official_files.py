@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextscale.checkpoints.native import read_safetensors
-from nextscale.errors import UserError
-from nextscale.files import replacing
+from nextscale.common.errors import UserError
+from nextscale.common.files import replacing
 
 
 def read_tensors(path: Path, training_key: str) -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
-from nextscale.config import ExpertsConfig, TransformerConfig
-from nextscale.errors import UserError
-from nextscale.model.init import draw_weights
-from nextscale.moe.routers import ROUTERS
-from nextscale.rng import generator
+from nextscale.common.errors import UserError
+from nextscale.common.rng import generator
+from nextscale.config.model import ExpertsConfig, TransformerConfig
+from nextscale.transformer.feed_forward.routers import ROUTERS
+from nextscale.transformer.initialization import draw_weights
 
 EQUAL = ("stmoe", "smoe")
 """Routers under which every token has experts, and all of them have an FFN."""

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from nextscale.common.errors import UserError
+from nextscale.common.files import read_json, replacing, write_json
 from nextscale.data.examples import Batch, Examples, check_unreadable
-from nextscale.errors import UserError
-from nextscale.features.patches import PatchEncoder
-from nextscale.files import read_json, replacing, write_json
+from nextscale.encoders.patches import PatchEncoder
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 
 FORMAT, VERSION = "nextscale-tokens", 1

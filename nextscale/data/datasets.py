@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.config import DataConfig
+from nextscale.common.errors import UserError
+from nextscale.common.rng import generator
+from nextscale.config.data import DataConfig
 from nextscale.data.examples import Batch
 from nextscale.data.images import fit, load_image, random_crop
 from nextscale.data.sources import Source, open_source
-from nextscale.errors import UserError
-from nextscale.rng import generator
 
 _MAX_ENLARGED = 0.5
 _IN_MEMORY = 2**31

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nextscale.errors import UserError
-from nextscale.rng import generator
+from nextscale.common.errors import UserError
+from nextscale.common.rng import generator
 
 Batch = dict[str, Any]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nextscale.errors import UserError
+from nextscale.common.errors import UserError
 
 ImageLike = str | Path | bytes | Image.Image
 

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nextscale.common.errors import UserError
+from nextscale.common.files import is_hub_name
 from nextscale.data.images import ImageLike
-from nextscale.errors import UserError
-from nextscale.files import is_hub_name
 
 _SUFFIXES = set(Image.registered_extensions())
 _TRAIN, _HELD_OUT = ("train", "training"), ("validation", "valid", "val", "dev", "test")

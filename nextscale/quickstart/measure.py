@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextscale.common.errors import UserError
 from nextscale.data.datasets import ImageSet
-from nextscale.errors import UserError
 
 _MAX_FIT = 4000
 _READ = 500

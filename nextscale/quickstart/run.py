@@ -10,30 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.analysis.config import AnalysisConfig
-from nextscale.analysis.routing import write_routing
-from nextscale.analysis.subject import Subject, about
-from nextscale.config import ClassConditionConfig, InitConfig, ModelConfig
-from nextscale.config_dict import to_dict
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.common.files import claim, write_json
+from nextscale.common.pictures import curves, grid
+from nextscale.config.analysis import AnalysisConfig
+from nextscale.config.model import ClassConditionConfig, InitConfig, ModelConfig
+from nextscale.config.parse import to_dict
+from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import MemoryExamples
-from nextscale.errors import UserError
-from nextscale.features.self_supervised import SmallEncoder, load_small_encoder
-from nextscale.files import claim, write_json
-from nextscale.metrics.reconstruction import psnr
-from nextscale.pictures import curves, grid
+from nextscale.encoders.self_supervised import SmallEncoder, load_small_encoder
+from nextscale.evaluation.metrics.reconstruction import psnr
 from nextscale.pipeline import Pipeline
-from nextscale.quickstart.config import QuickstartConfig
 from nextscale.quickstart.measure import check_available, measure
-from nextscale.sample.generate import log_likelihood
+from nextscale.research.analysis.routing import write_routing
+from nextscale.research.analysis.subject import Subject, about
+from nextscale.sampling.sampler import log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
-from nextscale.train.encoder_run import EncoderWatch
-from nextscale.train.encoder_task import new_encoder_task
-from nextscale.train.log import read_log
-from nextscale.train.loop import fit
-from nextscale.train.tokenizer_task import TokenizerTask
-from nextscale.train.transformer_task import TransformerTask
-from nextscale.train.world import World
+from nextscale.training.encoder_run import EncoderWatch
+from nextscale.training.encoder_task import new_encoder_task
+from nextscale.training.engine.log import read_log
+from nextscale.training.engine.loop import fit
+from nextscale.training.tokenizer_task import TokenizerTask
+from nextscale.training.transformer_task import TransformerTask
 
 _SAMPLES_PER_CLASS, _SHOWN_CLASSES, _SHOWN_ROUTED = 8, 10, 500
 _BATCH = 250

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.config import TokenizerConfig
-from nextscale.ops import Conv2d
+from nextscale.backends.cpu.ops import Conv2d
+from nextscale.config.model import TokenizerConfig
 
 
 def _silu(x: Tensor) -> Tensor:

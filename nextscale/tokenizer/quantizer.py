@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.config import TokenizerConfig
-from nextscale.ops import Conv2d, Embedding, enlarge, linear, shrink
+from nextscale.backends.cpu.ops import Conv2d, Embedding, enlarge, linear, shrink
+from nextscale.config.model import TokenizerConfig
 from nextscale.pyramid import Pyramid
 
 

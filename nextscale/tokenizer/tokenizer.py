@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nextscale import ops
-from nextscale.config import TokenizerConfig
-from nextscale.errors import UserError
-from nextscale.ops import Conv2d
+from nextscale.backends.cpu import ops
+from nextscale.backends.cpu.ops import Conv2d
+from nextscale.common.errors import UserError
+from nextscale.config.model import TokenizerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.autoencoder import Decoder, Encoder
 from nextscale.tokenizer.quantizer import Quantized, Quantizer

@@ -1,0 +1,1 @@
+"""What makes a machine fast; enters by optimize()."""

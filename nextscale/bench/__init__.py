@@ -1,1 +1,0 @@
-"""Timing of models as they are used: latency, throughput, memory."""

@@ -1,0 +1,5 @@
+"""The command line: `nextscale COMMAND`."""
+
+from nextscale.cli.parser import main
+
+__all__ = ["main"]

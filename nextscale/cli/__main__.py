@@ -1,0 +1,7 @@
+"""`python -m nextscale.cli`."""
+
+import sys
+
+from nextscale.cli.parser import main
+
+sys.exit(main())

@@ -1,0 +1,183 @@
+"""Commands that look into trained models: each leaves a picture and a JSON file in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from nextscale.cli.use import parse_labels
+from nextscale.config.analysis import AnalysisConfig, DynamicShown, ErrorsConfig
+from nextscale.config.sampling import SampleConfig
+
+Shown = Annotated[AnalysisConfig, arg(name="")]
+
+
+@dataclass
+class AnalyseLoad:
+    """Expert load of mixtures of experts on held-out images, per block, scale and expert (MEPA, Table 1).
+
+    Normalised to a sum of 64, with the sample variance over the experts.
+    """
+
+    models: Positional[tuple[str, ...]]
+    """Checkpoint folders, or names on the Hugging Face hub."""
+    data: str
+    """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
+    out: Path
+    """Folder for load.json and load.png."""
+    names: tuple[str, ...] = ()
+    """What to call the models; default: by their folders."""
+    shown: Shown = field(default_factory=AnalysisConfig)
+
+    def run(self) -> None:
+        from nextscale.research.analysis.load import analyse_load
+
+        report = analyse_load(self.models, self.data, self.out, self.shown, self.names)
+        for model in report["models"]:
+            loads = " ".join(f"{load:.2f}" for load in model["load"])
+            print(f"{model['name']}: load {loads}; variance {model['load_variance']:.3f}")
+        print(f"see {self.out}/load.png, load.json")
+
+
+@dataclass
+class AnalyseRouting:
+    """Routing maps: how often each expert is chosen at each position of each scale's map (MEPA, Fig. 4)."""
+
+    models: Positional[tuple[str, ...]]
+    """Checkpoint folders, or names on the Hugging Face hub."""
+    data: str
+    """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
+    out: Path
+    """Folder for routing.json and routing.png."""
+    names: tuple[str, ...] = ()
+    """What to call the models; default: by their folders."""
+    block: int = 0
+    """Block whose router is shown, counted from 1; 0 = the last but one."""
+    image: int | None = None
+    """Number of one held-out image to show alone; default: the share of all images."""
+    shown: Shown = field(default_factory=AnalysisConfig)
+
+    def run(self) -> None:
+        from nextscale.research.analysis.routing import analyse_routing
+
+        analyse_routing(self.models, self.data, self.out, self.shown, self.names, block=self.block, image=self.image)
+        print(f"see {self.out}/routing.png, routing.json")
+
+
+@dataclass
+class AnalyseFeatures:
+    """Where a block's output lies for tokens of each scale: a map of points and how far apart (MEPA, Fig. 1a)."""
+
+    models: Positional[tuple[str, ...]]
+    """Checkpoint folders, or names on the Hugging Face hub."""
+    data: str
+    """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
+    out: Path
+    """Folder for features.json and features.png."""
+    names: tuple[str, ...] = ()
+    """What to call the models; default: by their folders."""
+    block: int = 0
+    """Block whose output is shown, counted from 1; 0 = the middle one."""
+    points: int = 256
+    """Tokens of each scale that are drawn."""
+    projection: Literal["pca", "tsne"] = "pca"
+    """How they are brought to two dimensions; t-SNE needs scikit-learn."""
+    shown: Shown = field(default_factory=AnalysisConfig)
+
+    def run(self) -> None:
+        from nextscale.research.analysis.features import analyse_features
+
+        report = analyse_features(
+            self.models, self.data, self.out, self.shown, self.names,
+            block=self.block, points=self.points, projection=self.projection,
+        )  # fmt: skip
+        for model in report["models"]:
+            print(f"{model['name']}: {model['variance_between_scales']:.1%} of the variance is between scales")
+        print(f"see {self.out}/features.png, features.json")
+
+
+@dataclass
+class AnalyseErrors:
+    """Draw images once undisturbed and once for each scale with errors at that scale (MEPA, Fig. 1b).
+
+    Tokens of one scale are replaced by random others, and the later scales drawn on with the same randomness.
+    """
+
+    models: Positional[tuple[str, ...]]
+    """Checkpoint folders, or names on the Hugging Face hub."""
+    out: Path
+    """Folder for errors.json, errors.png (images growing) and distance.png (how far they end up)."""
+    names: tuple[str, ...] = ()
+    """What to call the models; default: by their folders."""
+    labels: str = ""
+    """Classes to draw in turn, indices or names: 3,7; empty = all."""
+    errors: Annotated[ErrorsConfig, arg(name="")] = field(default_factory=ErrorsConfig)
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line win."""
+
+    def run(self) -> None:
+        from nextscale.research.analysis.errors import analyse_errors
+
+        labels = parse_labels(self.labels) if self.labels else ()
+        report = analyse_errors(self.models, self.out, self.errors, self.settings, self.names, labels=labels)
+        for model in report["models"]:
+            far = ", ".join(f"{model['scales'][e['scale'] - 1]}: {e['image_distance']:.3f}" for e in model["errors"])
+            other = model["another_image"]["image_distance"]
+            print(f"{model['name']}: RMS distance by scale of the error {far}; another image: {other:.3f}")
+        print(f"see {self.out}/errors.png, distance.png, errors.json")
+
+
+@dataclass
+class AnalyseDynamic:
+    """What dynamic experts do: experts per token as maps, samples with fewer of them, FLOPs (DMoE-VAR, Fig. 2, 12).
+
+    Of a model that `nextscale sparsify` made; FLOPs are counted from what was executed.
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, or name on the Hugging Face hub."""
+    out: Path
+    """Folder for experts.png, samples.png and dynamic.json."""
+    shown: Annotated[DynamicShown, arg(name="")] = field(default_factory=DynamicShown)
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line win."""
+
+    def run(self) -> None:
+        from nextscale.research.analysis.dynamic import analyse_dynamic
+
+        report = analyse_dynamic(self.model, self.out, self.shown, self.settings)
+        for row in report["rows"]:
+            active = " ".join(f"{share:.0%}" for share in row["active_per_scale"])
+            print(f"{row['name']}: {row['share']:.1%} of the dense FLOPs; of the FFNs, per scale: {active}")
+        print(f"see {self.out}/experts.png, samples.png, dynamic.json")
+
+
+@dataclass
+class AnalyseConvergence:
+    """Validation and training losses of several runs, in all and per scale (MEPA, Fig. 5).
+
+    Says how many times sooner than the first run each one reaches the first one's lowest validation loss.
+    """
+
+    runs: Positional[tuple[str, ...]]
+    """Folders of `nextscale train`; the first one is the reference."""
+    out: Path
+    """Folder for convergence.json and convergence.png."""
+    names: tuple[str, ...] = ()
+    """What to call the runs; runs of one name become one curve, their mean. Default: by their folders."""
+
+    def run(self) -> None:
+        from nextscale.research.analysis.convergence import analyse_convergence
+
+        report = analyse_convergence(self.runs, self.out, self.names)
+        for curve in report["curves"]:
+            reached = f"step {curve['steps_to_target']:.0f}" if curve["speedup"] else "never"
+            sooner = f", {curve['speedup']:.2f} times as fast" if curve["speedup"] else ""
+            lowest = min(curve["validation_loss"])
+            print(f"{curve['name']}: lowest {lowest:.4f}; {report['target']:.4f} reached: {reached}{sooner}")
+        print(f"see {self.out}/convergence.png, convergence.json")

@@ -1,0 +1,173 @@
+"""Commands that turn one checkpoint into another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from nextscale.common.errors import UserError
+from nextscale.config.model import ExpertsConfig
+from nextscale.config.sparsify import SparsifyConfig
+from nextscale.pyramid import Pyramid
+
+
+@dataclass
+class Adapt:
+    """Carry a model over to other classes, another size or aspect, keeping what it has learnt; then fine-tune it."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    out: Path
+    """Folder to write."""
+    classes: str | None = None
+    """How many new classes (5), or their names; NAME=OLD starts from a class of the model: cat=281,dog,koi=goldfish."""
+    scales: str | None = None
+    """New sides of the token maps, coarse to fine: 1,2,3,4 or, for another aspect, 1x1,2x3,4x6."""
+    seed: int = 0
+    """Seed of the new class embeddings."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.adapt import adapt, parse_classes
+        from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+
+        checkpoint = read_checkpoint(self.model)
+        classes = parse_classes(self.classes, checkpoint.config) if self.classes else None
+        pyramid = Pyramid.parse(self.scales) if self.scales else None
+        adapted = adapt(checkpoint, classes, pyramid, self.seed)
+        write_checkpoint(self.out, adapted)
+        print(f"wrote {self.out}: {adapted.config.summary()}")
+
+
+@dataclass
+class Upcycle:
+    """Turn a dense model into a mixture of experts that computes the same (sparse upcycling); then train it on.
+
+    Every expert starts as a copy of the dense FFN; the routers are drawn. Gates are divided by their sum
+    (experts.renormalise), so that the first outputs equal the dense model's. Routers stmoe and smoe.
+    """
+
+    model: Positional[Path]
+    """Checkpoint folder of a dense model."""
+    out: Path
+    """Folder to write, for `nextscale train --start`."""
+    experts: ExpertsConfig = field(default_factory=lambda: ExpertsConfig(router="stmoe", renormalise=True))
+    noise: float = 0.0
+    """Make the copies differ from the start by normal noise, of this share of the spread of each weight. Copies that
+    receive different tokens part without it."""
+    seed: int = 0
+    """Seed of the routers and of the noise."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+        from nextscale.checkpoints.upcycle import upcycle
+
+        if not self.experts.renormalise:
+            raise UserError("experts.renormalise must stay true: gates that sum to less than 1 would weaken every FFN")
+        upcycled = upcycle(read_checkpoint(self.model), self.experts, self.seed, self.noise)
+        write_checkpoint(self.out, upcycled)
+        print(
+            f"wrote {self.out}: {self.experts.count} experts, {self.experts.active} active; {upcycled.config.summary()}"
+        )
+
+
+@dataclass
+class Sparsify:
+    """Turn a trained model into one whose compute can be turned down (DMoE-VAR).
+
+    FFNs (of a mixture each of its experts) are divided into experts, of which each token uses those that matter to it,
+    at the last scales. Stages: tune, split, routers, thresholds, and adapt before the last if asked for; finished ones
+    are not repeated, an interrupted one goes on. Then `nextscale sample OUT --budget 0.8`, or --tau: an expert runs
+    when its predicted norm is at least (1 - tau) times the largest.
+    """
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    out: Path
+    """Folder to write: a checkpoint as any other, sparsify.json, sparsify.png; stages/ can be deleted when all is
+    done."""
+    settings: Annotated[SparsifyConfig, arg(name="")] = field(default_factory=SparsifyConfig)
+    config: Path | None = None
+    """YAML or JSON file with settings; options on the command line win."""
+    accept_changes: bool = False
+    """Go on with a training though its settings have changed."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.sparsify.run import sparsify, summary
+        from nextscale.training.report import report_interruption
+
+        with report_interruption(self.out / "stages"), join_world(self.device) as world:
+            report = sparsify(self.model, self.out, self.settings, world, accept_changes=self.accept_changes)
+        if world.main:
+            print(summary(report, self.out))
+
+
+@dataclass
+class ImportOfficial:
+    """Turn official VAR or M-VAR checkpoints (.pth or .safetensors) into a nextscale folder, all tensors exactly."""
+
+    vae: Path
+    """The tokenizer, such as vae_ch160v4096z32.pth."""
+    out: Path
+    """Folder to write."""
+    var: Path | None = None
+    """The transformer, such as var_d16.pth or mvar_d16.pth; without it the folder holds a tokenizer alone."""
+    scales: str | None = None
+    """Sides of the token maps, coarse to fine (1,2,3,4 or 1x1,2x3,4x6), where the file does not say them."""
+    heads: int | None = None
+    """Attention heads, where the file does not say and they are not 64 wide."""
+    cosine_lookup: bool = False
+    """The tokenizer was trained with normalised codes (the official code's using_znorm)."""
+    phi_ratio: float = 0.5
+    """Share of the convolution in phi (the official code's quant_resi)."""
+    class_names: Path | None = None
+    """Text file with one class name per line, in label order."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import write_checkpoint
+        from nextscale.checkpoints.official import import_official
+        from nextscale.checkpoints.official_config import Hints
+
+        hints = Hints(
+            Pyramid.parse(self.scales) if self.scales else None,
+            self.heads,
+            self.phi_ratio,
+            self.cosine_lookup,
+            _lines(self.class_names) if self.class_names else (),
+        )
+        checkpoint = import_official(self.vae, self.var, hints)
+        write_checkpoint(self.out, checkpoint)
+        print(f"wrote {self.out}: {checkpoint.config.summary()}")
+
+
+@dataclass
+class ExportOfficial:
+    """Write a nextscale folder as official VAR or M-VAR checkpoints; the suffix chooses .pth or .safetensors."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    vae: Path | None = None
+    """Tokenizer file to write."""
+    var: Path | None = None
+    """Transformer file to write."""
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import read_checkpoint
+        from nextscale.checkpoints.official import export_official
+
+        if self.vae is None and self.var is None:
+            raise UserError("nothing to write: give --vae FILE, --var FILE, or both")
+        export_official(read_checkpoint(self.model), self.vae, self.var)
+        print("wrote " + " and ".join(str(p) for p in (self.vae, self.var) if p))
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read class names from {path}: {error}") from error

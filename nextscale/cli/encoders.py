@@ -1,0 +1,79 @@
+"""Commands for encoders that learn without labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from nextscale.config.encoder import EncoderRunConfig
+
+
+@dataclass
+class EncoderTrain:
+    """Train a small encoder on your own images without labels (MoCo v2), to guide a generator where DINO does not fit.
+
+    CONFIG is a YAML or JSON file, or the name of a recipe (encoder-cifar10, encoder-digits); options on the command
+    line win. Running the same command again goes on where an interrupted run stopped. Labels, where there are any,
+    measure how well it does (k-NN accuracy) and nothing else. Under torchrun or accelerate launch the processes share
+    the work.
+    """
+
+    config: Positional[Path]
+    """File with settings, or a recipe's name."""
+    data: str
+    """'digits', a folder of images or of class sub-folders, parquet, or owner/name on the Hugging Face hub."""
+    out: Path
+    """Folder to write: config.json, model.safetensors, curves.png, log.jsonl."""
+    settings: Annotated[EncoderRunConfig, arg(name="")] = field(default_factory=EncoderRunConfig)
+    untrained: bool = False
+    """Write the network as it would start, to compare with."""
+    accept_changes: bool = False
+    """Go on although settings have changed."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.training.encoder_run import train_encoder
+        from nextscale.training.report import report_interruption
+
+        with report_interruption(self.out), join_world(self.device) as world:
+            values = train_encoder(
+                self.settings, self.data, self.out, world,
+                accept_changes=self.accept_changes, untrained=self.untrained,
+            )  # fmt: skip
+        if world.main:
+            accuracy = f"; held-out k-NN accuracy {values['knn_accuracy']:.2%}" if "knn_accuracy" in values else ""
+            print(f"done: {self.out}{accuracy}")
+
+
+@dataclass
+class EncoderEvaluate:
+    """k-NN accuracy of an encoder: the class of each test image by a vote of its 20 nearest training images.
+
+    The vote is weighted (Wu et al. 2018, as DINO has it); an image's feature is the mean over its patches.
+    """
+
+    encoder: Positional[str]
+    """Folder that `nextscale encoder train` wrote; or any other encoder: DINO's folder or hub name, a file of MoCo v3,
+    the folder of a classifier of ours."""
+    data: str
+    """Labelled images that vote: a folder of class sub-folders, parquet, ..."""
+    test: str
+    """Labelled images that are measured."""
+    size: int = 0
+    """Read images at this side, which the encoder then resizes; 0 = the one that it was made for."""
+    out: Path | None = None
+    """JSON file to write."""
+
+    def run(self) -> None:
+        from nextscale.training.encoder_run import evaluate_encoder
+
+        report = evaluate_encoder(self.encoder, self.data, self.test, self.size, self.out)
+        print(
+            f"{report['test_images']} images: k-NN accuracy {report['knn_accuracy']:.2%} "
+            f"(k = {report['neighbours']}, bank of {report['data_images']})"
+        )

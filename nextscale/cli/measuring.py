@@ -1,0 +1,281 @@
+"""Commands that measure: feature networks of our own, generators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from nextscale.cli.use import Dtype
+from nextscale.common.errors import UserError
+from nextscale.config.classifier import ClassifierRunConfig
+from nextscale.config.sampling import SampleConfig
+
+Scale = Literal["tiny", "cifar", "paper"]
+
+
+@dataclass
+class Evaluate:
+    """Measure a generator: FID, sFID, Inception Score, precision, recall, FD-DINOv2, LPIPS; of images from anywhere.
+
+    Running the same command again goes on where it was stopped. Under torchrun the processes share the images.
+    """
+
+    source: Positional[str]
+    """Checkpoint folder; or pictures: a folder, a table, a data set on the hub; or an .npz of samples (arr_0, uint8,
+    N x H x W x 3) or of features (pool, spatial, logits)."""
+    out: Path
+    """The report, a JSON file. Features are kept in a folder of that name with .work."""
+    features: tuple[str, ...] = ()
+    """Feature networks: Inception's weight file (pt_inception-2015-12-05-6726825d.pth), the folder or hub name of
+    DINOv2, the folder of a classifier of ours."""
+    reference: tuple[str, ...] = ()
+    """What to compare with: pictures, or an .npz of statistics (ADM's, or `nextscale statistics`), one for each feature
+    network."""
+    num: int = 0
+    """Images; 0 = all that there are, 50,000 of a model."""
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line win."""
+    reconstruct: str = ""
+    """Pictures that the model's tokenizer reconstructs and that are measured in place of samples."""
+    against: str = ""
+    """Images to compare with in pairs, in any of the forms of SOURCE; of a model with the same seed and labels."""
+    lpips: tuple[Path, Path] | None = None
+    """LPIPS's two files: VGG-16 or AlexNet in torchvision's form, and the linear heads of LPIPS 0.1."""
+    size: int = 0
+    """Resize and centre-crop pictures to this; 0 = as they are, references as the images that are measured."""
+    images_out: Path | None = None
+    """Also write each image into this folder."""
+    batch_size: int = 50
+    """Images at once. It does not change a figure beyond rounding."""
+    shard: int = 1000
+    """Images between two points from which it can go on."""
+    dtype: Dtype | None = None
+    """What a model computes in; default float32 on a CPU, the stored type elsewhere."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.evaluation.run import Settings, as_text, evaluate
+
+        positive("--batch-size, --shard", self.batch_size, self.shard)
+        settings = Settings(
+            self.num, self.settings, self.size, shard=self.shard, batch=self.batch_size, dtype=self.dtype,
+            reconstruct=self.reconstruct,
+        )  # fmt: skip
+        with join_world(self.device) as world:
+            report = evaluate(
+                self.source, self.out, self.features, self.reference, settings, world,
+                against=self.against, lpips=self.lpips, images_out=self.images_out,
+            )  # fmt: skip
+        if report:
+            print(as_text(report, self.out))
+
+
+@dataclass
+class Statistics:
+    """Statistics of a data set under a feature network, for `nextscale evaluate --reference`.
+
+    The .npz has ADM's names (mu, sigma, mu_s, sigma_s), and features of some images for precision and recall.
+    """
+
+    data: Positional[str]
+    """Pictures (a folder, a table, a data set on the hub) or an .npz of samples."""
+    features: str
+    """Feature network, as in `nextscale evaluate`."""
+    out: Path
+    """The .npz file."""
+    size: int = 0
+    """Resize and centre-crop pictures to this; 0 = as they are."""
+    keep: int = 10_000
+    """Images whose features are kept, evenly spaced."""
+    batch_size: int = 50
+    """Images at once."""
+    shard: int = 1000
+    """Images between two points from which it can go on."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.evaluation.run import Settings, make_statistics
+
+        positive("--batch-size, --shard, --keep", self.batch_size, self.shard, self.keep)
+        settings = Settings(size=self.size, shard=self.shard, batch=self.batch_size)
+        with join_world(self.device) as world:
+            reference = make_statistics(self.data, self.features, self.out, settings, world, keep=self.keep)
+        if reference is not None:
+            print(f"wrote {self.out}: {reference.network} statistics of {reference.images} images")
+
+
+@dataclass
+class Bench:
+    """Time a model: seconds per image and scale, throughput, peak memory, FLOPs; with --against, two in alternation.
+
+    Prints a table and, last, one line of JSON.
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, or owner/name on the Hugging Face hub."""
+    against: str = ""
+    """Another model; each round times both, and the ratios are paired."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Images at once."""
+    dtypes: tuple[Dtype, ...] = ()
+    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    rounds: int = 5
+    """Timed rounds, after one to warm up."""
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line win."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        import json
+
+        from nextscale.evaluation.latency import as_text, bench
+
+        models = [self.model, self.against] if self.against else [self.model]
+        report = bench(models, self.batch_sizes, self.dtypes or (None,), self.rounds, self.settings, self.device)
+        print(as_text(report))
+        print(json.dumps(report))
+
+
+@dataclass
+class ExperimentList:
+    """List the tables and figures that one command makes."""
+
+    def run(self) -> None:
+        from nextscale.research.experiments.entry import names, read_entry
+
+        for name in names():
+            entry = read_entry(name)
+            print(f"{name:<20}{entry['title']}: {entry['source']}")
+
+
+@dataclass
+class ExperimentShow:
+    """Show an experiment: its rows, what was published, what it measures, needs and costs."""
+
+    name: Positional[str]
+    """As `nextscale experiment list` shows it."""
+    scale: Scale = "paper"
+    """tiny, cifar or paper."""
+    device: str = "auto"
+    """cpu shows the size for two CPU cores, where the scale has one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.research.experiments.entry import load
+        from nextscale.research.experiments.show import as_text
+
+        with join_world(self.device) as world:
+            print(as_text(load(self.name, self.scale, on_cpu=world.device.type == "cpu")))
+
+
+@dataclass
+class ExperimentRun:
+    """Run an experiment: a table with the published figures beside ours, a picture, JSON.
+
+    Running the same command again goes on where it was stopped; finished runs are not repeated.
+    """
+
+    name: Positional[str]
+    """As `nextscale experiment list` shows it."""
+    scale: Scale = "tiny"
+    """tiny (minutes, bundled digits), cifar (CIFAR-10, one GPU or two CPU cores), paper (as published)."""
+    out: Path = Path("runs/experiments")
+    """Folder for the runs of all experiments; results are in OUT/SCALE/NAME."""
+    model: str = ""
+    """A checkpoint that is measured as it is, where the rows differ in sampling alone; nothing is trained then."""
+    refiner: str = ""
+    """With --model, a second one that draws the late scales, where the experiment has a use for it."""
+    data: str = ""
+    """Images to train on, or a token cache."""
+    tokenizer: str = ""
+    """Checkpoint folder whose tokenizer is used."""
+    features: str = ""
+    """Feature network, as in `nextscale evaluate`."""
+    reference: str = ""
+    """What to compare with: pictures, or an .npz of statistics."""
+    encoder: str = ""
+    """What guides training, where the experiment compares models with semantic guidance (see `nextscale train`)."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.research.experiments.entry import load
+        from nextscale.research.experiments.run import resolve, run_experiment
+        from nextscale.training.report import report_interruption
+
+        with report_interruption(self.out), join_world(self.device) as world:
+            experiment = load(self.name, self.scale, on_cpu=world.device.type == "cpu")
+            options = ("model", "refiner", "data", "tokenizer", "features", "reference", "encoder")
+            given = {name: getattr(self, name) for name in options}
+            run_experiment(experiment, resolve(experiment, given), self.out, world)
+            if world.main:
+                folder = self.out / self.scale / self.name
+                print((folder / "table.md").read_text(encoding="utf-8"))
+                print(f"see {folder}/table.md, figure.png, results.json")
+
+
+@dataclass
+class ClassifierTrain:
+    """Train a small classifier, whose features then measure generators of such images (`nextscale evaluate`).
+
+    CONFIG is a YAML or JSON file, or the name of a recipe (classifier-cifar10); options on the command line win.
+    Running the same command again goes on where an interrupted run stopped.
+    """
+
+    config: Positional[Path]
+    """File with settings, or a recipe's name."""
+    data: str
+    """'digits', a folder of class sub-folders, parquet, or owner/name on the Hugging Face hub."""
+    out: Path
+    """Folder to write: config.json, model.safetensors, best/, curves.png, log.jsonl."""
+    settings: Annotated[ClassifierRunConfig, arg(name="")] = field(default_factory=ClassifierRunConfig)
+    accept_changes: bool = False
+    """Go on although settings have changed."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.training.classifier_run import train_classifier
+        from nextscale.training.report import report_interruption
+
+        with report_interruption(self.out), join_world(self.device) as world:
+            values = train_classifier(self.settings, self.data, self.out, world, accept_changes=self.accept_changes)
+        if values:
+            loss, accuracy = values["validation_loss"], values["validation_accuracy"]
+            print(f"done: {self.out}; held-out accuracy {accuracy:.2%}, cross-entropy {loss:.3f} nats")
+
+
+@dataclass
+class ClassifierEvaluate:
+    """Accuracy and cross-entropy of a classifier on a labelled set."""
+
+    model: Positional[Path]
+    """Folder that `nextscale classifier train` wrote."""
+    data: str
+    """'digits', a folder of class sub-folders, parquet, or owner/name on the Hugging Face hub."""
+    out: Path | None = None
+    """JSON file to write."""
+
+    def run(self) -> None:
+        from nextscale.training.classifier_run import evaluate_classifier
+
+        report = evaluate_classifier(self.model, self.data, self.out)
+        print(f"{report['images']} images: accuracy {report['accuracy']:.2%}, cross-entropy {report['loss']:.3f} nats")
+
+
+def positive(names: str, *values: int) -> None:
+    """Raise UserError unless all values are 1 or more."""
+    if min(values) < 1:
+        raise UserError(f"{names} must be 1 or more")

@@ -1,0 +1,128 @@
+"""The command line: parse, call, turn what users can mend into one line. `nextscale --help` needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import tyro
+
+from nextscale import __version__
+from nextscale.cli.commands import COMMANDS
+from nextscale.common.errors import UserError
+from nextscale.config.files import read_settings
+from nextscale.config.parse import nearest, underived
+
+_INTRO = f"""nextscale {__version__}: next-scale image generation.
+
+usage: nextscale COMMAND [OPTIONS]        nextscale COMMAND --help explains one command
+
+commands:
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status is 0; 2 for what the user can mend; 1 for a defect; 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(arguments)
+        if command is not None:
+            command.run()
+        return 0
+    except UserError as error:
+        return _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        print("nextscale: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `nextscale info ... | head`
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
+    except Exception as error:
+        if os.environ.get("NEXTSCALE_TRACEBACK"):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return _complain(f"{what[:500]} (unforeseen; NEXTSCALE_TRACEBACK=1 shows where)", 1)
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"nextscale: error: {text}", file=sys.stderr)
+    return status
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command with its options, or None when only help or the version was asked for."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_INTRO + "\n".join(f"  {n:<20}{_summary(c)}" for n, c in COMMANDS.items()))
+        return None
+    if arguments[0] in ("-V", "--version"):
+        print(f"nextscale {__version__}")
+        return None
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
+    if name not in COMMANDS:
+        name = " ".join(arguments[:2]) if any(c.startswith(f"{name} ") for c in COMMANDS) else name
+        raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}")
+    kind, rest = COMMANDS[name], _spread(rest)
+    return tyro.cli(
+        kind,
+        prog=f"nextscale {name}",
+        description=inspect.cleandoc(kind.__doc__ or ""),
+        args=rest,
+        default=defaults(kind, rest),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """The arguments with the list after --tau in words of its own: 0.82,0.81 is as good as 0.82 0.81."""
+    out: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if option == "--tau" and equals:
+            out += [option, *value.split(",")]
+        else:
+            out += [n for n in argument.split(",") if n] if before == "--tau" else [argument]
+    return out
+
+
+def defaults(kind: type, arguments: list[str]) -> Any:
+    """The command with the settings that --config FILE names, or None where there is no such option."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if "settings" not in fields:
+        return None
+    path = (
+        _config_option(arguments) if "config" in fields and fields["config"].default is None else _first_word(arguments)
+    )
+    if path is None:
+        return None
+    settings = read_settings(get_type_hints(kind)["settings"], path)
+    required = {n: tyro.MISSING for n, f in fields.items() if f.default is f.default_factory}  # both are "missing"
+    return kind(**required, settings=underived(settings))
+
+
+def _first_word(arguments: list[str]) -> Path | None:
+    """The config where it is a command's first word, as in `tokenizer train CONFIG`."""
+    return Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+
+
+def _config_option(arguments: list[str]) -> Path | None:
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--config":
+            following = arguments[i + 1 : i + 2]
+            return Path(value) if equals else Path(following[0]) if following else None
+    return None
+
+
+def _summary(command: type) -> str:
+    return (command.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Commands that make a model: quickstart, tokenizer, token cache, generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from nextscale.common.errors import UserError
+from nextscale.config.data import DataConfig
+from nextscale.config.quickstart import QuickstartConfig
+from nextscale.config.tokenizer_training import TokenizerRunConfig
+from nextscale.config.transformer_training import RunConfig
+
+
+@dataclass
+class Quickstart:
+    """Train a small tokenizer and model on images, sample, and measure: the whole road in minutes.
+
+    Without options it uses scikit-learn's bundled digits. Give your own images with --data. Settings can also
+    come from a YAML or JSON file (--config FILE); options on the command line win. Running the same command again
+    goes on where an interrupted run stopped.
+    """
+
+    settings: Annotated[QuickstartConfig, arg(name="")] = field(default_factory=QuickstartConfig)
+    out: Path = Path("runs/quickstart")
+    """Run folder: checkpoints, pictures, curves, metrics.json. `nextscale sample` takes it as a model."""
+    config: Path | None = None
+    """YAML or JSON file with settings, in the form of the run folder's quickstart.json."""
+
+    def run(self) -> None:
+        from nextscale.quickstart.run import run_quickstart
+        from nextscale.training.report import quickstart_report, report_interruption
+
+        with report_interruption(self.out):
+            metrics = run_quickstart(self.settings, self.out)
+        print("\n" + quickstart_report(metrics, self.out))
+
+
+@dataclass
+class TokenizerTrain:
+    """Train a tokenizer on your own images, from scratch or from an imported one.
+
+    CONFIG is a YAML or JSON file, or the name of a recipe (tokenizer-cifar10); options on the command line win.
+    Running the same command again goes on where an interrupted run stopped. Under torchrun or accelerate launch the
+    processes share the work.
+    """
+
+    config: Positional[Path]
+    """File with settings, or a recipe's name."""
+    data: str
+    """'digits', a folder of images or of class sub-folders, or a .parquet file with columns image and label."""
+    out: Path
+    """Folder to write: a checkpoint, reconstructions.png, curves.png, evaluation.json, log.jsonl."""
+    settings: Annotated[TokenizerRunConfig, arg(name="")] = field(default_factory=TokenizerRunConfig)
+    accept_changes: bool = False
+    """Go on although settings have changed."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.training.report import report_interruption, tokenizer_report
+        from nextscale.training.tokenizer_run import train_tokenizer
+
+        with report_interruption(self.out), join_world(self.device) as world:
+            report = train_tokenizer(self.settings, self.data, self.out, world, accept_changes=self.accept_changes)
+        if report:
+            print(tokenizer_report(report))
+
+
+@dataclass
+class TokenizerEvaluate:
+    """Measure a tokenizer: PSNR, SSIM, codebook usage and perplexity, and a picture of each scale's share."""
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    data: str
+    """'digits', a folder of images or of class sub-folders, or a .parquet file with columns image and label."""
+    out: Path | None = None
+    """Folder for report.json and reconstructions.png."""
+    limit: int = 1_000_000
+    """Use at most this many images, chosen at random."""
+
+    def run(self) -> None:
+        from nextscale.training.report import tokenizer_report
+        from nextscale.training.tokenizer_run import evaluate_folder
+
+        print(tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out)))
+
+
+@dataclass
+class Tokenize:
+    """Encode a data set once, into a cache of tokens that `nextscale train` reads instead of pictures.
+
+    Running the same command again goes on where it was stopped. Under torchrun the processes share the shards.
+    """
+
+    data: Positional[str]
+    """'digits', a folder of images or of class sub-folders, parquet, or owner/name on the Hugging Face hub."""
+    tokenizer: Path
+    """Checkpoint folder whose tokenizer is used."""
+    out: Path
+    """Folder of the cache."""
+    images: DataConfig = field(default_factory=DataConfig)
+    views: int = 1
+    """Encode each training image this often, cut and mirrored anew each time."""
+    encoder: str = ""
+    """Also keep the features of a self-supervised encoder (DINOv2, DINOv3): its folder, or its name on the hub."""
+    shard: int = 8192
+    """Images per file."""
+    batch_size: int = 64
+    """Images encoded at once. It does not change a token."""
+    seed: int = 0
+    """Of the split, the cuts and the mirroring."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.common.distributed import join_world
+        from nextscale.training.tokenize import tokenize
+
+        if min(self.views, self.shard, self.batch_size) < 1:
+            raise UserError("--views, --shard and --batch-size must be 1 or more")
+        with join_world(self.device) as world:
+            tokenize(
+                self.data, self.tokenizer, self.out, self.images, self.seed, world,
+                views=self.views, shard=self.shard, batch=self.batch_size, encoder=self.encoder,
+            )  # fmt: skip
+
+
+@dataclass
+class Train:
+    """Train a generator on your own images, from scratch or from a checkpoint.
+
+    CONFIG is a YAML or JSON file, or the name of a recipe (var-d16, cifar10); options on the command line win. An
+    unfinished run in --out goes on where it was stopped. Under torchrun or accelerate launch the processes share the
+    work.
+    """
+
+    config: Positional[Path]
+    """File with settings, or a recipe's name."""
+    out: Path
+    """Run folder: what `nextscale sample` takes, best/, samples, curves.png, log.jsonl, training states."""
+    settings: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
+    extend: bool = False
+    """Go on with a finished run: give more --train.steps."""
+    accept_changes: bool = False
+    """Go on although settings have changed."""
+    dry_run: bool = False
+    """Only print parameters, memory, arithmetic and time."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        if self.dry_run:
+            from nextscale.training.estimate import estimate
+
+            print(estimate(self.settings))
+            return
+        _train(self.settings, self.out, self.device, self.extend, self.accept_changes)
+
+
+@dataclass
+class Resume:
+    """Go on with a run of `nextscale train` that was stopped, with the settings it was started with."""
+
+    out: Positional[Path]
+    """Run folder."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def run(self) -> None:
+        from nextscale.training.transformer_run import read_run
+
+        _train(read_run(self.out), self.out, self.device, extend=False, accept_changes=False)
+
+
+def _train(settings: RunConfig, out: Path, device: str, extend: bool, accept_changes: bool) -> None:
+    from nextscale.common.distributed import join_world
+    from nextscale.training.report import report_interruption, training_report
+    from nextscale.training.transformer_run import train_transformer
+
+    with report_interruption(out), join_world(device) as world:
+        values = train_transformer(settings, out, world, extend=extend, accept_changes=accept_changes)
+    if world.main:
+        print(training_report(values, out))

@@ -1,0 +1,190 @@
+"""Commands that use a model: draw, reconstruct, edit, describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from nextscale.common.errors import UserError
+from nextscale.config.sampling import SampleConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class Sample:
+    """Generate images from a model and write them as one grid."""
+
+    model: Positional[str]
+    """Checkpoint folder, or owner/name on the Hugging Face hub."""
+    labels: str
+    """Classes to draw, separated by commas: indices or names, or 'none' for no label. One image for each."""
+    out: Path
+    """The grid, a PNG file."""
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with settings (cfg, top_k, top_p, temperature, seed, smooth, official_seeding); options on the
+    command line win."""
+    tokens_out: Path | None = None
+    """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine) and `images`
+    (float32, B x 3 x H x W in 0 to 1)."""
+    images_out: Path | None = None
+    """Also write each image into this folder."""
+    batch_size: int = 16
+    """Images at once, 1 or more. It does not change an image; --official-seeding makes one batch of all."""
+    dtype: Dtype | None = None
+    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        from nextscale.pipeline import Pipeline
+
+        labels = parse_labels(self.labels)
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be 1 or more; got {self.batch_size}")
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
+        _write_outputs(images, self.out, self.tokens_out, self.images_out)
+        print(f"wrote {len(labels)} images to {self.out}")
+
+
+@dataclass
+class Reconstruct:
+    """Send images through the tokenizer and back, to see what it keeps.
+
+    An image of the model's size is used as it is; another is resized on its short side and centre-cropped.
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, or owner/name on the Hugging Face hub."""
+    images: Positional[tuple[Path, ...]]
+    """Image files."""
+    out: Path
+    """The reconstructions as one grid, a PNG file."""
+    tokens_out: Path | None = None
+    """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
+    images_out: Path | None = None
+    """Also write each reconstruction into this folder."""
+    dtype: Dtype | None = None
+    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        from nextscale.pipeline import Pipeline
+
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        _say_enlarged(self.images, pipeline.config.image_size)
+        images = pipeline.reconstruct(self.images)
+        _write_outputs(images, self.out, self.tokens_out, self.images_out)
+        print(f"wrote {len(self.images)} reconstructions to {self.out}")
+
+
+@dataclass
+class Edit:
+    """Repaint part of an image: in-painting, out-painting, or another class inside the mask."""
+
+    model: Positional[str]
+    """Checkpoint folder, or owner/name on the Hugging Face hub."""
+    image: Positional[Path]
+    """Image file; one of another size than the model's is resized on its short side and centre-cropped."""
+    mask: Path
+    """Picture of the image's size: white stays, black is repainted."""
+    out: Path
+    """The edited image, a PNG file."""
+    label: str = "none"
+    """Class to paint, index or name; 'none' continues the image."""
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line win."""
+    tokens_out: Path | None = None
+    """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
+    dtype: Dtype | None = None
+    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        from nextscale.data.images import load_mask
+        from nextscale.pipeline import Pipeline
+
+        labels = parse_labels(self.label)
+        if len(labels) != 1:
+            raise UserError(f"--label takes one class; got '{self.label}'")
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        _say_enlarged([self.image], pipeline.config.image_size)
+        mask, resized = load_mask(self.mask, self.image, pipeline.config.image_size)
+        if resized:
+            print(f"note: {self.mask} is not of the size of {self.image} and was resized to it")
+        if not (mask <= 0.5).any():
+            print(f"note: {self.mask} keeps everything (it is white); the result is the reconstruction")
+        elif not (mask > 0.5).any():
+            print(f"note: {self.mask} keeps nothing (it is black); the result is a plain sample")
+        images = pipeline.edit(self.image, mask, labels[0], self.settings)
+        _write_outputs(images, self.out, self.tokens_out, None, as_grid=False)
+        print(f"wrote {self.out}")
+
+
+@dataclass
+class Info:
+    """Show parameters, FLOPs and memory per scale of a named model (var-d12 ... var-d36) or a checkpoint folder."""
+
+    model: Positional[str]
+    """Name or folder."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        import json
+
+        from nextscale.info import as_text, describe
+
+        facts = describe(self.model)
+        print(json.dumps(facts, indent=2) if self.json else as_text(facts))
+
+
+def parse_labels(text: str) -> list[str | None]:
+    """ "3,7,none,cat" as ["3", "7", None, "cat"]; the pipeline knows which are names and which are indices."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"--labels '{text}' has an empty entry; write indices or names separated by commas: 3,7")
+    return [None if part == "none" else part for part in parts]
+
+
+def _say_enlarged(images: Sequence[Path], size: tuple[int, int]) -> None:
+    """One line for each image that is smaller than the model's size (height, width)."""
+    from nextscale.data.images import load_image
+
+    for path in images:
+        width, height = load_image(path).size
+        if height < size[0] or width < size[1]:
+            print(f"note: {path} is {width} x {height}, smaller than the model's {size[1]} x {size[0]}; it is enlarged")
+
+
+def _write_outputs(  # type: ignore[no-untyped-def]
+    images, out: Path, tokens_out: Path | None, images_out: Path | None, *, as_grid: bool = True
+) -> None:
+    """Write the picture and what --tokens-out and --images-out ask for; all replace older files together, or none."""
+    from safetensors.torch import save_file
+
+    from nextscale.common.files import replacing
+    from nextscale.common.pictures import tile, write_image
+
+    pictures = images.pil()
+    names = [
+        f"{i:05d}_{''.join(c if c.isalnum() else '_' for c in caption)}.png"
+        for i, caption in enumerate(images.captions)
+    ]
+    singles = [images_out / name for name in names] if images_out else []
+    tables = [tokens_out] if tokens_out else []
+    with replacing(out, *tables, *singles) as (sheet, *drafts):
+        write_image(tile(pictures, images.captions) if as_grid else pictures[0], sheet)
+        if tables:
+            save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, drafts.pop(0))
+        for picture, draft in zip(pictures, drafts, strict=False):
+            write_image(picture, draft)

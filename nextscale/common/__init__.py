@@ -1,0 +1,1 @@
+"""What every part uses: errors, files, randomness, devices, processes, pictures."""

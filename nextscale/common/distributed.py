@@ -1,0 +1,85 @@
+"""The processes that train together: torch.distributed as torchrun or accelerate launch set it up, or one alone.
+
+Plain torch.distributed and not Accelerate: what the loop needs, DDP, FSDP2 and states that do not depend on the number
+of processes, is torch's own, and both launchers set what it reads: RANK, WORLD_SIZE, LOCAL_RANK, the master's address.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nextscale.common.devices import find_device, keep_freed_memory
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in their order; each gives equally many."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set in some process."""
+        if self.size == 1:
+            return list(flags)
+        return self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)).gt(0).tolist()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """The world that the launcher's environment describes. `device`: cpu, cuda, cuda:1, or auto for what there is."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if place.type == "cpu":
+        keep_freed_memory()  # the same tensors come again in every step
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,1 @@
+"""All settings, one file for each part. Needs no torch."""

@@ -1,0 +1,111 @@
+"""Settings of encoder training. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nextscale.config.data import DataConfig
+from nextscale.config.parse import check
+from nextscale.config.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A residual CNN with group norm, so that an image's features do not depend on its batch."""
+
+    image_size: int = 32
+    """Side of the square images that it is trained on."""
+    widths: tuple[int, ...] = (64, 128)
+    """Channels of the stages; each halves the resolution, and the last one's are the features' width."""
+    blocks: tuple[int, ...] = (1, 2)
+    """Residual convolutions of each stage."""
+    groups: int = 16
+    """Groups of every norm; must divide all widths."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "widths must be 1 to 8 numbers that groups divides": 1 <= len(self.widths) <= 8
+            and self.groups >= 1
+            and all(w >= 1 and w % self.groups == 0 for w in self.widths),
+            "blocks must be one number of 0 or more for each of the widths": len(self.blocks) == len(self.widths)
+            and min(self.blocks) >= 0,
+            "image_size must be a multiple of 2 for each of the widths": self.image_size >= 8
+            and self.image_size % self.patch == 0,
+        }
+        check("encoder", self, rules)
+
+    @property
+    def patch(self) -> int:
+        """Pixels per cell of the last map, along each side."""
+        return int(2 ** len(self.widths))
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How an image becomes the two views whose features should be alike. Defaults: MoCo v2's, without its blur."""
+
+    smallest_crop: float = 0.2
+    """A view is a cut of this share of the image's area to all of it, of aspect 3:4 to 4:3, resized to the whole."""
+    flip: bool = True
+    """Mirror half of the views."""
+    jitter: float = 0.4
+    """Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter."""
+    hue: float = 0.1
+    """Colours are turned by up to this share of the circle, in both directions."""
+    jitter_share: float = 0.8
+    """Share of views whose colours are changed so."""
+    grey_share: float = 0.2
+    """Share of views without colour."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "smallest_crop must lie between 0 and 1": 0 < self.smallest_crop <= 1,
+            "jitter must lie in 0 to 1": 0 <= self.jitter <= 1,
+            "hue must lie in 0 to 0.5": 0 <= self.hue <= 0.5,
+            "jitter_share must lie in 0 to 1": 0 <= self.jitter_share <= 1,
+            "grey_share must lie in 0 to 1": 0 <= self.grey_share <= 1,
+        }
+        check("views", self, rules)
+
+
+@dataclass(frozen=True)
+class MocoConfig:
+    """MoCo v2 (Chen et al. 2020, arXiv 2003.04297). Defaults for small images and short runs: published are a queue of
+    65,536 keys, momentum 0.999 and a hidden width of 2,048."""
+
+    queue: int = 4096
+    """Keys of earlier images that a view should differ from."""
+    momentum: float = 0.99
+    """How slowly the encoder of keys follows the one that is trained."""
+    temperature: float = 0.2
+    hidden: int = 256
+    """Hidden width of the head, which is only there to train."""
+    key_width: int = 128
+
+    def __post_init__(self) -> None:
+        rules = {f"{n} must be 1 or more": getattr(self, n) >= 1 for n in ("queue", "hidden", "key_width")}
+        rules |= {
+            "momentum must lie in 0 to below 1": 0 <= self.momentum < 1,
+            "temperature must be above 0": self.temperature > 0,
+        }
+        check("moco", self, rules)
+
+
+@dataclass(frozen=True)
+class EncoderRunConfig:
+    """A whole run of `nextscale encoder train`."""
+
+    images: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    moco: MocoConfig = field(default_factory=MocoConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3, save_every=500))
+    """Its label_drop, label_smoothing and drop_path have no meaning here."""
+    bank: int = 5000
+    """Training images that features are standardised on, and that held-out ones are compared with while training."""
+
+    def __post_init__(self) -> None:
+        rules = {"bank must be 1 or more": self.bank >= 1}
+        check("run", self, rules)
+        batch = self.train.batch_size
+        check("moco", self.moco, {f"queue must hold a batch ({batch}) at least": self.moco.queue >= batch})

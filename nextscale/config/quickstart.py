@@ -1,0 +1,90 @@
+"""Settings of the quickstart. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nextscale.common.errors import UserError
+from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
+from nextscale.config.model import AlignmentConfig, ExpertsConfig, TokenizerConfig, TransformerConfig
+from nextscale.config.sampling import SampleConfig
+from nextscale.config.tokenizer_training import derive_pyramid
+from nextscale.config.training import TrainConfig
+from nextscale.config.transformer_training import LossConfig
+from nextscale.pyramid import Pyramid
+
+
+def _tokenizer() -> TokenizerConfig:
+    return TokenizerConfig(
+        vocab_size=128,
+        code_width=8,
+        base_channels=32,
+        channel_multipliers=(1, 1, 2),
+        res_blocks=1,
+        attention=False,
+    )
+
+
+def _transformer() -> TransformerConfig:
+    experts = ExpertsConfig(router="stmoe", count=8, active=3)
+    head = AlignmentConfig(hidden=256)
+    return TransformerConfig(depth=4, width=192, heads=6, ffn_ratio=2, experts=experts, alignment=head)
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Train a small tokenizer, a self-supervised encoder and a small class-conditional MEPA on one machine: a mixture
+    of experts (STMoE), guided by the encoder's features. Then sample and measure.
+
+    The defaults are sized for the bundled digits and two CPU cores. A dense VAR: transformer.experts.router none and
+    loss.encoder "".
+    """
+
+    data: str = "digits"
+    """'digits' (scikit-learn's, no download), a folder of images or of class sub-folders, or a .parquet file with
+    columns image and label."""
+    image_size: int = 0
+    """Side of the square images in pixels; 0 means 16 for the digits and 32 for others."""
+    scales: str = ""
+    """Sides of the token maps, coarse to fine, such as 1,2,3,4; empty derives them from the image size."""
+    limit: int = 20000
+    """Use at most this many images of a larger set, chosen at random."""
+    held_out: float = 0.2
+    """Share of the images kept from training, to measure with."""
+    seed: int = 0
+    tokenizer: TokenizerConfig = field(default_factory=_tokenizer)
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(widths=(32, 64), blocks=(1, 1), groups=8))
+    """Its features guide the transformer. Its image_size follows the images'."""
+    moco: MocoConfig = field(default_factory=lambda: MocoConfig(queue=1024, hidden=128, key_width=64))
+    views: ViewConfig = field(default_factory=lambda: ViewConfig(smallest_crop=0.4, flip=False, hue=0.0))
+    transformer: TransformerConfig = field(default_factory=_transformer)
+    """The number of classes is taken from the data."""
+    loss: LossConfig = field(default_factory=lambda: LossConfig(encoder="own"))
+    """encoder: 'own' for the one trained here, or empty for no guidance."""
+    train_tokenizer: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=800, batch_size=32, learning_rate=2e-3, save_every=100)
+    )
+    train_encoder: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=150, batch_size=128, learning_rate=2e-3, save_every=50)
+    )
+    train_transformer: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=220, learning_rate=2e-3, weight_decay=0.1, drop_path=0.2, save_every=100
+        )
+    )
+    sampling: SampleConfig = field(default_factory=lambda: SampleConfig(cfg=1.0, top_k=0, top_p=0.95))
+    measure_images: int = 2000
+    """Generated images that the second classifier is fitted on; the first one reads up to 500 of them."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise UserError(f"quickstart: held_out must lie between 0 and 1; got {self.held_out}")
+        if self.limit < 1 or self.measure_images < 1:
+            raise UserError("quickstart: limit and measure_images must be at least 1")
+        if self.loss.encoder not in ("own", ""):
+            raise UserError(f"quickstart: loss.encoder is '{self.loss.encoder}'; give own, or nothing for no guidance")
+
+    def geometry(self) -> tuple[int, Pyramid]:
+        """Image size in pixels, and the pyramid."""
+        size = self.image_size or (16 if self.data == "digits" else 32)
+        return size, derive_pyramid(size, self.tokenizer.downsampling, self.scales)

@@ -1,0 +1,100 @@
+"""Settings of tokenizer training. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nextscale.common.errors import UserError
+from nextscale.config.data import DataConfig
+from nextscale.config.model import TokenizerConfig
+from nextscale.config.training import TrainConfig
+from nextscale.pyramid import Pyramid
+
+
+@dataclass(frozen=True)
+class TokenizerLossConfig:
+    """Weights of the losses. Codebook and commitment losses always count once; beta is in the tokenizer's config."""
+
+    l1: float = 1.0
+    l2: float = 1.0
+    lpips: float = 0.0
+    """Perceptual loss; above 0 it needs both files below."""
+    lpips_vgg: str = ""
+    """VGG-16 weights in torchvision's form (vgg16-397923af.pth, or the same tensors in safetensors)."""
+    lpips_linear: str = ""
+    """LPIPS 0.1 linear heads for VGG (vgg.pth of the LPIPS repository, or safetensors)."""
+    adversarial: float = 0.0
+    """Patch discriminator with hinge loss; the weight is further adapted to the reconstruction's gradient (VQGAN)."""
+    adversarial_start: int = 1000
+    """Steps before the discriminator counts; it learns from the start."""
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "l2", "lpips", "adversarial"):
+            if getattr(self, name) < 0:
+                raise UserError(f"losses: {name} must be 0 or more; got {getattr(self, name)}")
+        if self.lpips > 0 and not (self.lpips_vgg and self.lpips_linear):
+            raise UserError(
+                "losses: lpips needs two weight files: lpips_vgg (torchvision's vgg16-397923af.pth) and lpips_linear "
+                "(vgg.pth of the LPIPS repository, version 0.1); or set lpips to 0"
+            )
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """How codes learn, and what happens to those that nobody uses."""
+
+    update: Literal["gradient", "ema"] = "gradient"
+    """By the codebook loss, or as moving averages of the vectors that chose them."""
+    ema_decay: float = 0.99
+    revive_every: int = 50
+    """Steps between revivals of dead codes; 0 = never."""
+    revive_below: float = 0.05
+    """A code is dead when it is chosen less often than this share of the average code (moving average)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ema_decay < 1 or self.revive_every < 0 or not 0 <= self.revive_below < 1:
+            raise UserError(
+                f"codebook: ema_decay must lie between 0 and 1 (got {self.ema_decay}), revive_every be 0 or more "
+                f"(got {self.revive_every}), revive_below lie in 0 to below 1 (got {self.revive_below})"
+            )
+
+
+@dataclass(frozen=True)
+class TokenizerRunConfig:
+    """A whole run of `nextscale tokenizer train`."""
+
+    image_size: int = 0
+    """Side of the square images in pixels; 0 means that of the start checkpoint, else 32."""
+    scales: str = ""
+    """Sides of the token maps, coarse to fine; empty keeps those of the start checkpoint at its size, else derives
+    them from the image size."""
+    images: DataConfig = field(default_factory=DataConfig)
+    start: str = ""
+    """Checkpoint folder to fine-tune from (an imported official tokenizer, say); its tokenizer settings then hold."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-3, save_every=500))
+    losses: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+
+
+def derive_pyramid(size: int, factor: int, scales: str) -> Pyramid:
+    """The pyramid for square images of `size` pixels and a tokenizer that reduces `factor` times.
+
+    `scales` as text, or empty for sides like the published ones up to size / factor. UserError when they do not fit.
+    """
+    if size < factor or size % factor:
+        raise UserError(f"image_size {size} must be a multiple of {factor}, the tokenizer's reduction")
+    last = size // factor
+    if not scales:
+        sides = [s for s in (1, 2, 3, 4, 6, 8, 10, 13, 16, 24, 32) if s < last]
+        return Pyramid.parse(" ".join(map(str, [*sides, last])))
+    pyramid = Pyramid.parse(scales)
+    if pyramid.last != (last, last):
+        raise UserError(
+            f"the last of the scales {pyramid} must be {last} for images of {size} pixels and a tokenizer that "
+            f"reduces {factor} times"
+        )
+    return pyramid

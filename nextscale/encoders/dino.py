@@ -1,0 +1,84 @@
+"""DINOv2 and DINOv3 from a local folder or the Hugging Face hub, by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.common.errors import UserError
+from nextscale.common.files import read_json
+from nextscale.encoders.network import Features
+from nextscale.encoders.patches import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
+
+_KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+_SIDE = 224
+WANTED = "a folder with config.json and model.safetensors of DINOv2 or DINOv3, or such a model's name on the hub"
+
+
+class Dino(PatchEncoder):
+    """A vision transformer of transformers, without its special tokens. Made for the multiple of its patch in 224."""
+
+    def __init__(self, model: Any, special: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        patch = int(model.config.patch_size)
+        kind, width = str(model.config.model_type), int(model.config.hidden_size)
+        super().__init__(kind, patch, width, _SIDE // patch * patch, mean, std)
+        self.model, self.special = model.eval().requires_grad_(False), special
+
+    def look(self, normal_B3HW: Tensor) -> Tensor:
+        grid = [side // self.patch for side in normal_B3HW.shape[-2:]]
+        return self.model(normal_B3HW).last_hidden_state[:, self.special :].unflatten(1, grid)
+
+    @torch.no_grad()
+    def class_token(self, image_B3HW: Tensor) -> Tensor:
+        """The class token of the last layer (B, C), float32, of images in [-1, 1]."""
+        return self.model(self.prepared(image_B3HW, self.grid)).last_hidden_state[:, 0].float()
+
+
+class ClassToken(nn.Module):
+    """DINO's class token as the feature of a whole image: what FD-DINOv2 is made of (Stein et al. 2023)."""
+
+    def __init__(self, encoder: Dino):
+        super().__init__()
+        self.encoder, self.name = encoder, encoder.kind
+
+    @torch.no_grad()
+    def forward(self, image_B3HW: Tensor) -> Features:
+        """Of uint8 images, resized to the largest multiple of the patch within 224 pixels (bicubic, antialiased)."""
+        return Features(self.encoder.class_token(image_B3HW.float() / 127.5 - 1))
+
+    def fingerprint(self) -> str:
+        """A checksum of the weights."""
+        return self.encoder.fingerprint()
+
+
+def load_dino(source: str) -> Dino:
+    """DINOv2 or DINOv3 from a folder with config.json and model.safetensors (as transformers writes it), or a hub name.
+
+    Raises UserError when transformers is missing, when there is no such encoder, or when it is of another kind.
+    """
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError:
+        raise UserError("DINOv2 and DINOv3 are read by transformers: pip install 'nextscale[features]'") from None
+    try:
+        config: Any = AutoConfig.from_pretrained(source)
+        if config.model_type not in _KINDS:
+            raise UserError(f"{source} is a '{config.model_type}'; encoders are {', '.join(_KINDS)}")
+        model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load an encoder from '{source}' ({reason}); it wants {WANTED}") from error
+    special = 1 + getattr(config, "num_register_tokens", 0)
+    return Dino(model, special, *_normalisation(Path(source)))
+
+
+def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation from the encoder's preprocessor_config.json, else ImageNet's."""
+    path = folder / "preprocessor_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    return tuple(settings.get("image_mean", IMAGENET_MEAN)), tuple(settings.get("image_std", IMAGENET_STD))

@@ -1,0 +1,57 @@
+"""Peak memory of sampling. On a CPU it is that of a fresh process:
+
+python -m nextscale.evaluation.peak_memory MODEL DTYPE BATCH SETTINGS   prints the process's peak resident bytes
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from nextscale.common.errors import UserError
+from nextscale.config.parse import from_dict, to_dict
+from nextscale.config.sampling import SampleConfig
+from nextscale.pipeline import Pipeline
+
+
+def peak_memory(model: str, dtype: str | None, batch: int, settings: SampleConfig, pipeline: Pipeline) -> int:
+    """Bytes: of the device where the pipeline is on one, else of a process that loads the model and samples once.
+
+    0 where the system does not tell.
+    """
+    if pipeline.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(pipeline.device)
+        pipeline.sample([None] * batch, settings, batch_size=batch)
+        return torch.cuda.max_memory_allocated(pipeline.device)
+    arguments = [model, dtype or "", str(batch), json.dumps(to_dict(settings))]
+    command = [sys.executable, "-m", "nextscale.evaluation.peak_memory", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+        raise UserError(f"measuring the memory of {model} failed, perhaps for want of memory: {reason}")
+    return int(run.stdout)
+
+
+def main() -> None:
+    """Load, sample once, print the peak."""
+    model, dtype, batch, settings = sys.argv[1:]
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype or None)
+    pipeline.sample([None] * int(batch), from_dict(SampleConfig, json.loads(settings)), batch_size=int(batch))
+    print(peak_resident())
+
+
+def peak_resident() -> int:
+    """Most bytes of memory that this process has held so far; 0 where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Pictures of an experiment's trained models, each by the analysis that `nextscale analyse` also makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nextscale.common.pictures import grid
+from nextscale.config.analysis import AnalysisConfig, DynamicShown, ErrorsConfig
+from nextscale.config.sampling import SampleConfig
+from nextscale.pipeline import Pipeline
+from nextscale.research.analysis.convergence import analyse_convergence
+from nextscale.research.analysis.dynamic import analyse_dynamic
+from nextscale.research.analysis.errors import analyse_errors
+from nextscale.research.analysis.features import analyse_features
+from nextscale.research.analysis.routing import analyse_routing
+from nextscale.training.transformer_run import read_run
+
+_COLUMNS, _CLASSES = 8, 4
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A trained model of a row."""
+
+    name: str
+    folder: Path
+    sampling: SampleConfig
+
+
+def draw(picture: str, models: Sequence[Shown], out: Path, device: str) -> None:
+    """Write PICTURE.png into `out`, of an analysis also what it found as PICTURE.json. Several models of one name are
+    one setting with several seeds."""
+    folders, names = [str(m.folder) for m in models], [m.name for m in models]
+    if picture == "samples":
+        return _samples(models, out / "samples.png", device)
+    if picture == "dynamic":
+        model = models[-1]
+        analyse_dynamic(str(model.folder), out, DynamicShown(device=device), model.sampling)
+        return
+    if picture == "convergence":
+        analyse_convergence(folders, out, names)
+        return
+    if picture == "errors":
+        analyse_errors(folders, out, ErrorsConfig(device=device), models[0].sampling, names)
+        return
+    run = read_run(models[0].folder)
+    config = AnalysisConfig(images=run.images, seed=run.train.seed, device=device)
+    if picture == "features":
+        analyse_features(folders, run.data, out, config, names)
+        return
+    assert picture == "routing", f"there is no picture '{picture}'"
+    analyse_routing(folders, run.data, out, config, names)
+
+
+def _samples(models: Sequence[Shown], path: Path, device: str) -> None:
+    """Samples of each model in turn, a row for each of the first classes."""
+    tensors, captions = [], []
+    for model in models:
+        pipeline = Pipeline.from_pretrained(str(model.folder), device=device)
+        classes = range(min(pipeline.transformer.config.condition.num_classes, _CLASSES))
+        images = pipeline.sample([c for c in classes for _ in range(_COLUMNS)], model.sampling)
+        tensors.append(images.tensor)
+        captions += [f"{model.name}: {caption}" for caption in images.captions]
+    grid(torch.cat(tensors), captions, path, columns=_COLUMNS)

@@ -1,0 +1,78 @@
+"""Running an experiment: what it needs first, then every row with every seed, then the table.
+
+What is finished is not done again: lab.py keeps it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.config.parse import to_dict
+from nextscale.data.cache import is_cache
+from nextscale.research.experiments.entry import Experiment
+from nextscale.research.experiments.keys import key
+from nextscale.research.experiments.lab import Inputs, Lab, own_path
+from nextscale.research.experiments.report import write_results
+
+_OPTIONS = {
+    "data": "images to train on",
+    "tokenizer": "a checkpoint folder with a tokenizer",
+    "features": "a feature network (see `nextscale evaluate --help`)",
+    "reference": "images to compare with, or their statistics",
+    "encoder": "an encoder for semantic guidance (see `nextscale encoder evaluate --help`)",
+}
+
+
+def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
+    """The user's inputs over the entry's. UserError names an option that is missing, and what it wants."""
+    model = given.get("model", "")
+    if model and (experiment.kind != "generator" or len({key(to_dict(row.run)) for row in experiment.rows}) > 1):
+        raise UserError(f"the rows of {experiment.name} differ in training: one --model cannot stand for them all")
+    refiner = given.get("refiner", "")
+    if experiment.refiner is None and refiner:
+        raise UserError(f"experiment {experiment.name} has no use for a --refiner")
+    if experiment.refiner is not None and bool(refiner) != bool(model):
+        raise UserError(f"experiment {experiment.name} takes --model and --refiner together, or trains both")
+    values = {"model": model, "refiner": refiner}
+    for name, default in experiment.needs.items():
+        value = given.get(name) or default
+        if not value and not (model and name in ("data", "tokenizer")):
+            raise UserError(
+                f"experiment {experiment.name} at scale {experiment.scale} needs --{name}: {_OPTIONS[name]}. "
+                f"{experiment.note}".strip()
+            )
+        values[name] = own_path(value)
+    encoders = {row.run.loss.encoder for row in experiment.rows if row.measured} - {""}
+    if len(encoders) > 1 and is_cache(Path(values["data"])):
+        raise UserError(f"the rows of {experiment.name} differ in their encoder: --data must be images, not a cache")
+    return Inputs(**values)
+
+
+def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: World) -> dict[str, Any]:
+    """Run what is not done yet, in `out`/SCALE; write results.json, table.md and figure.png in `out`/SCALE/NAME.
+
+    Returns the results; empty on all processes but the first. Raises what training and evaluation raise.
+    """
+    folder = out / experiment.scale
+    lab = Lab(experiment, inputs, folder, world)
+    values: dict[str, list[dict[str, float]]] = {row.name: [] for row in experiment.rows}
+    if experiment.kind == "cost":
+        values |= lab.cost(folder / experiment.name / "times.json")
+    jobs = [
+        (row, seed)
+        for seed in experiment.seeds
+        for row in experiment.rows
+        if row.measured and experiment.kind != "cost"
+    ]
+    for number, (row, seed) in enumerate(jobs, start=1):
+        if world.main:
+            print(f"== {experiment.name}: {row.name}, seed {seed} ({number} of {len(jobs)})", flush=True)
+        figures = lab.generator(row, seed) if experiment.kind == "generator" else lab.tokenizer(row, seed)
+        values[row.name].append(figures)
+        world.wait()
+    if experiment.picture:
+        lab.draw(folder / experiment.name)
+    return write_results(experiment, inputs, values, folder / experiment.name, world) if world.main else {}

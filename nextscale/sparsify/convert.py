@@ -1,0 +1,156 @@
+"""From a trained model to dynamic experts, step by step: functions from checkpoint to checkpoint.
+
+A step changes FFNs alone, the dense ones or those that are the experts of mixtures; attention, embeddings, head and the
+routers of mixtures are kept to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
+from nextscale.common.errors import UserError
+from nextscale.common.rng import generator
+from nextscale.config.dynamic import DynamicConfig
+from nextscale.config.model import TransformerConfig
+from nextscale.sparsify.cluster import balanced_clusters
+from nextscale.transformer.feed_forward.dynamic import ExpertRouter
+from nextscale.transformer.initialization import draw_weights
+
+_SAMPLED_ROWS = 61
+_PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+
+
+def model_of(checkpoint: Checkpoint) -> TransformerConfig:
+    """The transformer's config; UserError for a tokenizer alone."""
+    return transformer_config(checkpoint.config, "sparsify")
+
+
+def ffn_places(model: TransformerConfig, block: int) -> list[str]:
+    """Where the dynamic FFNs of a block stand in a checkpoint: one, or as many as its mixture has experts."""
+    place = f"blocks.{block}.ffn"
+    return [place] if model.experts.router == "none" else [f"{place}.experts.{j}" for j in range(model.experts.count)]
+
+
+def separated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, stacked ones of a mixture's experts under the names of FFNs of their own (`ffn_places`)."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        before, stacked, layer = name.partition(".ffn.experts.")
+        if stacked and not layer[0].isdigit():
+            found |= {f"{before}{stacked}{j}.{layer}": part for j, part in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
+
+
+def relufied(checkpoint: Checkpoint, scales: int, own: bool) -> Checkpoint:
+    """The checkpoint with ReLU in place of GELU, to be tuned (DMoE-VAR, Sec. 2.2).
+
+    `own`: only at the last `scales` scales, which get copies of the FFNs; those before them compute what they did.
+    """
+    model = model_of(checkpoint)
+    if model.dynamic.on:
+        raise UserError(
+            f"this model's FFNs are another kind already (activation {model.dynamic.activation}, "
+            f"{model.dynamic.experts or 'no'} experts); tuning starts from GELU FFNs that are whole"
+        )
+    dynamic = DynamicConfig(scales=_sparse_scales(checkpoint, scales), activation="relu", own=own)
+    weights = separated(checkpoint.transformer)
+    if own:
+        for place in (place for block in range(model.depth) for place in ffn_places(model, block)):
+            weights |= {f"{place}.late.{name}": weights[f"{place}.{name}"].clone() for name in _PROJECTIONS}
+    return _with(checkpoint, dynamic, weights)
+
+
+def _sparse_scales(checkpoint: Checkpoint, scales: int) -> int:
+    if not 1 <= scales <= len(checkpoint.config.pyramid):
+        raise UserError(f"the model has {len(checkpoint.config.pyramid)} scales; {scales} of them cannot be sparse")
+    return scales
+
+
+def split(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: int, seed: int = 0) -> Checkpoint:
+    """The checkpoint whose hidden units stand expert by expert, with routers as they begin.
+
+    Balanced k-means of the rows of fc1, `expert_size` in each cluster; then a permutation, so that with all experts the
+    model computes what it did. `scales`: of the last, how many are sparse; of a model whose late scales have FFNs of
+    their own, those.
+    """
+    model = model_of(checkpoint)
+    if model.dynamic.experts:
+        raise UserError(f"this model's FFNs are divided already, into {model.dynamic.experts} experts")
+    if not 1 <= expert_size <= model.ffn_width or model.ffn_width % expert_size:
+        divisors = [n for n in range(1, model.ffn_width + 1) if model.ffn_width % n == 0 and n >= 8]
+        raise UserError(
+            f"an FFN of {model.ffn_width} hidden units cannot be divided into experts of {expert_size}; sizes that "
+            f"divide it: {', '.join(map(str, divisors))}"
+        )
+    experts = model.ffn_width // expert_size
+    if not model.dynamic.own:
+        scales = _sparse_scales(checkpoint, scales)
+    dynamic = replace(
+        model.dynamic, experts=experts, router_width=router_width,
+        scales=model.dynamic.scales if model.dynamic.own else scales,
+    )  # fmt: skip
+    weights = separated(checkpoint.transformer)
+    for block in tqdm(range(model.depth), desc="dividing FFNs", unit="block"):
+        clusters, start = (generator(seed, purpose, block) for purpose in ("experts", "router"))
+        for ffn in ffn_places(model, block):
+            place = f"{ffn}.late" if model.dynamic.own else ffn
+            order_F = balanced_clusters(weights[f"{place}.fc1.weight"], experts, clusters).argsort(stable=True)
+            for name in ("fc1.weight", "fc1.bias"):
+                weights[f"{place}.{name}"] = weights[f"{place}.{name}"][order_F]
+            weights[f"{place}.fc2.weight"] = weights[f"{place}.fc2.weight"][:, order_F].contiguous()
+            router = ExpertRouter(model.width, router_width, experts)
+            draw_weights(router, model.width, start)
+            weights |= {f"{ffn}.router.{n}": t for n, t in router.state_dict().items()}
+            weights[f"{ffn}.importance_F"] = torch.zeros(model.ffn_width)
+    return _with(checkpoint, dynamic, weights)
+
+
+def with_dynamic(checkpoint: Checkpoint, dynamic: DynamicConfig) -> Checkpoint:
+    """The same weights under another setting."""
+    return _with(checkpoint, dynamic, checkpoint.transformer)
+
+
+def _with(checkpoint: Checkpoint, dynamic: DynamicConfig, weights: Mapping[str, Tensor]) -> Checkpoint:
+    assert checkpoint.config.transformer is not None, "a model was converted"
+    config = replace(checkpoint.config, transformer=replace(checkpoint.config.transformer, dynamic=dynamic))
+    origin = {name: value for name, value in checkpoint.origin.items() if name != "dynamic"}
+    return Checkpoint(config, dict(checkpoint.tokenizer), dict(weights), origin, dict(checkpoint.extras))
+
+
+def identity(weights: Mapping[str, Tensor], model: TransformerConfig) -> str:
+    """A checksum of the FFNs that routers are for: of all biases and of a sample of the weights' rows.
+
+    Values are rounded to bfloat16 first, so that a checkpoint kept in 16 bits is the same one. Needs a fraction of the
+    time of reading the weights; a step of training changes it, as does any other order of the hidden units.
+    """
+    digest = hashlib.sha256(f"{model.dynamic.experts} {model.dynamic.activation} {model.dynamic.own}".encode())
+    late = ".late" if model.dynamic.own else ""
+    for place in (f"{ffn}{late}" for block in range(model.depth) for ffn in ffn_places(model, block)):
+        for name in _PROJECTIONS:
+            tensor = weights[f"{place}.{name}"].detach()
+            rows = tensor[::_SAMPLED_ROWS] if tensor.ndim == 2 else tensor
+            digest.update(rows.to(torch.bfloat16).view(torch.int16).contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_identity(where: object, checkpoint: Checkpoint) -> None:
+    """Raise UserError when the routers of a checkpoint were trained for other FFNs than it holds."""
+    model = checkpoint.config.transformer
+    if (
+        model is not None
+        and model.dynamic.identity
+        and identity(checkpoint.transformer, model) != model.dynamic.identity
+    ):
+        raise UserError(
+            f"{where}: its routers were trained for another checkpoint, its FFNs have changed since; train them anew "
+            "with `nextscale sparsify DIR --stages routers thresholds`"
+        )

@@ -1,0 +1,167 @@
+"""What a run will cost, before it is started: `nextscale train --dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints.native import read_config
+from nextscale.config.model import ModelConfig
+from nextscale.config.training import TrainConfig
+from nextscale.config.transformer_training import RunConfig
+from nextscale.data.cache import TokenCache, is_cache
+from nextscale.encoders.load_encoder import load_encoder
+from nextscale.info import condition_flops, scale_flops
+from nextscale.pyramid import Pyramid
+from nextscale.training.engine.parallel import mixtures_of
+from nextscale.transformer.projector import group_scales
+from nextscale.transformer.var import VAR
+
+IMAGENET = 1_281_167
+_GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by their data sheets
+_SHARE = 0.4  # of the peak; what well-run training of transformers reaches
+_VIT_B = 768  # width of the features of the papers' encoders
+
+
+def estimate(config: RunConfig) -> str:
+    """Parameters, memory per device, arithmetic and time of a run, as text.
+
+    Reads the tokenizer's config, the cache's size and the encoder where they exist; else it assumes the official
+    tokenizer, 1,000 classes, ImageNet's 1,281,167 images and features of a ViT-B, and says so.
+    """
+    model, notes = _model(config)
+    examples = IMAGENET
+    if config.data and is_cache(Path(config.data)):
+        examples = TokenCache(Path(config.data)).head["examples"]["train"]
+    else:
+        notes.append(f"assumed {IMAGENET:,} training images (ImageNet): --data names no token cache")
+    _, transformer = build_on_meta(model)
+    assert transformer is not None, "a generator has a transformer"
+    assert model.transformer is not None, "a generator has a transformer"
+    parameters = sum(p.numel() for p in transformer.parameters())
+    steps, warmup = config.train.schedule_steps(examples)
+    guided = max(group_scales(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
+    forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
+    forward += head_flops(transformer, guided)
+    per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards
+    epoch = per_image * examples
+    lines = [
+        f"model       {parameters:,} parameters; {model.summary()}",
+        f"steps       {steps:,} of {config.train.batch_size} images ({steps * config.train.batch_size / examples:,.1f} "
+        f"epochs of {examples:,}), {warmup:,} of them warm-up",
+        f"arithmetic  {per_image / 1e12:,.3f} TFLOP per image, {epoch / 1e15:,.1f} PFLOP per epoch, "
+        f"{per_image * config.train.batch_size * steps / 1e18:,.2f} EFLOP in all",
+    ]
+    for name, peak in _GPUS.items():
+        hours = epoch / (peak * _SHARE) / 3600
+        total = per_image * config.train.batch_size * steps / (peak * _SHARE) / 3600
+        lines.append(
+            f"time        {name} at {_SHARE:.0%} of its peak: {hours:,.2f} h per epoch, {total:,.1f} GPU-hours"
+        )
+    lines += _memory(config.train, transformer, parameters, guided)
+    return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
+    folder, notes = Path(config.start or config.tokenizer), []
+    if (config.start or config.tokenizer) and folder.is_dir():
+        base, _ = read_config(folder)
+    else:
+        base = ModelConfig()
+        notes.append("assumed the official tokenizer: give --tokenizer or --start")
+    if config.scales:
+        base = dataclasses.replace(base, pyramid=Pyramid.parse(config.scales))
+    width = _feature_width(config, notes)
+    if config.start and base.transformer:
+        if width and not base.transformer.alignment.width:  # training gives it a new head
+            head = dataclasses.replace(config.transformer.alignment, width=width)
+            base = dataclasses.replace(base, transformer=dataclasses.replace(base.transformer, alignment=head))
+        return base, notes
+    classes = 1000
+    if config.data and is_cache(Path(config.data)):
+        classes = len(TokenCache(Path(config.data)).names)
+    else:
+        notes.append("assumed 1,000 classes")
+    return dataclasses.replace(base, transformer=config.with_classes(classes, width), class_names=()), notes
+
+
+def _feature_width(config: RunConfig, notes: list[str]) -> int:
+    """Width of what semantic guidance aims at, 0 without it. What is not on this machine is not fetched."""
+    name = config.loss.encoder
+    if not name:
+        return 0
+    if name == "cache" and config.data and is_cache(Path(config.data)):
+        return TokenCache(Path(config.data)).examples("train").feature_width
+    if name != "cache":
+        notes.append(f"the encoder's own arithmetic and memory are not counted: {name} runs beside the model")
+        if Path(name).exists():
+            return load_encoder(name).width
+    notes.append(f"assumed features of width {_VIT_B} (a ViT-B): loss.encoder names none that is here")
+    return _VIT_B
+
+
+def head_flops(transformer: VAR, guided: int) -> int:
+    """FLOPs of the alignment head for one image, on the tokens of the first `guided` scales."""
+    if not guided or transformer.projector is None:
+        return 0
+    layers = (m for m in transformer.projector.modules() if isinstance(m, nn.Linear))
+    return 2 * transformer.pyramid.spans[guided - 1][1] * sum(m.weight.numel() for m in layers)
+
+
+def _memory(train: TrainConfig, transformer: VAR, parameters: int, guided: int) -> list[str]:
+    """Lines on the memory of one device, for the configured portion of the batch."""
+    own = train.micro_batch or train.batch_size
+    copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, averages
+    kept = activation_bytes(transformer, own, train, guided)
+    gib = 2**30
+    what = "weights, gradients, optimizer" + (", averages" if train.ema else "")
+    divided = {"none": 0, "full": parameters, "experts": _expert_parameters(train, transformer)}[train.sharding]
+    kinds = (("divided by the number of devices", divided), ("per device", parameters - divided))
+    sizes = [f"{4 * copies * count / gib:.2f} GiB {where}" for where, count in kinds if count]
+    recomputed = ", recomputed block by block" if train.activation_checkpointing else ""
+    return [
+        f"memory      {what}: {' and '.join(sizes)}",
+        f"            activations of {own} images at once: about {kept / gib:.2f} GiB per device "
+        f"({train.precision}{recomputed})",
+    ]
+
+
+def _expert_parameters(train: TrainConfig, transformer: VAR) -> int:
+    """Parameters that sharding: experts divides. Raises UserError where that is asked for and there are none."""
+    if train.sharding != "experts":
+        return 0
+    mixtures = mixtures_of(transformer, "transformer").values()
+    return sum(p.numel() for experts in mixtures for p in experts.parameters())
+
+
+def activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: int = 0) -> int:
+    """Bytes that one forward pass keeps for the backward pass.
+
+    Counted on tensors without storage in float32, for one image; half of it in 16-bit precision. `guided`: scales that
+    the alignment head projects.
+    """
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage._cdata] = storage.nbytes()
+        alive.append(storage)  # so that no other tensor gets its number
+        return tensor
+
+    alive: list[torch.UntypedStorage] = []
+    pyramid = transformer.pyramid
+    length = pyramid.length - pyramid.counts[0]
+    x_BLC = torch.empty(1, length, transformer.word_embed.in_features, device="meta")
+    labels = torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transformer(labels, x_BLC, guided=guided)
+    own = {p.untyped_storage()._cdata for p in transformer.parameters()}
+    total = sum(size for number, size in seen.items() if number not in own)
+    if train.activation_checkpointing:
+        depth, width = transformer.config.depth, transformer.config.width
+        total = total // depth + depth * pyramid.length * width * 4
+    return total * images // (1 if train.precision == "fp32" else 2)

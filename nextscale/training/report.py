@@ -1,0 +1,85 @@
+"""What runs say at their end, and how an interruption reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nextscale.common.errors import Interruption
+from nextscale.training.engine.loop import Interrupted
+
+
+@contextmanager
+def report_interruption(folder: Path) -> Iterator[None]:
+    """Turn Ctrl-C into one line that says what is kept in `folder` and how to go on."""
+    try:
+        yield
+    except Interrupted as stop:
+        where = f" while training the {stop.task}, at step {stop.step} of {stop.steps}"
+        raise Interruption(_how_to_go_on(where, folder)) from None
+    except KeyboardInterrupt:
+        raise Interruption(_how_to_go_on("", folder)) from None
+
+
+def _how_to_go_on(where: str, folder: Path) -> str:
+    states = sorted(p.name for p in (folder / "training").glob("*.pt"))
+    kept = f"kept in {folder / 'training'}: {', '.join(states)}" if states else "nothing was trained yet"
+    return f"interrupted{where}; {kept}; the same command goes on from there"
+
+
+def quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
+    """The quickstart's metrics for people."""
+    near = metrics["distance_to_nearest_training_image"]
+    entropy = metrics["cross_entropy_nats_per_token"]
+    lines = [
+        f"reconstruction of held-out images: {metrics['reconstruction_psnr_db']:.1f} dB PSNR",
+        f"cross-entropy per token: training {entropy['training']:.2f} nats, held-out {entropy['held_out']:.2f}",
+    ]
+    if "generated_read_as_asked" in metrics:
+        lines += [
+            f"generated images read as the label asked for: {metrics['generated_read_as_asked']:.1%} "
+            f"(real held-out images: {metrics['real_held_out_read_right']:.1%})",
+            f"held-out real images read right by a classifier fitted on {metrics['generated_images']} generated ones: "
+            f"{metrics['held_out_read_by_generated_fit']:.1%}",
+        ]
+    labels = "0,1" if "generated_read_as_asked" in metrics else "0"
+    pictures = "samples.png, scales.png, reconstructions.png, curves.png"
+    pictures += ", routing.png (which expert works where)" if (folder / "routing.png").exists() else ""
+    lines += [
+        f"distance to the nearest training image (RMS): generated {near['generated']:.4f}, "
+        f"held-out real {near['held_out_real']:.4f}",
+        f"done in {metrics['seconds']:.0f} s; see {folder}/{pictures}",
+        f"more: nextscale sample {folder} --labels {labels} --out grid.png",
+    ]
+    return "\n".join(lines)
+
+
+def tokenizer_report(report: dict[str, Any]) -> str:
+    """A tokenizer's evaluation for people."""
+    lines = [f"{report['images']} images: {report['psnr_db']:.2f} dB PSNR"]
+    lines[0] += f", SSIM {report['ssim']:.3f}" if "ssim" in report else ""
+    lines.append(
+        f"codebook of {report['codebook']}: {report['usage']:.1%} used, perplexity {report['perplexity']:.0f} "
+        f"({report['perplexity'] / report['codebook']:.1%}) over all scales"
+    )
+    lines.append("  scale     used   perplexity")
+    per_scale = zip(report["scales"].split(","), report["usage_per_scale"], report["perplexity_per_scale"], strict=True)
+    lines += [f"  {side:<7}{used:>7.1%}{perplexity:>13.1f}" for side, used, perplexity in per_scale]
+    return "\n".join(lines)
+
+
+def training_report(values: dict[str, Any], folder: Path) -> str:
+    """A generator's last validation for people."""
+    lines = [f"done: {folder}"]
+    if values:
+        loss, accuracy = values["validation_loss"], values["validation_accuracy"]
+        lines.append(f"held-out cross-entropy {loss:.3f} nats per token, accuracy {accuracy:.1%}; per scale:")
+        lines.append("  " + " ".join(f"{v:.2f}" for v in values["validation_loss_per_scale"]))
+    if "frequency_loss" in values:
+        lines.append(
+            f"token frequencies of each class and position alone: {values['frequency_loss']:.3f} nats per token"
+        )
+    lines.append(f"see {folder}/samples.png, curves.png; draw: nextscale sample {folder} --labels 0 --out grid.png")
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""`nextscale tokenize`: a data set to a token cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nextscale.checkpoints.checkpoint import load_tokenizer
+from nextscale.checkpoints.native import read_checkpoint
+from nextscale.common.distributed import World
+from nextscale.common.files import write_text
+from nextscale.config.data import DataConfig
+from nextscale.config.parse import to_dict
+from nextscale.data.cache import CacheWriter
+from nextscale.data.datasets import open_images
+from nextscale.data.examples import Examples
+from nextscale.encoders.load_encoder import load_encoder
+
+
+def tokenize(
+    data: str, tokenizer_folder: Path, out: Path, images: DataConfig, seed: int, world: World,
+    *, views: int = 1, shard: int = 8192, batch: int = 64, encoder: str = "",
+) -> None:  # fmt: skip
+    """Encode both parts of `data` into the cache `out`, going on where an earlier call was stopped.
+
+    Names of unreadable images go to unreadable.txt. Raises UserError when `out` was made otherwise, or when more
+    images are unreadable than `images` allows.
+    """
+    checkpoint = read_checkpoint(tokenizer_folder)
+    config = checkpoint.config
+    tokenizer = load_tokenizer(checkpoint, config)
+    train, held_out, source = open_images(data, config.square_side, images, seed)
+    parts: dict[str, Examples] = {"train": train, "held_out": held_out}
+    eyes = load_encoder(encoder).to(world.device) if encoder else None
+    tokenizer.eval().to(world.device)
+    writer = CacheWriter(out, tokenizer, parts, views, shard, images.max_unreadable, eyes)
+    if world.main:
+        writer.claim(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})
+    world.wait()
+    writer.write(world.rank, world.size, batch, show=world.main)
+    if writer.unreadable:
+        write_text(out / f"unreadable-{world.rank}.txt", "".join(f"{n}\n" for n in writer.unreadable))
+        print(
+            f"note: passed over {len(writer.unreadable)} unreadable images, named in {out}/unreadable-{world.rank}.txt"
+        )
+    world.wait()
+    if world.main:
+        counts = f"{len(train)} training and {len(held_out)} held-out images"
+        print(f"wrote {out}: {counts}, {config.pyramid.length} tokens each")

@@ -1,0 +1,65 @@
+"""What an image is conditioned on. The transformer knows only the vector that comes out of here.
+
+A condition turns the caller's values (class labels now; a vector or a sequence in models to come) into `cond_BD`,
+says what "no condition" is, for guidance and condition dropout, and refuses values it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.backends.cpu.ops import Embedding
+from nextscale.common.errors import UserError
+from nextscale.config.model import ClassConditionConfig
+
+
+class Condition(Protocol):
+    """The seam between the transformer and whatever it is conditioned on."""
+
+    def __call__(self, values: Any) -> Tensor:
+        """`cond_BD` of a batch of values."""
+
+    def parse(self, values: Any) -> Any:
+        """A caller's values as a batch; UserError when one is out of range."""
+
+    def with_none(self, values: Any) -> Any:
+        """The batch followed by as many values without any condition: the two halves of guidance."""
+
+    def select(self, drop_B: Tensor, values: Any) -> Any:
+        """`values`, without condition where `drop_B` is True."""
+
+
+class ClassCondition(nn.Module):
+    """A learned vector per class; the row after the last one means "no label"."""
+
+    def __init__(self, config: ClassConditionConfig, width: int):
+        super().__init__()
+        self.num_classes = config.num_classes
+        self.embedding = Embedding(config.num_classes + 1, width)
+
+    def forward(self, label_B: Tensor) -> Tensor:
+        return self.embedding(label_B)
+
+    def parse(self, values: Tensor | Sequence[int | None]) -> Tensor:
+        """int64 labels (B,) on the model's device from labels in 0 to num_classes - 1, None meaning "no label"."""
+        if isinstance(values, Tensor):
+            values = values.reshape(-1).tolist()
+        for value in values:
+            if value is not None and not (isinstance(value, Integral) and 0 <= int(value) < self.num_classes):
+                raise UserError(
+                    f"label {value} is out of range: this model has {self.num_classes} classes, "
+                    f"0 to {self.num_classes - 1}"
+                )
+        labels = [self.num_classes if value is None else int(value) for value in values]
+        return torch.tensor(labels, dtype=torch.int64, device=self.embedding.weight.device)
+
+    def with_none(self, label_B: Tensor) -> Tensor:
+        return torch.cat([label_B, torch.full_like(label_B, self.num_classes)])
+
+    def select(self, drop_B: Tensor, label_B: Tensor) -> Tensor:
+        return torch.where(drop_B.to(label_B.device), self.num_classes, label_B)

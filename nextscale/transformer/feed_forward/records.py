@@ -1,0 +1,121 @@
+"""What dynamic FFNs record of a pass: values that come back with its output, never the state of a module.
+
+- nothing without a dial, which is all experts at every scale;
+- `Activity` with one: how much ran (`Ran` until somebody asks);
+- `Sparsity` and `Norms` where a dial observes: what tuning and the training of routers need;
+- `Use`: how much each hidden unit contributed.
+
+A mixture of experts, each of which is a dynamic FFN, records the same of all of them together, beside its routing.
+
+Letters: B sequences, N tokens at hand, F hidden units of one FFN, E experts that it is divided into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nextscale.transformer.feed_forward.routers import Routing
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How much ran for each token."""
+
+    units_BN: Tensor
+    """int64: hidden units that ran, of all FFNs that worked on the token."""
+    ffns_BN: Tensor
+    """int64: FFNs that worked on it: 1, in a mixture those experts that its router chose."""
+    routed_BN: Tensor
+    """int64: how many of these had their experts chosen by a router that predicts norms."""
+
+    def share_BN(self, width: int) -> Tensor:
+        """Share of the hidden units that ran, float64; 1 where no FFN was to. `width`: hidden units of an FFN."""
+        share_BN = self.units_BN.double() / (self.ffns_BN * width).clamp_min(1)
+        return torch.where(self.ffns_BN > 0, share_BN, 1.0)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Which experts of one FFN ran, as one that draws images leaves it: nobody counts them there."""
+
+    chosen_BNE: Tensor
+    size: int
+    """Hidden units of an expert."""
+    routed: bool
+
+    def activity(self) -> Activity:
+        """The same, counted."""
+        units_BN = self.chosen_BNE.sum(dim=-1) * self.size
+        one_BN = torch.ones_like(units_BN)
+        return Activity(units_BN, one_BN, one_BN if self.routed else torch.zeros_like(units_BN))
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparse the hidden units were."""
+
+    hoyer: Tensor
+    """Mean over tokens of (|a|_1 / |a|_2)^2, 1 for one active unit to F for equal ones (the square Hoyer penalty); in a
+    mixture over pairs of token and expert."""
+    zeros: Tensor
+    """Share of the hidden units that were 0."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What a router predicts, and what it should have; of a mixture's pairs of token and expert (1, pairs, E)."""
+
+    predicted_BNE: Tensor
+    true_BNE: Tensor
+    """|W2_e a_e|_2 of each expert; no gradients."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How much each hidden unit contributed."""
+
+    contribution_F: Tensor
+    """Sum over tokens of |a_j| |column j of W2|_2, float64; of a mixture (M F,), one expert after the other."""
+
+
+@dataclass(frozen=True)
+class NestedRouting(Routing):
+    """The record of a mixture whose experts are dynamic FFNs."""
+
+    within: Activity | Sparsity | Norms | Use | None
+    """What they recorded."""
+
+
+R = TypeVar("R", Activity, Sparsity, Norms, Use)
+
+
+def recorded(records: Sequence[Sequence[Any]], kind: type[R]) -> list[R]:
+    """What each block's FFN recorded, where it is of this kind; of a mixture what its experts did together."""
+    within = (r.within if isinstance(r, NestedRouting) else counted(r) for block in records for r in block)
+    return [record for record in within if isinstance(record, kind)]
+
+
+def counted(record: Any) -> Any:
+    """An FFN's record with what ran as `Activity`."""
+    return record.activity() if isinstance(record, Ran) else record
+
+
+def joined(records: list[Any]) -> Any:
+    """The record of the whole pass from those of its pieces, which are of one kind; None of none."""
+    if len(records) < 2:
+        return records[0] if records else None
+    records = [counted(record) for record in records]
+    assert all(isinstance(r, type(records[0])) for r in records), "pieces of one pass record alike"
+    if isinstance(records[0], Activity):
+        return Activity(*(_along_tokens(records, name) for name in ("units_BN", "ffns_BN", "routed_BN")))
+    assert isinstance(records[0], Norms), "sparsity and use are recorded in one piece"
+    return Norms(*(_along_tokens(records, name) for name in ("predicted_BNE", "true_BNE")))
+
+
+def _along_tokens(records: list[Any], name: str) -> Tensor:
+    return torch.cat([getattr(r, name) for r in records], dim=1)

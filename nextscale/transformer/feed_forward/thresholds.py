@@ -1,0 +1,69 @@
+"""How far the experts of a model are turned down in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nextscale.common.errors import UserError
+from nextscale.config.dynamic import Selection
+from nextscale.config.model import TransformerConfig
+from nextscale.config.sampling import SampleConfig
+
+
+@dataclass(frozen=True)
+class Dial:
+    """What the dynamic layers receive with a pass: a dial from 0 to 1 for each scale, and how experts are chosen.
+
+    `threshold` (DMoE-VAR, Eq. 3, in the convention of its published values): an expert runs when its predicted norm is
+    at least (1 - tau) times the largest one; so 1 means all experts, 0 the largest alone. `oracle` does the same with
+    the true norms. `top-k` takes the share tau of the experts, `pruned` the share tau of the hidden units that matter
+    most on average, whatever the token.
+    """
+
+    tau_K: tuple[float, ...]
+    """For each scale of the pyramid."""
+    selection: Selection = "threshold"
+    observe: Literal["", "sparsity", "norms", "use"] = ""
+    """What the layers record instead, with all experts at work: see `nextscale.transformer.feed_forward.dynamic`."""
+
+    @staticmethod
+    def of(config: TransformerConfig, scales: int, tau: tuple[float, ...], selection: Selection) -> Dial:
+        """From dials of the last scales, or one for all the sparse ones. UserError says what does not fit the model."""
+        dynamic = config.dynamic
+        if not dynamic.experts:
+            raise UserError(
+                "tau, budget and selection need a model whose FFNs are divided into experts; this one's are not: make "
+                "one with `nextscale sparsify`"
+            )
+        if len(tau) == 1:
+            tau = tau * min(dynamic.scales, scales)
+        if len(tau) > scales:
+            raise UserError(f"tau lists {len(tau)} scales, the model has {scales}")
+        if dynamic.own and len(tau) > dynamic.scales:
+            raise UserError(
+                f"tau lists {len(tau)} scales, but only the last {dynamic.scales} of this model have experts: give one "
+                f"number for them all or up to {dynamic.scales}"
+            )
+        if selection == "threshold" and not dynamic.identity and any(t < 1 for t in tau):
+            raise UserError(
+                "this model's routers are not trained: run `nextscale sparsify DIR --stages routers thresholds`, or "
+                "choose by the true norms (selection oracle)"
+            )
+        return Dial((1.0,) * (scales - len(tau)) + tuple(tau), selection)
+
+
+def dial_for(config: TransformerConfig, scales: int, sampling: SampleConfig) -> Dial | None:
+    """The dial that these sampling settings ask for; None: a dense model, or all experts at every scale.
+
+    Without tau the checkpoint's own is used. `budget` must have been turned into tau before (`Pipeline.sample` does).
+    """
+    if sampling.budget:
+        raise UserError(f"budget={sampling.budget} is not yet turned into thresholds; sample through a Pipeline")
+    if sampling.tau or sampling.selection != "threshold":
+        if not sampling.tau:
+            raise UserError(f"selection {sampling.selection} needs a tau: its share, for the last scales")
+        return Dial.of(config, scales, sampling.tau, sampling.selection)
+    if not config.dynamic.tau:
+        return None
+    return Dial.of(config, scales, config.dynamic.tau, "threshold")
