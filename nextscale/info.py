@@ -16,7 +16,7 @@ from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.common.errors import UserError
 from nextscale.config.model import Mixer, ModelConfig, TransformerConfig
-from nextscale.config.parse import nearest
+from nextscale.config.parse import suggest_name
 from nextscale.config.presets import PRESETS, preset
 from nextscale.config.sampling import SampleConfig
 from nextscale.pyramid import Pyramid
@@ -42,7 +42,7 @@ def describe(name: str) -> dict[str, Any]:
     elif Path(name).is_dir():
         config, _ = read_config(Path(name))
     else:
-        raise UserError(f"'{name}' is neither a checkpoint folder nor a model{nearest(name, list(PRESETS))}")
+        raise UserError(f"'{name}' is neither a checkpoint folder nor a model{suggest_name(name, list(PRESETS))}")
     return describe_config(name, config)
 
 

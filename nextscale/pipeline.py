@@ -24,9 +24,9 @@ from nextscale.checkpoints.native import read_modules, write_checkpoint
 from nextscale.common.devices import find_device, keep_freed_memory
 from nextscale.common.errors import UserError
 from nextscale.common.pictures import grid, to_pil
-from nextscale.common.rng import fold, generator
+from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import InitConfig, ModelConfig
-from nextscale.config.parse import nearest
+from nextscale.config.parse import suggest_name
 from nextscale.config.sampling import SampleConfig
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.sampling.budget import resolved
@@ -80,10 +80,10 @@ class Pipeline:
     def from_config(cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None) -> Pipeline:
         """A fresh, untrained generator, initialised from `seed`."""
         with torch.random.fork_rng(devices=[]):  # convolutions initialise themselves from the global generator
-            torch.manual_seed(fold(seed, "tokenizer"))
+            torch.manual_seed(fold_seed(seed, "tokenizer"))
             tokenizer, transformer = build_modules(config)
         if transformer is not None:
-            initialise(transformer, init or InitConfig(), generator(seed, "transformer"))
+            initialise(transformer, init or InitConfig(), make_generator(seed, "transformer"))
         return cls(config, tokenizer, transformer)
 
     @classmethod
@@ -345,7 +345,9 @@ class Pipeline:
             elif re.fullmatch(r"-?[0-9]{1,18}", label):
                 out.append(int(label))
             else:
-                hint = nearest(label, list(names)) if names else "; this checkpoint has no class names, use numbers"
+                hint = (
+                    suggest_name(label, list(names)) if names else "; this checkpoint has no class names, use numbers"
+                )
                 raise UserError(f"there is no class named '{label}'{hint}")
         return out
 
@@ -359,7 +361,7 @@ class Pipeline:
         known = [f.name for f in dataclasses.fields(SampleConfig)]
         for name in overrides:
             if name not in known:
-                raise UserError(f"sampling has no setting '{name}'{nearest(name, known)}")
+                raise UserError(f"sampling has no setting '{name}'{suggest_name(name, known)}")
         return resolved(dataclasses.replace(config or SampleConfig(), **overrides), self._origin)
 
     def _inputs(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from nextscale.checkpoints.native import write_checkpoint
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.analysis import AnalysisConfig, ErrorsConfig
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ExpertsConfig
@@ -204,7 +204,7 @@ def test_features_are_the_outputs_of_the_block(place, tmp_path, projection):
     distances = [[np.linalg.norm(a - b) for b in means] for a in means]
     np.testing.assert_allclose(found["distance_between_scales"], distances, rtol=1e-5, atol=1e-5)
     assert [len(points) for points in found["points"]] == [6, 6, 6, 6]
-    picks = [torch.randperm(11 * n, generator=generator(0, "features", k))[:6].sort().values.numpy()
+    picks = [torch.randperm(11 * n, generator=make_generator(0, "features", k))[:6].sort().values.numpy()
              for k, n in enumerate([1, 4, 9, 16])]  # fmt: skip
     if projection == "pca":
         chosen = torch.from_numpy(np.concatenate([scale[p] for scale, p in zip(scales, picks, strict=True)]))
@@ -231,7 +231,7 @@ def grown(pipeline, label: int, number: int, config: SampleConfig, wrong: dict[i
         with torch.no_grad():
             plain, free = (pipeline.transformer(torch.tensor([v]), inputs).logits_BNV[:, i:j] for v in (label, 5))
         likely = filtered(guide(plain, free, config.cfg * k / 3), 1.0, config.top_k, config.top_p)
-        u = torch.rand(j - i, generator=generator(config.seed, "token", number, k)).view(1, -1, 1)
+        u = torch.rand(j - i, generator=make_generator(config.seed, "token", number, k)).view(1, -1, 1)
         tokens[:, i:j] = inverse_cdf(likely.softmax(-1), u).squeeze(-1)
         if wrong and k in wrong:
             tokens[:, i:j] = wrong[k]
@@ -251,7 +251,7 @@ def test_errors_are_injected_at_their_scale_and_drawn_on(place, tmp_path):
     for error, s in zip(model["errors"], (1, 2), strict=True):
         (start, end), changed, far, kept = SPANS[s], [], [], []
         for i, label in enumerate(labels):
-            rng = generator(7, "error", i, s)
+            rng = make_generator(7, "error", i, s)
             count = (end - start) // 2
             cells = torch.randperm(end - start, generator=rng)[:count]
             wrong = clean[i].clone()

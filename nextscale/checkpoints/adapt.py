@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig
-from nextscale.config.parse import nearest
+from nextscale.config.parse import suggest_name
 from nextscale.pyramid import Pyramid, Side
 
 
@@ -53,7 +53,7 @@ def _class_index(old: str, config: ModelConfig) -> int:
         return int(old)
     if old in config.class_names:
         return config.class_names.index(old)
-    hint = nearest(old, list(config.class_names)) if config.class_names else ""
+    hint = suggest_name(old, list(config.class_names)) if config.class_names else ""
     raise UserError(f"the model has no class '{old}' ({count} classes, 0 to {count - 1}){hint}")
 
 
@@ -95,7 +95,7 @@ def _class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Te
         if new.source is not None:
             rows.append(old[new.source])
         else:
-            noise = torch.randn(old.shape[1], generator=generator(seed, "new class", i))
+            noise = torch.randn(old.shape[1], generator=make_generator(seed, "new class", i))
             rows.append((mean + std * noise).to(old.dtype))
     return torch.stack([*rows, old[-1]])  # the last row means "no label"
 

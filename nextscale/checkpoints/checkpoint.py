@@ -61,7 +61,7 @@ def build_on_meta(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
         return build_modules(config)
 
 
-def shapes_of(module: torch.nn.Module) -> dict[str, Shape]:
+def list_shapes(module: torch.nn.Module) -> dict[str, Shape]:
     """Name and shape of every tensor in the module's state dict."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 

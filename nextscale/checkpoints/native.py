@@ -18,9 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import nextscale
-from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
+from nextscale.checkpoints.checkpoint import (
+    Checkpoint,
+    Shape,
+    build_on_meta,
+    check_floating,
+    check_tensors,
+    list_shapes,
+)
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, replacing, write_json
+from nextscale.common.files import read_json, write_atomically, write_json
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -45,15 +52,15 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot save to {folder}: it is a file, not a folder")
-    with replacing(*(folder / name for name in parts), folder / "config.json") as drafts:
+    with write_atomically(*(folder / name for name in parts), folder / "config.json") as drafts:
         for draft, tensors in zip(drafts[:-1], parts.values(), strict=True):
-            save_file(separated(tensors), draft)
+            save_file(unshare_storage(tensors), draft)
         write_json(drafts[-1], head)
     for name in {TOKENIZER, TRANSFORMER, ORIGINAL} - set(parts):
         (folder / name).unlink(missing_ok=True)
 
 
-def separated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unshare_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that share no storage with one another, as safetensors wants them."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -97,8 +104,8 @@ def read_modules(folder: Path) -> tuple[Checkpoint, tuple[Tokenizer, VAR | None]
     """A folder's checkpoint, and the modules it is for, on the meta device: what its tensors were checked against."""
     config, origin = read_config(folder)
     tokenizer, transformer = build_on_meta(config)
-    tensors = read_safetensors(folder / TOKENIZER, shapes_of(tokenizer))
-    weights = read_safetensors(folder / TRANSFORMER, shapes_of(transformer)) if transformer is not None else {}
+    tensors = read_safetensors(folder / TOKENIZER, list_shapes(tokenizer))
+    weights = read_safetensors(folder / TRANSFORMER, list_shapes(transformer)) if transformer is not None else {}
     extras = read_safetensors(folder / ORIGINAL) if (folder / ORIGINAL).exists() else {}
     return Checkpoint(config, tensors, weights, origin, extras), (tokenizer, transformer)
 

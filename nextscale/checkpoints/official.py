@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, shapes_of
+from nextscale.checkpoints.checkpoint import (
+    Checkpoint,
+    Shape,
+    build_on_meta,
+    check_floating,
+    check_tensors,
+    list_shapes,
+)
 from nextscale.checkpoints.official_config import Hints, infer_config
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
 from nextscale.common.errors import UserError
@@ -77,14 +84,14 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
         # A tokenizer used with another number of scales than it was trained with: the official code ignores it, too.
         extras[USAGE] = usage
         vae_tensors[USAGE] = torch.zeros(len(config.pyramid), config.tokenizer.vocab_size)
-    ours = translate(vae, vae_tensors, names, shapes_of(tokenizer))
+    ours = translate(vae, vae_tensors, names, list_shapes(tokenizer))
     if transformer is None or config.transformer is None:
         return Checkpoint(config, ours, {}, origin, extras)
 
     buffers = derived_buffers(config.transformer, config.pyramid)
     origin["buffers"] = _take_buffers(var, var_tensors, buffers, extras)
     names = {n: official_transformer_name(n) for n in transformer.state_dict()}
-    return Checkpoint(config, ours, translate(var, var_tensors, names, shapes_of(transformer)), origin, extras)
+    return Checkpoint(config, ours, translate(var, var_tensors, names, list_shapes(transformer)), origin, extras)
 
 
 def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) -> None:

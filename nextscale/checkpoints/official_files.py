@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nextscale.checkpoints.native import read_safetensors
 from nextscale.common.errors import UserError
-from nextscale.common.files import replacing
+from nextscale.common.files import write_atomically
 
 
 def read_tensors(path: Path, training_key: str) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def _first_line(error: Exception) -> str:
 
 def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
     """Write state dicts, all or none, as safetensors or as torch pickles according to the suffix of each path."""
-    with replacing(*files) as drafts:
+    with write_atomically(*files) as drafts:
         for draft, (path, tensors) in zip(drafts, files.items(), strict=True):
             separate = {n: t.contiguous().clone() for n, t in tensors.items()}
             if path.suffix == ".safetensors":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.model import ExpertsConfig, TransformerConfig
 from nextscale.transformer.feed_forward.routers import ROUTERS
 from nextscale.transformer.initialization import draw_weights
@@ -49,7 +49,7 @@ def upcycle(checkpoint: Checkpoint, experts: ExpertsConfig, seed: int = 0, noise
             weights[name] = tensor
     for block in range(model.depth):
         router = ROUTERS[experts.router](model, len(config.pyramid), block)
-        draw_weights(router, model.width, generator(seed, "router", block))
+        draw_weights(router, model.width, make_generator(seed, "router", block))
         weights |= {f"blocks.{block}.ffn.router.{n}": t for n, t in router.state_dict().items()}
     return Checkpoint(config, dict(checkpoint.tokenizer), weights, dict(checkpoint.origin))
 
@@ -77,6 +77,6 @@ def _copies(tensor: Tensor, count: int, noise: float, purpose: tuple[int, str]) 
     """`count` copies of an FFN's weight or bias, stacked; with noise on each of a weight's."""
     stacked = tensor.unsqueeze(0).repeat(count, *[1] * tensor.ndim)
     if noise and tensor.ndim == 2:
-        drawn = torch.randn(stacked.shape, generator=generator(purpose[0], "upcycle", purpose[1]))
+        drawn = torch.randn(stacked.shape, generator=make_generator(purpose[0], "upcycle", purpose[1]))
         stacked = (stacked.float() + noise * tensor.float().std() * drawn).to(tensor.dtype)
     return stacked

@@ -15,7 +15,7 @@ from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
 from nextscale.common.errors import UserError
 from nextscale.config.files import read_settings
-from nextscale.config.parse import nearest, underived
+from nextscale.config.parse import reset_derived, suggest_name
 
 _INTRO = f"""nextscale {__version__}: next-scale image generation.
 
@@ -67,7 +67,7 @@ def parse(arguments: list[str]) -> Any:
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         name = " ".join(arguments[:2]) if any(c.startswith(f"{name} ") for c in COMMANDS) else name
-        raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}")
+        raise UserError(f"there is no command '{name}'{suggest_name(name, list(COMMANDS))}")
     kind, rest = COMMANDS[name], _spread(rest)
     return tyro.cli(
         kind,
@@ -103,7 +103,7 @@ def defaults(kind: type, arguments: list[str]) -> Any:
         return None
     settings = read_settings(get_type_hints(kind)["settings"], path)
     required = {n: tyro.MISSING for n, f in fields.items() if f.default is f.default_factory}  # both are "missing"
-    return kind(**required, settings=underived(settings))
+    return kind(**required, settings=reset_derived(settings))
 
 
 def _first_word(arguments: list[str]) -> Path | None:

@@ -172,7 +172,7 @@ def _write_outputs(  # type: ignore[no-untyped-def]
     """Write the picture and what --tokens-out and --images-out ask for; all replace older files together, or none."""
     from safetensors.torch import save_file
 
-    from nextscale.common.files import replacing
+    from nextscale.common.files import write_atomically
     from nextscale.common.pictures import tile, write_image
 
     pictures = images.pil()
@@ -182,7 +182,7 @@ def _write_outputs(  # type: ignore[no-untyped-def]
     ]
     singles = [images_out / name for name in names] if images_out else []
     tables = [tokens_out] if tokens_out else []
-    with replacing(out, *tables, *singles) as (sheet, *drafts):
+    with write_atomically(out, *tables, *singles) as (sheet, *drafts):
         write_image(tile(pictures, images.captions) if as_grid else pictures[0], sheet)
         if tables:
             save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, drafts.pop(0))

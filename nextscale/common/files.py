@@ -14,7 +14,7 @@ from nextscale.common.errors import UserError
 
 
 @contextmanager
-def replacing(*paths: Path) -> Iterator[list[Path]]:
+def write_atomically(*paths: Path) -> Iterator[list[Path]]:
     """Temporary paths to write in place of `paths`; all are renamed at the end, in order, or none when writing fails.
 
     Missing folders are made. Raises UserError naming the file when it cannot be written (a full disk, no permission).
@@ -73,7 +73,7 @@ def _flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
-    with replacing(path) as (draft,):
+    with write_atomically(path) as (draft,):
         draft.write_text(text, encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def claim(path: Path, settings: dict[str, Any]) -> None:
+def record_settings(path: Path, settings: dict[str, Any]) -> None:
     """Note a run's settings in its folder, or raise UserError naming what differs from an earlier run there."""
     if not path.exists():
         write_json(path, settings)

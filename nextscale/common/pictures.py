@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import replacing
+from nextscale.common.files import write_atomically
 
 _MIN_TILE = 72
 _CAPTION = 14
@@ -34,7 +34,7 @@ def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a picture whole; the suffix decides the format, PNG when there is none that PIL knows."""
-    with replacing(path) as (draft,):
+    with write_atomically(path) as (draft,):
         write_image(image, draft)
 
 
@@ -134,5 +134,5 @@ def shade(k: int, count: int) -> tuple[float, ...]:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure whole, as PNG."""
-    with replacing(path) as (draft,):
+    with write_atomically(path) as (draft,):
         figure.savefig(draft, format="png", dpi=110)

@@ -1,6 +1,6 @@
 """Randomness derived from a seed and from what it is for, never from what happened before.
 
-`generator(seed, "order", epoch)` gives the same stream whenever it is asked for, so a resumed run needs no stored
+`make_generator(seed, "order", epoch)` gives the same stream whenever it is asked for, so a resumed run needs no stored
 generator state, and an image's noise does not depend on who shares its batch.
 """
 
@@ -11,12 +11,12 @@ import hashlib
 import torch
 
 
-def fold(seed: int, *purpose: int | str) -> int:
+def fold_seed(seed: int, *purpose: int | str) -> int:
     """A 63-bit seed for one purpose under `seed`: equal arguments give equal numbers on every machine."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def generator(seed: int, *purpose: int | str) -> torch.Generator:
+def make_generator(seed: int, *purpose: int | str) -> torch.Generator:
     """A CPU generator for one purpose under `seed`."""
-    return torch.Generator().manual_seed(fold(seed, *purpose))
+    return torch.Generator().manual_seed(fold_seed(seed, *purpose))

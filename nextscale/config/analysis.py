@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nextscale.config.data import DataConfig
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class AnalysisConfig:
             "batch_size must be 1 or more": self.batch_size >= 1,
             "seed must lie in 0 to 2^63 - 1": 0 <= self.seed < 2**63,
         }
-        check("analysis", self, rules)
+        check_fields("analysis", self, rules)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ErrorsConfig:
             "shown must be 1 or more": self.shown >= 1,
             "batch_size must be 1 or more": self.batch_size >= 1,
         }
-        check("errors", self, rules)
+        check_fields("errors", self, rules)
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,4 @@ class DynamicShown:
             "columns must be 1 or more": self.columns >= 1,
             "batch_size must be 1 or more": self.batch_size >= 1,
         }
-        check("dynamic", self, rules)
+        check_fields("dynamic", self, rules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nextscale.config.data import DataConfig
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 from nextscale.config.training import TrainConfig
 
 
@@ -30,7 +30,7 @@ class ClassifierConfig:
             "image_size must be a multiple of 2 for each of the widths": self.image_size >= 8
             and self.image_size % 2 ** len(self.widths) == 0,
         }
-        check("classifier", self, rules)
+        check_fields("classifier", self, rules)
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class ClassifierRunConfig:
 
     def __post_init__(self) -> None:
         limit = self.classifier.image_size // 2
-        check("run", self, {f"shift must be 0 to {limit}": 0 <= self.shift <= limit})
+        check_fields("run", self, {f"shift must be 0 to {limit}": 0 <= self.shift <= limit})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,4 @@ class DataConfig:
             "held_out must lie between 0 and 1": 0 < self.held_out < 1,
             "max_unreadable must lie in 0 to 1": 0 <= self.max_unreadable <= 1,
         }
-        check("data", self, rules)
+        check_fields("data", self, rules)

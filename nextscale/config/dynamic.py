@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 
 Selection = Literal["threshold", "top-k", "oracle", "pruned"]
 
@@ -44,7 +44,7 @@ class DynamicConfig:
             "tau must be empty or have one number for each of the sparse scales": len(self.tau) in (0, self.scales),
             "own must be false unless the activation is relu": not self.own or self.activation == "relu",
         }
-        check("dynamic", self, rules)
+        check_fields("dynamic", self, rules)
 
     @property
     def on(self) -> bool:

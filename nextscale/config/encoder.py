@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nextscale.config.data import DataConfig
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 from nextscale.config.training import TrainConfig
 
 
@@ -32,7 +32,7 @@ class EncoderConfig:
             "image_size must be a multiple of 2 for each of the widths": self.image_size >= 8
             and self.image_size % self.patch == 0,
         }
-        check("encoder", self, rules)
+        check_fields("encoder", self, rules)
 
     @property
     def patch(self) -> int:
@@ -65,7 +65,7 @@ class ViewConfig:
             "jitter_share must lie in 0 to 1": 0 <= self.jitter_share <= 1,
             "grey_share must lie in 0 to 1": 0 <= self.grey_share <= 1,
         }
-        check("views", self, rules)
+        check_fields("views", self, rules)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class MocoConfig:
             "momentum must lie in 0 to below 1": 0 <= self.momentum < 1,
             "temperature must be above 0": self.temperature > 0,
         }
-        check("moco", self, rules)
+        check_fields("moco", self, rules)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,6 @@ class EncoderRunConfig:
 
     def __post_init__(self) -> None:
         rules = {"bank must be 1 or more": self.bank >= 1}
-        check("run", self, rules)
+        check_fields("run", self, rules)
         batch = self.train.batch_size
-        check("moco", self.moco, {f"queue must hold a batch ({batch}) at least": self.moco.queue >= batch})
+        check_fields("moco", self.moco, {f"queue must hold a batch ({batch}) at least": self.moco.queue >= batch})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nextscale.common.errors import UserError
-from nextscale.config.parse import from_dict, nearest
+from nextscale.config.parse import from_dict, suggest_name
 
 T = TypeVar("T")
 _RECIPES = Path(__file__).parent / "recipes"
@@ -36,5 +36,5 @@ def _recipe(name: str) -> Path:
     """The file of a named recipe; UserError with the nearest name when there is none."""
     known = {p.stem: p for p in _RECIPES.glob("*.yaml")}
     if name not in known:
-        raise UserError(f"there is no config file and no recipe named '{name}'{nearest(name, sorted(known))}")
+        raise UserError(f"there is no config file and no recipe named '{name}'{suggest_name(name, sorted(known))}")
     return known[name]

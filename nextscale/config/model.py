@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.dynamic import DynamicConfig
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 from nextscale.pyramid import PYRAMID_256, Pyramid
 
 
@@ -47,7 +47,7 @@ class TokenizerConfig:
     """Weight beta of the commitment loss."""
 
     def __post_init__(self) -> None:
-        check(
+        check_fields(
             "tokenizer",
             self,
             {
@@ -84,7 +84,7 @@ class ClassConditionConfig:
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
-        check("condition", self, {"num_classes must be 1 to 2^24": 1 <= self.num_classes <= 2**24})
+        check_fields("condition", self, {"num_classes must be 1 to 2^24": 1 <= self.num_classes <= 2**24})
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ExpertsConfig:
                 0 <= n <= 4096 for n in (self.zero, self.copy, self.constant)
             ),
         }
-        check("experts", self, rules)
+        check_fields("experts", self, rules)
 
     @property
     def idle(self) -> int:
@@ -150,7 +150,7 @@ class MambaConfig:
     def __post_init__(self) -> None:
         values = (self.state_width, self.conv_kernel, self.expand, self.head_width)
         rule = "state_width, conv_kernel, expand and head_width must be 1 to 65536"
-        check("mamba", self, {rule: all(1 <= value <= 65536 for value in values)})
+        check_fields("mamba", self, {rule: all(1 <= value <= 65536 for value in values)})
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class AlignmentConfig:
             "hidden must be 1 to 2^20": 1 <= self.hidden <= 2**20,
             "block must be 0 or more": self.block >= 0,
         }
-        check("alignment", self, rules)
+        check_fields("alignment", self, rules)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name, value in self.derived().items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        check(
+        check_fields(
             "transformer",
             self,
             {

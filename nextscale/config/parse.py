@@ -18,7 +18,7 @@ from nextscale.pyramid import Pyramid
 T = TypeVar("T")
 
 
-def check(part: str, config: Any, rules: dict[str, bool]) -> None:
+def check_fields(part: str, config: Any, rules: dict[str, bool]) -> None:
     """Raise UserError for the first rule that does not hold; a rule starts with the name of its setting."""
     for rule, holds in rules.items():
         if not holds:
@@ -46,27 +46,27 @@ def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = N
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise UserError(f"{where} has no setting '{key}'{nearest(str(key), known)}")
+            raise UserError(f"{where} has no setting '{key}'{suggest_name(str(key), known)}")
     values = {
         key: _convert(hints[key], value, f"{where}.{key}", getattr(base, key, None)) for key, value in data.items()
     }
-    return cls(**values) if base is None else dataclasses.replace(underived(base), **values)  # type: ignore[type-var]
+    return cls(**values) if base is None else dataclasses.replace(reset_derived(base), **values)  # type: ignore[type-var]
 
 
-def underived(config: T) -> T:
+def reset_derived(config: T) -> T:
     """The config with fields that follow from others set back to 0, at every depth, so that they will follow again."""
     out = copy.copy(config)
     followers = config.derived() if hasattr(config, "derived") else {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, Pyramid):
-            object.__setattr__(out, f.name, underived(value))
+            object.__setattr__(out, f.name, reset_derived(value))
         elif f.name in followers and value == followers[f.name]:
             object.__setattr__(out, f.name, 0)
     return out
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest_name(name: str, known: list[str]) -> str:
     """A hint for an unknown name: the nearest known one, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from nextscale.common.errors import UserError
 from nextscale.config.model import MVAR_MIXERS, AlignmentConfig, ExpertsConfig, ModelConfig, TransformerConfig
-from nextscale.config.parse import nearest
+from nextscale.config.parse import suggest_name
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512
 
 _MEPA: dict[str, Any] = {"experts": ExpertsConfig(router="stmoe"), "alignment": AlignmentConfig(width=768)}
@@ -32,5 +32,5 @@ PRESETS: dict[str, ModelConfig] = {
 def preset(name: str) -> ModelConfig:
     """The named config. Raises UserError with the nearest name when there is none."""
     if name not in PRESETS:
-        raise UserError(f"there is no model named '{name}'{nearest(name, list(PRESETS))}")
+        raise UserError(f"there is no model named '{name}'{suggest_name(name, list(PRESETS))}")
     return PRESETS[name]

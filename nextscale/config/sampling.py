@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nextscale.config.dynamic import Selection
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,4 @@ class SampleConfig:
             "budget must lie in 0 (off) to 1": 0 <= self.budget <= 1,
             "budget and tau cannot be combined": not (self.budget and self.tau),
         }
-        check("sampling", self, rules)
+        check_fields("sampling", self, rules)

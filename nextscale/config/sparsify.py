@@ -7,7 +7,7 @@ from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
 
@@ -89,7 +89,7 @@ class SparsifyConfig:
             "calibration_images must be 1 or more": self.calibration_images >= 1,
             "batch_size must be 1 or more": self.batch_size >= 1,
         }
-        check("sparsify", self, rules)
+        check_fields("sparsify", self, rules)
         first, last = (STAGES.index(self.stages[i]) for i in (0, -1))
         whole = STAGES[first : last + 1]
         if self.stages not in (whole, tuple(stage for stage in whole if stage != _OPTIONAL)):

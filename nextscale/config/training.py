@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextscale.common.errors import UserError
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TrainConfig:
             or self.sharding != "experts",  # its loss scale knows no gradients that are whole beside divided ones
             "loggers must be tensorboard or wandb": set(self.loggers) <= {"tensorboard", "wandb"},
         }
-        check("training", self, rules)
+        check_fields("training", self, rules)
 
     def shares(self, processes: int) -> list[list[slice]]:
         """Which examples of a batch each process takes, and in which portions: shares[process] = slices.

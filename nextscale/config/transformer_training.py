@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
 from nextscale.config.model import InitConfig, TransformerConfig
-from nextscale.config.parse import check
+from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
 
@@ -35,7 +35,7 @@ class LossConfig:
             f"{n} must be 0 or more": 0 <= getattr(self, n) < math.inf
             for n in ("balance", "idle_balance", "cross_entropy")
         }
-        check("loss", self, rules)
+        check_fields("loss", self, rules)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RunConfig:
     """Held-out images that every evaluation uses, at most."""
 
     def __post_init__(self) -> None:
-        check("run", self, {"validation_images must be 1 or more": self.validation_images >= 1})
+        check_fields("run", self, {"validation_images must be 1 or more": self.validation_images >= 1})
 
     def complete(self) -> RunConfig:
         """Itself, when it names data and a tokenizer; UserError says what is missing."""

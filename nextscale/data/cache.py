@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, replacing, write_json
+from nextscale.common.files import read_json, write_atomically, write_json
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
@@ -103,7 +103,7 @@ class CacheWriter:
         with tqdm(total=total, desc="encoding", unit="image", disable=not show) as bar:
             for part, number in missing:
                 tensors = self._encode(part, self._rows(part, number), batch, bar)
-                with replacing(self.folder / _shard_name(part, number)) as (draft,):
+                with write_atomically(self.folder / _shard_name(part, number)) as (draft,):
                     save_file(tensors, draft)
 
     def _rows(self, part: str, number: int) -> range:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.common.errors import UserError
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.data import DataConfig
 from nextscale.data.examples import Batch
 from nextscale.data.images import fit, load_image, random_crop
@@ -71,7 +71,7 @@ class ImageSet:
 
 def split_rows(labels_B: Tensor, is_held_out_B: Tensor | None, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     """(training, held-out) rows: as the data came, else this share of every class and at least one where it has two."""
-    order = torch.randperm(len(labels_B), generator=generator(seed, "split"))
+    order = torch.randperm(len(labels_B), generator=make_generator(seed, "split"))
     is_held = torch.zeros(len(labels_B), dtype=torch.bool) if is_held_out_B is None else is_held_out_B
     if is_held_out_B is None:
         for label in labels_B.unique():
@@ -127,7 +127,7 @@ def choose_rows(source: Source, limit: int, seed: int) -> tuple[Tensor, Tensor |
         rows = torch.tensor(sorted(source.parts["train"] + source.parts["held_out"]))
     else:
         held, rows = None, torch.arange(len(source.labels))
-    rows = rows[torch.randperm(len(rows), generator=generator(seed, "limit"))[:limit].sort().values]
+    rows = rows[torch.randperm(len(rows), generator=make_generator(seed, "limit"))[:limit].sort().values]
     return rows, None if held is None else held[rows]
 
 
@@ -189,7 +189,7 @@ class ImageExamples:
             chosen = torch.tensor([i for i, _ in found])
             image_B3HW = torch.stack([torch.from_numpy(pixels) for _, pixels in found]).permute(0, 3, 1, 2).contiguous()
         if self.flip and place is not None:
-            draws = [torch.rand((), generator=generator(self.seed, "flip", p)) for p in place]
+            draws = [torch.rand((), generator=make_generator(self.seed, "flip", p)) for p in place]
             image_B3HW = torch.where((torch.stack(draws) < 0.5)[:, None, None, None], image_B3HW.flip(-1), image_B3HW)
         return {"image": image_B3HW, "label": self.labels_B[chosen], "unreadable": unreadable}
 
@@ -198,7 +198,7 @@ class ImageExamples:
         assert self.rows_B is not None, "a source comes with its rows"
         crop = None
         if self.random_crop and place is not None:
-            draws = torch.rand(2, generator=generator(self.seed, "crop", place)).tolist()
+            draws = torch.rand(2, generator=make_generator(self.seed, "crop", place)).tolist()
             crop = partial(random_crop, size=self.size, draws=draws)
         for attempt in range(_NEXT_TRIES):
             here = (index + attempt) % len(self)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nextscale.common.errors import UserError
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 
 Batch = dict[str, Any]
 
@@ -65,7 +65,7 @@ class Places(Dataset):
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> Tensor:
-        return self.examples.order(generator(self.seed, self.purpose, "order", epoch))
+        return self.examples.order(make_generator(self.seed, self.purpose, "order", epoch))
 
     def indices(self, start: int, stop: int) -> list[int]:
         """Which examples stand at these places."""

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextscale.checkpoints.checkpoint import shapes_of
-from nextscale.checkpoints.native import read_safetensors, separated
+from nextscale.checkpoints.checkpoint import list_shapes
+from nextscale.checkpoints.native import read_safetensors, unshare_storage
 from nextscale.common.errors import UserError
-from nextscale.common.files import has_format, read_json, replacing, write_json
+from nextscale.common.files import has_format, read_json, write_atomically, write_json
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.encoders.network import Features, fingerprint
@@ -88,8 +88,8 @@ class Classifier(nn.Module):
             "classifier": to_dict(self.config),
             "class_names": list(self.class_names),
         }
-        with replacing(folder / "model.safetensors", folder / "config.json") as (tensors, config):
-            save_file(separated(dict(self.state_dict())), tensors)
+        with write_atomically(folder / "model.safetensors", folder / "config.json") as (tensors, config):
+            save_file(unshare_storage(dict(self.state_dict())), tensors)
             write_json(config, head)
 
 
@@ -116,7 +116,7 @@ def load_classifier(folder: Path) -> Classifier:
         raise UserError(f"{folder}/config.json: class_names must be a list of names")
     config = from_dict(ClassifierConfig, head.get("classifier"), f"{folder}/config.json")
     model = Classifier(config, tuple(names)).eval().requires_grad_(False)
-    model.load_state_dict(read_safetensors(folder / "model.safetensors", shapes_of(model)))
+    model.load_state_dict(read_safetensors(folder / "model.safetensors", list_shapes(model)))
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.checkpoints.checkpoint import check_floating, check_tensors, shapes_of
+from nextscale.checkpoints.checkpoint import check_floating, check_tensors, list_shapes
 from nextscale.checkpoints.official_files import read_tensors
 from nextscale.common.errors import UserError
 from nextscale.encoders.patches import PatchEncoder
@@ -104,7 +104,7 @@ def load_moco_v3(path: Path) -> MocoV3:
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     side = round(max(0, tensors["pos_embed"].shape[1] - 1) ** 0.5)
     with torch.device("meta"):
-        expected = shapes_of(MocoV3(width, depth, patch, side))
+        expected = list_shapes(MocoV3(width, depth, patch, side))
     check_tensors(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected)
     check_floating(path, tensors)
     encoder = MocoV3(width, depth, patch, side)

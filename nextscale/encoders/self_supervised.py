@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextscale.checkpoints.checkpoint import shapes_of
-from nextscale.checkpoints.native import read_safetensors, separated
+from nextscale.checkpoints.checkpoint import list_shapes
+from nextscale.checkpoints.native import read_safetensors, unshare_storage
 from nextscale.common.errors import UserError
-from nextscale.common.files import has_format, read_json, replacing, write_json
+from nextscale.common.files import has_format, read_json, write_atomically, write_json
 from nextscale.config.encoder import EncoderConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.encoders.patches import PatchEncoder
@@ -88,8 +88,8 @@ class SmallEncoder(PatchEncoder):
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""
         head = {"format": FORMAT, "version": VERSION, "encoder": to_dict(self.config), "steps": self.steps}
-        with replacing(folder / "model.safetensors", folder / "config.json") as (tensors, config):
-            save_file(separated(dict(self.state_dict())), tensors)
+        with write_atomically(folder / "model.safetensors", folder / "config.json") as (tensors, config):
+            save_file(unshare_storage(dict(self.state_dict())), tensors)
             write_json(config, head)
 
 
@@ -107,6 +107,6 @@ def load_small_encoder(folder: Path) -> SmallEncoder:
     if not isinstance(steps, int) or steps < 0:
         raise UserError(f"{folder}/config.json: steps must be 0 or more, got {steps!r}")
     encoder = SmallEncoder(from_dict(EncoderConfig, head.get("encoder"), f"{folder}/config.json"))
-    encoder.load_state_dict(read_safetensors(folder / "model.safetensors", shapes_of(encoder)))
+    encoder.load_state_dict(read_safetensors(folder / "model.safetensors", list_shapes(encoder)))
     encoder.trained_for(steps)
     return encoder.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.checkpoints.native import read_safetensors
-from nextscale.common.files import claim, replacing
+from nextscale.common.files import record_settings, write_atomically
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.evaluation.images import Images
 
@@ -45,7 +45,7 @@ def claim_folder(images: Images, look: Look, folder: Path) -> None:
         "shard": look.shard,
         "images written": look.keep is not None,
     }
-    claim(folder / "features.json", settings)
+    record_settings(folder / "features.json", settings)
     for draft in folder.glob(".*.part*"):  # a run killed while it wrote leaves one
         draft.unlink(missing_ok=True)
 
@@ -62,7 +62,7 @@ def collect(images: Images, look: Look, folder: Path, rank: int = 0, size: int =
     with tqdm(total=total, desc=f"features of {images.where}", unit="image", disable=rank > 0 or not total) as bar:
         for number, start in missing:
             tensors = _look_at(images, range(start, min(start + look.shard, len(images))), look, bar)
-            with replacing(shard_path(folder, number)) as (draft,):
+            with write_atomically(shard_path(folder, number)) as (draft,):
                 save_file(tensors, draft)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import replacing
+from nextscale.common.files import write_atomically
 from nextscale.evaluation.metrics.frechet import Moments
 
 _NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -50,7 +50,7 @@ class Reference:
             arrays |= {mu: moments.mean_D.numpy(), sigma: moments.covariance_DD.numpy()}
         if self.pool_MD is not None:
             arrays["pool"] = self.pool_MD[evenly(len(self.pool_MD), keep)].numpy()
-        with replacing(path) as (draft,), draft.open("wb") as file:
+        with write_atomically(path) as (draft,), draft.open("wb") as file:
             np.savez(file, **arrays)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.files import claim, write_json
+from nextscale.common.files import record_settings, write_json
 from nextscale.common.pictures import curves, grid
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.config.model import ClassConditionConfig, InitConfig, ModelConfig
@@ -53,7 +53,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     data = load_images(config.data, size, config.limit, config.seed)
     train, held_out = data.split(config.held_out, config.seed)
     _say_data(config, data, train, held_out, size)
-    claim(folder / "quickstart.json", to_dict(config))
+    record_settings(folder / "quickstart.json", to_dict(config))
 
     condition = ClassConditionConfig(num_classes=len(data.class_names))
     width = config.encoder.widths[-1] if config.loss.encoder else 0

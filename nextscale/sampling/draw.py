@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 
 
 class Stream(Protocol):
@@ -33,14 +33,14 @@ class ImageStreams:
 
     def tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
         B, N, _V = logits_BNV.shape
-        draws = [torch.rand(N, generator=generator(self.seed, "token", self.first + b, k)) for b in range(B)]
+        draws = [torch.rand(N, generator=make_generator(self.seed, "token", self.first + b, k)) for b in range(B)]
         u_BN1 = torch.stack(draws).unsqueeze(-1).to(logits_BNV.device)
         return inverse_cdf(logits_BNV.softmax(dim=-1), u_BN1).squeeze(-1)
 
     def gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
         B, N, V = logits_BNV.shape
         draws = [
-            torch.empty(N, V).exponential_(generator=generator(self.seed, "gumbel", self.first + b, k))
+            torch.empty(N, V).exponential_(generator=make_generator(self.seed, "gumbel", self.first + b, k))
             for b in range(B)
         ]
         return -torch.stack(draws).to(logits_BNV.device).log()

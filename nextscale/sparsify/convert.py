@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.dynamic import DynamicConfig
 from nextscale.config.model import TransformerConfig
 from nextscale.sparsify.cluster import balanced_clusters
@@ -100,7 +100,7 @@ def split(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: i
     )  # fmt: skip
     weights = separated(checkpoint.transformer)
     for block in tqdm(range(model.depth), desc="dividing FFNs", unit="block"):
-        clusters, start = (generator(seed, purpose, block) for purpose in ("experts", "router"))
+        clusters, start = (make_generator(seed, purpose, block) for purpose in ("experts", "router"))
         for ffn in ffn_places(model, block):
             place = f"{ffn}.late" if model.dynamic.own else ffn
             order_F = balanced_clusters(weights[f"{place}.fc1.weight"], experts, clusters).argsort(stable=True)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nextscale.checkpoints.checkpoint import Checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.files import claim, replacing
+from nextscale.common.files import record_settings, write_atomically
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.data.cache import TokenCache, is_cache
@@ -72,14 +72,14 @@ def _own_samples(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, f
     whole_ffns = (1.0,) if model.dynamic.experts else ()
     sampling = dataclasses.replace(config.sampling, tau=whole_ffns, budget=0.0, selection="threshold")
     if world.main:
-        claim(folder / "samples.json", {"model": str(source), "images": count, "sampling": to_dict(sampling)})
+        record_settings(folder / "samples.json", {"model": str(source), "images": count, "sampling": to_dict(sampling)})
         starts = [s for s in range(0, count, _SHARD) if not _shard(folder, s).exists()]
         pipeline = Pipeline.from_checkpoint(checkpoint, device=world.device).pack() if starts else None
         for start in tqdm(starts, desc="drawing samples", unit="file"):
             labels = [i % model.condition.num_classes for i in range(start, min(start + _SHARD, count))]
             assert pipeline is not None, "loaded where there is something to draw"
             images = pipeline.sample(labels, sampling, batch_size=config.batch_size, first_image=start)
-            with replacing(_shard(folder, start)) as (draft,):
+            with write_atomically(_shard(folder, start)) as (draft,):
                 save_file({"tokens": images.tokens.to(torch.int32), "label": torch.tensor(labels)}, draft)
     world.wait()
     parts = [load_file(_shard(folder, start)) for start in range(0, count, _SHARD)]

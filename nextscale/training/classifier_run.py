@@ -11,7 +11,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import curves
-from nextscale.common.rng import fold
+from nextscale.common.rng import fold_seed
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.parse import to_dict
 from nextscale.data.datasets import load_images
@@ -40,7 +40,7 @@ def train_classifier(
         accept_changes=accept_changes,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(config.train.seed, "classifier"))
+        torch.manual_seed(fold_seed(config.train.seed, "classifier"))
         model = Classifier(config.classifier, source.class_names)
     task = ClassifierTask(model, train, config.shift, config.train.label_smoothing)
     watch = _Watch(task, held_out, folder, world)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.distributed import World
-from nextscale.common.rng import fold
+from nextscale.common.rng import fold_seed
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.self_supervised import SmallEncoder
@@ -44,5 +44,5 @@ def new_encoder_task(
 ) -> EncoderTask:
     """The task of training a new encoder; all weights, and the queue's first keys, follow from the seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(seed, "encoder"))
+        torch.manual_seed(fold_seed(seed, "encoder"))
         return EncoderTask(SmallEncoder(config), examples, moco, views)

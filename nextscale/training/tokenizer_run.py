@@ -15,7 +15,7 @@ from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.pictures import curves, grid
-from nextscale.common.rng import fold
+from nextscale.common.rng import fold_seed
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.tokenizer_training import TokenizerRunConfig, derive_pyramid
@@ -99,7 +99,7 @@ def _pyramid(config: TokenizerRunConfig, start: Checkpoint | None) -> Pyramid:
 def _new_tokenizer(model: ModelConfig, seed: int) -> Tokenizer:
     """A fresh tokenizer from the seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(seed, "tokenizer"))
+        torch.manual_seed(fold_seed(seed, "tokenizer"))
         return build_modules(model)[0]
 
 

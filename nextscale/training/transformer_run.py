@@ -16,7 +16,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_json
 from nextscale.common.pictures import curves, grid
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig, TransformerConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.transformer_training import RunConfig
@@ -167,7 +167,7 @@ def _transformer(config: RunConfig, model: ModelConfig, weights: dict[str, Tenso
     """The transformer to train: initialised, then with the weights it starts from, if any."""
     _, transformer = build_modules(model)
     assert transformer is not None, "a generator has a transformer"
-    initialise(transformer, config.init, generator(config.train.seed, "transformer"))
+    initialise(transformer, config.init, make_generator(config.train.seed, "transformer"))
     if config.start:  # a start without an alignment head gets a new one
         fresh = {n: t for n, t in transformer.state_dict().items() if n.startswith("projector.")}
         transformer.load_state_dict(fresh | {n: t.float() for n, t in weights.items()})

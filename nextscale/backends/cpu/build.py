@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nextscale.backends.cpu import ops
-from nextscale.common.files import replacing
+from nextscale.common.files import write_atomically
 
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fPIC", "-fopenmp")
 _BUILD_SECONDS = 120
@@ -81,7 +81,7 @@ def pointers(*tensors: Tensor) -> list[int]:
 
 def _build(compiler: str, flags: tuple[str, ...], source: Path, library: Path) -> None:
     """Linked without an OpenMP of its own: torch's is in the process, and a second one's threads would fight it."""
-    with replacing(library) as (draft,):
+    with write_atomically(library) as (draft,):
         part = draft.with_suffix(".o")
         try:
             for command in ([*flags, "-c", str(source), "-o", str(part)], ["-shared", str(part), "-o", str(draft)]):

@@ -18,7 +18,7 @@ from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import to_pil
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.analysis import ErrorsConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
@@ -151,7 +151,7 @@ class _Lab:
         count = max(1, round(self.config.share * (end - start)))
         wrong_BL = tokens_BL.clone()
         for b in range(len(tokens_BL)):
-            rng = generator(self.sampling.seed, "error", first + b, s)
+            rng = make_generator(self.sampling.seed, "error", first + b, s)
             cells = start + torch.randperm(end - start, generator=rng)[:count].to(tokens_BL.device)
             shift = torch.randint(1, codes, (count,), generator=rng).to(tokens_BL.device)
             wrong_BL[b, cells] = (tokens_BL[b, cells] + shift) % codes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
-from nextscale.common.rng import fold, generator
+from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.figures import clouds
 from nextscale.research.analysis.subject import Subject, about, subjects
@@ -104,7 +104,9 @@ def _collect(subject: Subject, block: int, points: int) -> tuple[list[Moments], 
     moments = [Moments() for _ in pyramid.sides]
     chosen: list[list[Tensor]] = [[] for _ in pyramid.sides]
     picks = [
-        torch.randperm(images * count, generator=generator(subject.config.seed, "features", k))[:points].sort().values
+        torch.randperm(images * count, generator=make_generator(subject.config.seed, "features", k))[:points]
+        .sort()
+        .values
         for k, count in enumerate(pyramid.counts)
     ]
     for start, x_BLD in _features(subject, block):
@@ -157,7 +159,7 @@ def _tsne(x_PD: Tensor, seed: int) -> Tensor:
         raise UserError("t-SNE comes with scikit-learn: pip install 'nextscale[quickstart]'") from None
     if len(x_PD) < 4:
         raise UserError(f"t-SNE needs at least 4 tokens; got {len(x_PD)}: show the model more images")
-    tsne = TSNE(init="pca", perplexity=min(30.0, (len(x_PD) - 1) / 3), random_state=fold(seed, "tsne") % 2**32)
+    tsne = TSNE(init="pca", perplexity=min(30.0, (len(x_PD) - 1) / 3), random_state=fold_seed(seed, "tsne") % 2**32)
     return torch.from_numpy(tsne.fit_transform(x_PD.numpy()))
 
 

@@ -17,7 +17,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig, ClassifierRunConfig
 from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.files import read_settings, read_yaml
-from nextscale.config.parse import from_dict, nearest
+from nextscale.config.parse import from_dict, suggest_name
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.tokenizer_training import TokenizerRunConfig
@@ -94,7 +94,7 @@ def names() -> list[str]:
 def read_entry(name: str) -> dict[str, Any]:
     """The file of an experiment; UserError with the nearest name when there is none."""
     if name not in names():
-        raise UserError(f"there is no experiment '{name}'{nearest(name, names())}")
+        raise UserError(f"there is no experiment '{name}'{suggest_name(name, names())}")
     return read_yaml(FOLDER / f"{name}.yaml")
 
 

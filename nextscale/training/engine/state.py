@@ -21,7 +21,7 @@ from torch import nn
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, replacing, write_json
+from nextscale.common.files import read_json, write_atomically, write_json
 from nextscale.training.engine.parallel import Ema, whole_weights
 
 
@@ -80,7 +80,7 @@ class StateFiles:
         }
         if self.world.main:
             path = self.path(learner.step)
-            with replacing(path.with_suffix(".json"), path) as (note, draft):
+            with write_atomically(path.with_suffix(".json"), path) as (note, draft):
                 torch.save(content, draft)
                 write_json(note, {"step": learner.step, "sha256": _digest(draft)})
             self._clean()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.rng import generator
+from nextscale.common.rng import make_generator
 from nextscale.config.training import TrainConfig, learning_rate, weight_decay
 from nextscale.data.examples import Batch, Places, batches
 from nextscale.training.engine.guard import explain_non_finite
@@ -59,7 +59,7 @@ class Stepper:
     def gradients(self, portions: Iterator[Batch]) -> bool:
         """Forward and backward of one step; whether loss and gradient are finite."""
         config, step, learner = self.config, self.learner.step, self.learner
-        noise = self.task.noise(config.batch_size, generator(config.seed, self.task.name, "step", step))
+        noise = self.task.noise(config.batch_size, make_generator(config.seed, self.task.name, "step", step))
         own = config.batch_size // self.world.size
         self._sums = {}
         for part in self.slices:
@@ -96,7 +96,7 @@ class Stepper:
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
-        self.task.after_step(step, generator(config.seed, self.task.name, "after", step), self.world)
+        self.task.after_step(step, make_generator(config.seed, self.task.name, "after", step), self.world)
         if learner.ema:
             learner.ema.update()
         learner.step = step + 1
