@@ -1,0 +1,126 @@
+"""Registries: the parts of a transformer that a config names, built in or your own. Needs no torch.
+
+Your own part registers its class under a name; configs, checkpoints and the command line then use the name:
+
+    from nextscale.common.registry import ROUTERS
+
+    @ROUTERS.register("my-router")
+    class MyRouter(nn.Module): ...
+
+A config or a checkpoint never imports code. The module that registers a name has to be imported first: `import
+my_module` in Python, `nextscale --import my_module ...` on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from nextscale.common.errors import UserError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name.
+
+    `kind`: what messages call the parts, in the singular. `built_in`: names and where their classes are, as
+    "module:attribute"; a built-in class is imported when it is first looked up. `reserved`: names that configs give
+    another meaning, which nobody can register.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, str], reserved: tuple[str, ...] = ()):
+        self.kind, self.reserved = kind, reserved
+        self._entries: dict[str, type[T] | str] = dict(built_in)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All registered names, built-in ones first."""
+        return tuple(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """A class decorator that registers the class under `name`.
+
+        Registering the same class again does nothing; raises UserError when the name belongs to another class.
+        """
+        if not name or name in self.reserved or any(c.isspace() or c == "," for c in name):
+            raise UserError(f"a {self.kind} cannot be named '{name}': names are words without commas")
+
+        def add(cls: C) -> C:
+            old = self._entries.get(name)
+            if old is not None and _path(old) != _path(cls):
+                raise UserError(f"the {self.kind} '{name}' is already registered, as {_path(old)}; choose another name")
+            self._entries[name] = cls
+            return cls
+
+        return add
+
+    def check(self, name: str, where: str = "") -> None:
+        """Raise UserError when `name` is not registered. Imports nothing. `where`: the setting that holds the name."""
+        if name in self._entries:
+            return
+        known = ", ".join(f"'{n}'" for n in self._entries)
+        raise UserError(
+            f"{where}{': ' if where else ''}unknown {self.kind} '{name}'; it must be one of {known}. If it is your "
+            f"own, import the module that registers it first: `import my_module` in Python, `nextscale --import "
+            f"my_module ...` on the command line"
+        )
+
+    def get(self, name: str) -> type[T]:
+        """The class registered under `name`; UserError when there is none."""
+        self.check(name)
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            entry = self._entries[name] = getattr(import_module(module), attribute)
+        return entry
+
+
+def _path(entry: type | str) -> str:
+    """Where a class is, as "module:attribute"."""
+    return entry if isinstance(entry, str) else f"{entry.__module__}:{entry.__qualname__}"
+
+
+_TRANSFORMER = "nextscale.transformer"
+_FEED_FORWARD = f"{_TRANSFORMER}.feed_forward"
+
+MIXERS: Registry[Any] = Registry(
+    "mixer",
+    {
+        "attention": f"{_TRANSFORMER}.attention:Attention",
+        "scale-attention": f"{_TRANSFORMER}.attention:ScaleAttention",
+        "mamba": f"{_TRANSFORMER}.mamba:Mamba2",
+    },
+)
+"""What mixes the tokens of a block: `TransformerConfig.mixers`."""
+
+ROUTERS: Registry[Any] = Registry(
+    "router",
+    {
+        "stmoe": f"{_FEED_FORWARD}.routers:ScaleTokenRouter",
+        "smoe": f"{_FEED_FORWARD}.routers:ScaleRouter",
+        "expert-choice": f"{_FEED_FORWARD}.routers:ExpertChoiceRouter",
+        "moe++": f"{_FEED_FORWARD}.routers:ZeroComputationRouter",
+    },
+    reserved=("none",),
+)
+"""What assigns tokens to the experts of a mixture: `ExpertsConfig.router`."""
+
+FEED_FORWARDS: Registry[Any] = Registry(
+    "feed-forward",
+    {
+        "dense": f"{_FEED_FORWARD}.dense:DenseFeedForward",
+        "mixture": f"{_FEED_FORWARD}.mixture:MixtureOfExperts",
+        "dynamic": f"{_FEED_FORWARD}.dynamic:DynamicFeedForward",
+    },
+    reserved=("auto",),
+)
+"""The feed-forward layer of a block: `TransformerConfig.feed_forward`."""
+
+CONDITIONS: Registry[Any] = Registry("condition", {"class": f"{_TRANSFORMER}.condition:ClassCondition"})
+"""What an image is conditioned on: `ClassConditionConfig.kind`."""
