@@ -1,7 +1,6 @@
 """What dynamic experts save, and what they cost in quality.
 
     python -m benchmarks.dynamic ffn [--batches 1 8 32] [--active 0.25 0.58 0.8 1] [--rounds 7] [--clock wall]
-    python -m benchmarks.dynamic nested [--rounds 7]
     python -m benchmarks.dynamic sampling MODEL [--dense DENSE] [--batches 1 8] [--budgets 0.9 0.8 0.7] [--rounds 5]
         [--cfg 1.5]
     python -m benchmarks.dynamic quality MODEL --features NETWORK --reference DATA [--budget 0.8] [--images 2000]
@@ -9,7 +8,7 @@
 
 `ffn`: one FFN of VAR-d16 with random weights at its last scale, guided, so that a batch of B has 512 B rows; random
 experts for each row, the worst case; router and choice included; in alternating pairs with the packed dense FFN.
-`nested`: experts within the experts of a mixture, at the rows that each then has. `sampling`: seconds of the
+`sampling`: seconds of the
 transformer, and of all but decoding, for a checkpoint of `nextscale sparsify`, with all experts and at budgets, beside
 the dense model and the FLOPs that were executed. `quality`: Fréchet distances of paired seeds, dense and at a budget,
 beside uniform tau, top-k, the oracle and pruned FFNs at equal FLOPs; the upper 95 % bound of the mean loss. The last
@@ -48,7 +47,7 @@ _T95 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ffn", "nested", "sampling", "quality"])
+    parser.add_argument("what", choices=["ffn", "sampling", "quality"])
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--active", type=float, nargs="+", default=[0.25, 0.4, 0.58, 0.8, 1.0])
@@ -72,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     options.batches = options.batches or ([1, 8] if options.what == "sampling" else [1, 8, 32])
     keep_freed_memory()
-    run = {"ffn": ffn, "nested": nested, "sampling": sampling, "quality": quality}[options.what]
+    run = {"ffn": ffn, "sampling": sampling, "quality": quality}[options.what]
     report = {"what": options.what, "machine": describe_machine(torch.device(options.device)), **run(options)}
     print(json.dumps(report))
 
@@ -150,24 +149,6 @@ def _ffn_case(
     ratios = [b / a for a, b in zip(times["dense"], times["sparse"], strict=True)]
     return {"rows": len(x_TD), "active": chosen_TE.float().mean().item(), "ratio": spread(ratios),
             "saved": 1 - statistics.median(ratios), "seconds": {n: spread(t) for n, t in times.items()}}  # fmt: skip
-
-
-@torch.inference_mode()
-def nested(options: argparse.Namespace) -> dict[str, Any]:
-    """One expert of MEPA-d16 (as wide as a dense FFN) on its 3 / 8 of the rows, whole and divided at 58 %."""
-    options.active = [0.58, 1.0]
-    config = TransformerConfig(depth=16, dynamic=DynamicConfig(experts=32, activation="relu"))
-    dynamic, dense = DynamicFeedForward(config, 10), FeedForward(TransformerConfig(depth=16))
-    for layer in (dynamic, dense):
-        ops.pack(layer)
-    cases = []
-    for batch in options.batches[:2]:
-        rng = torch.Generator().manual_seed(batch)
-        x_TD = torch.randn(_GUIDED * batch * _LAST * 3 // 8, config.width, generator=rng)
-        chosen_TE = torch.rand(len(x_TD), 32, generator=rng) < 0.58
-        cases.append(_ffn_case(dynamic, dense, x_TD, chosen_TE, options))
-        print(f"{cases[-1]['rows']} rows of an expert: {cases[-1]['saved']:.1%} of its time saved at 58 % active")
-    return {"rounds": options.rounds, "cases": cases}
 
 
 # ---- a checkpoint

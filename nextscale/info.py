@@ -89,11 +89,11 @@ def active_parameters(config: ModelConfig, total: int) -> int:
     model = config.transformer
     if model is None:
         return total
-    dynamic, experts = model.dynamic, model.experts
+    experts = model.experts
     ffn = 2 * model.width * model.ffn_width + model.ffn_width + model.width
-    router = dynamic.router_width * (model.width + dynamic.experts) if dynamic.experts else 0
-    count, working = (1, 1) if experts.router == "none" else (experts.count, min(experts.active, experts.count))
-    return total - model.depth * ((count - working) * (ffn * (1 + dynamic.own) + router) + working * ffn * dynamic.own)
+    if experts.router == "none":
+        return total - model.depth * ffn * model.dynamic.own
+    return total - model.depth * ffn * (experts.count - min(experts.active, experts.count))
 
 
 def ffn_pairs(model: TransformerConfig, tokens: int) -> int:

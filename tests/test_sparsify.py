@@ -28,6 +28,7 @@ from nextscale.training.engine.log import read_log
 from nextscale.transformer.feed_forward.thresholds import Dial
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline
+from tests.test_moe_model import moe_config
 
 FAST = (
     "--samples 40 --scales 2 --expert-size 16 --router-width 8 --calibration-images 4 --batch-size 4 --device cpu "
@@ -208,6 +209,25 @@ def test_what_cannot_be_sparsified_is_named(made, tmp_path, capsys):
     assert "--out must be another folder" in fails(f"sparsify {dense} --out {dense}", capsys)
     assert not (tmp_path / "out").exists()
     assert "has dynamic FFNs" in fails(f"export-official {dynamic} --var {tmp_path}/v.safetensors", capsys)
+
+
+@pytest.mark.parametrize("stage", ["tune", "split"])
+def test_a_mixture_is_refused_before_anything_is_done(stage, tmp_path, capsys):
+    randomised(moe_config("stmoe")).save_pretrained(tmp_path / "mixture")
+    message = fails(f"sparsify {tmp_path}/mixture --out {tmp_path}/out --stages {stage} {FAST}", capsys)
+    assert "this model is a mixture of experts (stmoe)" in message
+    assert "sparsify a dense model instead" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_old_checkpoint_with_dynamic_experts_inside_a_mixture_is_refused(tmp_path, capsys):
+    randomised(moe_config("stmoe")).save_pretrained(tmp_path / "old")
+    head = json.loads((tmp_path / "old" / "config.json").read_text())
+    head["model"]["transformer"]["dynamic"] |= {"experts": 8, "scales": 2}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(head))
+    message = fails(f"sample {tmp_path}/old --labels 0 --out {tmp_path}/a.png", capsys)
+    assert "dynamic experts inside a mixture of experts (stmoe) are not supported" in message
+    assert "sparsify a dense model, or use the mixture without them" in message
 
 
 def test_routers_of_another_checkpoint_are_refused(made, tmp_path, capsys):

@@ -77,7 +77,7 @@ class Upcycle:
 class Sparsify:
     """Turn a trained model into one whose compute can be turned down (DMoE-VAR).
 
-    FFNs (of a mixture each of its experts) are divided into experts, of which each token uses those that matter to it,
+    FFNs are divided into experts, of which each token uses those that matter to it,
     at the last scales. Stages: tune, split, routers, thresholds, and adapt before the last if asked for; finished ones
     are not repeated, an interrupted one goes on. Then `nextscale sample OUT --budget 0.8`, or --tau: an expert runs
     when its predicted norm is at least (1 - tau) times the largest.

@@ -15,7 +15,6 @@ class DynamicConfig:
     """An FFN whose hidden units are divided into experts, of which each token uses those that matter to it.
 
     `nextscale sparsify` makes it of a trained dense model (DMoE-VAR, arXiv 2510.08629); the defaults are a dense FFN.
-    In a mixture of experts each of its experts is such an FFN.
     """
 
     experts: int = 0

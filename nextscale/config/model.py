@@ -200,7 +200,7 @@ class TransformerConfig:
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
-    """What `nextscale sparsify` makes of the FFNs; of a mixture, of each of its experts."""
+    """What `nextscale sparsify` makes of dense FFNs. A mixture of experts has none."""
 
     def __post_init__(self) -> None:
         for name, value in self.derived().items():
@@ -235,6 +235,11 @@ class TransformerConfig:
             )
 
     def _check_dynamic(self) -> None:
+        if self.dynamic.on and self.experts.router != "none":
+            raise UserError(
+                f"transformer: dynamic experts inside a mixture of experts ({self.experts.router}) are not supported, "
+                "as their quality was never measured: sparsify a dense model, or use the mixture without them"
+            )
         if self.dynamic.experts and self.ffn_width % self.dynamic.experts:
             raise UserError(
                 f"transformer: an FFN of {self.ffn_width} hidden units cannot be divided into {self.dynamic.experts} "
@@ -248,11 +253,6 @@ class TransformerConfig:
     def block_mixers(self, index: int) -> tuple[Mixer, ...]:
         """The mixers of a block, counted from 0."""
         return self.mixers if index < self.depth - self.global_blocks else ("attention",)
-
-    @property
-    def nested(self) -> bool:
-        """Whether the FFNs are the experts of a mixture and dynamic themselves."""
-        return self.dynamic.on and self.experts.router != "none"
 
     @property
     def ffn_width(self) -> int:

@@ -52,8 +52,7 @@ class SparsifyConfig:
     """What becomes ReLU and is tuned: the whole model (the paper); the FFNs of the sparse scales alone, which are then
     kept beside the dense ones; or nothing: then experts are divided of the FFNs as they are."""
     hoyer: float = 0.1
-    """Weight of the Hoyer penalty beside the cross-entropy (Eq. 1), mean over blocks and tokens (in a mixture, pairs of
-    token and expert)."""
+    """Weight of the Hoyer penalty beside the cross-entropy (Eq. 1), mean over blocks and tokens."""
     scales: int = 3
     """How many of the last scales are sparse."""
     expert_size: int = 128

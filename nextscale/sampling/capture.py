@@ -82,8 +82,6 @@ class Captured:
     def __call__(self, model: VAR, values: Any, config: SampleConfig) -> _Fixed:
         if config.prune or config.draft_scales:
             raise UserError("captured steps know neither token pruning nor a refiner")
-        if model.config.nested:
-            raise UserError("captured steps cannot run a mixture whose experts are divided: sample without capture")
         dial = dial_for(model.config, len(model.pyramid), config)
         if dial is not None and min(dial.tau_K) < 1:
             raise UserError(

@@ -1,7 +1,6 @@
 """From a trained model to dynamic experts, step by step: functions from checkpoint to checkpoint.
 
-A step changes FFNs alone, the dense ones or those that are the experts of mixtures; attention, embeddings, head and the
-routers of mixtures are kept to the bit.
+A step changes the FFNs alone; attention, embeddings and head stay the same to the bit.
 """
 
 from __future__ import annotations
@@ -28,26 +27,14 @@ _PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
 def model_of(checkpoint: Checkpoint) -> TransformerConfig:
-    """The transformer's config; UserError for a tokenizer alone."""
-    return transformer_config(checkpoint.config, "sparsify")
-
-
-def ffn_places(model: TransformerConfig, block: int) -> list[str]:
-    """Where the dynamic FFNs of a block stand in a checkpoint: one, or as many as its mixture has experts."""
-    place = f"blocks.{block}.ffn"
-    return [place] if model.experts.router == "none" else [f"{place}.experts.{j}" for j in range(model.experts.count)]
-
-
-def separated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights, stacked ones of a mixture's experts under the names of FFNs of their own (`ffn_places`)."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        before, stacked, layer = name.partition(".ffn.experts.")
-        if stacked and not layer[0].isdigit():
-            found |= {f"{before}{stacked}{j}.{layer}": part for j, part in enumerate(tensor)}
-        else:
-            found[name] = tensor
-    return found
+    """The transformer's config; UserError for a tokenizer alone and for a mixture of experts."""
+    model = transformer_config(checkpoint.config, "sparsify")
+    if model.experts.router != "none":
+        raise UserError(
+            f"this model is a mixture of experts ({model.experts.router}); nextscale sparsify needs dense FFNs, as the "
+            "quality of dynamic experts inside a mixture was never measured: sparsify a dense model instead"
+        )
+    return model
 
 
 def relufied(checkpoint: Checkpoint, scales: int, own: bool) -> Checkpoint:
@@ -62,9 +49,9 @@ def relufied(checkpoint: Checkpoint, scales: int, own: bool) -> Checkpoint:
             f"{model.dynamic.experts or 'no'} experts); tuning starts from GELU FFNs that are whole"
         )
     dynamic = DynamicConfig(scales=_sparse_scales(checkpoint, scales), activation="relu", own=own)
-    weights = separated(checkpoint.transformer)
+    weights = dict(checkpoint.transformer)
     if own:
-        for place in (place for block in range(model.depth) for place in ffn_places(model, block)):
+        for place in (f"blocks.{block}.ffn" for block in range(model.depth)):
             weights |= {f"{place}.late.{name}": weights[f"{place}.{name}"].clone() for name in _PROJECTIONS}
     return _with(checkpoint, dynamic, weights)
 
@@ -98,19 +85,19 @@ def split(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: i
         model.dynamic, experts=experts, router_width=router_width,
         scales=model.dynamic.scales if model.dynamic.own else scales,
     )  # fmt: skip
-    weights = separated(checkpoint.transformer)
+    weights = dict(checkpoint.transformer)
     for block in tqdm(range(model.depth), desc="dividing FFNs", unit="block"):
         clusters, start = (make_generator(seed, purpose, block) for purpose in ("experts", "router"))
-        for ffn in ffn_places(model, block):
-            place = f"{ffn}.late" if model.dynamic.own else ffn
-            order_F = balanced_clusters(weights[f"{place}.fc1.weight"], experts, clusters).argsort(stable=True)
-            for name in ("fc1.weight", "fc1.bias"):
-                weights[f"{place}.{name}"] = weights[f"{place}.{name}"][order_F]
-            weights[f"{place}.fc2.weight"] = weights[f"{place}.fc2.weight"][:, order_F].contiguous()
-            router = ExpertRouter(model.width, router_width, experts)
-            draw_weights(router, model.width, start)
-            weights |= {f"{ffn}.router.{n}": t for n, t in router.state_dict().items()}
-            weights[f"{ffn}.importance_F"] = torch.zeros(model.ffn_width)
+        ffn = f"blocks.{block}.ffn"
+        place = f"{ffn}.late" if model.dynamic.own else ffn
+        order_F = balanced_clusters(weights[f"{place}.fc1.weight"], experts, clusters).argsort(stable=True)
+        for name in ("fc1.weight", "fc1.bias"):
+            weights[f"{place}.{name}"] = weights[f"{place}.{name}"][order_F]
+        weights[f"{place}.fc2.weight"] = weights[f"{place}.fc2.weight"][:, order_F].contiguous()
+        router = ExpertRouter(model.width, router_width, experts)
+        draw_weights(router, model.width, start)
+        weights |= {f"{ffn}.router.{n}": t for n, t in router.state_dict().items()}
+        weights[f"{ffn}.importance_F"] = torch.zeros(model.ffn_width)
     return _with(checkpoint, dynamic, weights)
 
 
@@ -134,7 +121,7 @@ def identity(weights: Mapping[str, Tensor], model: TransformerConfig) -> str:
     """
     digest = hashlib.sha256(f"{model.dynamic.experts} {model.dynamic.activation} {model.dynamic.own}".encode())
     late = ".late" if model.dynamic.own else ""
-    for place in (f"{ffn}{late}" for block in range(model.depth) for ffn in ffn_places(model, block)):
+    for place in (f"blocks.{block}.ffn{late}" for block in range(model.depth)):
         for name in _PROJECTIONS:
             tensor = weights[f"{place}.{name}"].detach()
             rows = tensor[::_SAMPLED_ROWS] if tensor.ndim == 2 else tensor

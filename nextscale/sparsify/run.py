@@ -164,8 +164,7 @@ def _note_importance(job: _Job, pipeline: Pipeline, data: Data) -> None:
         uses = [use.contribution_F for use in recorded(output.records, Use)]
         sums = [a + b for a, b in zip(sums, uses, strict=True)] if sums else uses
         images += len(label_B)
-    found = torch.cat(sums).split(model.config.ffn_width)
-    for layer, total_F in zip(layers(model), found, strict=True):
+    for layer, total_F in zip(layers(model), sums, strict=True):
         layer.importance_F.copy_(total_F / images)
 
 

@@ -19,7 +19,7 @@ from nextscale.transformer.var import VAR, Output
 
 
 def layers(model: VAR) -> list[DynamicFeedForward]:
-    """The dynamic FFN of every block, or those of its experts one after the other."""
+    """The dynamic FFN of every block."""
     return [module for module in model.modules() if isinstance(module, DynamicFeedForward)]
 
 
@@ -74,9 +74,8 @@ class RouterTask(Task):
     """Each router learns to predict the norm of its experts' outputs (Eq. 2), by regression; nothing else changes.
 
     The squared error of a block is divided by the mean square of its targets, so that 1 is what predicting nothing
-    gives and blocks count alike; per block that changes no optimum. In a mixture each expert has a router, which learns
-    from the tokens that are the expert's. Labels are left out at random as in training, for
-    the unconditional branch of guidance.
+    gives and blocks count alike; per block that changes no optimum. Labels are left out at
+    random as in training, for the unconditional branch of guidance.
     """
 
     name = "routers"

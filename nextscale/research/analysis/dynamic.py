@@ -86,8 +86,8 @@ def equal_flops(
 def expert_maps(pipeline: Pipeline, label: int | None, settings: SampleConfig, first_image: int = 0) -> dict[str, Any]:
     """One image as it is drawn: at each sparse scale the picture so far and how many experts each token used.
 
-    Means over blocks and over the two branches of guidance, as shares of all experts; in a mixture, of those that the
-    token's FFNs are divided into. UserError for a model without experts.
+    Means over blocks and over the two branches of guidance, as shares of all experts. UserError for a model without
+    experts.
     """
     _need_experts(pipeline)
     scales, maps, pictures = [], [], []

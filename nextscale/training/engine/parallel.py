@@ -17,7 +17,6 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.training import TrainConfig
 from nextscale.training.engine.task import Task
-from nextscale.transformer.feed_forward.dynamic_mixture import DynamicExperts
 from nextscale.transformer.feed_forward.exchange import Exchange
 from nextscale.transformer.feed_forward.experts import Experts
 from nextscale.transformer.feed_forward.routers import Router
@@ -95,8 +94,6 @@ class Laid:
 
 def mixtures_of(module: nn.Module, name: str) -> dict[str, Experts]:
     """The experts of every mixture in a module, by their place in it. Raises UserError when there are none to share."""
-    if any(isinstance(m, DynamicExperts) for m in module.modules()):
-        raise UserError("sharding: experts cannot share experts that are dynamic FFNs themselves: use none or full")
     mixtures = {place: m for place, m in module.named_modules() if isinstance(m, Experts)}
     if not mixtures:
         raise UserError(f"sharding: experts needs a mixture of experts; the {name} has none: use none or full")

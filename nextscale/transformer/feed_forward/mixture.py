@@ -8,32 +8,24 @@ from torch import Tensor, nn
 from nextscale.backends.cpu.ops import Linear, linear
 from nextscale.config.model import ExpertsConfig, TransformerConfig
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.dynamic_mixture import DynamicExperts
 from nextscale.transformer.feed_forward.experts import Experts
-from nextscale.transformer.feed_forward.records import NestedRouting
 from nextscale.transformer.feed_forward.routers import ROUTERS, Routing
 from nextscale.transformer.feed_forward.stacked import StackedLinear
 
 
 class MixtureOfExperts(nn.Module):
-    """y_i = sum_j G_ij E_j(x_i). The record is the `Routing`; with what they recorded, if experts are dynamic FFNs."""
+    """y_i = sum_j G_ij E_j(x_i). The record is the `Routing`."""
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__()
         self.router = ROUTERS[config.experts.router](config, scales, block)
-        self.experts: Experts | DynamicExperts
-        if config.dynamic.on:
-            self.experts = DynamicExperts(config, scales)
-        else:
-            self.experts = Experts(config.experts.count, config.width, config.ffn_width)
+        self.experts = Experts(config.experts.count, config.width, config.ffn_width)
         self.count = config.experts.count
         self.idle = IdleExperts(config.experts, config.width) if config.experts.idle else None
 
     @property
-    def outputs(self) -> list[Linear] | list[StackedLinear]:
+    def outputs(self) -> list[StackedLinear]:
         """The last projections, which write to the residual stream."""
-        if isinstance(self.experts, DynamicExperts):
-            return [ffn.fc2 for ffn in self.experts.ffns]
         return [self.experts.fc2]
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, Routing]:
@@ -41,11 +33,7 @@ class MixtureOfExperts(nn.Module):
         routing, M = self.router(x_BND, context), self.count
         parts = x_BND, routing.gates_BNM[..., :M], routing.chosen_BNM[..., :M]
         pairs = self.router.pairs((B, N), context)
-        if isinstance(self.experts, DynamicExperts):
-            y_BND, within = self.experts(*parts, pairs, context)
-            routing = NestedRouting(**vars(routing), within=within)
-        else:
-            y_BND = self.experts(*(part.flatten(0, 1) for part in parts), pairs).view_as(x_BND)
+        y_BND = self.experts(*(part.flatten(0, 1) for part in parts), pairs).view_as(x_BND)
         if self.idle is not None:
             y_BND = y_BND + self.idle(x_BND, routing.gates_BNM[..., M:].to(x_BND.dtype))
         return y_BND, routing

@@ -5,8 +5,6 @@
 - `Sparsity` and `Norms` where a dial observes: what tuning and the training of routers need;
 - `Use`: how much each hidden unit contributed.
 
-A mixture of experts, each of which is a dynamic FFN, records the same of all of them together, beside its routing.
-
 Letters: B sequences, N tokens at hand, F hidden units of one FFN, E experts that it is divided into.
 """
 
@@ -19,24 +17,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nextscale.transformer.feed_forward.routers import Routing
-
 
 @dataclass(frozen=True)
 class Activity:
     """How much ran for each token."""
 
     units_BN: Tensor
-    """int64: hidden units that ran, of all FFNs that worked on the token."""
-    ffns_BN: Tensor
-    """int64: FFNs that worked on it: 1, in a mixture those experts that its router chose."""
+    """int64: hidden units that ran."""
     routed_BN: Tensor
-    """int64: how many of these had their experts chosen by a router that predicts norms."""
+    """int64: 1 where a router that predicts norms chose the experts, else 0."""
 
     def share_BN(self, width: int) -> Tensor:
-        """Share of the hidden units that ran, float64; 1 where no FFN was to. `width`: hidden units of an FFN."""
-        share_BN = self.units_BN.double() / (self.ffns_BN * width).clamp_min(1)
-        return torch.where(self.ffns_BN > 0, share_BN, 1.0)
+        """Share of the hidden units that ran, float64. `width`: hidden units of an FFN."""
+        return self.units_BN.double() / width
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,7 @@ class Ran:
     def activity(self) -> Activity:
         """The same, counted."""
         units_BN = self.chosen_BNE.sum(dim=-1) * self.size
-        one_BN = torch.ones_like(units_BN)
-        return Activity(units_BN, one_BN, one_BN if self.routed else torch.zeros_like(units_BN))
+        return Activity(units_BN, torch.full_like(units_BN, int(self.routed)))
 
 
 @dataclass(frozen=True)
@@ -60,15 +52,14 @@ class Sparsity:
     """How sparse the hidden units were."""
 
     hoyer: Tensor
-    """Mean over tokens of (|a|_1 / |a|_2)^2, 1 for one active unit to F for equal ones (the square Hoyer penalty); in a
-    mixture over pairs of token and expert."""
+    """Mean over tokens of (|a|_1 / |a|_2)^2, 1 for one active unit to F for equal ones (the square Hoyer penalty)."""
     zeros: Tensor
     """Share of the hidden units that were 0."""
 
 
 @dataclass(frozen=True)
 class Norms:
-    """What a router predicts, and what it should have; of a mixture's pairs of token and expert (1, pairs, E)."""
+    """What a router predicts, and what it should have."""
 
     predicted_BNE: Tensor
     true_BNE: Tensor
@@ -80,24 +71,16 @@ class Use:
     """How much each hidden unit contributed."""
 
     contribution_F: Tensor
-    """Sum over tokens of |a_j| |column j of W2|_2, float64; of a mixture (M F,), one expert after the other."""
-
-
-@dataclass(frozen=True)
-class NestedRouting(Routing):
-    """The record of a mixture whose experts are dynamic FFNs."""
-
-    within: Activity | Sparsity | Norms | Use | None
-    """What they recorded."""
+    """Sum over tokens of |a_j| |column j of W2|_2, float64."""
 
 
 R = TypeVar("R", Activity, Sparsity, Norms, Use)
 
 
 def recorded(records: Sequence[Sequence[Any]], kind: type[R]) -> list[R]:
-    """What each block's FFN recorded, where it is of this kind; of a mixture what its experts did together."""
-    within = (r.within if isinstance(r, NestedRouting) else counted(r) for block in records for r in block)
-    return [record for record in within if isinstance(record, kind)]
+    """What each block's FFN recorded, where it is of this kind."""
+    found = (counted(record) for block in records for record in block)
+    return [record for record in found if isinstance(record, kind)]
 
 
 def counted(record: Any) -> Any:
@@ -112,7 +95,7 @@ def joined(records: list[Any]) -> Any:
     records = [counted(record) for record in records]
     assert all(isinstance(r, type(records[0])) for r in records), "pieces of one pass record alike"
     if isinstance(records[0], Activity):
-        return Activity(*(_along_tokens(records, name) for name in ("units_BN", "ffns_BN", "routed_BN")))
+        return Activity(*(_along_tokens(records, name) for name in ("units_BN", "routed_BN")))
     assert isinstance(records[0], Norms), "sparsity and use are recorded in one piece"
     return Norms(*(_along_tokens(records, name) for name in ("predicted_BNE", "true_BNE")))
 
