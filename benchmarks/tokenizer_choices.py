@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nextscale.common.files import write_json, write_text
-from nextscale.common.pictures import curves
+from nextscale.common.plots import plot_curves
 from nextscale.training.engine.log import read_log
 
 RECIPE = "tokenizer-cifar10"
@@ -92,7 +92,7 @@ def main() -> None:
     write_json(options.out / "results.json", results)
     write_text(options.out / "results.md", table(results))
     panels = ("psnr_db", "perplexity", "usage")
-    curves({p: {n: r["curves"][p] for n, r in results.items()} for p in panels}, options.out / "curves.png")
+    plot_curves({p: {n: r["curves"][p] for n, r in results.items()} for p in panels}, options.out / "curves.png")
     print(table(results))
 
 

@@ -23,7 +23,7 @@ from nextscale.checkpoints.hub import locate, upload
 from nextscale.checkpoints.native import read_modules, write_checkpoint
 from nextscale.common.devices import find_device, keep_freed_memory
 from nextscale.common.errors import UserError
-from nextscale.common.pictures import grid, to_pil
+from nextscale.common.pictures import save_grid, to_pil
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import InitConfig, ModelConfig
 from nextscale.config.parse import suggest_name
@@ -57,7 +57,7 @@ class Images:
 
     def save(self, path: str | Path) -> None:
         """Write all images as one captioned grid."""
-        grid(self.tensor, self.captions, Path(path))
+        save_grid(self.tensor, self.captions, Path(path))
 
 
 class Pipeline:

@@ -173,7 +173,7 @@ def _write_outputs(  # type: ignore[no-untyped-def]
     from safetensors.torch import save_file
 
     from nextscale.common.files import write_atomically
-    from nextscale.common.pictures import tile, write_image
+    from nextscale.common.pictures import tile_images, write_image
 
     pictures = images.pil()
     names = [
@@ -183,7 +183,7 @@ def _write_outputs(  # type: ignore[no-untyped-def]
     singles = [images_out / name for name in names] if images_out else []
     tables = [tokens_out] if tokens_out else []
     with write_atomically(out, *tables, *singles) as (sheet, *drafts):
-        write_image(tile(pictures, images.captions) if as_grid else pictures[0], sheet)
+        write_image(tile_images(pictures, images.captions) if as_grid else pictures[0], sheet)
         if tables:
             save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, drafts.pop(0))
         for picture, draft in zip(pictures, drafts, strict=False):

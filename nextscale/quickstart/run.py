@@ -13,7 +13,8 @@ from torch import Tensor
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import record_settings, write_json
-from nextscale.common.pictures import curves, grid
+from nextscale.common.pictures import save_grid
+from nextscale.common.plots import plot_curves
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.config.model import ClassConditionConfig, InitConfig, ModelConfig
 from nextscale.config.parse import to_dict
@@ -136,26 +137,26 @@ def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folde
     shown = min(len(pipeline.config.class_names), _SHOWN_CLASSES)
     labels = [label for label in range(shown) for _ in range(_SAMPLES_PER_CLASS)]
     samples = pipeline.sample(labels, config.sampling, batch_size=_BATCH)
-    grid(samples.tensor, samples.captions, folder / "samples.png", columns=_SAMPLES_PER_CLASS)
+    save_grid(samples.tensor, samples.captions, folder / "samples.png", columns=_SAMPLES_PER_CLASS)
 
     steps = pipeline.sample_scales([0], config.sampling)
     growing = torch.cat([pipeline.tokenizer.paint(step.canvas_BChw) for step in steps])
     captions = [f"{h}x{w}" for h, w in pipeline.config.pyramid.sides]
-    grid((growing + 1) / 2, captions, folder / "scales.png", columns=len(captions))
+    save_grid((growing + 1) / 2, captions, folder / "scales.png", columns=len(captions))
 
     real = to_unit(held_out.images_B3HW[:500])
     painted = pipeline.tokenizer.decode(pipeline.tokenizer.encode(real))
     pairs = torch.stack([real[:8], painted[:8]]).flatten(0, 1)
     count = len(pairs) // 2
     captions = ["image"] * count + ["restored"] * count
-    grid((pairs + 1) / 2, captions, folder / "reconstructions.png", columns=count)
+    save_grid((pairs + 1) / 2, captions, folder / "reconstructions.png", columns=count)
 
     log = read_log(folder / "log.jsonl")
     panels = {
         f"{task}: {name}": {name: [(r["step"], r[name]) for r in log if r["task"] == task]}
         for task, name in (("tokenizer", "loss"), ("transformer", "cross_entropy"), ("transformer", "accuracy"))
     }
-    curves(panels, folder / "curves.png")
+    plot_curves(panels, folder / "curves.png")
     return {"reconstruction_psnr_db": float(psnr((painted + 1) / 2, (real + 1) / 2).mean())}
 
 

@@ -22,7 +22,7 @@ from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_json
-from nextscale.common.pictures import curves
+from nextscale.common.plots import plot_curves
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.training import TrainConfig
@@ -304,7 +304,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
             line: [(100 * row["share"], row[name]) for row in sorted(found[rows], key=lambda r: r["share"])]
             for line, rows in (("one dial", "grid"), ("a dial per scale", "table"))
         }
-    curves(panels, path, x_name="% of the dense model's FLOPs")
+    plot_curves(panels, path, x_name="% of the dense model's FLOPs")
 
 
 def summary(report: dict[str, Any], out: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
-from nextscale.common.pictures import curves
+from nextscale.common.plots import plot_curves
 from nextscale.common.rng import fold_seed
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.parse import to_dict
@@ -52,7 +52,7 @@ def train_classifier(
         "nats": {"training": "loss", "validation": "validation_loss"},
         "accuracy": {"training": "accuracy", "validation": "validation_accuracy"},
     }
-    curves(
+    plot_curves(
         {p: {n: [(r["step"], r[k]) for r in log if k in r] for n, k in lines.items()} for p, lines in panels.items()},
         folder / "curves.png",
     )

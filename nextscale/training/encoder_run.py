@@ -12,7 +12,7 @@ from torch import Tensor
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
-from nextscale.common.pictures import curves
+from nextscale.common.plots import plot_curves
 from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.parse import to_dict
 from nextscale.data.datasets import load_images
@@ -57,7 +57,7 @@ def train_encoder(
     log = read_log(folder / "log.jsonl")
     panels = {"InfoNCE, nats": "loss", "own key nearest": "own_key_nearest", "held-out k-NN accuracy": "knn_accuracy"}
     points = {panel: [(r["step"], r[key]) for r in log if key in r] for panel, key in panels.items()}
-    curves({panel: {panel: line} for panel, line in points.items() if line}, folder / "curves.png")
+    plot_curves({panel: {panel: line} for panel, line in points.items() if line}, folder / "curves.png")
     return next((r for r in reversed(log) if "knn_accuracy" in r), {})
 
 

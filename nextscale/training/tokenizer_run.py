@@ -14,7 +14,8 @@ from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tok
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
-from nextscale.common.pictures import curves, grid
+from nextscale.common.pictures import save_grid
+from nextscale.common.plots import plot_curves
 from nextscale.common.rng import fold_seed
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
@@ -133,7 +134,7 @@ def show_reconstructions(tokenizer: Tokenizer, examples: Examples, path: Path) -
     rows += [tokenizer.paint(canvas) for canvas in tokenizer.canvases(tokenizer.encode(real))]
     names = ["image"] + [f"to {h}x{w}" for h, w in tokenizer.pyramid.sides]
     captions = [name for name in names for _ in range(len(real))]
-    grid((torch.cat(rows).cpu() + 1) / 2, captions, path, columns=len(real))
+    save_grid((torch.cat(rows).cpu() + 1) / 2, captions, path, columns=len(real))
 
 
 def draw_curves(folder: Path) -> None:
@@ -142,7 +143,7 @@ def draw_curves(folder: Path) -> None:
     panels = {}
     for name in ("loss", "psnr_db", "perplexity", "usage"):
         panels[name] = {name: [(r["step"], r[name]) for r in log if name in r]}
-    curves(panels, folder / "curves.png")
+    plot_curves(panels, folder / "curves.png")
 
 
 def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_json
-from nextscale.common.pictures import curves, grid
+from nextscale.common.pictures import save_grid
+from nextscale.common.plots import plot_curves
 from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig, TransformerConfig
 from nextscale.config.parse import from_dict, to_dict
@@ -258,7 +259,7 @@ def draw_samples(pipeline: Pipeline, config: RunConfig, path: Path) -> None:
     """A grid of samples, a row for each of the first classes."""
     classes = range(min(pipeline.transformer.config.condition.num_classes, _SHOWN_CLASSES))
     images = pipeline.sample([c for c in classes for _ in range(_SAMPLES_PER_CLASS)], config.sampling)
-    grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
+    save_grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
 
 
 def draw_curves(folder: Path) -> None:
@@ -275,4 +276,4 @@ def draw_curves(folder: Path) -> None:
             f"scale {k}": [(r["step"], r["validation_loss_per_scale"][k]) for r in validation] for k in scales
         },
     }
-    curves({name: {n: p for n, p in lines.items() if p} for name, lines in panels.items()}, folder / "curves.png")
+    plot_curves({name: {n: p for n, p in lines.items() if p} for name, lines in panels.items()}, folder / "curves.png")

@@ -16,7 +16,7 @@ from torch import Tensor
 from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
-from nextscale.common.pictures import save_image, tile, to_pil
+from nextscale.common.pictures import save_image, tile_images, to_pil
 from nextscale.config.analysis import DynamicShown
 from nextscale.config.sampling import SampleConfig
 from nextscale.info import condition_flops
@@ -144,7 +144,7 @@ def analyse_dynamic(source: str, out: Path, shown: DynamicShown, settings: Sampl
             "share": executed.share, "deviation": executed.deviation, "active_per_scale": list(executed.active_K),
         })  # fmt: skip
     map_grids(panels, "share of experts", out / "experts.png")
-    save_image(tile(pictures, captions, columns=min(shown.columns, len(labels))), out / "samples.png")
+    save_image(tile_images(pictures, captions, columns=min(shown.columns, len(labels))), out / "samples.png")
     found = {"model": source, "images": len(labels), "rows": report, "machine": describe_machine(pipeline.device)}
     write_json(out / "dynamic.json", found)
     return found

@@ -1,4 +1,4 @@
-"""Pictures of the analyses. Titles, units and numbers come from the callers; matplotlib is set up by `pictures`."""
+"""Pictures of the analyses. Titles, units and numbers come from the callers; matplotlib is set up by `common.plots`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from nextscale.common.pictures import COLOURS, MAP, new_figure, save_figure, shade
+from nextscale.common.plots import COLOUR_MAP, COLOURS, choose_shade, new_figure, save_figure
 
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """x, mean and deviation of a curve."""
@@ -35,7 +35,7 @@ def loads(
         bars.axhline(total / len(load), color="black", linestyle="--", linewidth=1, label="all equal")
         bars.set(title=f"{title}\nvariance {variance:.3g}", ylabel=f"load ({total:g} in all)", ylim=(0, ceiling))
         bars.legend(fontsize="small", frameon=False)
-        shown = cells.imshow(per_scale, cmap=MAP, vmin=0, vmax=top, aspect="auto")
+        shown = cells.imshow(per_scale, cmap=COLOUR_MAP, vmin=0, vmax=top, aspect="auto")
         for k, row in enumerate(per_scale):
             for m, value in enumerate(row):
                 ink = "black" if value > 0.6 * top else "white"
@@ -68,7 +68,7 @@ def map_grids(
                 axes.imshow(pictures[k], extent=_cell(0, y, pictures[k].height / pictures[k].width))
             for m, values in enumerate(of_scale, start=bool(pictures)):
                 cell = _cell(m, y, len(values) / len(values[0]))
-                shown = axes.imshow(values, extent=cell, cmap=MAP, vmin=0, vmax=1, interpolation="nearest")
+                shown = axes.imshow(values, extent=cell, cmap=COLOUR_MAP, vmin=0, vmax=1, interpolation="nearest")
         _label_cells(axes, title, heads, scales)
         axes.set_ylabel("scale")
     figure.colorbar(shown, ax=panels, label=unit, shrink=0.6)
@@ -88,7 +88,7 @@ def clouds(models: dict[str, tuple[tuple[str, str], dict[str, list[list[float]]]
     for axes, (title, (names, scales)) in zip(panels, models.items(), strict=True):
         for k, (scale, points) in reversed(list(enumerate(scales.items()))):  # the few points of coarse scales on top
             x, y = zip(*points, strict=True)
-            axes.scatter(x, y, s=10, alpha=0.7, linewidths=0, color=shade(k, len(scales)), label=scale)
+            axes.scatter(x, y, s=10, alpha=0.7, linewidths=0, color=choose_shade(k, len(scales)), label=scale)
         axes.set(title=title, xlabel=names[0], ylabel=names[1])
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], title="scale", loc="outside right center", markerscale=2, frameon=False)
@@ -141,7 +141,7 @@ def propagation(models: dict[str, tuple[list[str], list[dict[str, Any]], dict[st
         lines.legend(fontsize="small", frameon=False)
         lines.grid(alpha=0.3)
         changed = [error["tokens_changed"] for error in errors]
-        shown = cells.imshow(changed, cmap=MAP, vmin=0, vmax=1, aspect="auto")
+        shown = cells.imshow(changed, cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto")
         cells.set_xticks(range(len(scales)), scales)
         cells.set_yticks(range(len(names)), names)
         cells.set(xlabel="scale", ylabel="scale of the error")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nextscale.common.pictures import grid
+from nextscale.common.pictures import save_grid
 from nextscale.config.analysis import AnalysisConfig, DynamicShown, ErrorsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
@@ -65,4 +65,4 @@ def _samples(models: Sequence[Shown], path: Path, device: str) -> None:
         images = pipeline.sample([c for c in classes for _ in range(_COLUMNS)], model.sampling)
         tensors.append(images.tensor)
         captions += [f"{model.name}: {caption}" for caption in images.captions]
-    grid(torch.cat(tensors), captions, path, columns=_COLUMNS)
+    save_grid(torch.cat(tensors), captions, path, columns=_COLUMNS)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nextscale.common.devices import describe_machine
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json, write_text
-from nextscale.common.pictures import curves, spreads
+from nextscale.common.plots import plot_curves, plot_means
 from nextscale.evaluation.measures import NEUTRAL, name_of
 from nextscale.research.experiments.entry import Experiment
 
@@ -59,9 +59,9 @@ def write_results(
         ]
         for figure in columns
     }  # fmt: skip
-    spreads({name: points for name, points in panels.items() if points}, experiment.x_name, folder / "figure.png")
+    plot_means({name: points for name, points in panels.items() if points}, experiment.x_name, folder / "figure.png")
     if experiment.against:
-        curves(_over(experiment.against, rows, columns, network), folder / "curves.png", experiment.against)
+        plot_curves(_over(experiment.against, rows, columns, network), folder / "curves.png", experiment.against)
     return results
 
 

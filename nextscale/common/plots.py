@@ -1,0 +1,81 @@
+"""Plots of figures. Needs matplotlib, which is imported when the first plot is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nextscale.common.errors import UserError
+from nextscale.common.files import write_atomically
+
+COLOUR_MAP = "viridis"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
+_MARKED_POINTS = 5
+"""Lines of at most this many points get markers: a single point without one would be invisible."""
+_LEGEND_IN_PANEL = 6
+"""A panel of at most this many lines has its legend inside."""
+_COLUMNS = 4
+"""Panels side by side, so that a figure of many panels stays readable on a page."""
+
+
+def plot_curves(
+    series: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, x_name: str = "step"
+) -> None:
+    """Line plots side by side: {panel: {line: [(x, y), ...]}}."""
+    figure, (panels,) = new_figure(len(series))
+    for axes, (panel, lines) in zip(panels, series.items(), strict=True):
+        for i, (name, points) in enumerate(lines.items()):
+            marker = "os^"[i // 10 % 3] if len(points) <= _MARKED_POINTS else ""  # there are ten colours
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=marker, markersize=4)
+        axes.set(title=panel, xlabel=x_name)
+        axes.grid(alpha=0.3)
+        if 1 < len(lines) <= _LEGEND_IN_PANEL:
+            axes.legend(fontsize="small")
+    if any(len(lines) > _LEGEND_IN_PANEL for lines in series.values()):  # inside the panels it would cover the lines
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    save_figure(figure, path)
+
+
+def plot_means(panels: dict[str, list[tuple[float | str, float, float]]], x_name: str, path: Path) -> None:
+    """Panels of means with error bars, {panel: [(x, mean, deviation), ...]}: lines over numbers, points over names."""
+    longest = max((len(str(x)) for points in panels.values() for x, _, _ in points), default=0)
+    columns = min(len(panels), _COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure, grid_of_axes = new_figure(columns, rows=rows, height=rows * (3.5 if longest <= 12 else 5.5))
+    for axes in grid_of_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, (panel, points) in zip(grid_of_axes.flat, panels.items(), strict=False):
+        x, mean, deviation = zip(*points, strict=True)
+        axes.errorbar(x, mean, deviation, fmt="o-" if isinstance(x[0], int | float) else "o", capsize=3, linewidth=1)
+        axes.set(title=panel, xlabel=x_name)
+        axes.grid(alpha=0.3)
+        if isinstance(x[0], str):
+            axes.tick_params("x", rotation=90 if longest > 12 else 30)
+    save_figure(figure, path)
+
+
+def new_figure(panels: int, *, rows: int = 1, width: float = 5, height: float = 3.5) -> tuple[Any, Any]:
+    """A figure of `rows` x `panels` axes, and the axes row by row. `width`: of one panel; `height`: of the figure."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install 'nextscale[quickstart]'") from None
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, panels, squeeze=False)
+
+
+def choose_shade(k: int, count: int) -> tuple[float, ...]:
+    """The colour of scale k of `count` scales: coarse scales are darker, so the scales differ in lightness."""
+    import matplotlib
+
+    return matplotlib.colormaps[COLOUR_MAP](0.93 * k / max(count - 1, 1))
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    with write_atomically(path) as (draft,):
+        figure.savefig(draft, format="png", dpi=110)
