@@ -1,4 +1,4 @@
-"""Dynamic experts: an exact division of a dense FFN, of which a dial runs a part."""
+"""Dynamic experts: an exact division of a dense FFN, of which a threshold below 1 runs a part."""
 
 import math
 from contextlib import contextmanager
@@ -26,9 +26,9 @@ from nextscale.transformer.feed_forward import execute as execution
 from nextscale.transformer.feed_forward.dynamic import expert_norms
 from nextscale.transformer.feed_forward.execute import Slices, execute, masked
 from nextscale.transformer.feed_forward.experts import Dispatch, grouped
-from nextscale.transformer.feed_forward.records import Activity, Norms, Sparsity, Use, recorded
+from nextscale.transformer.feed_forward.records import Activity, Norms, Sparsity, UnitContribution, recorded
 from nextscale.transformer.feed_forward.selection import choose, kept_units
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import randomised, tiny_config
 from tests.test_moe_model import moe_config
 
@@ -44,9 +44,9 @@ def inputs(batch=3):
     return torch.arange(batch), torch.randn(batch, 29, 4, generator=torch.Generator().manual_seed(1))
 
 
-def run(pipeline, dial=None, batch=3):
+def run(pipeline, thresholds=None, batch=3):
     with torch.no_grad():
-        return pipeline.transformer(*inputs(batch), dial=dial)
+        return pipeline.transformer(*inputs(batch), thresholds=thresholds)
 
 
 def difference(a, b):
@@ -106,7 +106,7 @@ def test_the_split_is_a_permutation_and_computes_what_the_dense_model_did(size, 
     before, made = (Pipeline.from_checkpoint(c) for c in (dense, after))
     expected = run(before).logits_BNV
     assert difference(run(made).logits_BNV, expected) <= 1e-5
-    everything = Dial((1.0,) * 4)
+    everything = Thresholds((1.0,) * 4)
     assert difference(run(made, everything).logits_BNV, expected) <= 1e-5
     assert torch.equal(run(made, everything).logits_BNV, run(made).logits_BNV)
 
@@ -128,11 +128,11 @@ def test_relu_replaces_gelu_everywhere_or_at_late_scales_alone():
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def _context(pipeline, k=0, dial=None):
+def _context(pipeline, k=0, thresholds=None):
     from nextscale.transformer.context import ScaleContext
 
     pyramid = pipeline.transformer.pyramid
-    return ScaleContext(pyramid, pyramid.spans[k], k=k, dial=dial)
+    return ScaleContext(pyramid, pyramid.spans[k], k=k, thresholds=thresholds)
 
 
 # ---- selection
@@ -267,7 +267,7 @@ def test_the_grouped_product_equals_the_loop():
 
 def test_records_say_who_ran_at_which_scale():
     pipeline = dynamic_pipeline(activation="relu")
-    output = run(pipeline, Dial((1.0, 1.0, 0.6, 0.0)))
+    output = run(pipeline, Thresholds((1.0, 1.0, 0.6, 0.0)))
     found = recorded(output.records, Activity)
     assert len(found) == len(output.records)
     for record in found:
@@ -278,14 +278,14 @@ def test_records_say_who_ran_at_which_scale():
     assert [record for _, record in run(pipeline).records] == [None, None]
 
 
-def test_steps_and_the_whole_sequence_agree_under_a_dial():
+def test_steps_and_the_whole_sequence_agree_under_thresholds():
     pipeline = dynamic_pipeline(activation="relu", own=True)
-    model, (values, x), dial = pipeline.transformer, inputs(), Dial((1.0, 1.0, 0.7, 0.4))
-    whole, cache = run(pipeline, dial).logits_BNV, model.new_cache(3)
+    model, (values, x), thresholds = pipeline.transformer, inputs(), Thresholds((1.0, 1.0, 0.7, 0.4))
+    whole, cache = run(pipeline, thresholds).logits_BNV, model.new_cache(3)
     with torch.no_grad():
         conditioning = model.conditioning(values)
         for k, (start, end) in enumerate(model.pyramid.spans):
-            step = model.step(conditioning, x[:, start - 1 : end - 1] if k else None, k, cache, dial=dial)
+            step = model.step(conditioning, x[:, start - 1 : end - 1] if k else None, k, cache, thresholds=thresholds)
             assert difference(step.logits_BNV, whole[:, start:end]) <= 1e-4
 
 
@@ -300,31 +300,31 @@ def test_an_oracle_knows_the_norms_and_pruning_keeps_the_same_units_for_all():
         )
         layer.importance_F.copy_(torch.arange(128).flip(0))
         x = torch.randn(2, 16, 32)
-        y, record = layer(x, _context(pipeline, 3, Dial((1.0, 1.0, 1.0, 0.25), "pruned")))
+        y, record = layer(x, _context(pipeline, 3, Thresholds((1.0, 1.0, 1.0, 0.25), "pruned")))
         kept = layer.fc1(x)[..., :32].relu() @ layer.fc2.weight[:, :32].T + layer.fc2.bias
     torch.testing.assert_close(y, kept, rtol=1e-4, atol=1e-4)
     assert (record.activity().units_BN == 32).all()
     assert not record.activity().routed_BN.any()
 
 
-def test_what_a_dial_observes_is_what_the_formulas_say():
+def test_what_thresholds_record_is_what_the_formulas_say():
     pipeline = dynamic_pipeline(activation="relu")
     layer, x = pipeline.transformer.blocks[0].ffn, torch.randn(2, 9, 32)
 
-    def observed(what):
+    def record_of(what):
         with torch.no_grad():
-            return layer(x, _context(pipeline, 2, Dial((1.0,) * 4, observe=what)))[1]
+            return layer(x, _context(pipeline, 2, Thresholds((1.0,) * 4, record=what)))[1]
 
     a = np.maximum(x.numpy() @ layer.fc1.weight.detach().numpy().T + layer.fc1.bias.detach().numpy(), 0)
-    sparsity, norms, use = (observed(what) for what in ("sparsity", "norms", "use"))
+    sparsity, norms, contribution = (record_of(what) for what in ("sparsity", "norms", "contribution"))
     assert isinstance(sparsity, Sparsity)
     assert sparsity.hoyer.item() == pytest.approx((a.sum(-1) ** 2 / (a**2).sum(-1)).mean(), rel=1e-4)
     assert sparsity.zeros.item() == pytest.approx((a == 0).mean())
     assert isinstance(norms, Norms)
     assert (norms.predicted_BNE >= 0).all()
-    assert isinstance(use, Use)
+    assert isinstance(contribution, UnitContribution)
     columns = np.linalg.norm(layer.fc2.weight.detach().numpy(), axis=0)
-    np.testing.assert_allclose(use.contribution_F.numpy(), a.sum((0, 1)) * columns, rtol=1e-4)
+    np.testing.assert_allclose(contribution.contribution_F.numpy(), a.sum((0, 1)) * columns, rtol=1e-4)
 
 
 def test_every_token_counts_alike_in_the_penalty():
@@ -332,7 +332,11 @@ def test_every_token_counts_alike_in_the_penalty():
     pipeline = dynamic_pipeline(activation="relu")
     layer, pyramid = pipeline.transformer.blocks[0].ffn, pipeline.config.pyramid
     context = ScaleContext(
-        pyramid, (0, pyramid.length), True, k=len(pyramid) - 1, dial=Dial((1.0,) * len(pyramid), observe="sparsity")
+        pyramid,
+        (0, pyramid.length),
+        True,
+        k=len(pyramid) - 1,
+        thresholds=Thresholds((1.0,) * len(pyramid), record="sparsity"),
     )
     with torch.no_grad():
         x = torch.randn(2, pyramid.length, 32)

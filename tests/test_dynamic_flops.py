@@ -9,7 +9,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.info import sample_flops
 from nextscale.research.analysis.dynamic import sampled_flops
 from nextscale.sparsify.flops import dense_flops, step_flops
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.test_dynamic import dynamic_pipeline
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -35,7 +35,7 @@ def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, ow
     for k, count in enumerate(model.pyramid.counts):
         x = torch.randn(3, count, 4) if k else None
         with counting() as counter:
-            output = model.step(conditioning, x, k, cache, dial=Dial((1.0, 1.0, 0.8, 0.5), selection))
+            output = model.step(conditioning, x, k, cache, thresholds=Thresholds((1.0, 1.0, 0.8, 0.5), selection))
         assert counter.get_total_flops() == step_flops(config, k, output.records, 3)
         seen.append(counter.get_total_flops())
         with counting() as counter:

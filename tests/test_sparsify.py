@@ -25,7 +25,7 @@ from nextscale.sparsify.convert import relufied
 from nextscale.sparsify.flops import dense_flops
 from nextscale.sparsify.task import AdaptTask, RouterTask, TuneTask
 from nextscale.training.engine.log import read_log
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline
 from tests.test_moe_model import moe_config
@@ -164,10 +164,10 @@ def test_a_model_adapts_to_the_experts_that_run(tune, made, tmp_path, monkeypatc
     whole, out, calls = tmp_path / "whole", tmp_path / "out", itertools.count()
     command = f"sparsify {before} --stages adapt thresholds {FAST} {ADAPT}"
     assert run(f"{command} --out {whole}") == 0
-    forward, dials = AdaptTask.forward, []
+    forward, seen = AdaptTask.forward, []
 
     def breaks(self, batch, noise, step):
-        dials.append(self.dial.tau_K)
+        seen.append(self.thresholds.tau_K)
         if noise and step == 3 and next(calls) == 0:
             raise KeyboardInterrupt
         return forward(self, batch, noise, step)
@@ -181,9 +181,9 @@ def test_a_model_adapts_to_the_experts_that_run(tune, made, tmp_path, monkeypatc
     assert "blocks.0.ffn.late.fc1.weight" in changed or "blocks.0.ffn.fc1.weight" in changed
     assert not any(".router." in name for name in changed)
     assert ("head.weight" in changed) == (tune == "all"), "late FFNs are adapted alone"
-    assert len(set(dials)) == 1
-    assert dials[0][:2] == (1.0, 1.0)
-    assert min(dials[0]) < 1
+    assert len(set(seen)) == 1
+    assert seen[0][:2] == (1.0, 1.0)
+    assert min(seen[0]) < 1
     assert run(f"sample {out} --labels 0 --budget 0.85 --out {tmp_path}/a.png") == 0
     kept = out / "stages" / "adapt" / "tau.json"
     calibrated = json.loads(kept.read_text())["tau"]
@@ -290,7 +290,7 @@ def test_routers_learn_the_norms_and_nothing_else_changes():
     values = torch.where(noise["drop"], 5, batch["label"])
     inputs = pipeline.tokenizer.teacher_inputs(batch["tokens"])
     with torch.no_grad():
-        output = model(values, inputs, dial=Dial((1.0,) * 4, observe="norms"))
+        output = model(values, inputs, thresholds=Thresholds((1.0,) * 4, record="norms"))
     errors = []
     for _, record in output.records:
         p, n = record.predicted_BNE.double().numpy(), record.true_BNE.double().numpy()
@@ -311,12 +311,12 @@ def test_routers_learn_the_norms_and_nothing_else_changes():
 # ---- thresholds
 
 
-def test_dials_are_allotted_with_the_least_harm():
+def test_thresholds_are_allotted_with_the_least_divergence():
     """Against all combinations of a fine grid, on convex curves."""
     config = dynamic_pipeline().config
     dense = dense_flops(config, 1)
     fixed, room = 0.6 * dense, 0.2 * dense
-    harms = (lambda t: 3 * (1 - t) ** 2, lambda t: (1 - t) ** 2)
+    divergences = (lambda t: 3 * (1 - t) ** 2, lambda t: (1 - t) ** 2)
 
     def point(taus):
         flops = (
@@ -325,7 +325,7 @@ def test_dials_are_allotted_with_the_least_harm():
             room * taus[0],
             room * taus[1],
         )  # the condition apart
-        return Point(flops, (0.0, 0.0, harms[0](taus[0]), harms[1](taus[1])), *[(0.0,) * 4] * 3)
+        return Point(flops, (0.0, 0.0, divergences[0](taus[0]), divergences[1](taus[1])), *[(0.0,) * 4] * 3)
 
     points = [point((t, t)) for t in GRID]
     assert points[0].share(config) == pytest.approx(1, abs=0.02)
@@ -334,11 +334,11 @@ def test_dials_are_allotted_with_the_least_harm():
         found = point(taus)
         assert found.share(config) <= share
         fitting = [p for t in itertools.product(fine, fine) if (p := point(t)).share(config) <= share]
-        assert sum(found.harm_K) <= 1.1 * min(sum(p.harm_K) for p in fitting) + 0.01
+        assert sum(found.kl_K) <= 1.1 * min(sum(p.kl_K) for p in fitting) + 0.01
     assert allot(config, GRID, points, (0.01,)) == [(0.0, 0.0)]
 
 
-def test_calibrated_shares_are_near_what_was_asked_and_harm_grows():
+def test_calibrated_shares_are_near_what_was_asked_and_the_divergence_grows():
     pipeline = dynamic_pipeline(activation="relu")
     labels, tokens = torch.arange(4), torch.randint(32, (4, 30), generator=torch.Generator().manual_seed(0))
     shares = (0.95, 0.88, 0.8)
@@ -349,9 +349,11 @@ def test_calibrated_shares_are_near_what_was_asked_and_harm_grows():
     assert [row.share for row in table[1:]] == pytest.approx([p.share(pipeline.config) for p in verified])
     assert [row.share for row in table[1:]] == pytest.approx(shares, abs=0.03)
     assert points[0].share(pipeline.config) == 1
-    assert sum(points[0].harm_K) == pytest.approx(0, abs=1e-6)
+    assert sum(points[0].kl_K) == pytest.approx(0, abs=1e-6)
     active = np.array([p.active_K for p in points])
-    assert (np.diff(active[:, 2:], axis=0) <= 0.02).all(), "a smaller dial runs less; later scales see other inputs"
+    assert (np.diff(active[:, 2:], axis=0) <= 0.02).all(), (
+        "a smaller threshold runs less; later scales see other inputs"
+    )
     assert (active[:, :2] == 1).all()
 
 

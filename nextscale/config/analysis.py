@@ -64,7 +64,7 @@ class DynamicShown:
     """At which settings a model with dynamic experts is shown."""
 
     taus: tuple[float, ...] = (0.9, 0.8, 0.7, 0.5)
-    """Dials, each for all sparse scales, beside all experts and what --tau or --budget say."""
+    """Thresholds, each for all sparse scales, beside all experts and what --tau or --budget say."""
     num: int = 64
     """Images over which FLOPs are averaged, of all classes in turn."""
     columns: int = 8

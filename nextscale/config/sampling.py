@@ -34,7 +34,7 @@ class SampleConfig:
     prune_first_block: int = 3
     """Blocks before this one compute all tokens even so."""
     tau: tuple[float, ...] = ()
-    """Dynamic experts (`nextscale sparsify`): a dial for each of the last scales, coarse to fine, or one for all
+    """Dynamic experts (`nextscale sparsify`): a threshold for each of the last scales, coarse to fine, or one for all
     sparse scales. An expert runs when its predicted norm is at least (1 - tau) times the largest: 1 = all, 0 = one.
     Empty = the model's own."""
     budget: float = 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
-from nextscale.transformer.feed_forward.thresholds import dial_for
+from nextscale.transformer.feed_forward.thresholds import resolve_thresholds
 from nextscale.transformer.var import VAR, Conditioning
 
 _WARM_UP = 2
@@ -82,8 +82,8 @@ class Captured:
     def __call__(self, model: VAR, values: Any, config: SampleConfig) -> _Fixed:
         if config.prune or config.draft_scales:
             raise UserError("captured steps know neither token pruning nor a refiner")
-        dial = dial_for(model.config, len(model.pyramid), config)
-        if dial is not None and min(dial.tau_K) < 1:
+        thresholds = resolve_thresholds(model.config, len(model.pyramid), config)
+        if thresholds is not None and min(thresholds.tau_K) < 1:
             raise UserError(
                 "captured steps have fixed shapes, dynamic experts have not: sample without capture, or tau 1"
             )

@@ -19,7 +19,7 @@ from nextscale.sampling.draw import ImageStreams, OfficialStream, Stream
 from nextscale.sampling.logits import filtered, guide
 from nextscale.sampling.pruning import Pruning
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.transformer.feed_forward.thresholds import dial_for
+from nextscale.transformer.feed_forward.thresholds import resolve_thresholds
 from nextscale.transformer.var import VAR
 
 
@@ -63,15 +63,20 @@ class Eager:
     def __init__(self, model: VAR, values: Any, config: SampleConfig):
         self.model, self.conditioning = model, model.conditioning(values)
         self.cache, self.seen = model.new_cache(len(values)), 0
-        self.pruning, self.dial = _pruning(model, config), dial_for(model.config, len(model.pyramid), config)
+        self.pruning, self.thresholds = (
+            _pruning(model, config),
+            resolve_thresholds(model.config, len(model.pyramid), config),
+        )
         self.records: list[list[Any]] = []
 
     def logits(self, inputs_BNC: list[Tensor], k: int) -> Tensor:
         if self.seen < k:
-            output = self.model.catch_up(self.conditioning, torch.cat(inputs_BNC, dim=1), k, self.cache, self.dial)
+            output = self.model.catch_up(
+                self.conditioning, torch.cat(inputs_BNC, dim=1), k, self.cache, self.thresholds
+            )
         else:
             output = self.model.step(
-                self.conditioning, inputs_BNC[-1] if inputs_BNC else None, k, self.cache, self.pruning, self.dial
+                self.conditioning, inputs_BNC[-1] if inputs_BNC else None, k, self.cache, self.pruning, self.thresholds
             )
         self.seen, self.records = k + 1, output.records
         return output.logits_BNV

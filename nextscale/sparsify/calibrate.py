@@ -1,8 +1,8 @@
-"""Thresholds for a compute target: what each scale's dial costs and saves on held-out images, and the best of it.
+"""Thresholds for a compute target: what each threshold costs and saves on held-out images, and the best choice.
 
 Teacher-forced: the model sees the tokens of real images, with their labels and without, as guidance does. The dense
-model is the same one with all experts. Harm is the Kullback-Leibler divergence of a token's distribution from the dense
-one.
+model is the same one with all experts. The loss in quality is measured as the KL divergence of a token's predicted
+distribution from the dense model's.
 
 Letters: B images, L tokens, V codes, K scales.
 """
@@ -25,21 +25,21 @@ from nextscale.sampling.budget import Budget
 from nextscale.sparsify.flops import dense_flops, of_scale, step_flops
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.feed_forward.records import Activity, recorded
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR
 
 GRID = (1.0, 0.99, 0.97, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.35, 0.2, 0.0)
-"""Dials that are tried at all sparse scales at once."""
+"""Thresholds that are tried at all sparse scales at once."""
 _FINE = 0.005
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one setting of the dials does, per scale; means over sequences."""
+    """What some thresholds do, per scale; means over sequences."""
 
     flops_K: tuple[float, ...]
     """Of a sequence."""
-    harm_K: tuple[float, ...]
+    kl_K: tuple[float, ...]
     """Divergence from the dense model in nats, summed over the scale's tokens."""
     nats_K: tuple[float, ...]
     """Cross-entropy per token, given the label."""
@@ -57,20 +57,20 @@ class Point:
 @torch.no_grad()
 def measure(
     config: ModelConfig, tokenizer: Tokenizer, model: VAR, batches: Iterable[tuple[Tensor, Tensor]],
-    dials: Sequence[Dial],
+    candidates: Sequence[Thresholds],
 ) -> list[Point]:  # fmt: skip
-    """What each of these dials does on batches of (labels (B,), tokens (B, L))."""
-    sums, images = [torch.zeros(5, len(config.pyramid), dtype=torch.float64) for _ in dials], 0
+    """What each of the candidates does on batches of (labels (B,), tokens (B, L))."""
+    sums, images = [torch.zeros(5, len(config.pyramid), dtype=torch.float64) for _ in candidates], 0
     batches = list(batches)
-    for labels_B, tokens_BL in tqdm(batches, desc=f"measuring {len(dials)} dials", unit="batch"):
+    for labels_B, tokens_BL in tqdm(batches, desc=f"measuring {len(candidates)} thresholds", unit="batch"):
         values = model.condition.with_none(labels_B)
         inputs_BLC = tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         dense_BLV = model(values, inputs_BLC).logits_BNV.log_softmax(dim=-1)
         images += len(labels_B)
-        for total, dial in zip(sums, dials, strict=True):
-            output = model(values, inputs_BLC, dial=dial)
+        for total, thresholds in zip(sums, candidates, strict=True):
+            output = model(values, inputs_BLC, thresholds=thresholds)
             here_BLV = output.logits_BNV.log_softmax(dim=-1)
-            harm_BL = F.kl_div(here_BLV, dense_BLV, reduction="none", log_target=True).sum(dim=-1)
+            kl_BL = F.kl_div(here_BLV, dense_BLV, reduction="none", log_target=True).sum(dim=-1)
             agree_BL = (here_BLV.argmax(dim=-1) == dense_BLV.argmax(dim=-1)).double()
             nats_BL = -here_BLV[: len(labels_B)].gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
             for k, span in enumerate(config.pyramid.spans):
@@ -79,7 +79,7 @@ def measure(
                 active = torch.stack([a.share_BN(model.config.ffn_width).mean() for a in ran]).mean()
                 total[:, k] += torch.tensor([
                     step_flops(config, k, [ran], len(values)) / 2,
-                    float(harm_BL[:, part].double().sum()) / 2,
+                    float(kl_BL[:, part].double().sum()) / 2,
                     float(nats_BL[:, part].double().mean()) * len(labels_B),
                     float(agree_BL[:, part].mean()) * len(labels_B),
                     float(active) * len(labels_B),
@@ -91,20 +91,20 @@ def sweep(
     config: ModelConfig, tokenizer: Tokenizer, model: VAR, batches: Sequence[tuple[Tensor, Tensor]],
     grid: Sequence[float] = GRID, selection: Selection = "threshold",
 ) -> list[Point]:  # fmt: skip
-    """What each dial of the grid does, at all sparse scales at once."""
+    """What each threshold of the grid does, at all sparse scales at once."""
     scales = len(config.pyramid)
-    dials = [Dial.of(model.config, scales, (tau,), selection) for tau in grid]
-    return measure(config, tokenizer, model, batches, dials)
+    candidates = [Thresholds.create(model.config, scales, (tau,), selection) for tau in grid]
+    return measure(config, tokenizer, model, batches, candidates)
 
 
 def allot(
     config: ModelConfig, grid: Sequence[float], points: Sequence[Point], shares: Sequence[float]
 ) -> list[tuple[float, ...]]:
-    """Dials of the sparse scales for each of these shares of the dense FLOPs: as little harm as the curves promise.
+    """Thresholds of the sparse scales for each share of the dense FLOPs, with the least divergence by the curves.
 
-    `grid` falls from 1, `points` are its `sweep`. From all experts on, the scale whose next step saves most for its
-    harm takes it (on the lower convex hull of each curve, so that no cheap step hides behind a dear one). A share that
-    cannot be reached gets the lowest dials.
+    `grid` falls from 1, `points` are its `sweep`. It starts with all experts. Then the scale whose next
+    step saves most for its divergence takes it (on the lower convex hull of each curve, so that no cheap step hides
+    behind a dear one). A share that cannot be reached gets the lowest thresholds.
     """
     assert config.transformer is not None, "a generator has a transformer"
     K = len(config.pyramid)
@@ -130,10 +130,10 @@ def allot(
 
 
 def _curve(grid: Sequence[float], points: Sequence[Point], k: int) -> list[tuple[float, float, float]]:
-    """(dial, FLOPs, harm) of scale k in fine steps along the lower convex hull, FLOPs falling."""
+    """(threshold, FLOPs, KL divergence) of scale k in fine steps along the lower convex hull, FLOPs falling."""
     hull: list[tuple[float, float, float]] = []
     for tau, point in zip(grid, points, strict=True):
-        new = (tau, point.flops_K[k], point.harm_K[k])
+        new = (tau, point.flops_K[k], point.kl_K[k])
         if hull and new[1] >= hull[-1][1]:
             continue  # a router that saves less than it costs
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], new):
@@ -154,16 +154,19 @@ def calibrate(
     config: ModelConfig, tokenizer: Tokenizer, model: VAR, batches: Sequence[tuple[Tensor, Tensor]],
     shares: Sequence[float], selection: Selection = "threshold", corrections: int = 2,
 ) -> tuple[list[Budget], list[Point], list[Point]]:  # fmt: skip
-    """(table, points of the grid, points of the table below its first line): dials for these shares, verified.
+    """(table, points of the grid, points of the table below its first line): thresholds for these shares, verified.
 
     The curves of single scales do not add up to the last digit, as a sparse scale changes what later ones see; so the
-    dials are measured together and the targets corrected by what was missed. The table's shares are the measured ones.
+    thresholds are measured together and the targets corrected by what was missed. The table's shares are the measured
+    ones.
     """
     points = sweep(config, tokenizer, model, batches, GRID, selection)
     scales, targets = len(config.pyramid), list(shares)
     for turn in range(corrections + 1):
         taus = allot(config, GRID, points, targets)
-        verified = measure(config, tokenizer, model, batches, [_dial(model, scales, t, selection) for t in taus])
+        verified = measure(
+            config, tokenizer, model, batches, [Thresholds.create(model.config, scales, t, selection) for t in taus]
+        )
         if turn < corrections:
             missed = [want - point.share(config) for want, point in zip(shares, verified, strict=True)]
             targets = [target + miss for target, miss in zip(targets, missed, strict=True)]
@@ -174,7 +177,3 @@ def calibrate(
             rows.setdefault(round(share, 6), (Budget(share, tau), point))
     ones = (1.0,) * min(model.config.dynamic.scales, scales)
     return [Budget(1.0, ones), *(row for row, _ in rows.values())], points, [point for _, point in rows.values()]
-
-
-def _dial(model: VAR, scales: int, tau: tuple[float, ...], selection: Selection) -> Dial:
-    return Dial.of(model.config, scales, tau, selection)

@@ -38,8 +38,8 @@ from nextscale.training.engine.parallel import whole_weights
 from nextscale.training.engine.state import check_run
 from nextscale.training.engine.task import Task
 from nextscale.training.transformer_run import validate
-from nextscale.transformer.feed_forward.records import Use, recorded
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.records import UnitContribution, recorded
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 _VALIDATION = 500
 
@@ -157,12 +157,12 @@ def _routers(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Chec
 def _note_importance(job: _Job, pipeline: Pipeline, data: Data) -> None:
     """How much each hidden unit contributes at the sparse scales, what static pruning goes by."""
     model, sums, images = pipeline.transformer, list[Tensor](), 0
-    dial = Dial((1.0,) * len(model.pyramid), observe="use")
+    thresholds = Thresholds((1.0,) * len(model.pyramid), record="contribution")
     for label_B, tokens_BL in _calibration(job.config, pipeline, data, held_out=False):
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
-        output = model(model.condition.with_none(label_B), inputs_BLC, dial=dial)
-        uses = [use.contribution_F for use in recorded(output.records, Use)]
-        sums = [a + b for a, b in zip(sums, uses, strict=True)] if sums else uses
+        output = model(model.condition.with_none(label_B), inputs_BLC, thresholds=thresholds)
+        found = [record.contribution_F for record in recorded(output.records, UnitContribution)]
+        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         images += len(label_B)
     for layer, total_F in zip(layers(model), sums, strict=True):
         layer.importance_F.copy_(total_F / images)
@@ -175,7 +175,7 @@ def _adapt(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkp
     settings = {
         "from": _mark(checkpoint), "data": data.name, "budget": config.budget, "train": to_dict(config.adapting)
     }  # fmt: skip
-    check_run(job.stage("adapt"), settings, job.accept_changes)  # before dials are calibrated
+    check_run(job.stage("adapt"), settings, job.accept_changes)  # before thresholds are calibrated
     about = {name: settings[name] for name in ("from", "data", "budget")}
     if job.world.main and not (kept.exists() and read_json(kept)["about"] == about):
         packed = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device).pack()
@@ -185,8 +185,8 @@ def _adapt(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[Checkp
     job.world.wait()
     pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device)
     model, tau = pipeline.transformer, tuple(read_json(kept)["tau"])
-    dial = Dial.of(model.config, len(model.pyramid), tau, "threshold")
-    task = AdaptTask(model, pipeline.tokenizer, data.train, config.adapting, dial)
+    thresholds = Thresholds.create(model.config, len(model.pyramid), tau, "threshold")
+    task = AdaptTask(model, pipeline.tokenizer, data.train, config.adapting, thresholds)
     values = _train(job, "adapt", task, config.adapting, data, settings)
     return _after(job, "adapt", checkpoint, model), {**values, "tau": tau}
 
@@ -288,21 +288,21 @@ def _row(checkpoint: Checkpoint, tau: tuple[float, ...], point: Point) -> dict[s
     nats = sum(n * c for n, c in zip(point.nats_K, counts, strict=True)) / sum(counts)
     return {
         "tau": list(tau), "share": point.share(checkpoint.config), "nats_per_token": nats,
-        "harm_per_token": sum(point.harm_K) / sum(counts), "harm_per_scale": list(point.harm_K),
+        "kl_per_token": sum(point.kl_K) / sum(counts), "kl_per_scale": list(point.kl_K),
         "active_per_scale": list(point.active_K), "agreement_per_scale": list(point.agreement_K),
     }  # fmt: skip
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
-    """What a smaller share of FLOPs costs, by one dial for all scales and by the table."""
+    """What a smaller share of FLOPs costs, with one threshold for all scales and by the table."""
     found = report["stages"].get("thresholds")
     if not found:
         return
     panels: dict[str, dict[str, list[tuple[Any, float]]]] = {}
-    for name, title in (("harm_per_token", "divergence, nats per token"), ("nats_per_token", "cross-entropy")):
+    for name, title in (("kl_per_token", "divergence, nats per token"), ("nats_per_token", "cross-entropy")):
         panels[title] = {
             line: [(100 * row["share"], row[name]) for row in sorted(found[rows], key=lambda r: r["share"])]
-            for line, rows in (("one dial", "grid"), ("a dial per scale", "table"))
+            for line, rows in (("one threshold", "grid"), ("a threshold per scale", "table"))
         }
     plot_curves(panels, path, x_name="% of the dense model's FLOPs")
 
@@ -334,7 +334,7 @@ def summary(report: dict[str, Any], out: Path) -> str:
         lines.append("  FLOPs    divergence   cross-entropy   tau")
         for row in found["table"]:
             taus = ",".join(f"{t:.4f}" for t in row["tau"])
-            lines.append(f"  {row['share']:>6.1%}{row['harm_per_token']:>12.4f}{row['nats_per_token']:>15.3f}   {taus}")
+            lines.append(f"  {row['share']:>6.1%}{row['kl_per_token']:>12.4f}{row['nats_per_token']:>15.3f}   {taus}")
         lines.append(
             f"turn it down: nextscale sample {out} --labels 0 --budget {found['budget'] or 0.8:g} --out grid.png"
         )

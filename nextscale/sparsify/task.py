@@ -14,7 +14,7 @@ from nextscale.training.engine.task import Task
 from nextscale.training.transformer_task import TransformerTask, read_batch
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
 from nextscale.transformer.feed_forward.records import Norms, Sparsity, recorded
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output
 
 
@@ -33,7 +33,7 @@ class TuneTask(TransformerTask):
 
     def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, hoyer: float):
         super().__init__(model, tokenizer, examples, config)
-        self.hoyer, self.dial = hoyer, Dial((1.0,) * len(model.pyramid), observe="sparsity")
+        self.hoyer, self.thresholds = hoyer, Thresholds((1.0,) * len(model.pyramid), record="sparsity")
         _freeze(model)
 
     def _whole_loss(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,16 +45,18 @@ class TuneTask(TransformerTask):
 
 
 class AdaptTask(TransformerTask):
-    """Cross-entropy of the model that runs a part of its experts, as `dial` and the routers choose them.
+    """Cross-entropy of the model that runs a part of its experts, as `thresholds` and the routers choose them.
 
     The choice itself has no gradients, and the routers stay as they are.
     """
 
     name = "adapting"
 
-    def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, dial: Dial):
+    def __init__(
+        self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, thresholds: Thresholds
+    ):
         super().__init__(model, tokenizer, examples, config)
-        self.dial = dial
+        self.thresholds = thresholds
         _freeze(model)
         for layer in layers(model):
             cast(nn.Module, layer.router).requires_grad_(False)
@@ -87,7 +89,7 @@ class RouterTask(Task):
         model.requires_grad_(False)
         self.trained = nn.ModuleList([cast(nn.Module, layer.router) for layer in layers(model)])
         self.trained.requires_grad_(True)
-        self.dial = Dial((1.0,) * len(model.pyramid), observe="norms")
+        self.thresholds = Thresholds((1.0,) * len(model.pyramid), record="norms")
         self.tokens_per_example = model.pyramid.length
 
     def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -96,7 +98,7 @@ class RouterTask(Task):
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         label_B, _, inputs_BLC = read_batch(batch, self._frozen[0])
         values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
-        output = self.model(values, inputs_BLC, dial=self.dial)
+        output = self.model(values, inputs_BLC, thresholds=self.thresholds)
         found = recorded(output.records, Norms)
         errors = [(r.predicted_BNE - r.true_BNE).square().mean() / r.true_BNE.square().mean() for r in found]
         loss = torch.stack(errors).mean()

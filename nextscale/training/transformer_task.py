@@ -16,7 +16,7 @@ from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 from nextscale.training.engine.task import Task
 from nextscale.transformer.feed_forward.balance import balance_loss, expert_load
 from nextscale.transformer.feed_forward.routers import Routing
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.projector import alignment_loss, group_scales
 from nextscale.transformer.var import VAR, Output
 
@@ -30,8 +30,8 @@ class TransformerTask(Task):
     """
 
     name = "transformer"
-    dial: Dial | None = None
-    """What dynamic experts do in training: all of them work, perhaps observed."""
+    thresholds: Thresholds | None = None
+    """What dynamic experts do in training: all of them run; a task may record what they did."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TransformerTask(Task):
         values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
         keep = noise["keep"].permute(1, 2, 0) if "keep" in noise else None
         guided = max(self.guided_scales, default=-1) + 1
-        output = self.model(values, inputs_BLC, keep, guided, dial=self.dial)
+        output = self.model(values, inputs_BLC, keep, guided, thresholds=self.thresholds)
         smoothing = self.config.label_smoothing if noise else 0.0
         nats_R = F.cross_entropy(
             output.logits_BNV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing

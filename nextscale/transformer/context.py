@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.pruning import Pruning
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 _MASKED = 160
 """Tokens of the coarsest scales that are attended to together, under a mask; each later scale needs none."""
@@ -36,7 +36,7 @@ class ScaleContext:
     """The finest scale at hand."""
     pruning: Pruning | None = None
     """Which tokens are left out, or None when all are computed."""
-    dial: Dial | None = None
+    thresholds: Thresholds | None = None
     """How far dynamic experts are turned down; None: not at all."""
     previous: Any = None
     """What the same layer of the block before recorded; None in the first block."""

@@ -23,7 +23,7 @@ from nextscale.sampling.pruning import Pruning
 from nextscale.transformer.block import Block, modulate
 from nextscale.transformer.condition import ClassCondition
 from nextscale.transformer.context import ScaleContext, scale_indices
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.projector import Projector
 
 Cache = list[list[Any]]
@@ -89,14 +89,14 @@ class VAR(nn.Module):
 
     def forward(
         self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None, guided: int = 0, hidden: int = 0,
-        dial: Dial | None = None,
+        thresholds: Thresholds | None = None,
     ) -> Output:  # fmt: skip
         """Logits (B, L, V) of all scales at once.
 
         `values`: the condition (labels, int64 (B,)). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
         (B, L - N of scale 0, C). `branch_keep`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
         `guided`: how many scales the alignment head projects, for semantic guidance. `hidden`: the block, counted from
-        1, whose output is wanted too, to be looked at. `dial`: how far dynamic experts are turned down.
+        1, whose output is wanted too, to be looked at. `thresholds`: of dynamic experts.
         """
         expected = self.pyramid.length - self.pyramid.counts[0]
         if x_BLC.ndim != 3 or x_BLC.shape[1] != expected:
@@ -105,21 +105,23 @@ class VAR(nn.Module):
         x_BND = self.start(conditioning)
         if expected:
             x_BND = torch.cat([x_BND, self._embed(x_BLC, (self.pyramid.counts[0], self.pyramid.length))], dim=1)
-        context = ScaleContext(self.pyramid, (0, self.pyramid.length), True, k=len(self.pyramid) - 1, dial=dial)
+        context = ScaleContext(
+            self.pyramid, (0, self.pyramid.length), True, k=len(self.pyramid) - 1, thresholds=thresholds
+        )
         return self._run(x_BND, conditioning, context, None, branch_keep, guided=guided, hidden=hidden)
 
     def step(
         self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, pruning: Pruning | None = None,
-        dial: Dial | None = None,
+        thresholds: Thresholds | None = None,
     ) -> Output:  # fmt: skip
         """Logits (B, N, V) of scale k. `x_BNC` is the tokenizer's next input, None at scale 0, which starts anew."""
         span = self.pyramid.spans[k]
         x_BND = self.start(conditioning) if k == 0 or x_BNC is None else self._embed(x_BNC, span)
-        context = ScaleContext(self.pyramid, span, k=k, pruning=pruning, dial=dial)
+        context = ScaleContext(self.pyramid, span, k=k, pruning=pruning, thresholds=thresholds)
         return self._run(x_BND, conditioning, context, cache)
 
     def catch_up(
-        self, conditioning: Conditioning, x_BLC: Tensor, k: int, cache: Cache, dial: Dial | None = None
+        self, conditioning: Conditioning, x_BLC: Tensor, k: int, cache: Cache, thresholds: Thresholds | None = None
     ) -> Output:
         """As `step` for scale k, by a model that has not seen the scales before: all of them in one pass.
 
@@ -127,7 +129,7 @@ class VAR(nn.Module):
         """
         first, (start, end) = self.pyramid.counts[0], self.pyramid.spans[k]
         x_BND = torch.cat([self.start(conditioning), self._embed(x_BLC, (first, end))], dim=1)
-        context = ScaleContext(self.pyramid, (0, end), True, k=k, dial=dial)
+        context = ScaleContext(self.pyramid, (0, end), True, k=k, thresholds=thresholds)
         return self._run(x_BND, conditioning, context, cache, wanted=start)
 
     def new_cache(self, batch: int) -> Cache:

@@ -73,8 +73,8 @@ def sampled_flops(
 def equal_flops(
     pipeline: Pipeline, labels: Sequence[int | None], base: SampleConfig, scales: int, target: float, rounds: int = 10
 ) -> float:
-    """The dial of the last `scales` scales, or with 1 of the sparse ones, at which sampling executes this share of the
-    dense FLOPs, by bisection: for comparisons at equal FLOPs."""
+    """The threshold at which sampling executes this share of the dense FLOPs, by bisection: for comparisons at equal
+    FLOPs. It is that of the last `scales` scales; with 1, of all sparse scales."""
     low, high = 0.0, 1.0
     for _ in range(rounds):
         middle = (low + high) / 2
@@ -117,7 +117,7 @@ def _need_experts(pipeline: Pipeline) -> None:
 def analyse_dynamic(source: str, out: Path, shown: DynamicShown, settings: SampleConfig) -> dict[str, Any]:
     """Draw experts.png and samples.png of a model with dynamic experts into `out`, and dynamic.json beside them.
 
-    experts.png: experts per token at every sparse scale, at several settings of the dial (DMoE-VAR, Fig. 12).
+    experts.png: experts per token at every sparse scale, at several thresholds (DMoE-VAR, Fig. 12).
     samples.png: rows of images of one seed, with all experts and with each setting (Fig. 2a). dynamic.json: the FLOPs
     that each setting executed, averaged over the images.
     """
@@ -125,22 +125,22 @@ def analyse_dynamic(source: str, out: Path, shown: DynamicShown, settings: Sampl
     _need_experts(pipeline)
     classes = pipeline.transformer.config.condition.num_classes
     labels = [i % classes for i in range(shown.num)]
-    dials = {f"tau {tau:g}": replace(settings, tau=(tau,), budget=0.0) for tau in shown.taus}
+    given = {f"tau {tau:g}": replace(settings, tau=(tau,), budget=0.0) for tau in shown.taus}
     if settings.tau or settings.budget:
-        dials = {"as given": settings, **dials}
+        given = {"as given": settings, **given}
     panels, rows, report = {}, [("all experts", replace(settings, tau=(1.0,), budget=0.0))], []
-    for name, dial in dials.items():
-        maps = expert_maps(pipeline, labels[0], dial)
+    for name, setting in given.items():
+        maps = expert_maps(pipeline, labels[0], setting)
         panels[name] = (["experts"], maps["scales"], [[m] for m in maps["maps"]], maps["pictures"])
-        rows.append((name, dial))
+        rows.append((name, setting))
     pictures, captions = [], []
-    for name, dial in rows:
-        images = pipeline.sample(labels[: shown.columns], dial)
+    for name, setting in rows:
+        images = pipeline.sample(labels[: shown.columns], setting)
         pictures += images.pil()
         captions += [name] * len(images.captions)
-        executed = sampled_flops(pipeline, labels, dial, shown.batch_size)
+        executed = sampled_flops(pipeline, labels, setting, shown.batch_size)
         report.append({
-            "name": name, "tau": list(dial.tau), "budget": dial.budget, "flops": executed.flops,
+            "name": name, "tau": list(setting.tau), "budget": setting.budget, "flops": executed.flops,
             "share": executed.share, "deviation": executed.deviation, "active_per_scale": list(executed.active_K),
         })  # fmt: skip
     map_grids(panels, "share of experts", out / "experts.png")

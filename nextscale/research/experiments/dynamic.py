@@ -21,7 +21,7 @@ _COUNTED = 64
 """Images over which executed FLOPs are averaged, of all classes in turn."""
 
 
-def without_dial(sampling: SampleConfig) -> SampleConfig:
+def remove_thresholds(sampling: SampleConfig) -> SampleConfig:
     """The settings as a dense model takes them."""
     return dataclasses.replace(sampling, tau=(), budget=0.0, selection="threshold")
 
@@ -55,9 +55,9 @@ def _done(config: SparsifyConfig, source: Path, within: Path, world: World) -> P
 
 
 def sampling_at(folder: Path, sampling: SampleConfig, share: float, kept: Path, world: World) -> SampleConfig:
-    """The settings with the dial at which this share of the dense FLOPs is executed, found once and `kept`.
+    """The settings with the threshold at which this share of the dense FLOPs is executed, found once and `kept`.
 
-    `sampling.tau` says how many of the last scales the dial is for, 1 for the sparse ones.
+    `sampling.tau` says how many of the last scales the threshold is for, 1 for the sparse ones.
     """
     if not share:
         return sampling

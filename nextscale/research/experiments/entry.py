@@ -49,7 +49,7 @@ class Row:
     sparsify: SparsifyConfig | None = None
     """How the trained model is sparsified; None: it is not."""
     flops: float = 0.0
-    """The share of the dense FLOPs at which the row is measured: its dial is found; 0 = as `sampling` says."""
+    """The share of the dense FLOPs at which the row is measured: its threshold is found; 0 = as `sampling` says."""
 
 
 @dataclass(frozen=True)

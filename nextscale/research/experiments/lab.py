@@ -26,7 +26,7 @@ from nextscale.evaluation.measures import NEUTRAL, name_of
 from nextscale.evaluation.run import Settings, evaluate, make_statistics
 from nextscale.info import describe_config, sample_flops
 from nextscale.research.experiments.cost import sampling_seconds, training_seconds
-from nextscale.research.experiments.dynamic import dynamic_figures, sampling_at, sparsified, without_dial
+from nextscale.research.experiments.dynamic import dynamic_figures, remove_thresholds, sampling_at, sparsified
 from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.keys import decides, key
 from nextscale.research.experiments.pictures import Shown, draw
@@ -155,7 +155,7 @@ class Lab:
         folder = self.folder / f"run-{key(decides(dataclasses.replace(config, sampling=sampling)))}"
         if not (folder / "finished.json").exists():
             # rows that share a training differ in sampling alone, which must not make their settings differ
-            config = dataclasses.replace(config, sampling=without_dial(self.experiment.rows[0].sampling))
+            config = dataclasses.replace(config, sampling=remove_thresholds(self.experiment.rows[0].sampling))
             train_transformer(config, folder, self.world)
         self.world.wait()
         return folder, read_json(folder / "finished.json")
@@ -186,13 +186,13 @@ class Lab:
     def _sparse(
         self, row: Row, dense: Path, sampling: SampleConfig, seed: int
     ) -> tuple[Path, SampleConfig, dict[str, float]]:
-        """The row's model made of the dense one, its sampling with the dial that the row asks for, and its figures."""
+        """The row's model made of the dense one, its sampling with the row's threshold, and its figures."""
         assert row.sparsify is not None, "called for rows that are sparsified"
         data = self.data and self._cache(row, str(dense), "") if self.model else read_json(dense / "run.json")["data"]
         folder = sparsified(row.sparsify, dense, data, self.folder, self.world)
         unseeded = dataclasses.replace(sampling, seed=0)
         name = key(dataclasses.asdict(unseeded), row.flops)
-        sampling = sampling_at(folder, unseeded, row.flops, folder / f"dial-{name}.json", self.world)
+        sampling = sampling_at(folder, unseeded, row.flops, folder / f"thresholds-{name}.json", self.world)
         figures = dynamic_figures(folder, sampling, folder / f"flops-{name}.json", self.world)
         return folder, dataclasses.replace(sampling, seed=seed), figures
 

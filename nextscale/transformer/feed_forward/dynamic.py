@@ -24,9 +24,9 @@ from nextscale.backends.cpu.ops import Linear, full_precision
 from nextscale.config.model import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.execute import Slices, execute
-from nextscale.transformer.feed_forward.records import Norms, Ran, Sparsity, Use, joined
+from nextscale.transformer.feed_forward.records import ExpertSelection, Norms, Sparsity, UnitContribution, joined
 from nextscale.transformer.feed_forward.selection import choose, kept_units
-from nextscale.transformer.feed_forward.thresholds import Dial
+from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 
 class ExpertRouter(nn.Module):
@@ -77,7 +77,7 @@ class Pair(nn.Module):
 
 
 class DynamicFeedForward(nn.Module):
-    """An FFN, D to F to D, that runs a part of itself where a dial below 1 says so."""
+    """An FFN, D to F to D, that runs a part of its experts where a threshold is below 1."""
 
     def __init__(self, config: TransformerConfig, scales: int):
         super().__init__()
@@ -106,78 +106,84 @@ class DynamicFeedForward(nn.Module):
 
     def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, Any]:
         pieces = self.pieces(context, x_BND.shape[1])
-        done = [self.piece(x_BND[:, start:end], context.dial, tau, late) for start, end, tau, late in pieces]
+        done = [self.piece(x_BND[:, start:end], context.thresholds, tau, late) for start, end, tau, late in pieces]
         records = [record for _, record in done if record is not None]
         y_BND = done[0][0] if len(done) == 1 else torch.cat([y for y, _ in done], dim=1)
         return y_BND, joined(records)
 
     def pieces(self, context: ScaleContext, count: int) -> list[tuple[int, int, float, bool]]:
-        """(start, end, dial, whether the scale is a sparse one) of tokens that are treated alike, in order."""
-        dial, found = context.dial, list[tuple[int, int, float, bool]]()
+        """(start, end, threshold, whether the scale is a sparse one) of tokens that are treated alike, in order."""
+        thresholds, found = context.thresholds, list[tuple[int, int, float, bool]]()
         segments = context.segments(count)
         for k, (start, end) in enumerate(segments, start=context.k + 1 - len(segments)):
             late = k >= self.first
-            alike = (dial.tau_K[k] if dial else 1.0), late and self._tells(dial)
+            alike = (thresholds.tau_K[k] if thresholds else 1.0), late and self._late_differs(thresholds)
             if found and found[-1][2:] == alike:
                 found[-1] = (found[-1][0], end, *alike)
             else:
                 found.append((start, end, *alike))
         return found
 
-    def _tells(self, dial: Dial | None) -> bool:
+    def _late_differs(self, thresholds: Thresholds | None) -> bool:
         """Whether sparse scales are another case than the others even with all experts."""
-        return self.late is not None or bool(dial and dial.observe == "use")
+        return self.late is not None or bool(thresholds and thresholds.record == "contribution")
 
-    def piece(self, x_BND: Tensor, dial: Dial | None, tau: float, late: bool) -> tuple[Tensor, Any]:
+    def piece(self, x_BND: Tensor, thresholds: Thresholds | None, tau: float, late: bool) -> tuple[Tensor, Any]:
         """The output of tokens that are treated alike, as `pieces` says, and its record."""
         own = late and self.late is not None
         fc1, fc2 = self.divided if own else (self.fc1, self.fc2)
         relu = self.config.activation == "relu" and (own or self.late is None)
-        if dial is not None and tau < 1:
-            return self._part(x_BND, tau, dial.selection)
+        if thresholds is not None and tau < 1:
+            return self._part(x_BND, tau, thresholds.selection)
         a_BNF = _activated(fc1, x_BND, relu)
         y_BND, record = fc2(a_BNF), None
-        if dial is not None and dial.observe:
-            if dial.observe != "use" or late:
-                record = self._observed(x_BND, a_BNF, dial.observe) if own or self.late is None else None
-        elif dial is not None:
-            return y_BND, _ran(x_BND, a_BNF.shape[-1])
+        if thresholds is not None and thresholds.record:
+            if thresholds.record != "contribution" or late:
+                record = (
+                    self._measure_activations(x_BND, a_BNF, thresholds.record) if own or self.late is None else None
+                )
+        elif thresholds is not None:
+            return y_BND, _select_all(x_BND, a_BNF.shape[-1])
         return y_BND, record
 
-    def _part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, Ran]:
+    def _part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, ExpertSelection]:
         """The output of the experts that are chosen, or of the hidden units that are kept."""
         (fc1, fc2), relu, experts = self.divided, self.config.activation == "relu", self.config.experts
         x_TD = x_BND.flatten(0, 1)
         if selection == "pruned":
             units = kept_units(self.importance_F, tau)
             y_TD = _pruned(x_TD, units, fc1, fc2, relu)
-            return y_TD.view_as(x_BND), _ran(x_BND, len(units))
-        assert self.router is not None, "a dial is made for models with experts"
+            return y_TD.view_as(x_BND), _select_all(x_BND, len(units))
+        assert self.router is not None, "thresholds are made for models with experts"
         if selection == "oracle":
             chosen_TE = choose(expert_norms(_activated(fc1, x_TD, relu), _whole(fc2), experts), tau)
         else:
             chosen_TE = self.router.choose(x_TD, tau, selection)
         y_TD = execute(x_TD, chosen_TE, (fc1, fc2), relu, self.slices)
         chosen_BNE = chosen_TE.view(*x_BND.shape[:2], experts)
-        return y_TD.view_as(x_BND), Ran(chosen_BNE, fc1.out_features // experts, routed=selection != "oracle")
+        return y_TD.view_as(x_BND), ExpertSelection(
+            chosen_BNE, fc1.out_features // experts, routed=selection != "oracle"
+        )
 
-    def _observed(self, x_BND: Tensor, a_BNF: Tensor, what: str) -> Sparsity | Norms | Use:
+    def _measure_activations(self, x_BND: Tensor, a_BNF: Tensor, what: str) -> Sparsity | Norms | UnitContribution:
         if what == "sparsity":
             a_BNF = a_BNF.float()
             hoyer_BN = a_BNF.abs().sum(dim=-1).square() / (a_BNF.square().sum(dim=-1) + 1e-15)
             return Sparsity(hoyer_BN.mean(), (a_BNF == 0).float().mean())
         fc2 = _whole(self.divided[1])
-        if what == "use":
-            return Use(a_BNF.abs().double().sum(dim=(0, 1)) * fc2.float().norm(dim=0).double())
-        assert self.router is not None, "norms are observed of models with experts"
+        if what == "contribution":
+            return UnitContribution(a_BNF.abs().double().sum(dim=(0, 1)) * fc2.float().norm(dim=0).double())
+        assert self.router is not None, "norms are recorded of models with experts"
         with torch.no_grad(), full_precision(x_BND):
             true_TE = expert_norms(a_BNF.flatten(0, 1), fc2, self.config.experts)
         return Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], self.config.experts))
 
 
-def _ran(x_BND: Tensor, units: int) -> Ran:
-    """So many hidden units for every token, no router asked."""
-    return Ran(torch.ones(1, 1, 1, dtype=torch.bool, device=x_BND.device).expand(*x_BND.shape[:2], 1), units, False)
+def _select_all(x_BND: Tensor, units: int) -> ExpertSelection:
+    """`units` hidden units for every token, selected by no router."""
+    return ExpertSelection(
+        torch.ones(1, 1, 1, dtype=torch.bool, device=x_BND.device).expand(*x_BND.shape[:2], 1), units, False
+    )
 
 
 def _activated(fc1: Linear, x: Tensor, relu: bool) -> Tensor:

@@ -1,9 +1,9 @@
 """What dynamic FFNs record of a pass: values that come back with its output, never the state of a module.
 
-- nothing without a dial, which is all experts at every scale;
-- `Activity` with one: how much ran (`Ran` until somebody asks);
-- `Sparsity` and `Norms` where a dial observes: what tuning and the training of routers need;
-- `Use`: how much each hidden unit contributed.
+- nothing without thresholds, which is all experts at every scale;
+- `Activity` with them: how much ran (`ExpertSelection` until it is counted);
+- `Sparsity` and `Norms` where `Thresholds.record` asks for them, for tuning and for the training of routers;
+- `UnitContribution`: how much each hidden unit contributed.
 
 Letters: B sequences, N tokens at hand, F hidden units of one FFN, E experts that it is divided into.
 """
@@ -33,8 +33,8 @@ class Activity:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """Which experts of one FFN ran, as one that draws images leaves it: nobody counts them there."""
+class ExpertSelection:
+    """Which experts of one FFN ran, not yet counted: sampling does not need the counts."""
 
     chosen_BNE: Tensor
     size: int
@@ -67,14 +67,14 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Use:
+class UnitContribution:
     """How much each hidden unit contributed."""
 
     contribution_F: Tensor
     """Sum over tokens of |a_j| |column j of W2|_2, float64."""
 
 
-R = TypeVar("R", Activity, Sparsity, Norms, Use)
+R = TypeVar("R", Activity, Sparsity, Norms, UnitContribution)
 
 
 def recorded(records: Sequence[Sequence[Any]], kind: type[R]) -> list[R]:
@@ -85,7 +85,7 @@ def recorded(records: Sequence[Sequence[Any]], kind: type[R]) -> list[R]:
 
 def counted(record: Any) -> Any:
     """An FFN's record with what ran as `Activity`."""
-    return record.activity() if isinstance(record, Ran) else record
+    return record.activity() if isinstance(record, ExpertSelection) else record
 
 
 def joined(records: list[Any]) -> Any:

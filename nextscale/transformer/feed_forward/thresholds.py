@@ -1,4 +1,4 @@
-"""How far the experts of a model are turned down in one pass."""
+"""Thresholds of dynamic experts in one pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nextscale.config.sampling import SampleConfig
 
 
 @dataclass(frozen=True)
-class Dial:
-    """What the dynamic layers receive with a pass: a dial from 0 to 1 for each scale, and how experts are chosen.
+class Thresholds:
+    """What dynamic layers receive with a pass: a threshold from 0 to 1 for each scale, and how experts are selected.
 
     `threshold` (DMoE-VAR, Eq. 3, in the convention of its published values): an expert runs when its predicted norm is
     at least (1 - tau) times the largest one; so 1 means all experts, 0 the largest alone. `oracle` does the same with
@@ -24,12 +24,12 @@ class Dial:
     tau_K: tuple[float, ...]
     """For each scale of the pyramid."""
     selection: Selection = "threshold"
-    observe: Literal["", "sparsity", "norms", "use"] = ""
+    record: Literal["", "sparsity", "norms", "contribution"] = ""
     """What the layers record instead, with all experts at work: see `nextscale.transformer.feed_forward.dynamic`."""
 
     @staticmethod
-    def of(config: TransformerConfig, scales: int, tau: tuple[float, ...], selection: Selection) -> Dial:
-        """From dials of the last scales, or one for all the sparse ones. UserError says what does not fit the model."""
+    def create(config: TransformerConfig, scales: int, tau: tuple[float, ...], selection: Selection) -> Thresholds:
+        """From thresholds of the last scales, or one for all sparse scales. UserError where they do not fit."""
         dynamic = config.dynamic
         if not dynamic.experts:
             raise UserError(
@@ -50,11 +50,11 @@ class Dial:
                 "this model's routers are not trained: run `nextscale sparsify DIR --stages routers thresholds`, or "
                 "choose by the true norms (selection oracle)"
             )
-        return Dial((1.0,) * (scales - len(tau)) + tuple(tau), selection)
+        return Thresholds((1.0,) * (scales - len(tau)) + tuple(tau), selection)
 
 
-def dial_for(config: TransformerConfig, scales: int, sampling: SampleConfig) -> Dial | None:
-    """The dial that these sampling settings ask for; None: a dense model, or all experts at every scale.
+def resolve_thresholds(config: TransformerConfig, scales: int, sampling: SampleConfig) -> Thresholds | None:
+    """The thresholds that these sampling settings ask for; None: a dense model, or all experts at every scale.
 
     Without tau the checkpoint's own is used. `budget` must have been turned into tau before (`Pipeline.sample` does).
     """
@@ -63,7 +63,7 @@ def dial_for(config: TransformerConfig, scales: int, sampling: SampleConfig) -> 
     if sampling.tau or sampling.selection != "threshold":
         if not sampling.tau:
             raise UserError(f"selection {sampling.selection} needs a tau: its share, for the last scales")
-        return Dial.of(config, scales, sampling.tau, sampling.selection)
+        return Thresholds.create(config, scales, sampling.tau, sampling.selection)
     if not config.dynamic.tau:
         return None
-    return Dial.of(config, scales, config.dynamic.tau, "threshold")
+    return Thresholds.create(config, scales, config.dynamic.tau, "threshold")
