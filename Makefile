@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use. constraints.txt pins torch for these targets only.
+# All targets use .venv, which is created at the first use. constraints.txt pins torch's version for these targets only.
 PYTHON ?= python3
 VENV := .venv
 RUN := runs/quickstart
