@@ -68,7 +68,7 @@ def place(tmp_path_factory):
 
 def held_out_rows(place):
     """Tokens (1, L) and label (1,) of every held-out image that CONFIG takes."""
-    examples = TokenCache(place / "cache").examples("held_out")
+    examples = TokenCache(place / "cache").load_examples("held_out")
     for i in range(CONFIG.num):
         batch = examples.fetch([i], None)
         yield batch["tokens"].long(), batch["label"]
@@ -118,7 +118,7 @@ def test_load_equals_what_training_measures(place, tmp_path):
     from nextscale.training.transformer_task import TransformerTask
 
     pipeline = Pipeline.from_pretrained(place / "stmoe")
-    held_out = TokenCache(place / "cache").examples("held_out")
+    held_out = TokenCache(place / "cache").load_examples("held_out")
     task = TransformerTask(pipeline.transformer, pipeline.tokenizer, held_out, TrainConfig())
     logged = validate(task, held_out, CONFIG.num, World())["validation_expert_load"]
     (model,) = analyse_load([str(place / "stmoe")], str(place / "cache"), tmp_path, CONFIG)["models"]

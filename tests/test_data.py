@@ -13,10 +13,10 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
 from nextscale.data.cache import CacheWriter, TokenCache, fingerprint
-from nextscale.data.datasets import ImageExamples, load_images, open_images, split_rows
-from nextscale.data.examples import MemoryExamples, Places, batches
-from nextscale.data.images import fit, random_crop
-from nextscale.data.sources import Parquet, folder_source, open_source
+from nextscale.data.datasets import ImageExamples, load_images, open_dataset, split_rows
+from nextscale.data.examples import BatchDataset, MemoryExamples, load_batches
+from nextscale.data.images import crop_randomly, resize_and_crop
+from nextscale.data.sources import Parquet, open_folder, open_source
 from nextscale.tokenizer.tokenizer import to_unit
 from tests.conftest import randomised, tiny_config
 
@@ -63,7 +63,7 @@ def test_labels_that_a_metadata_file_lists(form, tmp_path):
     assert source.labels == [0, 1, 0, 1]
     assert [name for name, _ in map(source.read, range(4))] == [str(tmp_path / r["file_name"]) for r in rows]
     (tmp_path / "images" / "3.png").unlink()
-    with pytest.raises(UserError, match=r"lists 1 files that are not there, such as .*images/3.png"):
+    with pytest.raises(UserError, match=r"lists 1 files that do not exist, such as .*images/3.png"):
         open_source(str(tmp_path), 8)
     table.write_text("name,label\nx,y\n" if form == "csv" else '{"name": "x"}\n')
     with pytest.raises(UserError, match="must list file_name and label in every row"):
@@ -89,12 +89,12 @@ def by_content(examples: ImageExamples) -> dict[bytes, int]:
 def test_the_same_pictures_by_every_road(roads):
     expected = {}
     for i in range(24):
-        image = fit(Image.open(io.BytesIO(png(i))), (8, 8))
+        image = resize_and_crop(Image.open(io.BytesIO(png(i))), (8, 8))
         expected[np.array(image).transpose(2, 0, 1).tobytes()] = i % 2
     for road in roads:
         data = load_images(road, 8)
         assert data.class_names == ("cat", "dog")
-        assert by_content(data.examples()) == expected
+        assert by_content(data.to_examples()) == expected
         source = open_source(road, 8)
         lazy = ImageExamples(torch.tensor(source.labels), source=source, rows_B=torch.arange(24), size=8)
         assert by_content(lazy) == expected
@@ -104,9 +104,9 @@ def test_in_memory_or_not_the_split_and_the_examples_are_the_same(roads, monkeyp
     from nextscale.data import datasets
 
     config = DataConfig(held_out=0.25, flip=True, limit=20)
-    near = open_images(roads[1], 8, config, seed=3)
-    monkeypatch.setattr(datasets, "_IN_MEMORY", 0)
-    far = open_images(roads[1], 8, config, seed=3)
+    near = open_dataset(roads[1], 8, config, seed=3)
+    monkeypatch.setattr(datasets, "_MEMORY_LIMIT", 0)
+    far = open_dataset(roads[1], 8, config, seed=3)
     assert near[0].memory_B3HW is not None
     assert far[0].memory_B3HW is None
     for a, b in zip(near[:2], far[:2], strict=True):
@@ -129,7 +129,7 @@ def test_tables_are_shuffled_group_by_group(tmp_path):
             reads += 1
             return original(*args)
 
-    source._handles[0] = Counting()
+    source._open_files[0] = Counting()
     orders = [source.order(torch.arange(160), torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(160))
@@ -149,14 +149,14 @@ def test_a_split_that_comes_with_the_data_is_kept(kind, tmp_path):
         write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", range(10))
         write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", range(4))
         write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", range(100, 102))
-    train, held_out, source = open_images(str(tmp_path), 8, DataConfig(held_out=0.5), seed=0)
+    train, held_out, source = open_dataset(str(tmp_path), 8, DataConfig(held_out=0.5), seed=0)
     assert (len(train), len(held_out), source.class_names) == (10, 4, ("cat", "dog"))
     assert by_content(held_out).items() <= by_content(train).items()  # the same pictures on purpose
     if kind == "folder":
         (tmp_path / "val" / "cow").mkdir()
         (tmp_path / "val" / "cow" / "x.png").write_bytes(png(1))
-        with pytest.raises(UserError, match="val has classes that .*train has not: cow"):
-            folder_source(tmp_path)
+        with pytest.raises(UserError, match="val has classes that .*train does not have: cow"):
+            open_folder(tmp_path)
 
 
 def test_a_share_of_every_class_is_held_out():
@@ -170,7 +170,7 @@ def test_random_crop_is_var_s():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     resized = np.asarray(image.resize((54, 36), Image.Resampling.LANCZOS))  # 1.125 x 32 = 36 on the short side
     for draws, left, top in (((0.0, 0.0), 0, 0), ((0.999, 0.999), 22, 4), ((0.5, 0.5), 11, 2)):
-        cropped = np.asarray(random_crop(image, 32, draws))
+        cropped = np.asarray(crop_randomly(image, 32, draws))
         np.testing.assert_array_equal(cropped, resized[top : top + 32, left : left + 32])
 
 
@@ -187,19 +187,19 @@ def test_what_is_random_belongs_to_the_place_alone(roads):
 
 
 def test_workers_change_nothing(roads):
-    train, _, _ = open_images(roads[1], 8, DataConfig(random_crop=True, flip=True, held_out=0.25), seed=0)
+    train, _, _ = open_dataset(roads[1], 8, DataConfig(random_crop=True, flip=True, held_out=0.25), seed=0)
     spans = [(start, start + 5) for start in range(0, 40, 5)]
-    runs = [list(batches(Places(train, 0, "t"), spans, workers, pin=False)) for workers in (0, 2)]
+    runs = [list(load_batches(BatchDataset(train, 0, "t"), spans, workers, pin=False)) for workers in (0, 2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a["image"], b["image"])
         assert torch.equal(a["label"], b["label"])
 
 
 class Deadly(MemoryExamples):
-    def fetch(self, index, place):
-        if 30 in place:
+    def fetch(self, indices, positions):
+        if 30 in positions:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().fetch(index, place)
+        return super().fetch(indices, positions)
 
 
 def test_a_data_worker_that_dies_costs_nothing(tmp_path):
@@ -232,11 +232,11 @@ def test_the_cache_holds_what_the_tokenizer_says(tmp_path):
     tokenizer = randomised(tiny_config()).tokenizer
     parts = cache_parts(tokenizer)
     writer = CacheWriter(tmp_path, tokenizer, parts, views=3, shard=8)
-    writer.claim(("a", "b", "c"), {"seed": 0})
+    writer.record_settings(("a", "b", "c"), {"seed": 0})
     writer.write(batch=4, show=False)
     cache = TokenCache(tmp_path)
-    train, held = cache.examples("train"), cache.examples("held_out")
-    assert (len(train), len(held), cache.names) == (21, 5, ("a", "b", "c"))
+    train, held = cache.load_examples("train"), cache.load_examples("held_out")
+    assert (len(train), len(held), cache.class_names) == (21, 5, ("a", "b", "c"))
     for epoch in range(4):
         places = [epoch * 21 + i for i in range(21)]
         batch = train.fetch(range(21), places)
@@ -253,17 +253,17 @@ def test_the_cache_holds_what_the_tokenizer_says(tmp_path):
 def test_an_unfinished_cache_goes_on_and_a_foreign_one_is_refused(tmp_path):
     tokenizer = randomised(tiny_config()).tokenizer
     writer = CacheWriter(tmp_path, tokenizer, cache_parts(tokenizer), views=1, shard=8)
-    writer.claim(("a",), {"seed": 0})
+    writer.record_settings(("a",), {"seed": 0})
     writer.write(show=False)
     files = {p.name: p.read_bytes() for p in tmp_path.glob("[th]*.safetensors")}
     assert len(files) == 4
     (tmp_path / "train-00001.safetensors").unlink()
     (tmp_path / ".train-00001.99.part.safetensors").write_bytes(b"half a shard")
     with pytest.raises(UserError, match=r"train-00001.safetensors is missing: the cache is unfinished"):
-        TokenCache(tmp_path).examples("train")
+        TokenCache(tmp_path).load_examples("train")
     times = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("[th]*.safetensors")}
     again = CacheWriter(tmp_path, tokenizer, cache_parts(tokenizer), views=1, shard=8)
-    again.claim(("a",), {"seed": 0})
+    again.record_settings(("a",), {"seed": 0})
     again.write(show=False)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.safetensors")} == files
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in times.items())
@@ -272,14 +272,14 @@ def test_an_unfinished_cache_goes_on_and_a_foreign_one_is_refused(tmp_path):
     other = randomised(tiny_config(), seed=1).tokenizer
     with pytest.raises(UserError, match="made by another tokenizer"):
         TokenCache(tmp_path).check_tokenizer(other)
-    with pytest.raises(UserError, match="holds a cache made otherwise .tokenizer was .*seed was 0, now 1"):
-        CacheWriter(tmp_path, other, cache_parts(other), views=1, shard=8).claim(("a",), {"seed": 1})
+    with pytest.raises(UserError, match="holds a cache with other settings .tokenizer was .*seed was 0, now 1"):
+        CacheWriter(tmp_path, other, cache_parts(other), views=1, shard=8).record_settings(("a",), {"seed": 1})
     with torch.no_grad():
         tokenizer.decoder.conv_out.bias.add_(1)
     assert fingerprint(tokenizer) == TokenCache(tmp_path).head["tokenizer"], "the decoder decides no token"
     (tmp_path / "held_out-00000.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"held_out-00000.safetensors is damaged"):
-        TokenCache(tmp_path).examples("held_out")
+        TokenCache(tmp_path).load_examples("held_out")
 
 
 def test_several_processes_make_one_cache(tmp_path):
@@ -287,7 +287,7 @@ def test_several_processes_make_one_cache(tmp_path):
     for folder, size in (("one", 1), ("three", 3)):
         for rank in range(size):
             writer = CacheWriter(tmp_path / folder, tokenizer, cache_parts(tokenizer), views=2, shard=4)
-            writer.claim(("a",), {})
+            writer.record_settings(("a",), {})
             writer.write(rank, size, show=False)
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("one", "three"))
     assert one == three

@@ -62,13 +62,13 @@ def test_the_cache_keeps_features_of_every_view(tmp_path):
     encoder, tokenizer = load_encoder(str(tmp_path / "encoder")), randomised(tiny_config()).tokenizer
     parts = cache_parts(tokenizer)
     writer = CacheWriter(tmp_path / "cache", tokenizer, parts, views=2, shard=8, encoder=encoder)
-    writer.claim(("a",), {})
+    writer.record_settings(("a",), {})
     writer.write(show=False)
-    batch = TokenCache(tmp_path / "cache").examples("train").fetch([5, 20], [5, 20])
+    batch = TokenCache(tmp_path / "cache").load_examples("train").fetch([5, 20], [5, 20])
     images = [parts["train"].fetch([i], [(i % 2) * 21 + i])["image"] for i in (5, 20)]
     expected = encoder(to_unit(torch.cat(images)), (4, 4))
     assert batch["features"].shape == (2, 4, 4, 16)
     assert torch.allclose(batch["features"].float(), expected, atol=2e-3)
     plain = CacheWriter(tmp_path / "cache", tokenizer, parts, views=2, shard=8)
-    with pytest.raises(UserError, match="made otherwise .encoder was"):
-        plain.claim(("a",), {})
+    with pytest.raises(UserError, match="with other settings .encoder was"):
+        plain.record_settings(("a",), {})

@@ -19,7 +19,7 @@ CLIENT = """
 from nextscale.config.data import DataConfig
 from nextscale.data import datasets
 datasets._IN_MEMORY = 0
-train, held_out, source = datasets.open_images("someone/photos", 8, DataConfig(), 0)
+train, held_out, source = datasets.open_dataset("someone/photos", 8, DataConfig(), 0)
 batch = train.fetch(range(10), None)
 print(len(train), len(held_out), source.class_names, sorted(batch["label"].tolist()), batch["unreadable"])
 """

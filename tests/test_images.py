@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nextscale.common.errors import UserError
-from nextscale.data.images import fit, load_image, to_tensor
+from nextscale.data.images import load_image, resize_and_crop, to_tensor
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -109,19 +109,19 @@ def test_animation_gives_its_first_frame(form):
 
 def test_size_of_the_model_is_used_as_it_is():
     image = Image.fromarray(RGB)
-    assert fit(image, (12, 20)) is image
+    assert resize_and_crop(image, (12, 20)) is image
 
 
 def test_other_sizes_are_resized_on_the_short_side_and_centre_cropped():
     image = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8))
     expected = image.resize((24, 16), Image.Resampling.LANCZOS).crop((4, 0, 20, 16))
-    assert np.array_equal(np.asarray(fit(image, (16, 16))), np.asarray(expected))
-    assert fit(image, (10, 30)).size == (30, 10)
+    assert np.array_equal(np.asarray(resize_and_crop(image, (16, 16))), np.asarray(expected))
+    assert resize_and_crop(image, (10, 30)).size == (30, 10)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 7)])
 def test_extreme_shapes_stay_small(size):
-    assert fit(Image.new("RGB", size), (16, 24)).size == (24, 16)
+    assert resize_and_crop(Image.new("RGB", size), (16, 24)).size == (24, 16)
 
 
 def test_tensor_range():

@@ -40,7 +40,7 @@ def test_the_cifar10_tokenizer():
     report = evaluate_tokenizer(tokenizer, MemoryExamples(image=sample_photographs()))
     assert report["psnr_db"] > 26  # photographs of another kind than it was trained on
     if CIFAR.exists():
-        report = evaluate_tokenizer(tokenizer, load_images(str(CIFAR), 32, 300, 0).examples())
+        report = evaluate_tokenizer(tokenizer, load_images(str(CIFAR), 32, 300, 0).to_examples())
         assert report["psnr_db"] >= 24
         assert report["perplexity"] >= 256
 
@@ -53,7 +53,7 @@ def test_the_cifar10_encoder():
     features = encoder(to_unit(sample_photographs()), (8, 8))
     assert 0.3 < features.std() < 3, "standardised, on photographs of another kind than it was trained on"
     if CIFAR.exists():
-        images = load_images(str(CIFAR), 32, 1500, 0).examples()
+        images = load_images(str(CIFAR), 32, 1500, 0).to_examples()
         pool, label = pooled(encoder, images, 1500, [])
         accuracy = knn_accuracy(pool[:500], label[:500], pool[500:], label[500:])
         assert accuracy > 0.3, "chance is 0.1; with a bank of 50,000 images it is 0.52"

@@ -227,7 +227,7 @@ def test_what_guidance_wants_is_named(place, capsys):
 def test_the_target_s_width_is_that_of_the_features(place, capsys):
     """And a start whose head is of another width is refused; one without a head gets a new one."""
     assert run("tokenize photos --tokenizer tokenizer --device cpu --out cache --encoder encoder") == 0
-    examples = TokenCache(place / "cache").examples("train")
+    examples = TokenCache(place / "cache").load_examples("train")
     assert _target(RunConfig(), examples, World()) == (None, 0)
     assert _target(RunConfig(data="cache", loss=LossConfig(encoder="cache")), examples, World()) == (None, 12)
     experts = ExpertsConfig(router="smoe", count=2, active=1)

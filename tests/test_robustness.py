@@ -270,7 +270,7 @@ def test_images_smaller_than_the_size_are_named_or_refused(tmp_path, capsys):
     for i in range(4):
         Image.new("RGB", (30, 6 if i == 0 else 30), (i, 0, 0)).save(tmp_path / "a" / f"{i}.png")
     data = load_images(str(tmp_path), 8, 10, 0)
-    data.say_remarks()
+    data.print_notes()
     assert len(data) == 4
     assert re.search(r"note: enlarged 1 images too small: .*0\.png \(30 x 6\)", capsys.readouterr().out)
     with pytest.raises(UserError, match=r"4 of 4 images in .* are smaller than the model's 32 x 32, such as .*0\.png"):

@@ -146,7 +146,7 @@ def test_what_does_not_belong_together_is_named(place, capsys):
     assert run("train c.json --data cache --tokenizer other --out run --device cpu") == 2
     assert "cache was made by another tokenizer" in capsys.readouterr().err
     assert run("tokenize photos --tokenizer tokenizer --out cache --seed 4 --device cpu") == 2
-    assert "holds a cache made otherwise (seed was 0, now 4)" in capsys.readouterr().err
+    assert "holds a cache with other settings (seed was 0, now 4)" in capsys.readouterr().err
     assert run("train no-such-recipe --out run") == 2
     assert "no recipe named 'no-such-recipe'" in capsys.readouterr().err
 
@@ -200,7 +200,7 @@ def test_pictures_of_every_kind_and_damaged_ones(place, capsys, monkeypatch):
     assert run(command) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in damaged)
-    monkeypatch.setattr(datasets, "_IN_MEMORY", 0)
+    monkeypatch.setattr(datasets, "_MEMORY_LIMIT", 0)
     assert run(command.replace("run", "lazy") + " --train.steps 20 --train.workers 1") == 0
     named = (place / "lazy" / "unreadable.txt").read_text()
     assert all(name in named for name in damaged)

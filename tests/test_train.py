@@ -20,7 +20,7 @@ from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.config.model import AlignmentConfig, ExpertsConfig
 from nextscale.config.training import TrainConfig, learning_rate, weight_decay
 from nextscale.config.transformer_training import LossConfig
-from nextscale.data.examples import MemoryExamples, Places
+from nextscale.data.examples import BatchDataset, MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.training.encoder_task import EncoderTask
 from nextscale.training.engine.log import read_log
@@ -246,12 +246,12 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 3))
 def test_every_epoch_shows_every_example_once_over_all_processes(examples, own, processes):
     config = TrainConfig(batch_size=own * processes, micro_batch=2)
-    places = Places(MemoryExamples(x=torch.zeros(examples)), 0, "t")
+    places = BatchDataset(MemoryExamples(x=torch.zeros(examples)), 0, "t")
     seen = []
     for step in range(-(-3 * examples // config.batch_size)):
         batch = sorted((p.start, p.stop) for rank in config.shares(processes) for p in rank)
         for start, stop in batch:
-            seen += places.indices(step * config.batch_size + start, step * config.batch_size + stop)
+            seen += places.select_indices(step * config.batch_size + start, step * config.batch_size + stop)
     for epoch in range(3):
         assert sorted(seen[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
 

@@ -1,1 +1,1 @@
-"""Images in: reading pictures of every kind, and small data sets in memory."""
+"""Data sets: image sources, decoding, examples for training, and the token cache."""

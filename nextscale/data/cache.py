@@ -1,12 +1,12 @@
-"""The token cache: what a tokenizer makes of a data set, once, so that training reads tokens and no pictures.
+"""The token cache: a data set encoded once by a tokenizer, so that training reads tokens instead of images.
 
-    cache.json                          what made it: data, cut, tokenizer, scales, classes; written first
-    train-00000.safetensors ...         the examples of one shard: tokens (n, views, L), labels (n), and where an
-                                        encoder was given its features (n, views, h, w, C), float16
+    cache.json                          its settings: data, crop, tokenizer, scales, classes; written first
+    train-00000.safetensors ...         the examples of one shard: tokens (n, views, L), labels (n), and, with an
+                                        encoder, its features (n, views, h, w, C), float16
     held_out-00000.safetensors ...
 
-Shards are memory-mapped when read. One is written whole, so a run that was killed goes on with the first that is
-missing, and with several processes each makes every n-th.
+Shards are memory-mapped when read. Each is written atomically, so an interrupted run continues with the first missing
+one. With several processes each encodes every n-th shard.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from nextscale.encoders.patches import PatchEncoder
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 
 FORMAT, VERSION = "nextscale-tokens", 1
-PARTS = ("train", "held_out")
+SPLITS = ("train", "held_out")
 
 
-def is_cache(path: Path) -> bool:
+def is_token_cache(path: Path) -> bool:
     """Whether this folder is a token cache."""
     return (path / "cache.json").is_file()
 
@@ -48,24 +48,24 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 class CacheWriter:
-    """Encodes the parts of a data set into a folder, shard by shard.
+    """Encodes the splits of a data set into a folder, shard by shard.
 
-    `views`: how often each training image is encoded, each time cut and mirrored anew; held-out images once, as they
-    are. `encoder`: whose features of the same views are kept too, on the grid of the last scale.
+    `views`: how often each training image is encoded, each time with another random crop and flip; held-out images are
+    encoded once, without either. `encoder`: stores its features of the same views, on the grid of the last scale.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, parts: dict[str, Examples], views: int, shard: int,
+        self, folder: Path, tokenizer: Tokenizer, splits: dict[str, Examples], views: int, shard: int,
         max_unreadable: float = 0.1, encoder: PatchEncoder | None = None,
     ):  # fmt: skip
-        self.folder, self.tokenizer, self.parts, self.views, self.shard = folder, tokenizer, parts, views, shard
+        self.folder, self.tokenizer, self.splits, self.views, self.shard = folder, tokenizer, splits, views, shard
         self.max_unreadable, self.encoder = max_unreadable, encoder
         self.unreadable: dict[str, None] = {}
 
-    def claim(self, names: tuple[str, ...], made_of: dict[str, Any]) -> None:
-        """Write cache.json, or check that the folder's says the same. Raises UserError naming what differs.
+    def record_settings(self, class_names: tuple[str, ...], data_settings: dict[str, Any]) -> None:
+        """Write cache.json, or check that an existing one has the same settings; UserError names what differs.
 
-        `made_of`: what else decides the content.
+        `data_settings`: the data, its crop and its split.
         """
         head = {
             "format": FORMAT,
@@ -73,20 +73,22 @@ class CacheWriter:
             "tokenizer": fingerprint(self.tokenizer),
             "scales": str(self.tokenizer.pyramid),
             "vocab_size": self.tokenizer.config.vocab_size,
-            "class_names": list(names),
-            "examples": {part: len(examples) for part, examples in self.parts.items()},
+            "class_names": list(class_names),
+            "examples": {split: len(examples) for split, examples in self.splits.items()},
             "views": self.views,
             "shard": self.shard,
             "encoder": self.encoder.fingerprint() if self.encoder else "",
-            **made_of,
+            **data_settings,
         }
         path = self.folder / "cache.json"
         if path.exists():
             before = read_json(path)
             changed = [f"{k} was {before.get(k)}, now {v}" for k, v in head.items() if before.get(k) != v]
             if changed:
-                raise UserError(f"{self.folder} holds a cache made otherwise ({'; '.join(changed)}); choose another")
-            for draft in self.folder.glob(".*.part*"):  # a run killed while it wrote leaves one
+                raise UserError(
+                    f"{self.folder} holds a cache with other settings ({'; '.join(changed)}); choose another folder"
+                )
+            for draft in self.folder.glob(".*.part*"):  # left by a run that was killed while writing
                 draft.unlink(missing_ok=True)
         else:
             write_json(path, head)
@@ -94,58 +96,61 @@ class CacheWriter:
     def write(self, rank: int = 0, size: int = 1, batch: int = 64, show: bool = True) -> None:
         """Encode every missing shard whose number is `rank` modulo `size`."""
         missing = [
-            (part, number)
-            for part in PARTS
-            for number in range(-(-len(self.parts[part]) // self.shard))
-            if number % size == rank and not (self.folder / _shard_name(part, number)).exists()
+            (split, number)
+            for split in SPLITS
+            for number in range(-(-len(self.splits[split]) // self.shard))
+            if number % size == rank and not (self.folder / _name_shard(split, number)).exists()
         ]
-        total = sum(len(self._rows(part, number)) * self._views(part) for part, number in missing)
+        total = sum(len(self._select_rows(split, number)) * self._count_views(split) for split, number in missing)
         with tqdm(total=total, desc="encoding", unit="image", disable=not show) as bar:
-            for part, number in missing:
-                tensors = self._encode(part, self._rows(part, number), batch, bar)
-                with write_atomically(self.folder / _shard_name(part, number)) as (draft,):
+            for split, number in missing:
+                tensors = self._encode_rows(split, self._select_rows(split, number), batch, bar)
+                with write_atomically(self.folder / _name_shard(split, number)) as (draft,):
                     save_file(tensors, draft)
 
-    def _rows(self, part: str, number: int) -> range:
-        return range(number * self.shard, min((number + 1) * self.shard, len(self.parts[part])))
+    def _select_rows(self, split: str, number: int) -> range:
+        """The examples of a shard."""
+        return range(number * self.shard, min((number + 1) * self.shard, len(self.splits[split])))
 
-    def _views(self, part: str) -> int:
-        return self.views if part == "train" else 1
+    def _count_views(self, split: str) -> int:
+        return self.views if split == "train" else 1
 
     @torch.no_grad()
-    def _encode(self, part: str, rows: range, batch: int, bar: tqdm) -> dict[str, Tensor]:
-        examples, count = self.parts[part], len(self.parts[part])
+    def _encode_rows(self, split: str, rows: range, batch: int, bar: tqdm) -> dict[str, Tensor]:
+        """The tensors of a shard."""
+        examples, count = self.splits[split], len(self.splits[split])
         views: list[dict[str, Tensor]] = []
-        for view in range(self._views(part)):
-            pieces: dict[str, list[Tensor]] = {}
+        for view in range(self._count_views(split)):
+            tensors: dict[str, list[Tensor]] = {}
             for start in range(rows.start, rows.stop, batch):
-                index = range(start, min(start + batch, rows.stop))
-                fetched = examples.fetch(index, [view * count + i for i in index] if part == "train" else None)
-                self.unreadable.update(dict.fromkeys(fetched.get("unreadable", ())))
+                indices = range(start, min(start + batch, rows.stop))
+                positions = [view * count + i for i in indices] if split == "train" else None
+                images = examples.fetch(indices, positions)
+                self.unreadable.update(dict.fromkeys(images.get("unreadable", ())))
                 check_unreadable(list(self.unreadable), count, self.max_unreadable)
-                for name, tensor in self._look(fetched).items():
-                    pieces.setdefault(name, []).append(tensor.cpu())
-                bar.update(len(index))
-            views.append({name: torch.cat(tensors) for name, tensors in pieces.items()})
+                for name, tensor in self._encode_batch(images).items():
+                    tensors.setdefault(name, []).append(tensor.cpu())
+                bar.update(len(indices))
+            views.append({name: torch.cat(batches) for name, batches in tensors.items()})
         labels = views[0]["labels"]
         return {n: torch.stack([v[n] for v in views], dim=1) for n in views[0] if n != "labels"} | {"labels": labels}
 
-    def _look(self, fetched: Batch) -> dict[str, Tensor]:
-        """What is kept of a batch of images."""
+    def _encode_batch(self, images: Batch) -> dict[str, Tensor]:
+        """Tokens, labels and, with an encoder, features."""
         dtype = torch.int16 if self.tokenizer.config.vocab_size <= 2**15 else torch.int32
-        image_B3HW = to_unit(fetched["image"].to(self.tokenizer.quantizer.codebook.weight.device))
-        kept = {"tokens": self.tokenizer.encode(image_B3HW).to(dtype), "labels": fetched["label"]}
+        image_B3HW = to_unit(images["image"].to(self.tokenizer.quantizer.codebook.weight.device))
+        encoded = {"tokens": self.tokenizer.encode(image_B3HW).to(dtype), "labels": images["label"]}
         if self.encoder is not None:
-            kept["features"] = self.encoder(image_B3HW, self.tokenizer.pyramid.last).half()
-        return kept
+            encoded["features"] = self.encoder(image_B3HW, self.tokenizer.pyramid.last).half()
+        return encoded
 
 
-def _shard_name(part: str, number: int) -> str:
-    return f"{part}-{number:05d}.safetensors"
+def _name_shard(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.safetensors"
 
 
 class TokenCache:
-    """A folder that CacheWriter made."""
+    """A folder written by CacheWriter."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -154,7 +159,7 @@ class TokenCache:
             raise UserError(f"{folder}/cache.json is not of a token cache that this nextscale can read")
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         """Class names in label order."""
         return tuple(self.head["class_names"])
 
@@ -163,15 +168,15 @@ class TokenCache:
         if fingerprint(tokenizer) != self.head["tokenizer"]:
             raise UserError(
                 f"{self.folder} was made by another tokenizer (scales {self.head['scales']}, {self.head['vocab_size']} "
-                "codes): make it anew with `nextscale tokenize`, or train with the tokenizer that made it"
+                "codes): encode the data again with `nextscale tokenize`, or train with the tokenizer that made it"
             )
 
-    def examples(self, part: str) -> CachedExamples:
-        """The examples of a part, train or held_out. Raises UserError naming shards that are missing or damaged."""
-        count, size = self.head["examples"][part], self.head["shard"]
+    def load_examples(self, split: str) -> CachedExamples:
+        """The examples of a split, train or held_out. Raises UserError naming shards that are missing or damaged."""
+        count, size = self.head["examples"][split], self.head["shard"]
         shards = []
         for number in range(-(-count // size)):
-            path = self.folder / _shard_name(part, number)
+            path = self.folder / _name_shard(split, number)
             if not path.exists():
                 raise UserError(f"{path} is missing: the cache is unfinished; run `nextscale tokenize` again to go on")
             shards.append(path)
@@ -179,9 +184,9 @@ class TokenCache:
 
 
 class CachedExamples:
-    """Tokens and labels of a cache's part. Epoch e shows view (e + index) mod views of an image."""
+    """Tokens and labels of a cache's split. Epoch e uses view (e + index) mod views of an image."""
 
-    left_out: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
     def __init__(self, shards: Sequence[Path], count: int, size: int):
         self.paths, self.count, self.size = shards, count, size
@@ -206,7 +211,7 @@ class CachedExamples:
 
     @property
     def tokens_NVL(self) -> Tensor:
-        """All tokens (N, views, L), for measuring."""
+        """All tokens (N, views, L)."""
         return torch.cat([shard["tokens"] for shard in self._shards])
 
     @property
@@ -216,19 +221,19 @@ class CachedExamples:
 
     @property
     def feature_width(self) -> int:
-        """Width of the encoder's features beside the tokens; 0 where there are none."""
+        """Width of the encoder's features stored with the tokens; 0 where there are none."""
         features = self._shards[0].get("features")
         return 0 if features is None else features.shape[-1]
 
     def order(self, rng: torch.Generator) -> Tensor:
         return torch.randperm(self.count, generator=rng)
 
-    def fetch(self, index: Sequence[int], place: Sequence[int] | None) -> Batch:
+    def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
         rows: dict[str, list[Tensor]] = {}
-        for n, i in enumerate(index):
+        for n, i in enumerate(indices):
             shard, row = self._shards[i // self.size], i % self.size
-            epoch = place[n] // self.count if place is not None else 0
-            view = (epoch + i) % shard["tokens"].shape[1] if place is not None else 0
+            epoch = positions[n] // self.count if positions is not None else 0
+            view = (epoch + i) % shard["tokens"].shape[1] if positions is not None else 0
             for name, tensor in shard.items():
                 rows.setdefault(name, []).append(tensor[row] if name == "labels" else tensor[row, view])
         batch = {name: torch.stack(tensors) for name, tensors in rows.items()}

@@ -1,7 +1,7 @@
-"""What a training step is fed with: examples by number, wherever they come from.
+"""Training examples by index, from any storage, and the batches of a run.
 
-A run goes through an endless row of places; place p is example order[p mod N] of epoch p div N. All that is random
-about an example is derived from its place, so it does not depend on the process, the worker or the batch that reads it.
+A run reads an endless sequence of positions; position p is example order[p mod N] of epoch p div N. Crops and flips are
+derived from the position, so they do not depend on the process, the worker or the batch that reads the example.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Batch = dict[str, Any]
 class Examples(Protocol):
     """A set of examples that can be fetched in any order."""
 
-    left_out: Sequence[str]
-    """Names of examples that were found unreadable and left out from the start."""
+    skipped: Sequence[str]
+    """Names of examples that are unreadable and were removed before the run."""
 
     def __len__(self) -> int: ...
 
     def order(self, rng: torch.Generator) -> Tensor:
         """All indices, shuffled for one epoch."""
 
-    def fetch(self, index: Sequence[int], place: Sequence[int] | None) -> Batch:
-        """A batch of these examples: tensors with one row for each, and under "unreadable" the names of those that
-        were replaced. Without places nothing is random: what held-out examples are measured with."""
+    def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
+        """A batch of these examples: tensors with one row per example, and under "unreadable" the names of those that
+        were replaced. Without positions nothing is random, as validation needs it."""
 
 
 class MemoryExamples:
-    """Examples that are rows of tensors."""
+    """Examples in memory, as rows of tensors."""
 
-    left_out: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
     def __init__(self, **tensors: Tensor):
         self.tensors = tensors
@@ -52,13 +52,13 @@ class MemoryExamples:
     def order(self, rng: torch.Generator) -> Tensor:
         return torch.randperm(len(self), generator=rng)
 
-    def fetch(self, index: Sequence[int], place: Sequence[int] | None) -> Batch:
-        rows = torch.as_tensor(index)
-        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+    def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
+        index_B = torch.as_tensor(indices)
+        return {name: tensor[index_B] for name, tensor in self.tensors.items()}
 
 
-class Places(Dataset):
-    """Examples by place; an item is a whole batch, asked for as (first place, last place + 1)."""
+class BatchDataset(Dataset):
+    """Batches of a run for a DataLoader: the item (start, stop) holds the examples of positions start to stop - 1."""
 
     def __init__(self, examples: Examples, seed: int, purpose: str):
         self.examples, self.seed, self.purpose = examples, seed, purpose
@@ -67,13 +67,13 @@ class Places(Dataset):
     def _shuffle(self, epoch: int) -> Tensor:
         return self.examples.order(make_generator(self.seed, self.purpose, "order", epoch))
 
-    def indices(self, start: int, stop: int) -> list[int]:
-        """Which examples stand at these places."""
+    def select_indices(self, start: int, stop: int) -> list[int]:
+        """The indices of the examples at these positions."""
         count = len(self.examples)
-        return [int(self._order(place // count)[place % count]) for place in range(start, stop)]
+        return [int(self._order(position // count)[position % count]) for position in range(start, stop)]
 
     def __getitem__(self, span: tuple[int, int]) -> Batch:
-        return self.examples.fetch(self.indices(*span), range(*span))
+        return self.examples.fetch(self.select_indices(*span), range(*span))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_order"}
@@ -83,19 +83,19 @@ class Places(Dataset):
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
 
-def batches(places: Places, spans: Iterable[tuple[int, int]], workers: int, pin: bool) -> Iterator[Batch]:
-    """The batches of these spans of places, in this order, read ahead by `workers` processes."""
+def load_batches(dataset: BatchDataset, spans: Iterable[tuple[int, int]], workers: int, pin: bool) -> Iterator[Batch]:
+    """The batches of these spans of positions, in this order, prefetched by `workers` processes."""
     loader = DataLoader(
-        places,
+        dataset,
         batch_size=None,
         sampler=spans,
         num_workers=workers,
-        generator=torch.Generator(),  # its own, so that reading draws nothing from the global one
-        worker_init_fn=_quiet,
+        generator=torch.Generator(),  # otherwise the loader would draw from the global generator
+        worker_init_fn=_ignore_signals,
         pin_memory=pin,
     )
-    # torch would raise at a worker's death wherever the program is, also amid an update; without its handler the death
-    # comes to light when the next batch is asked for
+    # torch's handler raises as soon as a worker dies, possibly in the middle of an optimizer step. Without the handler
+    # the error is raised when the next batch is requested.
     handler = signal.getsignal(signal.SIGCHLD)
     reader = iter(loader)
     if threading.current_thread() is threading.main_thread():
@@ -103,8 +103,8 @@ def batches(places: Places, spans: Iterable[tuple[int, int]], workers: int, pin:
     return reader
 
 
-def _quiet(worker: int) -> None:
-    """Ctrl-C and pre-emption reach the whole process group; the training process decides what to do."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and pre-emption signal the whole process group; only the training process reacts to them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -113,6 +113,6 @@ def check_unreadable(names: Sequence[str], total: int, largest_share: float) -> 
     """Raise UserError when more than this share of `total` examples (and more than one) could not be read."""
     if len(names) > max(1, largest_share * total):
         raise UserError(
-            f"{len(names)} of {total} examples cannot be read: {'; '.join(names[:3])}; mend or remove them, or raise "
+            f"{len(names)} of {total} examples cannot be read: {'; '.join(names[:3])}; repair or remove them, or raise "
             "max_unreadable"
         )

@@ -1,4 +1,4 @@
-"""Reading one picture, whatever it is, as RGB of the size a model wants."""
+"""Reads one image file of any common format as RGB, resizes and crops it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ ImageLike = str | Path | bytes | Image.Image
 
 
 def load_image(source: ImageLike, size: tuple[int, int] | None = None) -> Image.Image:
-    """Read a picture as 8-bit RGB: first frame, turned as its EXIF says, transparency over white, 16 bits scaled down.
+    """Read an image as 8-bit RGB: first frame, rotated as its EXIF block says, transparency over white, 16 bits scaled.
 
-    `source`: a path, the bytes of a file, or a PIL image. `size` (height, width): see `fit`. Raises UserError naming
-    the file when it is absent, empty, damaged, no picture, or larger than PIL's limit against decompression bombs.
+    `source`: a path, the bytes of a file, or a PIL image. `size` (height, width): see `resize_and_crop`. Raises
+    UserError naming the file when it is absent, empty, damaged, no image, or larger than PIL's limit against
+    decompression bombs.
     """
     name = "the image" if isinstance(source, bytes | Image.Image) else str(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = to_rgb(_open(source))
+            image = convert_to_rgb(_open(source))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name} is too large to be opened safely: {error}") from error
     except FileNotFoundError as error:
@@ -35,7 +36,7 @@ def load_image(source: ImageLike, size: tuple[int, int] | None = None) -> Image.
     except Exception as error:  # decoders raise nearly every type on damaged files
         reason = "it is empty" if _is_empty(source) else str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"cannot read image {name}: {reason}") from error
-    return fit(image, size) if size else image
+    return resize_and_crop(image, size) if size else image
 
 
 def _open(source: ImageLike) -> Image.Image:
@@ -52,15 +53,15 @@ def _is_empty(source: ImageLike) -> bool:
     )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB. Greyscale, palette, CMYK and the rest by PIL; alpha is laid over white."""
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB. PIL converts greyscale, palette, CMYK and the rest; alpha is blended over white."""
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception as error:  # the pixels are sound, only the note about their orientation is not
+    except Exception as error:  # the pixels are intact, only the orientation is unknown
         warnings.warn(f"ignored a damaged EXIF block: {error}", stacklevel=2)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _eight_bits(image)
+        image = _convert_to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -68,22 +69,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _convert_to_8_bits(image: Image.Image) -> Image.Image:
     """Greyscale of 16 or 32 bits, or float, as 8-bit greyscale. PIL's own conversion would clip at 255."""
     values = np.asarray(image).astype(np.float64)
-    top = 65535.0
+    white = 65535.0
     if image.mode == "F":  # 0..1 by convention; other ranges are taken as 0..255
-        top = 1.0 if values.max(initial=0) <= 1 else 255.0
-    return Image.fromarray(np.clip(np.rint(values * (255 / top)), 0, 255).astype(np.uint8))
+        white = 1.0 if values.max(initial=0) <= 1 else 255.0
+    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image at `size` (height, width): itself if it has that size, else resized (Lanczos) until it just covers the
-    size - for square sizes, on its short side - and centre-cropped."""
+def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize (Lanczos) to the smallest image that covers `size` (height, width), then crop the centre.
+
+    For square sizes that is a resize of the short side. An image that has the size is returned unchanged.
+    """
     height, width = size
     if image.size == (width, height):
         return image
-    image = _without_far_ends(image, width / height)
+    image = _crop_extreme_aspect(image, width / height)
     scale = max(width / image.width, height / image.height)
     covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image.resize(covering, Image.Resampling.LANCZOS)
@@ -91,12 +94,12 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def random_crop(image: Image.Image, size: int, draws: Sequence[float]) -> Image.Image:
-    """VAR's training cut: resized (Lanczos) to 1.125 times the size on the short side, then a square at random.
+def crop_randomly(image: Image.Image, size: int, draws: Sequence[float]) -> Image.Image:
+    """VAR's training crop: resize (Lanczos) the short side to 1.125 times the size, then crop a square at random.
 
-    `draws`: two numbers in [0, 1) that decide where.
+    `draws`: two random numbers in [0, 1), the position of the square from left and from top.
     """
-    image = _without_far_ends(image, 1.0)
+    image = _crop_extreme_aspect(image, 1.0)
     scale = round(1.125 * size) / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -104,30 +107,30 @@ def random_crop(image: Image.Image, size: int, draws: Sequence[float]) -> Image.
     return image.crop((left, top, left + size, top + size))
 
 
-def _without_far_ends(image: Image.Image, aspect: float) -> Image.Image:
-    """Cut a very long picture to 8 times the wanted aspect: resized whole, a 1 x 10000 strip would fill memory."""
+def _crop_extreme_aspect(image: Image.Image, aspect: float) -> Image.Image:
+    """Crop a very long image to 8 times the target aspect ratio: resizing a whole 1 x 10000 strip would fill memory."""
     width, height = image.size
-    keep_width = min(width, max(1, round(height * aspect * 8)))
-    keep_height = min(height, max(1, round(width / aspect * 8)))
-    left, top = (width - keep_width) // 2, (height - keep_height) // 2
-    return image.crop((left, top, left + keep_width, top + keep_height))
+    new_width = min(width, max(1, round(height * aspect * 8)))
+    new_height = min(height, max(1, round(width / aspect * 8)))
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))
 
 
 def load_mask(mask: ImageLike, image: ImageLike, size: tuple[int, int]) -> tuple[Tensor, bool]:
-    """A mask for an image, as float32 (H, W) in [0, 1] of the model's size, and whether it had to be resized to it.
+    """The mask of an image as float32 (H, W) in [0, 1] of the model's size, and whether it was resized to the image.
 
-    White is 1. The mask is cut and resized exactly as `load_image` does with the image; one of another size than the
-    image is first resized to it. Raises UserError as `load_image`.
+    White is 1. A mask of another size than the image is first resized to it; then it is resized and cropped exactly as
+    `load_image` does with the image. Raises UserError in the same cases as `load_image`.
     """
     picture, target = load_image(mask), load_image(image).size
     resized = picture.size != target
     if resized:
         picture = picture.resize(target, Image.Resampling.BILINEAR)
-    grey_HW = np.asarray(fit(picture, size).convert("L"), dtype=np.float32) / 255
+    grey_HW = np.asarray(resize_and_crop(picture, size).convert("L"), dtype=np.float32) / 255
     return torch.from_numpy(grey_HW), resized
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture to float32 (3, H, W) in [-1, 1], the tokenizer's range."""
+    """An RGB image as float32 (3, H, W) in [-1, 1], the tokenizer's range."""
     pixels_HW3 = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1

@@ -17,7 +17,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.pictures import to_uint8
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
-from nextscale.data.datasets import decode
+from nextscale.data.datasets import decode_image
 from nextscale.data.sources import open_source
 from nextscale.encoders.network import fingerprint
 from nextscale.pipeline import Pipeline
@@ -84,7 +84,7 @@ class PictureImages:
         self.count = _count(data, len(self.source.labels), count)
         self.size, (self.width, self.height) = size, (size, size)
         if not size:
-            self.width, self.height = decode(self.source, 0, 0)[1]
+            self.width, self.height = decode_image(self.source, 0, 0)[1]
 
     def __len__(self) -> int:
         return self.count
@@ -92,7 +92,7 @@ class PictureImages:
     def fetch(self, start: int, stop: int) -> Tensor:
         pixels = []
         for i in range(start, stop):
-            image_HW3, (width, height) = decode(self.source, i, self.size)
+            image_HW3, (width, height) = decode_image(self.source, i, self.size)
             if not self.size and (width, height) != (self.width, self.height):
                 raise UserError(
                     f"{self.source.read(i)[0]} is {width} x {height}, the first image of {self.where} "

@@ -63,7 +63,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     model = ModelConfig(pyramid, config.tokenizer, transformer, data.class_names)
     pipeline = Pipeline.from_config(model, config.seed, InitConfig(adaln_gamma=0.1))
 
-    fit(TokenizerTask(pipeline.tokenizer, train.examples()), config.train_tokenizer, folder)
+    fit(TokenizerTask(pipeline.tokenizer, train.to_examples()), config.train_tokenizer, folder)
     pipeline.tokenizer.eval()
     tokens_BL = encode_all(pipeline, train.images_B3HW)
     settings = config.train_transformer
@@ -79,11 +79,11 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     if transformer.experts.router != "none":
         shown = range(min(len(held_out), _SHOWN_ROUTED))
         analysis = AnalysisConfig(seed=config.seed)
-        subject = Subject("model", pipeline, held_out.examples(), shown, analysis)
+        subject = Subject("model", pipeline, held_out.to_examples(), shown, analysis)
         write_routing([subject], about(config.data, analysis, pipeline.device), folder)
     metrics = sample_and_measure(pipeline, config, train, held_out) | reconstruction
     metrics["cross_entropy_nats_per_token"] = {
-        name: cross_entropy(pipeline, part.subset(torch.arange(min(len(part), 500))))
+        name: cross_entropy(pipeline, part.select(torch.arange(min(len(part), 500))))
         for name, part in (("training", train), ("held_out", held_out))
     }
     metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
@@ -98,7 +98,7 @@ def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_ou
         f"{config.data}: {len(data)} images as {size}x{size}, {len(data.class_names)} classes; "
         f"{len(train)} to train on, {len(held_out)} held out"
     )
-    data.say_remarks()
+    data.print_notes()
     if len(held_out) == 0 or len(train) == 0:
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
 
@@ -108,9 +108,14 @@ def trained_encoder(
 ) -> SmallEncoder:
     """A self-supervised encoder of the training images, as `nextscale encoder train` makes it, in `folder`/encoder."""
     settings = dataclasses.replace(config.encoder, image_size=size)
-    task = new_encoder_task(settings, train.examples(), config.moco, config.views, config.seed)
+    task = new_encoder_task(settings, train.to_examples(), config.moco, config.views, config.seed)
     classes, out = len(train.class_names), folder / "encoder"
-    fit(task, config.train_encoder, folder, EncoderWatch(task, held_out.examples(), classes, len(train), out, World()))
+    fit(
+        task,
+        config.train_encoder,
+        folder,
+        EncoderWatch(task, held_out.to_examples(), classes, len(train), out, World()),
+    )
     return load_small_encoder(out)
 
 

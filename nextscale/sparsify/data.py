@@ -18,8 +18,8 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import record_settings, write_atomically
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
-from nextscale.data.cache import TokenCache, is_cache
-from nextscale.data.datasets import open_images
+from nextscale.data.cache import TokenCache, is_token_cache
+from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
@@ -49,12 +49,12 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
         return _own_samples(source, checkpoint, config, samples, world)
     train: Examples
     held_out: Examples
-    if is_cache(Path(config.data)):
+    if is_token_cache(Path(config.data)):
         cache = TokenCache(Path(config.data))
         cache.check_tokenizer(Pipeline.from_checkpoint(checkpoint, dtype=torch.float32).tokenizer)
-        train, held_out, found = cache.examples("train"), cache.examples("held_out"), len(cache.names)
+        train, held_out, found = cache.load_examples("train"), cache.load_examples("held_out"), len(cache.class_names)
     else:
-        train, held_out, images = open_images(
+        train, held_out, images = open_dataset(
             config.data, checkpoint.config.square_side, config.images, config.seed
         )  # fmt: skip
         found = len(images.class_names)

@@ -92,14 +92,14 @@ def evaluate_classifier(folder: Path, data: str, out: Path | None) -> dict[str, 
     """Loss and accuracy of a classifier on all images of `data`; UserError when the classes have other names."""
     model = load_classifier(folder)
     images = load_images(data, model.config.image_size)
-    images.say_remarks()
+    images.print_notes()
     if images.class_names != model.class_names:
         raise UserError(
             f"{data} has the classes {', '.join(images.class_names[:5])}, ...; {folder} knows "
             f"{', '.join(model.class_names[:5])}, ..."
         )
     report = {"data": data, "images": len(images)} | measure(
-        ClassifierTask(model, images.examples(), 0, 0.0), images.examples()
+        ClassifierTask(model, images.to_examples(), 0, 0.0), images.to_examples()
     )
     if out is not None:
         write_json(out, report)

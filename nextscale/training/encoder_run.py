@@ -121,13 +121,13 @@ def evaluate_encoder(source: str, data: str, test: str, size: int, out: Path | N
     encoder = load_encoder(source)
     sets = [load_images(d, size or encoder.size) for d in (test, data)]
     for images in sets:
-        images.say_remarks()
+        images.print_notes()
     names = [images.class_names for images in sets]
     if names[0] != names[1]:
         raise UserError(
             f"{test} has the classes {', '.join(names[0][:5])}, ...; {data} has {', '.join(names[1][:5])}, ..."
         )
-    (samples, labels), (bank, bank_labels) = (pooled(encoder, i.examples(), len(i), []) for i in sets)
+    (samples, labels), (bank, bank_labels) = (pooled(encoder, i.to_examples(), len(i), []) for i in sets)
     report = {
         "encoder": source,
         "kind": encoder.kind,

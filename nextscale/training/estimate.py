@@ -13,7 +13,7 @@ from nextscale.checkpoints.native import read_config
 from nextscale.config.model import ModelConfig
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import TokenCache, is_cache
+from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.encoders.load_encoder import load_encoder
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pyramid import Pyramid
@@ -35,7 +35,7 @@ def estimate(config: RunConfig) -> str:
     """
     model, notes = _model(config)
     examples = IMAGENET
-    if config.data and is_cache(Path(config.data)):
+    if config.data and is_token_cache(Path(config.data)):
         examples = TokenCache(Path(config.data)).head["examples"]["train"]
     else:
         notes.append(f"assumed {IMAGENET:,} training images (ImageNet): --data names no token cache")
@@ -82,8 +82,8 @@ def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
             base = dataclasses.replace(base, transformer=dataclasses.replace(base.transformer, alignment=head))
         return base, notes
     classes = 1000
-    if config.data and is_cache(Path(config.data)):
-        classes = len(TokenCache(Path(config.data)).names)
+    if config.data and is_token_cache(Path(config.data)):
+        classes = len(TokenCache(Path(config.data)).class_names)
     else:
         notes.append("assumed 1,000 classes")
     return dataclasses.replace(base, transformer=config.with_classes(classes, width), class_names=()), notes
@@ -94,8 +94,8 @@ def _feature_width(config: RunConfig, notes: list[str]) -> int:
     name = config.loss.encoder
     if not name:
         return 0
-    if name == "cache" and config.data and is_cache(Path(config.data)):
-        return TokenCache(Path(config.data)).examples("train").feature_width
+    if name == "cache" and config.data and is_token_cache(Path(config.data)):
+        return TokenCache(Path(config.data)).load_examples("train").feature_width
     if name != "cache":
         notes.append(f"the encoder's own arithmetic and memory are not counted: {name} runs beside the model")
         if Path(name).exists():

@@ -8,7 +8,7 @@ from typing import Any
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.config.data import DataConfig
-from nextscale.data.datasets import ImageExamples, open_images
+from nextscale.data.datasets import ImageExamples, open_dataset
 from nextscale.data.sources import Source
 from nextscale.training.engine.state import check_run
 
@@ -20,11 +20,11 @@ def open_run(
     """(training, held-out) examples of settings["data"] at `size` x `size`, and their source. Writes `folder`/run.json.
 
     `about`: what is said of the run beside the number of images; the number of classes, if empty. Raises UserError
-    naming what differs from an earlier run's settings, unless `accept_changes`, and as `open_images`.
+    naming what differs from an earlier run's settings, unless `accept_changes`, and as `open_dataset`.
     """
     check_run(folder, settings, accept_changes)
     data = settings["data"]
-    train, held_out, source = open_images(data, size, images, seed)
+    train, held_out, source = open_dataset(data, size, images, seed)
     world.wait()  # all have looked before one writes
     if world.main:
         write_json(folder / "run.json", settings)

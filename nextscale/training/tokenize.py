@@ -11,7 +11,7 @@ from nextscale.common.files import write_text
 from nextscale.config.data import DataConfig
 from nextscale.config.parse import to_dict
 from nextscale.data.cache import CacheWriter
-from nextscale.data.datasets import open_images
+from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples
 from nextscale.encoders.load_encoder import load_encoder
 
@@ -22,19 +22,19 @@ def tokenize(
 ) -> None:  # fmt: skip
     """Encode both parts of `data` into the cache `out`, going on where an earlier call was stopped.
 
-    Names of unreadable images go to unreadable.txt. Raises UserError when `out` was made otherwise, or when more
+    Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings, or when more
     images are unreadable than `images` allows.
     """
     checkpoint = read_checkpoint(tokenizer_folder)
     config = checkpoint.config
     tokenizer = load_tokenizer(checkpoint, config)
-    train, held_out, source = open_images(data, config.square_side, images, seed)
+    train, held_out, source = open_dataset(data, config.square_side, images, seed)
     parts: dict[str, Examples] = {"train": train, "held_out": held_out}
     eyes = load_encoder(encoder).to(world.device) if encoder else None
     tokenizer.eval().to(world.device)
     writer = CacheWriter(out, tokenizer, parts, views, shard, images.max_unreadable, eyes)
     if world.main:
-        writer.claim(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})
+        writer.record_settings(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})
     world.wait()
     writer.write(world.rank, world.size, batch, show=world.main)
     if writer.unreadable:

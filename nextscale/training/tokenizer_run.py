@@ -152,9 +152,9 @@ def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> di
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
     tokenizer = load_tokenizer(checkpoint, model).eval()
     images = load_images(data, model.square_side, limit)
-    images.say_remarks()
-    report = evaluate_tokenizer(tokenizer, images.examples())
+    images.print_notes()
+    report = evaluate_tokenizer(tokenizer, images.to_examples())
     if out is not None:
         write_json(out / "report.json", report)
-        show_reconstructions(tokenizer, images.examples(), out / "reconstructions.png")
+        show_reconstructions(tokenizer, images.to_examples(), out / "reconstructions.png")
     return report

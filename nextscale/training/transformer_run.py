@@ -21,8 +21,8 @@ from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig, TransformerConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import CachedExamples, TokenCache, is_cache
-from nextscale.data.datasets import open_images
+from nextscale.data.cache import CachedExamples, TokenCache, is_token_cache
+from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples
 from nextscale.encoders.load_encoder import load_encoder
 from nextscale.encoders.patches import PatchEncoder
@@ -124,15 +124,15 @@ def open_parts(config: RunConfig, world: World) -> Parts:
         checkpoint.config = dataclasses.replace(checkpoint.config, pyramid=Pyramid.parse(config.scales))
     tokenizer = load_tokenizer(checkpoint, checkpoint.config)
     weights = checkpoint.tokenizer | {"quantizer.usage_KV": tokenizer.quantizer.usage_KV}
-    if is_cache(Path(config.data)):
+    if is_token_cache(Path(config.data)):
         cache = TokenCache(Path(config.data))
         cache.check_tokenizer(tokenizer)
-        train: Examples = cache.examples("train")
-        held_out: Examples = cache.examples("held_out")
-        names = cache.names
+        train: Examples = cache.load_examples("train")
+        held_out: Examples = cache.load_examples("held_out")
+        names = cache.class_names
     else:
         side = checkpoint.config.square_side
-        train, held_out, source = open_images(config.data, side, config.images, config.train.seed)
+        train, held_out, source = open_dataset(config.data, side, config.images, config.train.seed)
         names = source.class_names
     encoder, width = _target(config, train, world)
     model = _model(config, checkpoint, names, width)

@@ -19,8 +19,8 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import TokenCache, is_cache
-from nextscale.data.datasets import open_images
+from nextscale.data.cache import TokenCache, is_token_cache
+from nextscale.data.datasets import open_dataset
 from nextscale.encoders.classifier import is_classifier
 from nextscale.evaluation.measures import NEUTRAL, name_of
 from nextscale.evaluation.run import Settings, evaluate, make_statistics
@@ -129,7 +129,7 @@ class Lab:
     def _cache(self, row: Row, codes: str, encoder: str) -> str:
         """The data as tokens, and the encoder's features for semantic guidance, made once for all seeds."""
         views, images = self.experiment.views, row.run.images
-        if not views or is_cache(Path(self.data)):
+        if not views or is_token_cache(Path(self.data)):
             return self.data
         folder = self.folder / f"cache-{key(self.data, codes, decides(images), views, encoder)}"
         if not (folder / "finished.json").exists():
@@ -142,10 +142,10 @@ class Lab:
         if self.model:
             return Path(self.model), {}
         codes = self.codes if self.codes != "train" else str(self._trained_tokenizer(self.experiment.rows[0], 0))
-        cached = is_cache(Path(self.data))
+        cached = is_token_cache(Path(self.data))
         encoder = "" if cached else self._encoder(row)
         data = self._cache(row, codes, encoder)
-        if row.run.loss.encoder and is_cache(Path(data)):
+        if row.run.loss.encoder and is_token_cache(Path(data)):
             encoder = "cache"
         loss, train = dataclasses.replace(row.run.loss, encoder=encoder), dataclasses.replace(row.run.train, seed=seed)
         config: RunConfig = dataclasses.replace(
@@ -230,9 +230,9 @@ class Lab:
     def _examples(self, row: Row, folder: Path) -> int:
         """Training examples in an epoch of a run."""
         data, config = Path(read_json(folder / "run.json")["data"]), read_config(folder)[0]
-        if is_cache(data):
+        if is_token_cache(data):
             return int(TokenCache(data).head["examples"]["train"])
-        return len(open_images(str(data), config.square_side, row.run.images, self.experiment.seeds[0])[0])
+        return len(open_dataset(str(data), config.square_side, row.run.images, self.experiment.seeds[0])[0])
 
     @staticmethod
     def _costs(

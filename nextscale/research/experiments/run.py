@@ -11,7 +11,7 @@ from typing import Any
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.parse import to_dict
-from nextscale.data.cache import is_cache
+from nextscale.data.cache import is_token_cache
 from nextscale.research.experiments.entry import Experiment
 from nextscale.research.experiments.keys import key
 from nextscale.research.experiments.lab import Inputs, Lab, own_path
@@ -46,7 +46,7 @@ def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
             )
         values[name] = own_path(value)
     encoders = {row.run.loss.encoder for row in experiment.rows if row.measured} - {""}
-    if len(encoders) > 1 and is_cache(Path(values["data"])):
+    if len(encoders) > 1 and is_token_cache(Path(values["data"])):
         raise UserError(f"the rows of {experiment.name} differ in their encoder: --data must be images, not a cache")
     return Inputs(**values)
 

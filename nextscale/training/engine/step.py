@@ -11,7 +11,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.training import TrainConfig, learning_rate, weight_decay
-from nextscale.data.examples import Batch, Places, batches
+from nextscale.data.examples import Batch, BatchDataset, load_batches
 from nextscale.training.engine.guard import explain_non_finite
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.parallel import Ema, Laid, by_kind
@@ -36,7 +36,7 @@ class Stepper:
             Ema(task.trained, config.ema) if config.ema else None,
         )
         self.rate = config.learning_rate
-        self.unreadable: dict[str, None] = dict.fromkeys(task.examples.left_out)
+        self.unreadable: dict[str, None] = dict.fromkeys(task.examples.skipped)
         self._sums: dict[str, Tensor] = {}
         self._norm = torch.zeros(())
         self._noise: dict[str, Tensor] = {}
@@ -50,8 +50,8 @@ class Stepper:
             for step in range(self.learner.step, self.steps)
             for part in self.slices
         )
-        places = Places(self.task.examples, self.config.seed, self.task.name)
-        reader = batches(places, spans, self.config.workers, pin=self.world.device.type == "cuda")
+        places = BatchDataset(self.task.examples, self.config.seed, self.task.name)
+        reader = load_batches(places, spans, self.config.workers, pin=self.world.device.type == "cuda")
         for batch in reader:
             self.unreadable.update(dict.fromkeys(batch.pop("unreadable", ())))
             yield {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
