@@ -30,9 +30,9 @@ import torch
 
 from nextscale.backends.cpu import ops
 from nextscale.common.devices import describe_machine, keep_freed_memory
-from nextscale.config.dynamic import DynamicConfig
-from nextscale.config.model import TransformerConfig
+from nextscale.config.feed_forward import DynamicConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import spread
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.dynamic import equal_flops, sampled_flops

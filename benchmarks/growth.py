@@ -19,8 +19,9 @@ import torch
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.common.devices import describe_machine, find_device
 from nextscale.common.files import write_json
-from nextscale.config.model import ModelConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import time_batch
 from nextscale.evaluation.peak_memory import peak_resident
 from nextscale.info import describe_config

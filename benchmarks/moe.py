@@ -26,9 +26,10 @@ import torch.nn.functional as F
 
 from nextscale.backends.cpu import ops
 from nextscale.common.devices import describe_machine, keep_freed_memory
-from nextscale.config.model import ModelConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import spread
 from nextscale.info import active_parameters, condition_flops, scale_flops
 from nextscale.training.engine.step import adamw

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from benchmarks.moe import build
 from nextscale.backends.cpu import ops
 from nextscale.common.devices import describe_machine, keep_freed_memory
-from nextscale.config.model import MVAR_MIXERS, ModelConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
+from nextscale.config.transformer import MVAR_MIXERS, TransformerConfig
 from nextscale.evaluation.latency import spread
 from nextscale.info import condition_flops, scale_flops, state_bytes
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024

@@ -22,8 +22,8 @@ _PUBLIC = {
     "Pipeline": "nextscale.pipeline",
     "SampleConfig": "nextscale.config.sampling",
     "ModelConfig": "nextscale.config.model",
-    "TokenizerConfig": "nextscale.config.model",
-    "TransformerConfig": "nextscale.config.model",
+    "TokenizerConfig": "nextscale.config.tokenizer",
+    "TransformerConfig": "nextscale.config.transformer",
     "Pyramid": "nextscale.pyramid",
     "UserError": "nextscale.common.errors",
     "preset": "nextscale.config.presets",
@@ -41,9 +41,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from nextscale.common.errors import UserError
-    from nextscale.config.model import ModelConfig, TokenizerConfig, TransformerConfig
+    from nextscale.config.model import ModelConfig
     from nextscale.config.presets import preset
     from nextscale.config.sampling import SampleConfig
+    from nextscale.config.tokenizer import TokenizerConfig
+    from nextscale.config.transformer import TransformerConfig
     from nextscale.pipeline import Pipeline
     from nextscale.pyramid import Pyramid
 

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.common.errors import UserError
-from nextscale.config.model import Mixer, ModelConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.presets import PRESETS, preset
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.pruning import Pruning
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -127,11 +128,11 @@ def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -
     elif router == "moe++":
         others = tokens * 3 * D * experts.constant
         if experts.gating_residual and block > 0:
-            others += tokens * (experts.count + experts.idle) ** 2
-    return computed + scored * D * (experts.count + experts.idle) + others
+            others += tokens * (experts.count + experts.zero_computation) ** 2
+    return computed + scored * D * (experts.count + experts.zero_computation) + others
 
 
-def _mixer_flops(model: TransformerConfig, mixer: Mixer, tokens: int, seen: int) -> int:
+def _mixer_flops(model: TransformerConfig, mixer: str, tokens: int, seen: int) -> int:
     """Multiply-adds of a mixer for `tokens` tokens of one scale; attention to all scales looks at `seen`."""
     D, mamba = model.width, model.mamba
     if mixer == "mamba":

@@ -25,9 +25,10 @@ from nextscale.common.devices import find_device, keep_freed_memory
 from nextscale.common.errors import UserError
 from nextscale.common.pictures import save_grid, to_pil
 from nextscale.common.rng import fold_seed, make_generator
-from nextscale.config.model import InitConfig, ModelConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import InitConfig
 from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
 from nextscale.sampling.budget import resolved
 from nextscale.sampling.capture import Captured

@@ -19,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.backends.cpu import build
 from nextscale.checkpoints.checkpoint import build_on_meta
-from nextscale.config.model import ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
+from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import ConditionConfig, TransformerConfig
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
@@ -101,7 +103,7 @@ def tiny_config(scales: str = "1,2,3,4", **transformer) -> ModelConfig:
     tokenizer = TokenizerConfig(
         vocab_size=32, code_width=4, base_channels=8, channel_multipliers=(1, 1), res_blocks=1, norm_groups=4
     )
-    settings = {"depth": 2, "width": 32, "heads": 4, "condition": ClassConditionConfig(num_classes=5), **transformer}
+    settings = {"depth": 2, "width": 32, "heads": 4, "condition": ConditionConfig(num_classes=5), **transformer}
     return ModelConfig(Pyramid.parse(scales), tokenizer, TransformerConfig(**settings))
 
 

@@ -18,7 +18,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.analysis import AnalysisConfig, ErrorsConfig
 from nextscale.config.data import DataConfig
-from nextscale.config.model import ExpertsConfig
+from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline

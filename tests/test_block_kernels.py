@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nextscale.backends.cpu import blocks, ops
 from nextscale.backends.cpu.blocks import attend, modulated
-from nextscale.config.model import ClassConditionConfig, TransformerConfig
+from nextscale.config.transformer import ConditionConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.block import modulate
 from nextscale.transformer.var import VAR
@@ -108,7 +108,7 @@ def test_modulation_equals_the_formula(batch, count, width, thread_count, seed):
 @pytest.mark.parametrize(("width", "heads", "qk_norm"), [(64, 2, True), (64, 1, False), (192, 6, True)])
 def test_a_model_steps_alike_with_kernels_and_without(width, heads, qk_norm, monkeypatch):
     config = TransformerConfig(
-        depth=2, width=width, heads=heads, qk_norm=qk_norm, condition=ClassConditionConfig(num_classes=4)
+        depth=2, width=width, heads=heads, qk_norm=qk_norm, condition=ConditionConfig(num_classes=4)
     )
     pyramid = Pyramid((1, 2, 3, 5))
     torch.manual_seed(0)

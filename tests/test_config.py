@@ -7,11 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
-from nextscale.config.model import ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.presets import PRESETS, preset
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.tokenizer import TokenizerConfig
+from nextscale.config.transformer import TransformerConfig
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), QuickstartConfig(), SampleConfig()])
@@ -33,6 +36,18 @@ def test_depth_is_the_one_dial():
         ({"tokenizer": {"attention": 1}}, "must be of type bool"),
         ({"tokenizer": {"channel_multipliers": 3}}, "must be a list"),
         ({"transformer": {"condition": {"kind": "text"}}}, "it must be one of 'class'"),
+        (
+            {"transformer": {"mixers": ["attn"]}},
+            "transformer.mixers: unknown mixer 'attn'; it must be one of 'att",
+        ),
+        ({"transformer": {"experts": {"router": "top"}}}, "experts.router: unknown router 'top'.*import my_module"),
+        (
+            {"transformer": {"feed_forward": "mlp"}},
+            "feed_forward: unknown feed-forward 'mlp'; it must be one of",
+        ),
+        ({"transformer": {"feed_forward": "mixture"}}, "feed_forward is mixture, but .* make it dense"),
+        ({"transformer": {"options": 3}}, "config.transformer.options must be a table"),
+        ({"transformer": {"options": {"sizes": [1, 2]}}}, r"options.sizes is \[1, 2\]; it must be a number, text"),
         ({"transformer": {"depth": 3, "width": 100, "heads": 3}}, "width must be a multiple of heads"),
         ({"tokenizer": {"base_channels": 20}}, "norm_groups"),
         ({"transformer": 3}, "config.transformer must be a table"),
@@ -54,6 +69,28 @@ def test_numbers_that_yaml_reads_as_text_are_taken(value):
 
 def test_absent_transformer_is_a_tokenizer_alone():
     assert from_dict(ModelConfig, {"transformer": None}).transformer is None
+
+
+def test_options_of_registered_parts_are_kept_and_merged():
+    options = {"name": "x", "top": 2, "share": 0.5, "on": True, "absent": None}
+    config = from_dict(TransformerConfig, {"depth": 2, "options": options})
+    assert config.options == options
+    assert from_dict(TransformerConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(TransformerConfig, {"options": {"top": 3}}, base=config).options == {**options, "top": 3}
+    assert hash(config) == hash(TransformerConfig(depth=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "dense"),
+        ({"experts": ExpertsConfig(router="smoe")}, "mixture"),
+        ({"dynamic": DynamicConfig(activation="relu")}, "dynamic"),
+        ({"feed_forward": "dense"}, "dense"),
+    ],
+)
+def test_the_feed_forward_follows_from_the_settings(settings, name):
+    assert TransformerConfig(**settings).resolved_feed_forward == name
 
 
 def test_unknown_preset_names_the_nearest():

@@ -14,10 +14,10 @@ from nextscale.backends.cpu import build, ops
 from nextscale.backends.cpu import experts as kernels
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.common.errors import UserError
-from nextscale.config.dynamic import DynamicConfig
-from nextscale.config.model import ExpertsConfig, TransformerConfig
+from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.pipeline import Pipeline
 from nextscale.sparsify.cluster import balanced_assignment, balanced_clusters
 from nextscale.sparsify.convert import identity, relufied, split

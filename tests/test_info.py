@@ -4,9 +4,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.common.errors import UserError
-from nextscale.config.model import MVAR_MIXERS, MambaConfig, ModelConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.presets import PRESETS
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.info import as_text, describe, describe_config, sample_flops
 from nextscale.sampling.sampler import Eager
 from tests.conftest import check_flops, tiny_config

@@ -13,9 +13,10 @@ from nextscale.checkpoints.adapt import adapt, scale_sources
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
-from nextscale.config.model import AlignmentConfig, ExpertsConfig, InitConfig
+from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import AlignmentConfig, InitConfig
 from nextscale.info import as_text, describe_config, sample_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
@@ -69,7 +70,7 @@ class MixtureByHand:
         for j in range(M):
             h = gelu(y @ q["ffn.experts.fc1.weight"][j].T + q["ffn.experts.fc1.bias"][j])
             out += gates[:, j : j + 1] * (h @ q["ffn.experts.fc2.weight"][j].T + q["ffn.experts.fc2.bias"][j])
-        if config.idle:  # one that gives nothing, one that gives y, one that mixes it with a vector
+        if config.zero_computation:  # one that gives nothing, one that gives y, one that mixes it with a vector
             assert (config.zero, config.copy, config.constant) == (1, 1, 1)
             mix = softmax(y @ q["ffn.idle.mix.weight"].T)
             out += gates[:, M + 1, None] * y
@@ -151,13 +152,13 @@ def test_records_come_back_per_block(router):
             assert routing is None
             continue
         assert isinstance(routing, Routing)
-        shape = (2, 30, experts.count + experts.idle)
+        shape = (2, 30, experts.count + experts.zero_computation)
         assert {tuple(getattr(routing, f.name).shape) for f in dataclasses.fields(routing)} == {shape}
     cache, conditioning = model.new_cache(2), model.conditioning(torch.tensor([1, 2]))
     first = model.step(conditioning, None, 0, cache)
     assert first.projected_BNE is None
     if router != "none":
-        assert first.records[2][1].gates_BNM.shape == (2, 1, experts.count + experts.idle)
+        assert first.records[2][1].gates_BNM.shape == (2, 1, experts.count + experts.zero_computation)
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -11,8 +11,9 @@ import torch
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.config.model import MVAR_MIXERS, AlignmentConfig, ClassConditionConfig, ExpertsConfig, MambaConfig
+from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ConditionConfig, MambaConfig
 from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline
@@ -233,7 +234,7 @@ def test_the_target_s_width_is_that_of_the_features(place, capsys):
     experts = ExpertsConfig(router="smoe", count=2, active=1)
     for width in (0, 5):
         head = AlignmentConfig(width=width, hidden=4)
-        config = tiny_config(experts=experts, alignment=head, condition=ClassConditionConfig(num_classes=2))
+        config = tiny_config(experts=experts, alignment=head, condition=ConditionConfig(num_classes=2))
         randomised(replace(config, class_names=("cat", "dog"))).save_pretrained(place / f"start{width}")
         shutil.copy(place / "tokenizer" / "tokenizer.safetensors", place / f"start{width}")
     tune = "train c.json --data cache --device cpu --loss.encoder cache --start"
@@ -263,7 +264,7 @@ def test_digits_by_every_other_router(router, tmp_path, monkeypatch):
     model = Pipeline.from_pretrained("run").config.transformer
     assert (model.experts.router, model.experts.count, model.experts.active) == (router, 8, 3)
     record = read_log(tmp_path / "run" / "log.jsonl")[0]
-    assert len(record["expert_load"]) == 8 + model.experts.idle
+    assert len(record["expert_load"]) == 8 + model.experts.zero_computation
     assert run("sample run --labels 3 --out grid.png") == 0
 
 

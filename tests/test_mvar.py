@@ -12,8 +12,9 @@ from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_config import Hints
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
-from nextscale.config.model import MVAR_MIXERS, ExpertsConfig, InitConfig, MambaConfig, TransformerConfig
+from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import MVAR_MIXERS, InitConfig, MambaConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.sampler import generate_scales
 from nextscale.transformer.context import attention_segments, block_causal_mask

@@ -44,14 +44,16 @@ def test_unusable_names_are_refused(registry, name):
 
 def test_an_unknown_name_is_refused_with_the_known_ones_and_what_to_import(registry):
     message = (
-        "transformer.parts: unknown part 'mine'; it must be one of 'ordered'. If it is your own, import the module "
-        "that registers it first: `import my_module` in Python, `nextscale --import my_module ...`"
+        "transformer.parts: unknown part 'mine'; it must be one of 'none', 'ordered'. If it is your own, import the "
+        "module that registers it first: `import my_module` in Python, `nextscale --import my_module ...`"
     )
     with pytest.raises(UserError) as error:
         registry.check("mine", "transformer.parts")
     assert message in str(error.value)
-    with pytest.raises(UserError, match="unknown part 'mine'"):
-        registry.get("mine")
+    registry.check("none")
+    for name in ("mine", "none"):
+        with pytest.raises(UserError, match=f"unknown part '{name}'"):
+            registry.get(name)
 
 
 @pytest.mark.parametrize("name", MIXERS.names)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
-from nextscale.config.model import ExpertsConfig, TransformerConfig
+from nextscale.config.feed_forward import ExpertsConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.balance import balance_loss, expert_load
@@ -214,7 +215,7 @@ def test_a_scale_alone_is_routed_as_within_the_sequence(router):
             expected = part(together, begin, end)
             assert torch.equal(alone.chosen_BNM, expected.chosen_BNM)
             assert torch.allclose(alone.gates_BNM, expected.gates_BNM, atol=1e-6)
-            assert alone.gates_BNM.shape == (2, end - begin, config.count + config.idle)
+            assert alone.gates_BNM.shape == (2, end - begin, config.count + config.zero_computation)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -222,7 +223,7 @@ def test_gates_hand_gradients_to_the_router(router):
     """Through the gates alone, as Eq. 6 has it, and not through the choice; written out for the softmax in float64."""
     config = ExpertsConfig(router=router)
     module, x_BND = made(config, PYRAMID), torch.randn(2, PYRAMID.length, D)
-    weight_BNM = torch.randn(2, PYRAMID.length, config.count + config.idle)
+    weight_BNM = torch.randn(2, PYRAMID.length, config.count + config.zero_computation)
     routing = module(x_BND, whole(PYRAMID))
     (routing.gates_BNM * weight_BNM).sum().backward()
     S = routing.scores_BNM.detach().double()

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.cli.parser import main
 from nextscale.config.files import read_settings
-from nextscale.config.model import AlignmentConfig, ModelConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import AlignmentConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline

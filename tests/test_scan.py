@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.config.model import MambaConfig, TransformerConfig
+from nextscale.config.transformer import MambaConfig, TransformerConfig
 from nextscale.transformer.mamba import Mamba2, ScanState
 from nextscale.transformer.scan import scan, scan_by_kernel, scan_by_token
 

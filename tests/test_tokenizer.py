@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nextscale.backends.cpu.ops import enlarge, shrink
 from nextscale.common.errors import UserError
-from nextscale.config.model import TokenizerConfig
+from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.quantizer import Quantizer
 from nextscale.tokenizer.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ import torch
 
 from nextscale.common.distributed import World, join_world
 from nextscale.common.errors import UserError
-from nextscale.config.model import MVAR_MIXERS, MambaConfig
 from nextscale.config.tokenizer_training import CodebookConfig
+from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.training.engine.loop import Interrupted, fit
 from nextscale.training.engine.parallel import whole_weights
 from nextscale.training.engine.task import Task

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.config.model import ModelConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 

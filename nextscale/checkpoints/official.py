@@ -25,7 +25,8 @@ from nextscale.checkpoints.checkpoint import (
 from nextscale.checkpoints.official_config import Hints, infer_config
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
 from nextscale.common.errors import UserError
-from nextscale.config.model import MVAR_MIXERS, MambaConfig, ModelConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
+from nextscale.config.transformer import MVAR_MIXERS, MambaConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
 
 USAGE = "quantize.ema_vocab_hit_SV"

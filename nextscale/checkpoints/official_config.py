@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.config.model import MVAR_MIXERS, ClassConditionConfig, ModelConfig, TokenizerConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
+from nextscale.config.tokenizer import TokenizerConfig
+from nextscale.config.transformer import MVAR_MIXERS, ConditionConfig, TransformerConfig
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024, Pyramid
 
 
@@ -95,7 +97,7 @@ def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> Tran
         qk_norm=scale is not None,
         shared_adaln=any(name.startswith("shared_ada_lin.") for name in tensors),
         mixers=MVAR_MIXERS if any(".mamba." in name for name in tensors) else ("attention",),
-        condition=ClassConditionConfig(num_classes=_need(source, tensors, "class_emb.weight").shape[0] - 1),
+        condition=ConditionConfig(num_classes=_need(source, tensors, "class_emb.weight").shape[0] - 1),
     )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
-from nextscale.config.model import ExpertsConfig, TransformerConfig
+from nextscale.config.feed_forward import ExpertsConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.feed_forward.routers import ROUTERS
 from nextscale.transformer.initialization import draw_weights
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from nextscale.common.errors import UserError
-from nextscale.config.model import ExpertsConfig
+from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.pyramid import Pyramid
 

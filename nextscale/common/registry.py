@@ -27,8 +27,8 @@ class Registry(Generic[T]):
     """Classes of one kind by name.
 
     `kind`: what messages call the parts, in the singular. `built_in`: names and where their classes are, as
-    "module:attribute"; a built-in class is imported when it is first looked up. `reserved`: names that configs give
-    another meaning, which nobody can register.
+    "module:attribute"; a built-in class is imported when it is first looked up. `reserved`: names that a config may use
+    but that stand for no class, such as "none".
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, str], reserved: tuple[str, ...] = ()):
@@ -61,24 +61,26 @@ class Registry(Generic[T]):
         return add
 
     def check(self, name: str, where: str = "") -> None:
-        """Raise UserError when `name` is not registered. Imports nothing. `where`: the setting that holds the name."""
-        if name in self._entries:
-            return
-        known = ", ".join(f"'{n}'" for n in self._entries)
-        raise UserError(
-            f"{where}{': ' if where else ''}unknown {self.kind} '{name}'; it must be one of {known}. If it is your "
-            f"own, import the module that registers it first: `import my_module` in Python, `nextscale --import "
-            f"my_module ...` on the command line"
-        )
+        """Raise UserError when a config cannot use `name`; imports nothing. `where`: the setting that holds it."""
+        if name not in self.reserved and name not in self._entries:
+            raise UserError(f"{where}{': ' if where else ''}{self._explain(name)}")
 
     def get(self, name: str) -> type[T]:
         """The class registered under `name`; UserError when there is none."""
-        self.check(name)
+        if name not in self._entries:
+            raise UserError(self._explain(name))
         entry = self._entries[name]
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
             entry = self._entries[name] = getattr(import_module(module), attribute)
         return entry
+
+    def _explain(self, name: str) -> str:
+        known = ", ".join(f"'{n}'" for n in (*self.reserved, *self._entries))
+        return (
+            f"unknown {self.kind} '{name}'; it must be one of {known}. If it is your own, import the module that "
+            "registers it first: `import my_module` in Python, `nextscale --import my_module ...` on the command line"
+        )
 
 
 def _path(entry: type | str) -> str:
@@ -123,4 +125,4 @@ FEED_FORWARDS: Registry[Any] = Registry(
 """The feed-forward layer of a block: `TransformerConfig.feed_forward`."""
 
 CONDITIONS: Registry[Any] = Registry("condition", {"class": f"{_TRANSFORMER}.condition:ClassCondition"})
-"""What an image is conditioned on: `ClassConditionConfig.kind`."""
+"""What an image is conditioned on: `ConditionConfig.kind`."""

@@ -1,6 +1,6 @@
-"""How any dataclass of settings is checked, read and written: its JSON form, and overrides. Needs no torch.
+"""Check, read and write dataclasses of settings: their JSON form, and overrides. Needs no torch.
 
-Reading is strict: an unknown key names the nearest known one, a value of the wrong type says where it stands.
+Reading is strict: errors name the place of an unknown key or of a value of the wrong type, and the nearest known key.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from nextscale.common.errors import UserError
 from nextscale.pyramid import Pyramid
 
 T = TypeVar("T")
+Scalar = bool | int | float | str | None
+"""A JSON value that is neither a list nor a table."""
 
 
 def check_fields(part: str, config: Any, rules: dict[str, bool]) -> None:
@@ -27,18 +29,20 @@ def check_fields(part: str, config: Any, rules: dict[str, bool]) -> None:
 
 
 def to_dict(config: Any) -> Any:
-    """The JSON form of a config: nested dicts and lists; a pyramid is its list of [h, w] sides."""
+    """The JSON form of a config: nested dicts and lists. A pyramid becomes its list of [h, w] sides."""
     if isinstance(config, Pyramid):
         return [list(side) for side in config.sides]
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {name: to_dict(value) for name, value in config.items()}
     return [to_dict(v) for v in config] if isinstance(config, tuple | list) else config
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = None) -> T:
     """Build dataclass `cls` from parsed JSON or YAML. Raises UserError naming the place of an unknown key or value.
 
-    Settings that `data` leaves out keep their value in `base`, at every depth; without a base, their defaults.
+    Settings that `data` leaves out keep their value in `base`, at every depth. Without a base they get their defaults.
     """
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table of settings, got {data!r}")
@@ -54,14 +58,17 @@ def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = N
 
 
 def reset_derived(config: T) -> T:
-    """The config with fields that follow from others set back to 0, at every depth, so that they will follow again."""
+    """The config with derived fields set back to 0, at every depth, so that they are derived again from changed fields.
+
+    A config lists its derived fields and their values in `derived()`. Fields with other values are left as they are.
+    """
     out = copy.copy(config)
-    followers = config.derived() if hasattr(config, "derived") else {}
+    derived = config.derived() if hasattr(config, "derived") else {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, Pyramid):
             object.__setattr__(out, f.name, reset_derived(value))
-        elif f.name in followers and value == followers[f.name]:
+        elif f.name in derived and value == derived[f.name]:
             object.__setattr__(out, f.name, 0)
     return out
 
@@ -81,6 +88,8 @@ def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
         return Pyramid.parse(value) if isinstance(value, str) else Pyramid(tuple(value))
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where, base)
+    if origin is dict:
+        return {**(base or {}), **_scalars(value, where)}
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -94,8 +103,18 @@ def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     return _scalar(hint, value, where)
 
 
+def _scalars(value: Any, where: str) -> dict[str, Scalar]:
+    """A table of names and JSON scalars."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{where} must be a table of settings, got {value!r}")
+    for name, entry in value.items():
+        if entry is not None and not isinstance(entry, str | int | float | bool):
+            raise UserError(f"{where}.{name} is {entry!r}; it must be a number, text, true, false or null")
+    return value
+
+
 def _scalar(hint: Any, value: Any, where: str) -> Any:
-    """A bool, int, float or str. YAML reads 1e-4 as a string, so strings that spell a number are taken."""
+    """A bool, int, float or str. YAML reads 1e-4 as a string, so strings that spell a number are accepted."""
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):
@@ -109,5 +128,5 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
                 return int(value)
         except (ValueError, OverflowError):
             pass
-    wanted = getattr(hint, "__name__", None) or "list"
-    raise UserError(f"{where} is {value!r}; it must be {'a list' if wanted == 'tuple' else 'of type ' + wanted}")
+    kind = getattr(hint, "__name__", None) or "list"
+    raise UserError(f"{where} is {value!r}; it must be {'a list' if kind == 'tuple' else 'of type ' + kind}")

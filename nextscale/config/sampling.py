@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nextscale.config.dynamic import Selection
+from nextscale.config.feed_forward import Selection
 from nextscale.config.parse import check_fields
 
 

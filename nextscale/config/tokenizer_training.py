@@ -7,7 +7,7 @@ from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
-from nextscale.config.model import TokenizerConfig
+from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.training import TrainConfig
 from nextscale.pyramid import Pyramid
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
-from nextscale.config.model import InitConfig, TransformerConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import InitConfig, TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from nextscale.common.files import record_settings, write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.plots import plot_curves
 from nextscale.config.analysis import AnalysisConfig
-from nextscale.config.model import ClassConditionConfig, InitConfig, ModelConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
+from nextscale.config.transformer import ConditionConfig, InitConfig
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder, load_small_encoder
@@ -56,7 +57,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     _say_data(config, data, train, held_out, size)
     record_settings(folder / "quickstart.json", to_dict(config))
 
-    condition = ClassConditionConfig(num_classes=len(data.class_names))
+    condition = ConditionConfig(num_classes=len(data.class_names))
     width = config.encoder.widths[-1] if config.loss.encoder else 0
     head = dataclasses.replace(config.transformer.alignment, width=width)
     transformer = dataclasses.replace(config.transformer, condition=condition, alignment=head)

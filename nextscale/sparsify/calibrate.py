@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.config.dynamic import Selection
+from nextscale.config.feed_forward import Selection
 from nextscale.config.model import ModelConfig
 from nextscale.info import condition_flops
 from nextscale.sampling.budget import Budget

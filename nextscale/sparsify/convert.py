@@ -16,8 +16,8 @@ from tqdm import tqdm
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
-from nextscale.config.dynamic import DynamicConfig
-from nextscale.config.model import TransformerConfig
+from nextscale.config.feed_forward import DynamicConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.sparsify.cluster import balanced_clusters
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.initialization import draw_weights

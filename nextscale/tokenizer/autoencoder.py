@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Conv2d
-from nextscale.config.model import TokenizerConfig
+from nextscale.config.tokenizer import TokenizerConfig
 
 
 def _silu(x: Tensor) -> Tensor:

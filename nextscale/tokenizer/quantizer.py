@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Conv2d, Embedding, enlarge, linear, shrink
-from nextscale.config.model import TokenizerConfig
+from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 
 

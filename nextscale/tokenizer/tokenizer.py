@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nextscale.backends.cpu import ops
 from nextscale.backends.cpu.ops import Conv2d
 from nextscale.common.errors import UserError
-from nextscale.config.model import TokenizerConfig
+from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.autoencoder import Decoder, Encoder
 from nextscale.tokenizer.quantizer import Quantized, Quantizer

@@ -18,8 +18,9 @@ from nextscale.common.files import read_json, write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.plots import plot_curves
 from nextscale.common.rng import make_generator
-from nextscale.config.model import ModelConfig, TransformerConfig
+from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict, to_dict
+from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import CachedExamples, TokenCache, is_token_cache
 from nextscale.data.datasets import open_dataset

@@ -91,7 +91,7 @@ class TransformerTask(Task):
             others["guidance"] = guidance.detach()
         routings = [r for records in output.records for r in records if isinstance(r, Routing)]
         if routings:
-            idle = self.model.config.experts.idle
+            idle = self.model.config.experts.zero_computation
             balance = sum(balance_loss(r, idle, self.loss.idle_balance) for r in routings)
             assert isinstance(balance, Tensor), "a sum of losses"
             loss = loss + self.loss.balance * balance

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nextscale.backends.cpu import build, ops
 from nextscale.backends.cpu.blocks import attend
 from nextscale.backends.cpu.ops import Linear
-from nextscale.config.model import TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import KVCache, ScaleContext, attention_segments
 
 _MAX_LOG_SCALE = math.log(100)

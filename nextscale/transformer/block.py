@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nextscale.backends.cpu.blocks import modulated
 from nextscale.backends.cpu.ops import Linear
-from nextscale.config.model import TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.attention import Attention, ScaleAttention
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Embedding
 from nextscale.common.errors import UserError
-from nextscale.config.model import ClassConditionConfig
+from nextscale.config.transformer import ConditionConfig
 
 
 class Condition(Protocol):
@@ -37,7 +37,7 @@ class Condition(Protocol):
 class ClassCondition(nn.Module):
     """A learned vector per class; the row after the last one means "no label"."""
 
-    def __init__(self, config: ClassConditionConfig, width: int):
+    def __init__(self, config: ConditionConfig, width: int):
         super().__init__()
         self.num_classes = config.num_classes
         self.embedding = Embedding(config.num_classes + 1, width)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from nextscale.config.model import InitConfig
+from nextscale.config.transformer import InitConfig
 from nextscale.transformer.feed_forward.routers import Router
 from nextscale.transformer.feed_forward.stacked import StackedLinear
 from nextscale.transformer.mamba import Mamba2

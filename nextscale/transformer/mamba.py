@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Linear, full_precision
-from nextscale.config.model import TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.scan import fastest_scan
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Linear, enlarge, full_precision
 from nextscale.common.errors import UserError
-from nextscale.config.model import TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 
 GROUPS = ("last", "large", "intermediate", "small")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Embedding, Linear
 from nextscale.common.errors import UserError
-from nextscale.config.model import TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.pruning import Pruning
 from nextscale.transformer.block import Block, modulate

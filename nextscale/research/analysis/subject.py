@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
 from nextscale.config.analysis import AnalysisConfig
-from nextscale.config.model import ExpertsConfig
+from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples, check_unreadable
@@ -83,7 +83,11 @@ class Subject:
         if config.router == "none":
             raise UserError(f"{self.name} is a dense model: it has no experts to look at; give a mixture of experts")
         names = [f"E{i + 1}" for i in range(config.count)]
-        kinds = (("zero", config.zero), ("copy", config.copy), ("constant", config.constant)) if config.idle else ()
+        kinds = (
+            (("zero", config.zero), ("copy", config.copy), ("constant", config.constant))
+            if config.zero_computation
+            else ()
+        )
         return names + [f"{kind} {i + 1}" if many > 1 else kind for kind, many in kinds for i in range(many)]
 
 

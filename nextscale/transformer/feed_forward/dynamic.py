@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nextscale.backends.cpu import build, ops
 from nextscale.backends.cpu.experts import RouterPanels
 from nextscale.backends.cpu.ops import Linear, full_precision
-from nextscale.config.model import TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.execute import Slices, execute
 from nextscale.transformer.feed_forward.records import ExpertSelection, Norms, Sparsity, UnitContribution, joined

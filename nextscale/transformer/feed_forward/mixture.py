@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Linear, linear
-from nextscale.config.model import ExpertsConfig, TransformerConfig
+from nextscale.config.feed_forward import ExpertsConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.experts import Experts
 from nextscale.transformer.feed_forward.routers import ROUTERS, Routing
@@ -21,7 +22,7 @@ class MixtureOfExperts(nn.Module):
         self.router = ROUTERS[config.experts.router](config, scales, block)
         self.experts = Experts(config.experts.count, config.width, config.ffn_width)
         self.count = config.experts.count
-        self.idle = IdleExperts(config.experts, config.width) if config.experts.idle else None
+        self.idle = IdleExperts(config.experts, config.width) if config.experts.zero_computation else None
 
     @property
     def outputs(self) -> list[StackedLinear]:

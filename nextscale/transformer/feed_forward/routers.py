@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.backends.cpu.ops import Embedding, Linear, full_precision, linear
-from nextscale.config.model import ExpertsConfig, TransformerConfig
+from nextscale.config.feed_forward import ExpertsConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 
 
@@ -41,7 +42,7 @@ class Router(nn.Module):
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__()
         self.config: ExpertsConfig = config.experts
-        self.experts = config.experts.count + config.experts.idle
+        self.experts = config.experts.count + config.experts.zero_computation
         self.score = Linear(config.width, self.experts, bias=False)
         self.scale_embed: Embedding | None = None
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextscale.common.errors import UserError
-from nextscale.config.dynamic import Selection
-from nextscale.config.model import TransformerConfig
+from nextscale.config.feed_forward import Selection
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)

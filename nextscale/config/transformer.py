@@ -1,0 +1,198 @@
+"""Settings of the transformer: its blocks, mixers, condition, alignment head and initialisation. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nextscale.common.errors import UserError
+from nextscale.common.registry import CONDITIONS, FEED_FORWARDS, MIXERS
+from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
+from nextscale.config.parse import Scalar, check_fields
+
+MVAR_MIXERS: tuple[str, ...] = ("scale-attention", "mamba")
+"""The mixers of M-VAR's blocks."""
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """What an image is conditioned on."""
+
+    kind: str = "class"
+    """class: a class label. Or the name of a condition that you registered."""
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        CONDITIONS.check(self.kind, "condition.kind")
+        check_fields("condition", self, {"num_classes must be 1 to 2^24": 1 <= self.num_classes <= 2**24})
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Mamba-2 between the scales (M-VAR, arXiv 2411.10433). The defaults are those of the published models."""
+
+    state_width: int = 64
+    """Width n of the state that each channel carries from token to token."""
+    conv_kernel: int = 4
+    """Taps of the causal convolution before the scan."""
+    expand: int = 2
+    """Inner width over the model's width."""
+    head_width: int = 64
+    """Channels that share a step size and a decay; must divide the inner width."""
+
+    def __post_init__(self) -> None:
+        values = (self.state_width, self.conv_kernel, self.expand, self.head_width)
+        rule = "state_width, conv_kernel, expand and head_width must be 1 to 65536"
+        check_fields("mamba", self, {rule: all(1 <= value <= 65536 for value in values)})
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The head of semantic guidance (MEPA, Sec. 4.3): it projects a middle block's output to an encoder's features."""
+
+    width: int = 0
+    """Width of the encoder's features, 768 for a ViT-B; 0 = no head. Training sets it to the encoder's width."""
+    hidden: int = 2048
+    """Width of the two hidden layers of the projector, Linear-SiLU-Linear-SiLU-Linear (as REPA, arXiv 2410.06940)."""
+    block: int = 0
+    """The block whose output is projected, counted from 1; 0 means depth // 2."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "width must be 0 to 2^20": 0 <= self.width <= 2**20,
+            "hidden must be 1 to 2^20": 1 <= self.hidden <= 2**20,
+            "block must be 0 or more": self.block >= 0,
+        }
+        check_fields("alignment", self, rules)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Block-causal transformer of VAR. `depth` alone gives a published model: width 64 x depth, heads = depth."""
+
+    depth: int = 16
+    """Number of blocks."""
+    width: int = 0
+    """Model width D; 0 means 64 x depth."""
+    heads: int = 0
+    """Attention heads; 0 means depth."""
+    ffn_ratio: float = 4.0
+    """Hidden width of the FFN over the model's width."""
+    qk_norm: bool = True
+    """L2-normalise queries and keys, with a learned temperature per head. Otherwise logits are scaled by
+    0.25/sqrt(d)."""
+    shared_adaln: bool = False
+    """One adaLN projection for all blocks, plus a learned offset per block (published 512 px model)."""
+    norm_eps: float = 1e-6
+    mixers: tuple[str, ...] = ("attention",)
+    """What mixes tokens in a block ahead of the FFN, in this order. attention: over all scales so far (VAR).
+    scale-attention: within each scale, and mamba: from scale to scale (both M-VAR). Or names of mixers that you
+    registered."""
+    global_blocks: int = 0
+    """How many of the last blocks have attention over all scales in place of the mixers (M-VAR, Fig. 5). depth or more
+    means all."""
+    feed_forward: str = "auto"
+    """auto: mixture when experts.router is set, dynamic when dynamic experts are set, else dense. Or the name of a
+    feed-forward layer that you registered."""
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    """Set by `nextscale sparsify`. A mixture of experts has none."""
+    options: dict[str, Scalar] = field(default_factory=dict, hash=False)
+    """Settings of parts that you registered, by name. nextscale itself reads none of them."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.derived().items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        for mixer in self.mixers:
+            MIXERS.check(mixer, "transformer.mixers")
+        check_fields(
+            "transformer",
+            self,
+            {
+                "depth must be 1 to 1000": 1 <= self.depth <= 1000,
+                "width must be 1 to 2^20": 1 <= self.width <= 2**20,
+                "heads must be 1 or more": self.heads >= 1,
+                "ffn_ratio must be above 0": 0 < self.ffn_ratio <= 1000,
+                "norm_eps must be above 0": 0 < self.norm_eps < 1,
+                "mixers must be 1 to 16 names": 1 <= len(self.mixers) <= 16,
+                "global_blocks must be 0 or more": self.global_blocks >= 0,
+                "shared_adaln needs as many mixers in every block: no global_blocks": not self.shared_adaln
+                or len({len(self.block_mixers(i)) for i in range(self.depth)}) == 1,
+            },
+        )
+        self._check_feed_forward()
+        if "mamba" in self.mixers and self.width * self.mamba.expand % self.mamba.head_width:
+            raise UserError(
+                f"transformer: mamba's inner width, {self.width} x {self.mamba.expand}, must be a multiple of "
+                f"mamba.head_width, {self.mamba.head_width}"
+            )
+        if self.alignment.block > self.depth:
+            raise UserError(f"transformer: alignment.block {self.alignment.block} is beyond the depth, {self.depth}")
+        if self.width % self.heads:
+            raise UserError(
+                f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: "
+                "width must be a multiple of heads"
+            )
+
+    def _check_feed_forward(self) -> None:
+        FEED_FORWARDS.check(self.feed_forward, "transformer.feed_forward")
+        implied = self._implied_feed_forward
+        if self.feed_forward in ("dense", "mixture", "dynamic") and self.feed_forward != implied:
+            raise UserError(
+                f"transformer: feed_forward is {self.feed_forward}, but experts.router {self.experts.router} and the "
+                f"settings of dynamic experts make it {implied}; leave feed_forward at auto"
+            )
+        if self.dynamic.on and self.experts.router != "none":
+            raise UserError(
+                f"transformer: dynamic experts inside a mixture of experts ({self.experts.router}) are not supported, "
+                "as their quality was never measured: sparsify a dense model, or use the mixture without them"
+            )
+        if self.dynamic.experts and self.ffn_width % self.dynamic.experts:
+            raise UserError(
+                f"transformer: an FFN of {self.ffn_width} hidden units cannot be divided into {self.dynamic.experts} "
+                "experts of one size"
+            )
+
+    def derived(self) -> dict[str, Any]:
+        """Values of the fields that are 0."""
+        return {"width": 64 * self.depth, "heads": self.depth}
+
+    def block_mixers(self, index: int) -> tuple[str, ...]:
+        """The mixers of a block, counted from 0."""
+        return self.mixers if index < self.depth - self.global_blocks else ("attention",)
+
+    @property
+    def resolved_feed_forward(self) -> str:
+        """Registered name of the feed-forward layer."""
+        return self._implied_feed_forward if self.feed_forward == "auto" else self.feed_forward
+
+    @property
+    def _implied_feed_forward(self) -> str:
+        if self.experts.router != "none":
+            return "mixture"
+        return "dynamic" if self.dynamic.on else "dense"
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden width of the FFN, F."""
+        return round(self.width * self.ffn_ratio)
+
+    @property
+    def aligned_block(self) -> int:
+        """The block, counted from 1, whose output the alignment head projects."""
+        return self.alignment.block or max(self.depth // 2, 1)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Gains on VAR's initial weights. The published recipes lower `adaln_gamma` with depth (1e-3 for d16)."""
+
+    adaln: float = 0.5
+    """Gain on the adaLN projections, except for the rows below."""
+    adaln_gamma: float = 1e-3
+    """Gain on the rows that scale the outputs of mixers and FFN: near 0, every block starts as the identity."""
+    head: float = 0.02
+    """Gain on the output head: near 0, the first predictions are almost uniform."""
