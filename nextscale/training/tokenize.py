@@ -22,8 +22,8 @@ def tokenize(
 ) -> None:  # fmt: skip
     """Encode both parts of `data` into the cache `out`, going on where an earlier call was stopped.
 
-    Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings, or when more
-    images are unreadable than `images` allows.
+    Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings, or
+    when more images are unreadable than `images` allows.
     """
     checkpoint = read_checkpoint(tokenizer_folder)
     config = checkpoint.config
