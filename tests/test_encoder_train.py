@@ -19,7 +19,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.encoder import EncoderRunConfig, MocoConfig, ViewConfig
 from nextscale.config.files import read_settings
 from nextscale.data.datasets import load_images
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.evaluation.metrics.neighbours import knn_accuracy, knn_classes
 from nextscale.tokenizer.tokenizer import to_unit

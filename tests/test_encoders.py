@@ -15,7 +15,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.encoder import EncoderConfig
 from nextscale.encoders.classifier import Classifier
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 from nextscale.encoders.moco_v3 import MocoV3
 from nextscale.encoders.self_supervised import SmallEncoder
 
@@ -110,7 +110,9 @@ def test_moco_v3_on_another_grid_resamples_its_positions(tmp_path):
     save_file(tensors, tmp_path / "own.safetensors")
     encoder = load_encoder(str(tmp_path / "own.safetensors"))
     for grid in ((5, 2), (4, 6)):
-        assert torch.allclose(encoder.positions(grid)[0, 1:], resized(tensors["pos_embed"][0, 1:], grid), atol=1e-5)
+        assert torch.allclose(
+            encoder.position_embedding(grid)[0, 1:], resized(tensors["pos_embed"][0, 1:], grid), atol=1e-5
+        )
         assert encoder(torch.zeros(1, 3, 8, 8), grid).shape == (1, *grid, WIDTH)
     table = torch.cat([tensors["pos_embed"][0, :1], resized(tensors["pos_embed"][0, 1:], (5, 5))])
     save_file(tensors | {"pos_embed": table[None]}, tmp_path / "larger.safetensors")
@@ -134,10 +136,10 @@ def test_moco_v3_files_at_fault_are_named(tmp_path):
     tensors = moco_v3_tensors()
     kernel = "patch_embed.proj.weight"
     faults = {
-        "it wants MoCo v3's vit-b-300ep.pth.tar .*module.base_encoder": {
+        "expected MoCo v3's vit-b-300ep.pth.tar .*module.base_encoder": {
             "module.base_encoder.conv1.weight": tensors[kernel]
         },
-        "this one's patches are .64, 3, 4, 4., and widths are .384, 768, 1024, 1280.": tensors
+        "its patch embedding is .64, 3, 4, 4., known widths are .384, 768, 1024, 1280.": tensors
         | {kernel: tensors[kernel][:64].clone()},
         "missing tensor 'blocks.1.attn.qkv.weight'": {
             n: t for n, t in tensors.items() if n != "blocks.1.attn.qkv.weight"
@@ -177,11 +179,11 @@ def test_an_encoder_of_our_own_is_kept_and_read(tmp_path):
         torch.nn.init.normal_(parameter, std=0.5)
     image = torch.rand(7, 3, 16, 16) * 2 - 1
     raw_RC = encoder(image, (4, 4)).flatten(0, 2)
-    encoder.standardise(image.split([4, 3]))
+    encoder.compute_statistics(image.split([4, 3]))
     deviation_C = (raw_RC.var(dim=0, correction=0) + 1e-5).sqrt()
     expected_RC = (raw_RC - raw_RC.mean(dim=0)) / deviation_C
     assert torch.allclose(encoder(image, (4, 4)).flatten(0, 2), expected_RC, atol=1e-4)
-    encoder.trained_for(7)
+    encoder.set_steps(7)
     encoder.save(tmp_path)
     found = load_encoder(str(tmp_path))
     assert (found.kind, found.width, found.patch, found.grid) == ("moco_v2", 12, 4, (4, 4))

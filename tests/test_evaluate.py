@@ -83,12 +83,12 @@ def test_model_pictures_npz_and_features_give_the_same_figures(places, tmp_path)
 
 def test_figures_are_those_of_the_metrics(places, tmp_path):
     """The report against features computed by hand."""
-    from nextscale.encoders.load import load_network
+    from nextscale.encoders.load import load_feature_network
     from nextscale.evaluation.metrics.frechet import Moments, frechet_distance
     from nextscale.evaluation.metrics.manifold import precision_recall
 
     report = figures(places, tmp_path / "r.json", places / "model")["measures"]["classifier"]
-    eye = load_network(str(places / "classifier"))
+    eye = load_feature_network(str(places / "classifier"))
     pipeline = Pipeline.from_pretrained(places / "model")
     sampled = (pipeline.sample([i % 5 for i in range(24)], SAMPLING).tensor * 255).round().to(torch.uint8)
     real = torch.stack([

@@ -11,7 +11,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.encoders.classifier import Classifier, load_classifier
 from nextscale.encoders.inception import Inception, resize_like_tensorflow
-from nextscale.encoders.load import load_network
+from nextscale.encoders.load import load_feature_network
 
 # What torch-fidelity 0.4's FeatureExtractorInceptionV3 gives for `inception_weights()` and `pictures(...)`:
 # pool features, class scores without bias, and the first 7 channels of Mixed_6d.branch1x1 in the order (h, w, channel),
@@ -60,17 +60,17 @@ def places(tensor: torch.Tensor) -> list[float]:
 def inception(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(inception_weights(), path)
-    return load_network(str(path))
+    return load_feature_network(str(path))
 
 
 @pytest.mark.parametrize("side", GOLDEN)
 def test_inception_gives_the_reference_features(inception, side):
     found = inception(pictures(side))
-    assert {n: tuple(t.shape) for n, t in found.tensors().items()} == {
+    assert {n: tuple(t.shape) for n, t in found.to_dict().items()} == {
         "pool": (2, 2048), "spatial": (2, 17 * 17 * 7), "logits": (2, 1008)
     }  # fmt: skip
     for name, expected in GOLDEN[side].items():
-        assert places(found.tensors()[name]) == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+        assert places(found.to_dict()[name]) == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
 def test_resizing_follows_tensorflow_1():
@@ -92,18 +92,18 @@ def test_resizing_follows_tensorflow_1():
 
 def test_files_that_are_not_inceptions(tmp_path):
     with pytest.raises(UserError, match="there is no .*absent.pth; Inception features need pt_inception-2015-12-05"):
-        load_network(str(tmp_path / "absent.pth"))
+        load_feature_network(str(tmp_path / "absent.pth"))
     save_file({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.safetensors")
     with pytest.raises(UserError, match="does not fit .*expected pt_inception-2015-12-05"):
-        load_network(str(tmp_path / "torchvision.safetensors"))
+        load_feature_network(str(tmp_path / "torchvision.safetensors"))
     with pytest.raises(UserError, match="there is no feature network nowhere; give pt_inception"):
-        load_network("nowhere")
+        load_feature_network("nowhere")
 
 
 def test_a_classifier_is_saved_loaded_and_does_not_look_at_the_batch(tmp_path):
     model = Classifier(ClassifierConfig(16, (16, 32), 8), ("cat", "dog", "owl"))
     model.save(tmp_path / "classifier")
-    again = load_network(str(tmp_path / "classifier"))
+    again = load_feature_network(str(tmp_path / "classifier"))
     assert isinstance(again, Classifier)
     assert again.class_names == ("cat", "dog", "owl")
     assert again.fingerprint() == model.fingerprint()
@@ -113,7 +113,7 @@ def test_a_classifier_is_saved_loaded_and_does_not_look_at_the_batch(tmp_path):
     assert both.logits_BC.shape == (2, 3)
     assert torch.allclose(both.pool_BD[:1], alone.pool_BD, atol=1e-6)
     assert torch.allclose(again(x.flip(-1)).pool_BD, both.pool_BD, atol=1e-6), "the mirror image has the same features"
-    views = again.look(x), again.look(x.flip(-1))
+    views = again.forward_once(x), again.forward_once(x.flip(-1))
     assert torch.allclose(both.logits_BC, (views[0][1] + views[1][1]) / 2, atol=1e-6)
     assert not torch.allclose(views[0][0], views[1][0])
     assert torch.allclose(again(pictures(48)).logits_BC, again(pictures(48)).logits_BC), "other sizes are resized"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from nextscale.data.datasets import load_images
 from nextscale.data.examples import MemoryExamples
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 from nextscale.evaluation.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.sampler import log_likelihood

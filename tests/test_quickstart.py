@@ -17,7 +17,7 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import load_images
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.measure import measure
 from nextscale.quickstart.run import features_of, run_quickstart

@@ -1,1 +1,1 @@
-"""Frozen encoders whose features a generator is guided by."""
+"""Frozen networks: encoders give patch features to guide a generator, feature networks give features to measure one."""

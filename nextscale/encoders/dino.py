@@ -1,4 +1,4 @@
-"""DINOv2 and DINOv3 from a local folder or the Hugging Face hub, by transformers."""
+"""DINOv2 and DINOv3, loaded with transformers from a local folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from nextscale.encoders.patches import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
 
 _KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 _SIDE = 224
-WANTED = "a folder with config.json and model.safetensors of DINOv2 or DINOv3, or such a model's name on the hub"
+EXPECTED = "a folder with config.json and model.safetensors of DINOv2 or DINOv3, or such a model's name on the hub"
 
 
 class Dino(PatchEncoder):
-    """A vision transformer of transformers, without its special tokens. Made for the multiple of its patch in 224."""
+    """The patch tokens of a vision transformer. Image size: the largest multiple of the patch up to 224 pixels."""
 
     def __init__(self, model: Any, special: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        """`special`: number of class and register tokens in front of the patch tokens."""
         patch = int(model.config.patch_size)
         kind, width = str(model.config.model_type), int(model.config.hidden_size)
         super().__init__(kind, patch, width, _SIDE // patch * patch, mean, std)
         self.model, self.special = model.eval().requires_grad_(False), special
 
-    def look(self, normal_B3HW: Tensor) -> Tensor:
-        grid = [side // self.patch for side in normal_B3HW.shape[-2:]]
-        return self.model(normal_B3HW).last_hidden_state[:, self.special :].unflatten(1, grid)
+    def forward_features(self, image_B3HW: Tensor) -> Tensor:
+        grid = [side // self.patch for side in image_B3HW.shape[-2:]]
+        return self.model(image_B3HW).last_hidden_state[:, self.special :].unflatten(1, grid)
 
     @torch.no_grad()
-    def class_token(self, image_B3HW: Tensor) -> Tensor:
+    def forward_class_token(self, image_B3HW: Tensor) -> Tensor:
         """The class token of the last layer (B, C), float32, of images in [-1, 1]."""
-        return self.model(self.prepared(image_B3HW, self.grid)).last_hidden_state[:, 0].float()
+        return self.model(self.preprocess(image_B3HW, self.grid)).last_hidden_state[:, 0].float()
 
 
-class ClassToken(nn.Module):
-    """DINO's class token as the feature of a whole image: what FD-DINOv2 is made of (Stein et al. 2023)."""
+class DinoFeatureNetwork(nn.Module):
+    """DINO's class token as the feature of an image, from which FD-DINOv2 is computed (Stein et al. 2023)."""
 
     def __init__(self, encoder: Dino):
         super().__init__()
@@ -46,8 +47,8 @@ class ClassToken(nn.Module):
 
     @torch.no_grad()
     def forward(self, image_B3HW: Tensor) -> Features:
-        """Of uint8 images, resized to the largest multiple of the patch within 224 pixels (bicubic, antialiased)."""
-        return Features(self.encoder.class_token(image_B3HW.float() / 127.5 - 1))
+        """Features of uint8 images, resized to the largest multiple of the patch up to 224 (bicubic, antialiased)."""
+        return Features(self.encoder.forward_class_token(image_B3HW.float() / 127.5 - 1))
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""
@@ -55,9 +56,9 @@ class ClassToken(nn.Module):
 
 
 def load_dino(source: str) -> Dino:
-    """DINOv2 or DINOv3 from a folder with config.json and model.safetensors (as transformers writes it), or a hub name.
+    """DINOv2 or DINOv3 from a folder that transformers wrote (config.json, model.safetensors), or from the hub.
 
-    Raises UserError when transformers is missing, when there is no such encoder, or when it is of another kind.
+    Raises UserError when transformers is missing, when there is no such encoder, or when it is another network.
     """
     try:
         from transformers import AutoConfig, AutoModel
@@ -72,12 +73,12 @@ def load_dino(source: str) -> Dino:
         if isinstance(error, UserError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load an encoder from '{source}' ({reason}); it wants {WANTED}") from error
+        raise UserError(f"cannot load an encoder from '{source}' ({reason}); expected {EXPECTED}") from error
     special = 1 + getattr(config, "num_register_tokens", 0)
-    return Dino(model, special, *_normalisation(Path(source)))
+    return Dino(model, special, *_read_normalisation(Path(source)))
 
 
-def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _read_normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation from the encoder's preprocessor_config.json, else ImageNet's."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}

@@ -1,7 +1,7 @@
-"""Inception-v3 of the published FIDs: the 2015 TensorFlow graph, as ported to PyTorch weight files.
+"""The Inception-v3 of published FIDs: the 2015 TensorFlow graph, from weight files ported to PyTorch.
 
-It differs from torchvision's: average pools leave the padding out, the last block pools by maximum, the classifier has
-1,008 classes, and pictures are resized as TensorFlow 1 did it. The units' names are those of the weight files.
+It differs from torchvision's: average pooling excludes the padding, the last block uses maximum pooling, the classifier
+has 1,008 classes, and images are resized as in TensorFlow 1. Modules are named as in the weight files.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 class ConvUnit(nn.Module):
-    """Convolution, batch norm, ReLU. Padded so that stride 1 keeps the size; stride 2 has no padding."""
+    """Convolution, batch norm, ReLU. At stride 1 the padding keeps the size; stride 2 has no padding."""
 
-    def __init__(self, before: int, width: int, kernel: tuple[int, int], stride: int = 1, padded: bool = True):
+    def __init__(self, in_width: int, width: int, kernel: tuple[int, int], stride: int = 1, padded: bool = True):
         super().__init__()
         padding = (kernel[0] // 2, kernel[1] // 2) if padded and stride == 1 else (0, 0)
-        self.conv = nn.Conv2d(before, width, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(in_width, width, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=1e-3)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
@@ -43,19 +43,19 @@ class ConvUnit(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their channels concatenated. A branch is a chain of units and may fork at its end.
+    """Parallel branches whose channels are concatenated. A branch is a chain of units and may fork at its end.
 
-    A branch of one unit is named as the branch; the units of a longer one are numbered from 1, those of a fork a and b.
-    `pool` feeds the branch named branch_pool, or is a branch of its own, the last, where there is none of that name.
+    A unit is named after its branch; in a branch of several, units are numbered from 1, and those of a fork are named a
+    and b. The pooled input goes into the branch `branch_pool`; without such a branch it is concatenated last.
     """
 
-    def __init__(self, before: int, pool: Callable[[Tensor], Tensor], **branches: list[Unit | tuple[Unit, Unit]]):
+    def __init__(self, in_width: int, pool: Callable[[Tensor], Tensor], **branches: list[Unit | tuple[Unit, Unit]]):
         super().__init__()
         self.pool, self.chains = pool, []
-        self.width = 0 if "branch_pool" in branches else before
+        self.width = 0 if "branch_pool" in branches else in_width
         for branch, specs in branches.items():
             chain: list[tuple[str, ...]] = []
-            channels = before
+            channels = in_width
             for i, spec in enumerate(specs, start=1):
                 units = spec if isinstance(spec[0], tuple) else (spec,)
                 stem = branch if len(specs) == 1 else f"{branch}_{i}"
@@ -79,18 +79,18 @@ class Mixed(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
-def _c(width: int, kernel: int | tuple[int, int] = 1, stride: int = 1) -> Unit:
+def _unit(width: int, kernel: int | tuple[int, int] = 1, stride: int = 1) -> Unit:
     return width, (kernel, kernel) if isinstance(kernel, int) else kernel, stride
 
 
-def _mixed_5(before: int, pooled: int) -> Mixed:
+def _mixed_5(in_width: int, pool_width: int) -> Mixed:
     return Mixed(
-        before,
+        in_width,
         _average,
-        branch1x1=[_c(64)],
-        branch5x5=[_c(48), _c(64, 5)],
-        branch3x3dbl=[_c(64), _c(96, 3), _c(96, 3)],
-        branch_pool=[_c(pooled)],
+        branch1x1=[_unit(64)],
+        branch5x5=[_unit(48), _unit(64, 5)],
+        branch3x3dbl=[_unit(64), _unit(96, 3), _unit(96, 3)],
+        branch_pool=[_unit(pool_width)],
     )
 
 
@@ -99,27 +99,27 @@ def _mixed_6(middle: int) -> Mixed:
     return Mixed(
         768,
         _average,
-        branch1x1=[_c(192)],
-        branch7x7=[_c(middle), _c(middle, wide), _c(192, tall)],
-        branch7x7dbl=[_c(middle), _c(middle, tall), _c(middle, wide), _c(middle, tall), _c(192, wide)],
-        branch_pool=[_c(192)],
+        branch1x1=[_unit(192)],
+        branch7x7=[_unit(middle), _unit(middle, wide), _unit(192, tall)],
+        branch7x7dbl=[_unit(middle), _unit(middle, tall), _unit(middle, wide), _unit(middle, tall), _unit(192, wide)],
+        branch_pool=[_unit(192)],
     )
 
 
-def _mixed_7(before: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
-    fork = (_c(384, (1, 3)), _c(384, (3, 1)))
+def _mixed_7(in_width: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
+    fork = (_unit(384, (1, 3)), _unit(384, (3, 1)))
     return Mixed(
-        before,
+        in_width,
         pool,
-        branch1x1=[_c(320)],
-        branch3x3=[_c(384), fork],
-        branch3x3dbl=[_c(448), _c(384, 3), fork],
-        branch_pool=[_c(192)],
+        branch1x1=[_unit(320)],
+        branch3x3=[_unit(384), fork],
+        branch3x3dbl=[_unit(448), _unit(384, 3), fork],
+        branch_pool=[_unit(192)],
     )
 
 
 class Inception(nn.Module):
-    """uint8 images to pool features (B, 2048), spatial features (B, 2023) and class scores (B, 1008)."""
+    """uint8 images to pool features (B, 2048), spatial features (B, 2023) and class logits (B, 1008)."""
 
     name = "inception"
 
@@ -131,37 +131,39 @@ class Inception(nn.Module):
         self.Conv2d_3b_1x1 = ConvUnit(64, 80, (1, 1))
         self.Conv2d_4a_3x3 = ConvUnit(80, 192, (3, 3), padded=False)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed_5(192, 32), _mixed_5(256, 64), _mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, _halve, branch3x3=[_c(384, 3, 2)], branch3x3dbl=[_c(64), _c(96, 3), _c(96, 3, 2)])
+        self.Mixed_6a = Mixed(
+            288, _halve, branch3x3=[_unit(384, 3, 2)], branch3x3dbl=[_unit(64), _unit(96, 3), _unit(96, 3, 2)]
+        )
         self.Mixed_6b, self.Mixed_6c = _mixed_6(128), _mixed_6(160)
         self.Mixed_6d, self.Mixed_6e = _mixed_6(160), _mixed_6(192)
         self.Mixed_7a = Mixed(
             768,
             _halve,
-            branch3x3=[_c(192), _c(320, 3, 2)],
-            branch7x7x3=[_c(192), _c(192, (1, 7)), _c(192, (7, 1)), _c(192, 3, 2)],
+            branch3x3=[_unit(192), _unit(320, 3, 2)],
+            branch7x7x3=[_unit(192), _unit(192, (1, 7)), _unit(192, (7, 1)), _unit(192, 3, 2)],
         )
         self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, _average), _mixed_7(2048, _maximum)
         self.fc = nn.Linear(2048, 1008)
 
     @classmethod
     def from_file(cls, path: Path) -> Inception:
-        """Load the ported weights; UserError when the file is absent or holds another network."""
+        """Load the ported weights; UserError when the file is absent or of another network."""
         if not path.is_file():
             raise UserError(f"there is no {path}; Inception features need {FILE}")
-        found = {n: t for n, t in read_tensors(path, "").items() if not n.endswith("num_batches_tracked")}
+        tensors = {n: t for n, t in read_tensors(path, "").items() if not n.endswith("num_batches_tracked")}
         model = cls().eval().requires_grad_(False)
-        wanted = {n: t for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
+        expected = {n: t.shape for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
         try:
-            check_tensors(path, {n: tuple(t.shape) for n, t in found.items()}, {n: t.shape for n, t in wanted.items()})
+            check_tensors(path, {n: tuple(t.shape) for n, t in tensors.items()}, expected)
         except UserError as error:
             raise UserError(f"{error}; expected {FILE}") from None
-        model.load_state_dict(found, strict=False)
+        model.load_state_dict(tensors, strict=False)
         return model
 
     @torch.no_grad()
     def forward(self, image_B3HW: Tensor) -> Features:
-        """`spatial`: the first 7 channels of the 1x1 branch of Mixed_6d, in the order (h, w, channel), as ADM's
-        evaluator takes them. `logits`: without the bias, as its Inception Score."""
+        """`spatial`: the first 7 channels of the 1x1 branch of Mixed_6d, in the order (h, w, channel), as in ADM's
+        evaluator. `logits`: without the bias, as in ADM's Inception Score."""
         x = (resize_like_tensorflow(image_B3HW.float(), _SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x)))
@@ -178,13 +180,13 @@ class Inception(nn.Module):
 
 
 def resize_like_tensorflow(image_B3HW: Tensor, side: int) -> Tensor:
-    """Bilinear without antialiasing, by TensorFlow 1's rule: target pixel i looks at i times the ratio of the sizes."""
+    """Bilinear resize without antialiasing, as in TensorFlow 1: target pixel i is sampled at i times the size ratio."""
     for dim in (2, 3):
         size = image_B3HW.shape[dim]
-        at = torch.arange(side, dtype=torch.float32, device=image_B3HW.device) * (size / side)
-        low = at.floor().long().clamp_max(size - 1)
+        position = torch.arange(side, dtype=torch.float32, device=image_B3HW.device) * (size / side)
+        low = position.floor().long().clamp_max(size - 1)
         high = (low + 1).clamp_max(size - 1)
-        share = (at - low).view(-1, 1) if dim == 2 else at - low
+        weight = (position - low).view(-1, 1) if dim == 2 else position - low
         first, second = image_B3HW.index_select(dim, low), image_B3HW.index_select(dim, high)
-        image_B3HW = first + (second - first) * share
+        image_B3HW = first + (second - first) * weight
     return image_B3HW

@@ -1,30 +1,56 @@
-"""Which feature network a user means."""
+"""Loads the feature network or the encoder that a file, folder or hub name refers to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from nextscale.common.errors import UserError
-from nextscale.encoders.classifier import is_classifier, load_classifier
-from nextscale.encoders.dino import ClassToken, load_dino
-from nextscale.encoders.inception import FILE, Inception
+from nextscale.common.files import is_hub_name
+from nextscale.encoders import dino, inception, moco_v3, self_supervised
+from nextscale.encoders.classifier import ClassifierEncoder, is_classifier, load_classifier
 from nextscale.encoders.network import FeatureNetwork
+from nextscale.encoders.patches import PatchEncoder
+
+_ENCODERS = (
+    f"{dino.EXPECTED}; {moco_v3.EXPECTED}; {self_supervised.EXPECTED}; "
+    "or the folder of a classifier that `nextscale classifier train` wrote"
+)
 
 
-def load_network(source: str) -> FeatureNetwork:
-    """The network of a file or folder: Inception's ported weights (.pth or .safetensors), the folder of a classifier of
-    ours, or of an encoder (DINOv2, by its class token), or an encoder's name on the hub.
+def load_feature_network(source: str) -> FeatureNetwork:
+    """The feature network of a file (Inception's ported weights, .pth or .safetensors), a folder (a classifier of
+    `nextscale classifier train`, or DINOv2, whose feature is the class token), or DINOv2's name on the hub.
 
-    Raises UserError when there is none, or it is of another kind.
+    Raises UserError when there is none, or when it is another network.
     """
     path = Path(source)
     if path.is_file() or path.suffix in (".pth", ".pt", ".safetensors"):
-        return Inception.from_file(path)
+        return inception.Inception.from_file(path)
     if is_classifier(path):
         return load_classifier(path)
     if not path.exists() and "/" not in source:
         raise UserError(
-            f"there is no feature network {source}; give {FILE}, the folder of a classifier that `nextscale "
+            f"there is no feature network {source}; give {inception.FILE}, the folder of a classifier that `nextscale "
             "classifier train` wrote, or the folder or hub name of DINOv2"
         )
-    return ClassToken(load_dino(source))
+    return dino.DinoFeatureNetwork(dino.load_dino(source))
+
+
+def load_encoder(source: str) -> PatchEncoder:
+    """The frozen encoder of a file (MoCo v3's checkpoint), a folder (DINOv2 or DINOv3 as transformers writes it, an
+    encoder of `nextscale encoder train`, or a classifier), or DINO's name on the hub.
+
+    Raises UserError naming what is expected when it is none of these.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix in (".pth", ".pt", ".tar", ".safetensors"):
+        return moco_v3.load_moco_v3(path)
+    if self_supervised.is_small_encoder(path):
+        return self_supervised.load_small_encoder(path)
+    if is_classifier(path):
+        return ClassifierEncoder(load_classifier(path))
+    if not path.is_dir() and not is_hub_name(source):
+        raise UserError(f"there is no encoder '{source}'; give {_ENCODERS}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{source} holds no encoder: it has no config.json; give {_ENCODERS}")
+    return dino.load_dino(source)

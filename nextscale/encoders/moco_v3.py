@@ -1,7 +1,7 @@
-"""MoCo v3's vision transformers (Chen, Xie, He 2021, arXiv 2104.02057), from the files that its authors publish.
+"""MoCo v3's vision transformers (Chen, Xie, He 2021, arXiv 2104.02057), from the authors' checkpoints.
 
-The modules' names are timm's, which are those of the files. The position embedding is a fixed 2-D sine-cosine table
-that the files hold, with a row of zeros for the class token; for other grids it is resampled.
+Modules are named as in the checkpoints, which use timm's names. The position embedding is a fixed 2-D sine-cosine
+table stored in the checkpoint, with a row of zeros for the class token; for other grids it is resampled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nextscale.checkpoints.official_files import read_tensors
 from nextscale.common.errors import UserError
 from nextscale.encoders.patches import PatchEncoder
 
-WANTED = "MoCo v3's vit-b-300ep.pth.tar (or .pth, .safetensors; of any of its ViTs)"
+EXPECTED = "MoCo v3's vit-b-300ep.pth.tar (or .pth, .safetensors; of any of its ViTs)"
 _HEADS = {384: 12, 768: 12, 1024: 16, 1280: 16}
 _PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "")
 _EPS = 1e-6
@@ -55,10 +55,10 @@ class _Block(nn.Module):
 
 
 class MocoV3(PatchEncoder):
-    """The encoder of a MoCo v3 checkpoint without its head: patch tokens after the last norm."""
+    """The encoder of a MoCo v3 checkpoint without its head. The features are the patch tokens after the last norm."""
 
     def __init__(self, width: int, depth: int, patch: int, side: int):
-        """`side`: cells per side of the grid that it was trained on."""
+        """`side`: cells per side of the grid that the encoder was trained on."""
         super().__init__("moco_v3", patch, width, side * patch)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -66,17 +66,17 @@ class MocoV3(PatchEncoder):
         self.blocks = nn.ModuleList(_Block(width, _HEADS[width]) for _ in range(depth))
         self.norm = nn.LayerNorm(width, _EPS)
 
-    def look(self, normal_B3HW: Tensor) -> Tensor:
-        x_BDhw = self.patch_embed["proj"](normal_B3HW)
+    def forward_features(self, image_B3HW: Tensor) -> Tensor:
+        x_BDhw = self.patch_embed["proj"](image_B3HW)
         grid = (x_BDhw.shape[-2], x_BDhw.shape[-1])
         x_BND = torch.cat([self.cls_token.expand(len(x_BDhw), -1, -1), x_BDhw.flatten(2).mT], dim=1)
-        x_BND = x_BND + self.positions(grid)
+        x_BND = x_BND + self.position_embedding(grid)
         for block in self.blocks:
             x_BND = block(x_BND)
         return self.norm(x_BND)[:, 1:].unflatten(1, grid)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding (1, 1 + h w, C) of a grid, resampled (bicubic, antialiased, as timm does)."""
+    def position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """The position embedding (1, 1 + h w, C) of a grid, resampled as in timm (bicubic, antialiased)."""
         if grid == self.grid:
             return self.pos_embed
         table_1Dhw = self.pos_embed[:, 1:].mT.unflatten(2, self.grid)
@@ -85,21 +85,21 @@ class MocoV3(PatchEncoder):
 
 
 def load_moco_v3(path: Path) -> MocoV3:
-    """The encoder of a checkpoint (module.base_encoder.*), or of a file with timm's plain names; ViT-S, B, L or H.
+    """The frozen encoder of a MoCo v3 checkpoint (module.base_encoder.*) or of a file with timm's names; ViT-S to H.
 
-    Projection head, momentum encoder and optimizer are passed over. Raises UserError when the file is absent, damaged,
-    or holds something else.
+    Ignores projection head, momentum encoder and optimizer. Raises UserError when the file is absent, damaged, or of
+    another network.
     """
-    found = read_tensors(path, "")
-    marks = [prefix for prefix in _PREFIXES if f"{prefix}pos_embed" in found]
-    wanted = f"{path} holds no encoder of MoCo v3; it wants {WANTED}"
-    if not marks:
-        raise UserError(f"{wanted}, with tensors named {_PREFIXES[0]}* or as timm names them")
-    inner = {name.removeprefix(marks[0]): t for name, t in found.items() if name.startswith(marks[0])}
-    tensors = {name: t for name, t in inner.items() if name.split(".")[0] != "head"}
+    checkpoint = read_tensors(path, "")
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}pos_embed" in checkpoint), None)
+    message = f"{path} holds no encoder of MoCo v3; expected {EXPECTED}"
+    if prefix is None:
+        raise UserError(f"{message}, with tensors named {_PREFIXES[0]}* or as timm names them")
+    encoder_tensors = {name.removeprefix(prefix): t for name, t in checkpoint.items() if name.startswith(prefix)}
+    tensors = {name: t for name, t in encoder_tensors.items() if name.split(".")[0] != "head"}
     kernel = tensors.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 4 or kernel.shape[0] not in _HEADS or tensors["pos_embed"].ndim != 3:
-        raise UserError(f"{wanted}; this one's patches are {tuple(kernel.shape)}, and widths are {[*_HEADS]}")
+        raise UserError(f"{message}; its patch embedding is {tuple(kernel.shape)}, known widths are {[*_HEADS]}")
     width, patch = kernel.shape[0], kernel.shape[-1]
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     side = round(max(0, tensors["pos_embed"].shape[1] - 1) ** 0.5)

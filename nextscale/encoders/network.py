@@ -1,4 +1,4 @@
-"""What a feature network is: frozen, from 8-bit images to one vector per image."""
+"""The interface of feature networks: frozen networks that give one vector for each 8-bit image."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ class Features:
     pool_BD: Tensor
     """One vector for each image."""
     spatial_BS: Tensor | None = None
-    """Features that still know places, flattened."""
+    """A flattened feature map."""
     logits_BC: Tensor | None = None
-    """Scores of classes."""
+    """Class logits."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by name: pool, spatial, logits."""
+    def to_dict(self) -> dict[str, Tensor]:
+        """The tensors that the network has, by name: pool, spatial, logits."""
         named = {"pool": self.pool_BD, "spatial": self.spatial_BS, "logits": self.logits_BC}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 class FeatureNetwork(Protocol):
-    """A frozen network, whose name tells whose features its figures are made of."""
+    """A frozen network. The metrics computed from its features carry its name."""
 
     @property
     def name(self) -> str:
         """inception, dinov2, or classifier."""
 
     def __call__(self, image_B3HW: Tensor) -> Features:
-        """Features of uint8 images, which may have any one size."""
+        """Features of uint8 images of any size."""
 
     def fingerprint(self) -> str:
-        """A checksum of the weights: features of different weights must not be compared."""
+        """A checksum of the weights. Features of different weights must not be compared."""
 
 
 def fingerprint(module: nn.Module) -> str:

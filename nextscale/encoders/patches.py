@@ -1,4 +1,4 @@
-"""What a patch encoder is: frozen, from images to one feature vector for each cell of a grid."""
+"""The base class of image encoders: frozen networks that give one feature vector for each cell of a grid."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PatchEncoder(nn.Module):
-    """The part that all encoders share: size and normalisation of the images. Takes no gradient when called.
-
-    Subclasses give `look`.
-    """
+    """Resizes and normalises images, then calls `forward_features`, which subclasses define. Computes no gradients."""
 
     mean_3: Tensor
     std_3: Tensor
@@ -24,9 +21,9 @@ class PatchEncoder(nn.Module):
         self, kind: str, patch: int, width: int, size: int,
         mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD,
     ):  # fmt: skip
-        """`kind`: what the features are called. `patch`: pixels per cell of the grid, along each side. `width`: C, the
-        channels of a feature. `size`: pixels per side of the images it was made for. `mean`, `std`: of pixels in
-        0 to 1."""
+        """`kind`: the name of the features. `patch`: pixels per cell of the grid, along each side. `width`: C, the
+        channels of a feature. `size`: pixels per side of the images that the encoder was trained on. `mean`, `std`: of
+        pixels in 0 to 1."""
         super().__init__()
         self.kind, self.patch, self.width, self.size = kind, patch, width, size
         self.register_buffer("mean_3", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -34,15 +31,15 @@ class PatchEncoder(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Cells (h, w) of the images it was made for."""
+        """Cells (h, w) of an image of the size that the encoder was trained on."""
         return self.size // self.patch, self.size // self.patch
 
     @torch.no_grad()
     def forward(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features (B, h, w, C), float32, of images in [-1, 1], which are first resized to grid times patch pixels."""
-        return self.look(self.prepared(image_B3HW, grid)).float()
+        return self.forward_features(self.preprocess(image_B3HW, grid)).float()
 
-    def prepared(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
+    def preprocess(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images in [-1, 1], resized (bicubic, antialiased) to grid times patch pixels and normalised."""
         size = (grid[0] * self.patch, grid[1] * self.patch)
         image_B3HW = image_B3HW.float()
@@ -50,7 +47,7 @@ class PatchEncoder(nn.Module):
             image_B3HW = F.interpolate(image_B3HW, size, mode="bicubic", antialias=True).clamp(-1, 1)
         return ((image_B3HW + 1) / 2 - self.mean_3) / self.std_3
 
-    def look(self, normal_B3HW: Tensor) -> Tensor:
+    def forward_features(self, image_B3HW: Tensor) -> Tensor:
         """Features (B, h, w, C) of normalised images whose sides are multiples of the patch."""
         raise NotImplementedError
 

@@ -81,7 +81,7 @@ def _look_at(images: Images, rows: range, look: Look, bar: tqdm) -> dict[str, Te
             look.keep(start, pixels)
         on_device = pixels.to(look.device)
         for network in look.networks:
-            for kind, tensor in network(on_device).tensors().items():
+            for kind, tensor in network(on_device).to_dict().items():
                 pieces.setdefault(f"{network.name}.{kind}", []).append(tensor.cpu())
         if look.partner is not None and look.pairing is not None:
             other = look.partner.fetch(start, stop).to(look.device)

@@ -17,7 +17,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_image, to_pil
 from nextscale.config.sampling import SampleConfig
-from nextscale.encoders.load import load_network
+from nextscale.encoders.load import load_feature_network
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.evaluation.collect import Look, claim_folder, collect, gathered
 from nextscale.evaluation.images import Images, NpzImages, open_images
@@ -169,7 +169,7 @@ def _networks(sources: Sequence[str], world: World) -> dict[str, FeatureNetwork]
     """Feature networks by name; UserError when two have the same."""
     found: dict[str, FeatureNetwork] = {}
     for source in sources:
-        network = load_network(source)
+        network = load_feature_network(source)
         if network.name in found:
             raise UserError(f"two feature networks are named {network.name}: measure them in two reports")
         found[network.name] = network.to(world.device) if isinstance(network, torch.nn.Module) else network

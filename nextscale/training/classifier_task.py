@@ -28,7 +28,7 @@ class ClassifierTask(Task):
         image_B3HW, label_B = batch["image"], batch["label"]
         if noise:
             image_B3HW = moved(image_B3HW, noise["shift"], self.shift)
-        logits_BC = self.model.look(image_B3HW)[1] if noise else self.model(image_B3HW).tensors()["logits"]
+        logits_BC = self.model.forward_once(image_B3HW)[1] if noise else self.model(image_B3HW).logits_BC
         loss = F.cross_entropy(logits_BC, label_B, label_smoothing=self.smoothing if noise else 0.0)
         return loss, {"accuracy": (logits_BC.detach().argmax(-1) == label_B).float().mean()}
 

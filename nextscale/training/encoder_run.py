@@ -17,7 +17,7 @@ from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.parse import to_dict
 from nextscale.data.datasets import load_images
 from nextscale.data.examples import Examples
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.evaluation.metrics.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
 from nextscale.tokenizer.tokenizer import to_unit
@@ -76,7 +76,7 @@ class EncoderWatch:
         encoder = self.task.moco.query.encoder
         unreadable: list[str] = []
         bank = min(self.bank, len(self.task.examples))
-        encoder.standardise(image for image, _ in _batches(encoder, self.task.examples, bank, unreadable))
+        encoder.compute_statistics(image for image, _ in _batches(encoder, self.task.examples, bank, unreadable))
         values: Values = {"unreadable": unreadable}
         if self.classes > 1:
             held_out = pooled(encoder, self.held_out, len(self.held_out), unreadable)
@@ -85,7 +85,7 @@ class EncoderWatch:
 
     def keep(self, step: int, best: bool) -> None:
         if self.world.main:
-            self.task.moco.query.encoder.trained_for(step)
+            self.task.moco.query.encoder.set_steps(step)
             self.task.moco.query.encoder.save(self.folder)
 
 

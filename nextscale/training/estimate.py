@@ -14,7 +14,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache, is_token_cache
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.parallel import mixtures_of

@@ -35,7 +35,7 @@ class Branch(nn.Module):
         )
 
     def forward(self, view_B3HW: Tensor) -> Tensor:
-        return F.normalize(self.head(self.encoder.map(view_B3HW).mean(dim=(2, 3))).float(), dim=1)
+        return F.normalize(self.head(self.encoder.forward_map(view_B3HW).mean(dim=(2, 3))).float(), dim=1)
 
 
 class Moco(nn.Module):

@@ -13,7 +13,7 @@ from nextscale.config.parse import to_dict
 from nextscale.data.cache import CacheWriter
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 
 
 def tokenize(

@@ -25,7 +25,7 @@ from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import CachedExamples, TokenCache, is_token_cache
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples
-from nextscale.encoders.load_encoder import load_encoder
+from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline

@@ -1,0 +1,35 @@
+"""The files of the classifiers and encoders that this package trains: config.json and model.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from nextscale.checkpoints.checkpoint import list_shapes
+from nextscale.checkpoints.native import read_safetensors, unshare_storage
+from nextscale.common.errors import UserError
+from nextscale.common.files import read_json, write_atomically, write_json
+
+
+def save_module(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:
+    """Write the weights to model.safetensors and `head` (format, version, settings) to config.json."""
+    with write_atomically(folder / "model.safetensors", folder / "config.json") as (tensors, config):
+        save_file(unshare_storage(dict(module.state_dict())), tensors)
+        write_json(config, head)
+
+
+def read_head(folder: Path, format_name: str, version: int, kind: str) -> dict[str, Any]:
+    """The content of config.json; UserError naming the `kind` of model when it has another format or version."""
+    head = read_json(folder / "config.json")
+    if not isinstance(head, dict) or head.get("format") != format_name or head.get("version") != version:
+        raise UserError(f"{folder} is no {kind} of this nextscale: its config.json says another format or version")
+    return head
+
+
+def load_frozen_weights(module: nn.Module, folder: Path) -> None:
+    """Load model.safetensors into the module, and set it to evaluation mode without gradients."""
+    module.load_state_dict(read_safetensors(folder / "model.safetensors", list_shapes(module)))
+    module.eval().requires_grad_(False)
