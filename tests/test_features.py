@@ -50,7 +50,9 @@ def test_absent_and_foreign_encoders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no encoder 'dino'; give .*MoCo v3's .*`nextscale encoder train`"):
         load_encoder("dino")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"cannot load an encoder from .*expected a folder with config.json and model.saf"):
+    with pytest.raises(
+        UserError, match=r"cannot load an encoder from .*expected a folder with config.json and model.saf"
+    ):
         load_encoder(str(tmp_path))
     transformers.ViTModel(transformers.ViTConfig(**SMALL)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a 'vit'; encoders are dinov2"):
