@@ -33,13 +33,13 @@ FIRST_SCALE = """
 import os, sys, time
 sys.argv = ["nextscale", "sample", sys.argv[1], "--labels", "1", "--out", "first-scale.png"]
 from nextscale import cli
-import nextscale.sampling.sampler as generate
-step = generate.Eager.logits
+from nextscale.sampling.predictor import ModelPredictor
+step = ModelPredictor.__call__
 def stop(*given):
     step(*given)
     print(time.time(), flush=True)
     os._exit(0)
-generate.Eager.logits = stop
+ModelPredictor.__call__ = stop
 cli.main(sys.argv[1:])
 """
 

@@ -183,7 +183,7 @@ def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConf
         taken_over = settings.draft_scales
         total += sum(scale_flops(config, k) for k in scales[:taken_over])
         total += sum(scale_flops(refiner, k, head=k >= taken_over) for k in scales)
-    return total * (2 if settings.cfg > 0 else 1)
+    return total * (2 if settings.guided else 1)
 
 
 def condition_flops(model: TransformerConfig) -> int:

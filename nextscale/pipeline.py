@@ -8,43 +8,46 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.backends.cpu.ops import pack
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
-from nextscale.checkpoints.hub import locate, upload
 from nextscale.checkpoints.native import read_modules, write_checkpoint
 from nextscale.common.devices import find_device, keep_freed_memory
 from nextscale.common.errors import UserError
-from nextscale.common.pictures import save_grid, to_pil
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import InitConfig
-from nextscale.data.images import ImageLike, load_image, load_mask, to_tensor
-from nextscale.sampling.budget import resolved
-from nextscale.sampling.capture import Captured
-from nextscale.sampling.editing import keep_cells
-from nextscale.sampling.sampler import Eager, Kept, Sample, ScaleStep, Steps, generate, generate_scales, log_likelihood
-from nextscale.sparsify.convert import check_identity
+from nextscale.sampling.build import CreatePredictor, build_sampler
+from nextscale.sampling.sampler import (
+    LogitsProcessor,
+    ScaleStep,
+    compute_log_likelihood,
+    sample_images,
+    sample_scales,
+)
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.transformer.initialization import initialise
 from nextscale.transformer.var import VAR
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from nextscale.data.images import ImageLike
 
 Labels = Tensor | Sequence["int | str | None"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """What the pipeline returns: images and the tokens they were painted from."""
+    """What the pipeline returns: images and the tokens they were decoded from."""
 
     tokens: Tensor
     """int64 (B, L), all scales, coarse to fine."""
@@ -53,11 +56,15 @@ class Images:
     captions: tuple[str, ...]
 
     def pil(self) -> list[Image]:
-        """The images as 8-bit RGB pictures."""
+        """The images as 8-bit RGB PIL images."""
+        from nextscale.common.pictures import to_pil
+
         return to_pil(self.tensor)
 
     def save(self, path: str | Path) -> None:
         """Write all images as one captioned grid."""
+        from nextscale.common.pictures import save_grid
+
         save_grid(self.tensor, self.captions, Path(path))
 
 
@@ -73,7 +80,7 @@ class Pipeline:
         self._stored: dict[str, torch.dtype] = {}
         self._refiner: VAR | None = None
         self._refiner_source = ""
-        self._begin: Callable[[VAR, Any, SampleConfig], Steps] = Eager
+        self._captured: CreatePredictor | None = None
 
     # making and loading
 
@@ -84,6 +91,8 @@ class Pipeline:
             torch.manual_seed(fold_seed(seed, "tokenizer"))
             tokenizer, transformer = build_modules(config)
         if transformer is not None:
+            from nextscale.transformer.initialization import initialise
+
             initialise(transformer, init or InitConfig(), make_generator(seed, "transformer"))
         return cls(config, tokenizer, transformer)
 
@@ -105,8 +114,8 @@ class Pipeline:
         sampling (`Pipeline.pack`); say False to train the modules. Raises UserError naming the file and tensor when
         something is amiss.
         """
-        checkpoint, modules = read_modules(locate(source, revision=revision, token=token))
-        check_identity(source, checkpoint)
+        checkpoint, modules = read_modules(_find_folder(source, revision, token))
+        _check_routers(source, checkpoint)
         device = find_device(device)
         computes = _compute_dtype(dtype, device, checkpoint)
         pipeline = cls._around(checkpoint, modules)
@@ -157,7 +166,7 @@ class Pipeline:
         return self
 
     def refine_with(self, refiner: Pipeline) -> Pipeline:
-        """Let another model, as a rule a smaller one, draw the scales from the setting `draft_scales` on (CoDe).
+        """Let another model, usually a smaller one, generate the scales from the setting `draft_scales` on (CoDe).
 
         Both must share the tokenizer, the scales and the classes; UserError otherwise.
         """
@@ -170,7 +179,7 @@ class Pipeline:
         self._refiner = refiner.transformer
         return self
 
-    def _refiner_for(self, settings: SampleConfig) -> VAR | None:
+    def _load_refiner(self, settings: SampleConfig) -> VAR | None:
         """The refiner of these settings, loaded at its first use; or the one that `refine_with` was given."""
         if settings.refiner and settings.refiner != self._refiner_source:
             dtype = next(self.transformer.parameters()).dtype
@@ -179,8 +188,10 @@ class Pipeline:
         return self._refiner if settings.draft_scales or settings.refiner else None
 
     def capture(self) -> Pipeline:
-        """Run the steps on fixed memory from now on, on a GPU as CUDA graphs: faster at small batches."""
-        self._begin = Captured()
+        """Run the transformer's steps on fixed memory, on a GPU as CUDA graphs: faster at small batches."""
+        from nextscale.backends.cuda.graphs import GraphPool
+
+        self._captured = GraphPool().create_predictor
         return self
 
     # saving
@@ -204,11 +215,15 @@ class Pipeline:
         """Write a checkpoint folder; with `push_to_hub`, upload it as `repo_id` (default: the folder's name)."""
         write_checkpoint(Path(folder), self.to_checkpoint())
         if push_to_hub:
+            from nextscale.checkpoints.hub import upload
+
             upload(Path(folder), repo_id or Path(folder).name)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload to the Hugging Face hub as `owner/name` and return the address of the commit."""
         import tempfile
+
+        from nextscale.checkpoints.hub import upload
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -237,58 +252,77 @@ class Pipeline:
         batch_size: int = 16,
         first_image: int = 0,
         progress: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
         **overrides: Any,
     ) -> Images:
         """Generate one image per label.
 
-        `labels`: class indices, class names, or None for no label. Settings come from `config` and from keywords
-        (cfg, top_k, top_p, temperature, seed, smooth, official_seeding). Image i has stream (seed, first_image + i), so
-        `batch_size` is a matter of memory only; official seeding runs everything in one batch, because there an
-        image depends on its batch.
+        `labels`: class indices, class names, or None for no label. Settings come from `config` and from keywords, the
+        fields of `SampleConfig`. Image i uses random stream (seed, first_image + i), so results do not depend on
+        `batch_size`; official seeding runs everything in one batch, because there an image depends on its batch.
+
+        cfg, temperature, top_k and top_p also take a list with one number per scale, or a function from the scale to
+        the number. `logits_processors`: functions (logits_BNV, k) -> logits_BNV of your own. They are applied in order
+        after guidance, before temperature and top-k and top-p.
+
+        >>> def forbid_token_0(logits_BNV, k):
+        ...     out = logits_BNV.clone()
+        ...     out[..., 0] = -torch.inf
+        ...     return out
+        >>> scales = len(pipeline.config.pyramid)
+        >>> images = pipeline.sample(
+        ...     [1, 2],
+        ...     cfg=lambda k: 0.0 if k == 0 else 1.5,           # no guidance at the first scale
+        ...     temperature=[1.0] * (scales - 1) + [0.9],       # a colder last scale
+        ...     logits_processors=[forbid_token_0],
+        ... )
+        >>> bool((images.tokens == 0).any())
+        False
         """
-        settings = self._settings(config, overrides)
+        settings = self._parse_settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices(labels))
         size = len(values) if settings.official_seeding else max(batch_size, 1)
         if not len(values):
             raise UserError("sampling needs at least one label; got none")
-        refiner = self._refiner_for(settings)
-        parts = [
-            generate(
-                self.tokenizer,
-                self.transformer,
-                values[i : i + size],
-                settings,
-                first_image + i,
-                refiner=refiner,
-                begin=self._begin,
-            )
-            for i in tqdm(range(0, len(values), size), desc="sampling", unit="batch", disable=not progress)
-        ]
-        joined = Sample(torch.cat([p.tokens_BL for p in parts]), torch.cat([p.images_B3HW for p in parts]))
-        captions = tuple(self.caption(int(v)) for v in values)
-        return Images(joined.tokens_BL.cpu(), joined.images_B3HW.cpu(), captions)
+        refiner = self._load_refiner(settings)
+        batches = []
+        for i in tqdm(range(0, len(values), size), desc="sampling", unit="batch", disable=not progress):
+            sampler = build_sampler(
+                self.tokenizer, self.transformer, values[i : i + size], settings, first_image=first_image + i,
+                refiner=refiner, logits_processors=logits_processors, captured=self._captured,
+            )  # fmt: skip
+            batches.append(sample_images(sampler))
+        tokens, images = torch.cat([b.tokens_BL for b in batches]), torch.cat([b.images_B3HW for b in batches])
+        return Images(tokens.cpu(), images.cpu(), tuple(self.caption(int(v)) for v in values))
 
     def sample_scales(
-        self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, **overrides: Any
+        self,
+        labels: Labels,
+        config: SampleConfig | None = None,
+        first_image: int = 0,
+        *,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        **overrides: Any,
     ) -> Iterator[ScaleStep]:
         """As `sample` for one batch, yielding each scale as it is done; `pipeline.tokenizer.paint` shows its canvas."""
         values = self.transformer.condition.parse(self.label_indices(labels))
-        settings = self._settings(config, overrides)
-        return generate_scales(
-            self.tokenizer, self.transformer, values, settings, first_image,
-            refiner=self._refiner_for(settings), begin=self._begin,
+        settings = self._parse_settings(config, overrides)
+        sampler = build_sampler(
+            self.tokenizer, self.transformer, values, settings, first_image=first_image,
+            refiner=self._load_refiner(settings), logits_processors=logits_processors, captured=self._captured,
         )  # fmt: skip
+        return sample_scales(sampler)
 
     def reconstruct(self, images: Sequence[ImageLike] | Tensor) -> Images:
-        """Images through the tokenizer and back: paths, PIL images, or a tensor (B, 3, H, W) in [0, 1].
+        """Encode and decode images: paths, PIL images, or a tensor (B, 3, H, W) in [0, 1].
 
-        A picture of another size is resized on its short side and centre-cropped. One image at a time, so that each
-        gives the same tokens whatever comes with it.
+        An image of another size is resized on its short side and centre-cropped. Images are encoded one at a time, so
+        that each gives the same tokens in every batch.
         """
-        inputs, captions = self._inputs(images)
+        inputs, captions = self._load_images(images)
         tokens = torch.cat([self.tokenizer.encode(x[None].to(self.device)) for x in inputs])
-        painted = torch.cat([self.tokenizer.decode(t[None]) for t in tokens])
-        return Images(tokens.cpu(), (painted.cpu() + 1) / 2, captions)
+        decoded = torch.cat([self.tokenizer.decode(t[None]) for t in tokens])
+        return Images(tokens.cpu(), (decoded.cpu() + 1) / 2, captions)
 
     def edit(
         self,
@@ -298,30 +332,37 @@ class Pipeline:
         config: SampleConfig | None = None,
         *,
         first_image: int = 0,
+        logits_processors: Sequence[LogitsProcessor] = (),
         **overrides: Any,
     ) -> Images:
-        """Repaint what `mask` does not keep of an image.
+        """Generate the part of an image that `mask` does not keep.
 
-        `mask`: a picture, white where the image stays and black where it is repainted, or a tensor (H, W) of the
-        model's size with 1 and 0. `label`: the class to paint; None (the default) continues the image, for in-painting
-        and out-painting. Settings as in `sample`; with everything kept the result is the reconstruction, with nothing
-        kept the sample of that seed.
+        `mask`: an image, white where the image stays and black where it is generated anew, or a tensor (H, W) of the
+        model's size with 1 and 0. `label`: the class to generate; None (the default) continues the image, for
+        in-painting and out-painting. Settings and processors as in `sample`. A mask that keeps everything gives the
+        reconstruction, one that keeps nothing the sample of that seed.
         """
-        settings = self._settings(config, overrides)
+        from nextscale.data.images import load_mask
+        from nextscale.sampling.editing import Edit, select_kept_cells
+
+        settings = self._parse_settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices([label]))
         height, width = self.config.image_size
         mask_HW = mask if isinstance(mask, Tensor) else load_mask(mask, image, (height, width))[0]
         if mask_HW.shape != (height, width):
             raise UserError(f"a mask tensor must be ({height}, {width}); got {tuple(mask_HW.shape)}")
-        keep_1L = keep_cells(mask_HW.to(self.device), self.config.pyramid)[None]
-        kept = Kept(self.encode([image]).to(self.device), keep_1L)
-        refiner = self._refiner_for(settings)
-        sample = generate(self.tokenizer, self.transformer, values, settings, first_image, kept, refiner)
-        return Images(sample.tokens_BL.cpu(), sample.images_B3HW.cpu(), (self.caption(int(values[0])),))
+        keep_1L = select_kept_cells(mask_HW.to(self.device), self.config.pyramid)[None]
+        sampler = build_sampler(
+            self.tokenizer, self.transformer, values, settings, first_image=first_image,
+            edit=Edit(self.encode([image]).to(self.device), keep_1L), refiner=self._load_refiner(settings),
+            logits_processors=logits_processors, captured=self._captured,
+        )  # fmt: skip
+        edited = sample_images(sampler)
+        return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(int(values[0])),))
 
     def encode(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
         """Tokens (B, L) of images, given as in `reconstruct`."""
-        inputs, _ = self._inputs(images)
+        inputs, _ = self._load_images(images)
         return torch.cat([self.tokenizer.encode(x[None].to(self.device)) for x in inputs]).cpu()
 
     def score(self, images: Sequence[ImageLike] | Tensor, labels: Labels) -> Tensor:
@@ -330,7 +371,7 @@ class Pipeline:
         tokens = self.encode(images).to(self.device)
         if len(tokens) != len(values):
             raise UserError(f"score needs one label per image; got {len(tokens)} images and {len(values)} labels")
-        return log_likelihood(self.tokenizer, self.transformer, tokens, values).cpu()
+        return compute_log_likelihood(self.tokenizer, self.transformer, tokens, values).cpu()
 
     def label_indices(self, labels: Labels) -> list[int | None]:
         """Labels as indices: a text is a class name or else an index; numbers and None pass."""
@@ -358,22 +399,49 @@ class Pipeline:
             return "no label"
         return self.config.class_names[label] if self.config.class_names else str(label)
 
-    def _settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
+    def _parse_settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
+        """The settings, with functions of the scale as lists and thresholds in place of a budget."""
         known = [f.name for f in dataclasses.fields(SampleConfig)]
         for name in overrides:
             if name not in known:
                 raise UserError(f"sampling has no setting '{name}'{suggest_name(name, known)}")
-        return resolved(dataclasses.replace(config or SampleConfig(), **overrides), self._origin)
+        scales = range(len(self.config.pyramid))
+        values: dict[str, Any] = {n: tuple(v(k) for k in scales) if callable(v) else v for n, v in overrides.items()}
+        settings = dataclasses.replace(config or SampleConfig(), **values)
+        if not settings.budget:
+            return settings
+        from nextscale.sampling.thresholds import resolve_budget
 
-    def _inputs(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        return resolve_budget(settings, self._origin)
+
+    def _load_images(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, tuple[str, ...]]:
         """Images in [-1, 1] (B, 3, H, W) and a caption for each."""
         if isinstance(images, Tensor):
             return images.float() * 2 - 1, tuple(str(i) for i in range(len(images)))
         if not images:
             raise UserError("at least one image is needed; got none")
+        from nextscale.data.images import load_image, to_tensor
+
         size = self.config.image_size
         captions = tuple(Path(i).name if isinstance(i, str | Path) else str(n) for n, i in enumerate(images))
         return torch.stack([to_tensor(load_image(image, size)) for image in images]), captions
+
+
+def _find_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
+    """The checkpoint's folder, downloaded if `source` is no folder."""
+    if Path(source).is_dir():
+        return Path(source)
+    from nextscale.checkpoints.hub import locate
+
+    return locate(source, revision=revision, token=token)
+
+
+def _check_routers(source: object, checkpoint: Checkpoint) -> None:
+    """UserError when the routers of dynamic experts were trained for other weights than the checkpoint's."""
+    if checkpoint.config.transformer is not None and checkpoint.config.transformer.dynamic.identity:
+        from nextscale.sparsify.convert import check_identity
+
+        check_identity(source, checkpoint)
 
 
 def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -26,8 +26,9 @@ from nextscale.research.analysis.errors import analyse_errors
 from nextscale.research.analysis.features import analyse_features, principal
 from nextscale.research.analysis.load import analyse_load
 from nextscale.research.analysis.routing import analyse_routing
-from nextscale.sampling.draw import inverse_cdf
-from nextscale.sampling.logits import filtered, guide
+from nextscale.sampling.draw import invert_cdf
+from nextscale.sampling.filters import filter_top_k_top_p
+from nextscale.sampling.guidance import guide_logits
 from nextscale.training.tokenize import tokenize
 from tests.conftest import randomised, tiny_config
 from tests.test_cli import fails
@@ -230,9 +231,9 @@ def grown(pipeline, label: int, number: int, config: SampleConfig, wrong: dict[i
         inputs = pipeline.tokenizer.teacher_inputs(tokens)
         with torch.no_grad():
             plain, free = (pipeline.transformer(torch.tensor([v]), inputs).logits_BNV[:, i:j] for v in (label, 5))
-        likely = filtered(guide(plain, free, config.cfg * k / 3), 1.0, config.top_k, config.top_p)
+        likely = filter_top_k_top_p(guide_logits(plain, free, config.cfg * k / 3), config.top_k, config.top_p)
         u = torch.rand(j - i, generator=make_generator(config.seed, "token", number, k)).view(1, -1, 1)
-        tokens[:, i:j] = inverse_cdf(likely.softmax(-1), u).squeeze(-1)
+        tokens[:, i:j] = invert_cdf(likely.softmax(-1), u).squeeze(-1)
         if wrong and k in wrong:
             tokens[:, i:j] = wrong[k]
     return tokens

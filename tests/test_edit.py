@@ -8,7 +8,7 @@ from PIL import Image
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.editing import keep_cells
+from nextscale.sampling.editing import select_kept_cells
 from tests.conftest import randomised, tiny_config
 
 
@@ -42,7 +42,7 @@ def test_kept_cells_carry_the_encoding_at_every_scale(tiny, image):
     mask = torch.zeros(8, 8)
     mask[:, :4] = 1
     tokens, edited = tiny.encode([image]), tiny.edit(image, mask, 1, seed=1)
-    keep = keep_cells(mask, tiny.config.pyramid)
+    keep = select_kept_cells(mask, tiny.config.pyramid)
     assert torch.equal(edited.tokens[0, keep], tokens[0, keep])
     assert not torch.equal(edited.tokens[0, ~keep], tokens[0, ~keep])
     assert keep[0], "the coarsest map stays"
@@ -65,7 +65,7 @@ def test_cells_against_bilinear_interpolation_written_out():
                 top = mask[y0, x0] * (1 - u) + mask[y0, x1] * u
                 bottom = mask[y1, x0] * (1 - u) + mask[y1, x1] * u
                 expected.append(bool(top * (1 - v) + bottom * v > 0.5) or h * w <= 3)
-    assert keep_cells(mask, pyramid).tolist() == expected
+    assert select_kept_cells(mask, pyramid).tolist() == expected
 
 
 def run(capsys, *arguments):

@@ -9,7 +9,7 @@ from nextscale.config.presets import PRESETS
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.info import as_text, describe, describe_config, sample_flops
-from nextscale.sampling.sampler import Eager
+from nextscale.sampling.build import build_sampler
 from tests.conftest import check_flops, tiny_config
 
 SMALL_MAMBA = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
@@ -63,16 +63,15 @@ def test_facts_of_a_preset_and_of_a_folder(tiny_folder):
 def test_flops_of_a_sample_equal_torch_s_counter(sampling):
     """With pruning and with a refiner, whose first pass computes attention as a square under a mask."""
     config, small = tiny_config(depth=2), tiny_config(depth=1, width=16)
-    models = [build_on_meta(c)[1] for c in (config, small)]
+    (tokenizer, model), (_, refiner) = build_on_meta(config), build_on_meta(small)
     rows = 2 if sampling.cfg else 1
-    values = torch.zeros(rows, dtype=torch.int64, device="meta")
-    inputs = [torch.empty(rows, n, config.tokenizer.code_width, device="meta") for n in config.pyramid.counts[1:]]
+    values = torch.zeros(1, dtype=torch.int64, device="meta")
+    inputs = [torch.empty(1, n, config.tokenizer.code_width, device="meta") for n in config.pyramid.counts[1:]]
     with FlopCounterMode(display=False) as counter:
-        steps = Eager(models[0], values, sampling)
+        refined = refiner if sampling.draft_scales else None
+        sampler = build_sampler(tokenizer, model, values, sampling, refiner=refined)
         for k in range(len(config.pyramid)):
-            if sampling.draft_scales and k == sampling.draft_scales:
-                steps = Eager(models[1], values, sampling)
-            steps.logits(inputs[:k], k)
+            sampler.predict(inputs[k - 1] if k else None, k)
     ours = sample_flops(config, sampling, small if sampling.draft_scales else None)
     square = 0
     if sampling.draft_scales:

@@ -12,7 +12,7 @@ from nextscale.data.examples import MemoryExamples
 from nextscale.encoders.load import load_encoder
 from nextscale.evaluation.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.sampler import log_likelihood
+from nextscale.sampling.sampler import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.training.encoder_run import pooled
 from nextscale.training.tokenizer_run import evaluate_tokenizer
@@ -71,5 +71,5 @@ def test_the_cifar10_generator():
     if CIFAR.exists():
         data = load_images(str(CIFAR), 32, 200, 0)
         tokens_BL = pipeline.tokenizer.encode(to_unit(data.images_B3HW))
-        nats_BK = -log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
+        nats_BK = -compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
         assert nats_BK.sum(dim=1).mean() / pipeline.config.pyramid.length < 5.2, "class and position alone give 5.46"

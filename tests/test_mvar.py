@@ -16,7 +16,8 @@ from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, InitConfig, MambaConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.sampler import generate_scales
+from nextscale.sampling.build import build_sampler
+from nextscale.sampling.sampler import sample_scales
 from nextscale.transformer.context import attention_segments, block_causal_mask
 from nextscale.transformer.initialization import initialise
 from tests.conftest import GOLDEN, randomised, tiny_config
@@ -229,7 +230,8 @@ def test_steps_on_fixed_memory_and_by_a_refiner():
     plain = [pipeline.sample([i, 2], seed=i).tokens for i in range(3)]
     other.tokenizer.load_state_dict(pipeline.tokenizer.state_dict())
     values, settings = pipeline.transformer.condition.parse([1, 2]), SampleConfig(seed=4, draft_scales=2)
-    steps = list(generate_scales(pipeline.tokenizer, pipeline.transformer, values, settings, refiner=other.transformer))
+    sampler = build_sampler(pipeline.tokenizer, pipeline.transformer, values, settings, refiner=other.transformer)
+    steps = list(sample_scales(sampler))
     tokens = torch.cat([s.tokens_BN for s in steps], dim=1)
     inputs = pipeline.tokenizer.teacher_inputs(tokens)
     with torch.no_grad():

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
-from nextscale.sampling.draw import ImageStreams, inverse_cdf
-from nextscale.sampling.logits import filtered, guide, keep_top_k, keep_top_k_top_p, keep_top_p, largest
-from nextscale.sampling.sampler import log_likelihood
+from nextscale.sampling.draw import PerImageRandom, invert_cdf
+from nextscale.sampling.filters import build_filters, filter_top_k, filter_top_k_top_p, filter_top_p, select_largest
+from nextscale.sampling.guidance import guide_logits
+from nextscale.sampling.sampler import compute_log_likelihood
 from tests.conftest import randomised, tiny_config
 
 rows = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12)
@@ -20,7 +21,7 @@ rows = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12)
 
 @given(rows, st.integers(1, 15))
 def test_top_k_against_sorting(values, k):
-    kept = keep_top_k(torch.tensor(values), k).isfinite().tolist()
+    kept = filter_top_k(torch.tensor(values), k).isfinite().tolist()
     kth = sorted(values, reverse=True)[min(k, len(values)) - 1]
     assert kept == [v >= kth for v in values]
 
@@ -28,7 +29,7 @@ def test_top_k_against_sorting(values, k):
 @given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12, unique=True), st.floats(0.01, 1))
 def test_top_p_against_a_loop(values, p):
     """Walk up from the least likely: an entry goes while it and all less likely ones have at most 1 - p."""
-    kept = keep_top_p(torch.tensor(values), p).isfinite().tolist()
+    kept = filter_top_p(torch.tensor(values), p).isfinite().tolist()
     weights = torch.tensor(values).softmax(0).tolist()
     order = sorted(range(len(values)), key=lambda i: values[i])
     total, gone = 0.0, set()
@@ -46,10 +47,10 @@ def test_top_p_against_a_loop(values, p):
 )
 def test_both_filters_at_once_are_one_after_the_other(values, k, p):
     logits = torch.tensor([values])
-    one_by_one = keep_top_p(keep_top_k(logits, k), p)
-    together = keep_top_k_top_p(logits, k, p)
+    one_by_one = filter_top_p(filter_top_k(logits, k), p)
+    together = filter_top_k_top_p(logits, k, p)
     if not torch.equal(one_by_one, together):  # rounding may decide, where a sum hits 1 - p
-        sums = keep_top_k(logits, k).softmax(-1).sort(-1).values.cumsum(-1)
+        sums = filter_top_k(logits, k).softmax(-1).sort(-1).values.cumsum(-1)
         assert (sums - (1 - p)).abs().min() < 1e-5
 
 
@@ -58,20 +59,27 @@ def test_both_filters_at_once_are_one_after_the_other(values, k, p):
 def test_the_largest_values_against_sorting(dtype, k):
     logits = torch.randn(3, 5, 40).to(dtype)
     logits[1] = logits[1].round()  # ties
-    assert torch.equal(largest(logits, k), logits.sort(dim=-1).values[..., -k:])
+    assert torch.equal(select_largest(logits, k), logits.sort(dim=-1).values[..., -k:])
+
+
+def filter_logits(logits, temperature, top_k, top_p):
+    """Through the processors of these settings."""
+    for process in build_filters(SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p), 1):
+        logits = process(logits, 0)
+    return logits
 
 
 def test_filters_off_and_temperature():
     logits = torch.randn(2, 3, 8)
-    assert torch.equal(filtered(logits, 1.0, 0, 0.0), logits)
-    assert torch.equal(filtered(logits, 2.0, 0, 0.0), logits / 2)
-    assert (filtered(logits, 1.0, 1, 0.0).isfinite().sum(-1) == 1).all()
+    assert torch.equal(filter_logits(logits, 1.0, 0, 0.0), logits)
+    assert torch.equal(filter_logits(logits, 2.0, 0, 0.0), logits / 2)
+    assert (filter_logits(logits, 1.0, 1, 0.0).isfinite().sum(-1) == 1).all()
 
 
 def test_guidance_formula():
     a, b = torch.randn(2, 4), torch.randn(2, 4)
-    assert torch.allclose(guide(a, b, 1.5), a + 1.5 * (a - b))
-    assert torch.equal(guide(a, b, 0.0), a)
+    assert torch.allclose(guide_logits(a, b, 1.5), a + 1.5 * (a - b))
+    assert torch.equal(guide_logits(a, b, 0.0), a)
 
 
 @given(
@@ -80,7 +88,7 @@ def test_guidance_formula():
 def test_inverse_cdf_against_a_loop(weights, u):
     if sum(weights) == 0:
         return
-    index = inverse_cdf(torch.tensor(weights), torch.tensor([u])).item()
+    index = invert_cdf(torch.tensor(weights), torch.tensor([u])).item()
     assert weights[index] > 0, "an entry of probability zero was drawn"
     cumulative = np.cumsum(np.array(weights, dtype=np.float64))
     target = u * cumulative[-1]
@@ -90,7 +98,7 @@ def test_inverse_cdf_against_a_loop(weights, u):
 
 def test_draws_follow_the_distribution():
     probability = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    tokens = ImageStreams(seed=1).tokens(probability.log().expand(1, 40000, 4), k=2)
+    tokens = PerImageRandom(seed=1).draw_tokens(probability.log().expand(1, 40000, 4), k=2)
     share = torch.bincount(tokens.flatten(), minlength=4) / 40000
     assert share[1] == 0
     assert (share - probability).abs().max() < 4 * math.sqrt(0.25 / 40000)
@@ -133,7 +141,7 @@ def test_one_scale_is_guided_at_full_strength():
     model = pipeline.transformer
     with torch.no_grad():
         logits = model(torch.tensor([1, 5]), torch.zeros(2, 0, 4)).logits_BNV
-    assert torch.allclose(step.logits_BNV[0], guide(logits[0], logits[1], 2.0), atol=1e-5)
+    assert torch.allclose(step.logits_BNV[0], guide_logits(logits[0], logits[1], 2.0), atol=1e-5)
     assert pipeline.sample([1, 2], smooth=True).tensor.isfinite().all()
 
 
@@ -166,7 +174,7 @@ def test_log_likelihood_against_the_chain_rule():
     pipeline = randomised(tiny_config("1,2,3"))
     model, tokenizer = pipeline.transformer, pipeline.tokenizer
     tokens, values = torch.randint(0, 32, (2, 14)), torch.tensor([1, 5])
-    scores = log_likelihood(tokenizer, model, tokens, values)
+    scores = compute_log_likelihood(tokenizer, model, tokens, values)
     conditioning, cache, canvas = model.conditioning(values), model.new_cache(2), tokenizer.blank_canvas(2)
     for k, (start, end) in enumerate(model.pyramid.spans):
         x = tokenizer.next_input(canvas, k) if k else None

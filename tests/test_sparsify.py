@@ -18,7 +18,7 @@ from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.budget import Budget, resolved, table_of, tau_for
+from nextscale.sampling.thresholds import Budget, interpolate_tau, read_budgets, resolve_budget
 from nextscale.sparsify import run as sparsify_run
 from nextscale.sparsify.calibrate import GRID, Point, allot, calibrate
 from nextscale.sparsify.convert import relufied
@@ -139,8 +139,8 @@ def test_each_stage_alone_and_without_tuning(made, tmp_path, capsys):
         a, b = (Pipeline.from_pretrained(f).transformer(labels, inputs).logits_BNV for f in (dense, steps[-1]))
     assert ((a - b).abs().max() / a.abs().max()).item() <= 1e-5, "only a permutation, and GELU as before"
     assert [bool(read_checkpoint(f).config.transformer.dynamic.identity) for f in steps] == [False, False, True, True]
-    assert not table_of(read_checkpoint(steps[2]).origin)
-    assert table_of(read_checkpoint(steps[3]).origin)[0].share == 1
+    assert not read_budgets(read_checkpoint(steps[2]).origin)
+    assert read_budgets(read_checkpoint(steps[3]).origin)[0].share == 1
     assert "was not" not in fails(f"sample {steps[2]} --labels 0 --budget 0.9 --out {tmp_path}/a.png", capsys)
     assert run(f"sparsify {dense} --out {tmp_path}/all --tune all {FAST}") == 0
     tuned = read_checkpoint(tmp_path / "all").transformer
@@ -360,14 +360,14 @@ def test_calibrated_shares_are_near_what_was_asked_and_the_divergence_grows():
 def test_a_budget_is_looked_up_in_proportion():
     rows = [{"share": 1.0, "tau": [1, 1]}, {"share": 0.8, "tau": [0.9, 0.7]}, {"share": 0.7, "tau": [0.8, 0.5]}]
     origin = {"dynamic": {"budgets": rows}}
-    assert tau_for(origin, 0.8) == (0.9, 0.7)
-    assert tau_for(origin, 0.75) == pytest.approx((0.85, 0.6))
-    assert tau_for(origin, 1.0) == (1, 1)
-    settings = resolved(SampleConfig(budget=0.8), origin)
+    assert interpolate_tau(origin, 0.8) == (0.9, 0.7)
+    assert interpolate_tau(origin, 0.75) == pytest.approx((0.85, 0.6))
+    assert interpolate_tau(origin, 1.0) == (1, 1)
+    settings = resolve_budget(SampleConfig(budget=0.8), origin)
     assert (settings.tau, settings.budget) == ((0.9, 0.7), 0)
     with pytest.raises(UserError, match="below what was calibrated for this checkpoint: 0.700 to 1.000"):
-        tau_for(origin, 0.6)
+        interpolate_tau(origin, 0.6)
     with pytest.raises(UserError, match="no thresholds were calibrated"):
-        tau_for({}, 0.6)
+        interpolate_tau({}, 0.6)
     with pytest.raises(UserError, match="table of budgets cannot be read"):
-        tau_for({"dynamic": {"budgets": [{"share": "?"}]}}, 0.6)
+        interpolate_tau({"dynamic": {"budgets": [{"share": "?"}]}}, 0.6)

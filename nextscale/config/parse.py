@@ -93,7 +93,9 @@ def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where, base)
+        kinds = [a for a in arguments if a is not type(None)]
+        listed = [a for a in kinds if typing.get_origin(a) is tuple] if isinstance(value, list | tuple) else []
+        return _convert([*listed, *kinds][0], value, where, base)
     if origin is Literal:
         if value in arguments:
             return value

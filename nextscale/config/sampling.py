@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
+from nextscale.common.errors import UserError
 from nextscale.config.feed_forward import Selection
 from nextscale.config.parse import check_fields
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How logits become an image. The defaults are VAR's published evaluation setting."""
+    """How logits become an image. The defaults are VAR's published evaluation setting.
 
-    cfg: float = 1.5
-    """Classifier-free guidance: strength at the last scale; it grows linearly from 0 at the first. 0 = off."""
-    top_k: int = 900
+    cfg, temperature, top_k and top_p take one number, or a list with one number for each scale, coarse to fine.
+    """
+
+    cfg: float | tuple[float, ...] = 1.5
+    """Classifier-free guidance: strength at the last scale; it grows linearly from 0 at the first. 0 = off. A list
+    gives the strength of each scale as it is."""
+    top_k: int | tuple[int, ...] = 900
     """Keep the k most likely tokens; 0 = off."""
-    top_p: float = 0.96
+    top_p: float | tuple[float, ...] = 0.96
     """Keep the most likely tokens that together have this probability; 0 = off."""
-    temperature: float = 1.0
-    """Divides the guided logits before anything is filtered."""
+    temperature: float | tuple[float, ...] = 1.0
+    """Divides the guided logits before they are filtered."""
     seed: int = 0
     smooth: bool = False
-    """Paint with a Gumbel-softmax mixture of codes: nicer pictures, not for measuring."""
+    """Decode a Gumbel-softmax mixture of codes instead of one code per token. Smoother images; do not use it for
+    metrics."""
     official_seeding: bool = False
-    """One generator for the whole call, as the official code: its tokens, but an image depends on its batch."""
+    """One random generator for the whole call, as in the official code. It reproduces the official tokens, but an image
+    depends on its batch."""
     refiner: str = ""
-    """A second checkpoint, as a rule of a smaller model, that draws the late scales (collaborative decoding, CoDe)."""
+    """Smaller model that generates the last scales (collaborative decoding, CoDe): a checkpoint."""
     draft_scales: int = 0
-    """With a refiner: scales that the first model draws before it takes over (CoDe's N; 8 of 10 in its paper)."""
+    """With a refiner: how many scales the main model generates first (CoDe's N; 8 of 10 in its paper)."""
     prune: tuple[float, ...] = ()
-    """Share of tokens left out at each of the last scales (FastVAR), coarse to fine: 0.4 0.5. Empty = none."""
+    """Token pruning (FastVAR): share of tokens to leave out at each of the last scales, coarse to fine: 0.4 0.5."""
     prune_first_block: int = 3
-    """Blocks before this one compute all tokens even so."""
+    """With prune: blocks before this one compute all tokens."""
     tau: tuple[float, ...] = ()
     """Dynamic experts (`nextscale sparsify`): a threshold for each of the last scales, coarse to fine, or one for all
     sparse scales. An expert runs when its predicted norm is at least (1 - tau) times the largest: 1 = all, 0 = one.
     Empty = the model's own."""
     budget: float = 0.0
-    """Dynamic experts: the tau that was calibrated for this share of the dense model's FLOPs; 0 = off."""
+    """Dynamic experts: use the thresholds that were calibrated for this share of the dense model's FLOPs; 0 = off."""
     selection: Selection = "threshold"
-    """Dynamic experts, to compare with: oracle = tau on the true norms; top-k = the share tau of the experts; pruned =
+    """Dynamic experts, for comparisons: oracle = tau on the true norms; top-k = the share tau of the experts; pruned =
     the share tau of the hidden units, the same for every token."""
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(value))
         rules = {
-            "cfg must be 0 to 1000": 0 <= self.cfg <= 1000,
-            "top_k must be 0 (off) or more": self.top_k >= 0,
-            "top_p must lie in 0 (off) to 1": 0 <= self.top_p <= 1,
-            "temperature must be 0.001 to 1000 (for the likeliest token use top_k=1)": 1e-3 <= self.temperature <= 1e3,
+            "cfg must be 0 to 1000": all(0 <= cfg <= 1000 for cfg in _list_values(self.cfg)),
+            "top_k must be 0 (off) or more": all(k >= 0 for k in _list_values(self.top_k)),
+            "top_p must lie in 0 (off) to 1": all(0 <= p <= 1 for p in _list_values(self.top_p)),
+            "temperature must be 0.001 to 1000 (for the likeliest token use top_k=1)": all(
+                1e-3 <= t <= 1e3 for t in _list_values(self.temperature)
+            ),
             "seed must lie in 0 to 2^63 - 1": 0 <= self.seed < 2**63,
             "draft_scales must be 0 or more": self.draft_scales >= 0,
             "prune must list shares of 0 to below 1": all(0 <= ratio < 1 for ratio in self.prune),
@@ -59,3 +74,21 @@ class SampleConfig:
             "budget and tau cannot be combined": not (self.budget and self.tau),
         }
         check_fields("sampling", self, rules)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model also runs without the condition, which doubles its work."""
+        return any(cfg > 0 for cfg in _list_values(self.cfg))
+
+
+def list_per_scale(name: str, value: Number | tuple[Number, ...], scales: int) -> tuple[Number, ...]:
+    """The setting `name` as one number per scale. UserError for a list of another length than `scales`."""
+    if not isinstance(value, tuple):
+        return (value,) * scales
+    if len(value) != scales:
+        raise UserError(f"{name} lists {len(value)} numbers, but the model has {scales} scales: give one, or {scales}")
+    return value
+
+
+def _list_values(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)

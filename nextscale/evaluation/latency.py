@@ -103,7 +103,7 @@ def _case(
     model: str, dtype: str | None, pipeline: Pipeline, batch: int, times: Times, settings: SampleConfig, memory: int
 ) -> dict[str, Any]:
     facts = describe_config(model, pipeline.config)
-    flops = facts["transformer_flops"] * (2 if settings.cfg > 0 else 1) + facts["tokenizer_flops"]["decode"]
+    flops = facts["transformer_flops"] * (2 if settings.guided else 1) + facts["tokenizer_flops"]["decode"]
     seconds = statistics.median(times.whole())
     return {
         "model": model,

@@ -28,7 +28,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.quickstart.measure import check_available, measure
 from nextscale.research.analysis.routing import write_routing
 from nextscale.research.analysis.subject import Subject, about
-from nextscale.sampling.sampler import log_likelihood
+from nextscale.sampling.sampler import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.training.encoder_run import EncoderWatch
 from nextscale.training.encoder_task import new_encoder_task
@@ -134,7 +134,7 @@ def encode_all(pipeline: Pipeline, images_B3HW: Tensor) -> Tensor:
 def cross_entropy(pipeline: Pipeline, data: ImageSet) -> float:
     """Mean cross-entropy per token, in nats, of images given their labels. Far lower in training means memorising."""
     tokens_BL = encode_all(pipeline, data.images_B3HW)
-    scores_BK = log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
+    scores_BK = compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
     return float(-scores_BK.sum() / tokens_BL.numel())
 
 

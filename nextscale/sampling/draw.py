@@ -1,8 +1,8 @@
-"""Drawing tokens, with two disciplines of randomness behind one interface.
+"""Drawing tokens, with two sources of randomness behind one interface.
 
-`ImageStreams` (the default) gives every image a stream of its own, folded from (seed, index of the image, scale): an
-image does not depend on its batch, nor on the device. `OfficialStream` is the official code's single generator for the
-whole call, which reproduces its tokens.
+`PerImageRandom` (the default) gives every image random streams derived from (seed, index of the image, scale): an image
+does not depend on its batch, nor on the device. `OfficialRandom` is the official code's single generator for the whole
+call, which reproduces its tokens.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch import Tensor
 from nextscale.common.rng import make_generator
 
 
-class Stream(Protocol):
-    """Where randomness comes from. At each scale `tokens` is called first, then, in smooth mode, `gumbel`."""
+class RandomSource(Protocol):
+    """Where randomness comes from. At each scale `draw_tokens` is called first, then, in smooth mode, `draw_gumbel`."""
 
-    def tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
+    def draw_tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
         """Draw one token per row from softmax(logits): int64 (B, N)."""
 
-    def gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
+    def draw_gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
         """Gumbel noise of the logits' shape."""
 
 
-class ImageStreams:
+class PerImageRandom:
     """One stream per image; image b of the batch is number `first + b` under `seed`."""
 
     def __init__(self, seed: int, first: int = 0):
         self.seed, self.first = seed, first
 
-    def tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
+    def draw_tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
         B, N, _V = logits_BNV.shape
         draws = [torch.rand(N, generator=make_generator(self.seed, "token", self.first + b, k)) for b in range(B)]
         u_BN1 = torch.stack(draws).unsqueeze(-1).to(logits_BNV.device)
-        return inverse_cdf(logits_BNV.softmax(dim=-1), u_BN1).squeeze(-1)
+        return invert_cdf(logits_BNV.softmax(dim=-1), u_BN1).squeeze(-1)
 
-    def gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
+    def draw_gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
         B, N, V = logits_BNV.shape
         draws = [
             torch.empty(N, V).exponential_(generator=make_generator(self.seed, "gumbel", self.first + b, k))
@@ -46,22 +46,22 @@ class ImageStreams:
         return -torch.stack(draws).to(logits_BNV.device).log()
 
 
-class OfficialStream:
+class OfficialRandom:
     """The official code's order of draws from one generator on the model's device."""
 
     def __init__(self, seed: int, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
+    def draw_tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
         B, N, V = logits_BNV.shape
         rows = logits_BNV.softmax(dim=-1).view(-1, V)
         return torch.multinomial(rows, 1, replacement=True, generator=self.generator).view(B, N)
 
-    def gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
+    def draw_gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
         return -torch.empty_like(logits_BNV).exponential_(generator=self.generator).log()
 
 
-def inverse_cdf(probability: Tensor, u: Tensor) -> Tensor:
+def invert_cdf(probability: Tensor, u: Tensor) -> Tensor:
     """Index of the first entry along the last dimension whose cumulative probability exceeds u (..., 1) in [0, 1).
 
     Never an entry of probability 0: such an entry does not raise the sum, and u times the total stays below the total.
@@ -70,4 +70,4 @@ def inverse_cdf(probability: Tensor, u: Tensor) -> Tensor:
     total = cumulative[..., -1:]
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True)
-    return index.clamp_max(probability.shape[-1] - 1)  # NaN sorts last; who samples reports it
+    return index.clamp_max(probability.shape[-1] - 1)  # NaN sorts last; the sampler reports it

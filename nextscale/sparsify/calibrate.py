@@ -21,7 +21,7 @@ from tqdm import tqdm
 from nextscale.config.feed_forward import Selection
 from nextscale.config.model import ModelConfig
 from nextscale.info import condition_flops
-from nextscale.sampling.budget import Budget
+from nextscale.sampling.thresholds import Budget
 from nextscale.sparsify.flops import dense_flops, of_scale, step_flops
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.feed_forward.records import Activity, recorded

@@ -27,7 +27,7 @@ from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.training import TrainConfig
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.budget import tau_for
+from nextscale.sampling.thresholds import interpolate_tau
 from nextscale.sparsify.calibrate import GRID, Point, calibrate
 from nextscale.sparsify.convert import check_identity, identity, model_of, relufied, split, with_dynamic
 from nextscale.sparsify.data import Data, batches_of, open_data
@@ -208,7 +208,7 @@ def _thresholds(job: _Job, checkpoint: Checkpoint, data: Data | None) -> tuple[C
     tau: tuple[float, ...] = ()
     if config.budget:
         reached = max(config.budget, table[-1].share)
-        tau = tau_for({"dynamic": record}, reached)
+        tau = interpolate_tau({"dynamic": record}, reached)
     out = with_dynamic(checkpoint, dataclasses.replace(dynamic, tau=tau))
     out.origin["dynamic"] = record
     found = {

@@ -50,7 +50,7 @@ def sampled_flops(
         raise UserError("FLOPs of dynamic experts are counted without prune and refiner: leave those settings out")
     config, totals, units = pipeline.config, list[tuple[int, int]](), list[Tensor]()
     model = pipeline.transformer.config
-    branches = 2 if settings.cfg > 0 else 1
+    branches = 2 if settings.guided else 1
     for start in range(0, len(labels), batch_size):
         part = labels[start : start + batch_size]
         sequences = branches * len(part)

@@ -25,7 +25,9 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.figures import image_rows, propagation
 from nextscale.research.analysis.subject import distinct, scale_names, titles
-from nextscale.sampling.sampler import Kept, generate_scales, watched
+from nextscale.sampling.build import build_sampler
+from nextscale.sampling.editing import Edit
+from nextscale.sampling.sampler import check_finite, sample_scales
 
 
 def analyse_errors(
@@ -133,16 +135,18 @@ class _Lab:
         for s in self.scales:
             wrong_BL = self._wrong(clean.tokens_BL, s, first)
             up_to_L = torch.arange(self.pyramid.length, device=wrong_BL.device) < self.pyramid.spans[s][1]
-            drawn = self._draw(values, first, Kept(wrong_BL, up_to_L.expand_as(wrong_BL)))
+            drawn = self._draw(values, first, Edit(wrong_BL, up_to_L.expand_as(wrong_BL)))
             self._compare(self.errors[s], clean, image, drawn)
             self._compare(self.kept[s], clean, image, _Drawn(wrong_BL, list(self.tokenizer.canvases(wrong_BL))))
             rows.append(self._grown(drawn, shown, [f"error at {scale_names(self.pyramid)[s]}"] * shown, s))
         self._compare(self.another, clean, image, self._draw(values, first + self.config.num))
         self.rows += [row for of_image in zip(*rows, strict=True) for row in of_image]
 
-    def _draw(self, values: Tensor, first: int, kept: Kept | None = None) -> _Drawn:
-        steps = generate_scales(self.tokenizer, self.pipeline.transformer, values, self.sampling, first, kept)
-        done = [(step.tokens_BN, step.canvas_BChw) for step in watched(steps)]
+    def _draw(self, values: Tensor, first: int, edit: Edit | None = None) -> _Drawn:
+        sampler = build_sampler(
+            self.tokenizer, self.pipeline.transformer, values, self.sampling, first_image=first, edit=edit
+        )
+        done = [(step.tokens_BN, step.canvas_BChw) for step in check_finite(sample_scales(sampler))]
         return _Drawn(torch.cat([tokens for tokens, _ in done], dim=1), [canvas for _, canvas in done])
 
     def _wrong(self, tokens_BL: Tensor, s: int, first: int) -> Tensor:

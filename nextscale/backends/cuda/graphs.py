@@ -1,4 +1,4 @@
-"""A transformer's steps on fixed memory, captured as CUDA graphs: at small batches a GPU waits for launches otherwise.
+"""A transformer's steps captured as CUDA graphs: at small batches a GPU otherwise waits for kernel launches.
 
 One graph for each scale, replayed for every batch of the same size. On a CPU the same steps run without graphs, on the
 same fixed memory, which is how they are tested where there is no GPU.
@@ -6,20 +6,18 @@ same fixed memory, which is how they are tested where there is no GPU.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextscale.common.errors import UserError
-from nextscale.config.sampling import SampleConfig
-from nextscale.transformer.feed_forward.thresholds import resolve_thresholds
-from nextscale.transformer.var import VAR, Conditioning
+from nextscale.transformer.var import VAR, Conditioning, Output
 
 _WARM_UP = 2
 
 
-class _Fixed:
+class _CapturedSteps:
     """The steps of one model for a fixed number of sequences: inputs, conditioning, caches and logits stay in place."""
 
     def __init__(self, model: VAR, values: Any):
@@ -30,7 +28,6 @@ class _Fixed:
         for count in model.pyramid.counts[1:]:
             self.inputs_BNC.append(torch.zeros(len(values), count, width, device=device))
         self.graphs: list[tuple[Any, Tensor]] = []
-        self.records: list[list[Any]] = []  # none: what a graph computes is known before it runs
         if device.type == "cuda":
             self._capture(device)
 
@@ -53,15 +50,17 @@ class _Fixed:
     def _step(self, k: int) -> Tensor:
         return self.model.step(self.conditioning, self.inputs_BNC[k], k, self.cache).logits_BNV
 
-    def begin(self, values: Any) -> None:
+    def set_condition(self, values: Any) -> None:
         """Take a new batch of the same size."""
-        for mine, new in zip(_tensors(self.conditioning), _tensors(self.model.conditioning(values)), strict=True):
-            mine.copy_(new)
+        for target, source in zip(_tensors(self.conditioning), _tensors(self.model.conditioning(values)), strict=True):
+            target.copy_(source)
 
-    def logits(self, inputs_BNC: list[Tensor], k: int) -> Tensor:
-        fixed = self.inputs_BNC[k]
-        if fixed is not None:
-            fixed.copy_(inputs_BNC[-1])
+    def predict(self, x_BNC: Tensor | None, k: int) -> Tensor:
+        """Logits (B, N, V) of scale k."""
+        fixed_BNC = self.inputs_BNC[k]
+        if fixed_BNC is not None:
+            assert x_BNC is not None, "every scale but the first has an input"
+            fixed_BNC.copy_(x_BNC)
         if not self.graphs:
             return self._step(k)
         graph, logits = self.graphs[k]
@@ -73,22 +72,42 @@ def _tensors(conditioning: Conditioning) -> list[Tensor]:
     return [conditioning.cond_BD, *conditioning.blocks_B3SD, conditioning.head_B2D]
 
 
-class Captured:
-    """Runs steps as `sample.generate.Eager` does, by graphs that are kept for each model and batch size."""
+class CapturedPredictor:
+    """A predictor by captured steps, which belong to it alone until it is garbage-collected."""
+
+    def __init__(self, steps: _CapturedSteps):
+        self.steps = steps
+
+    def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
+        return Output(self.steps.predict(x_BNC, k), [])  # records would need fixed memory of their own
+
+
+class GraphPool:
+    """Captured steps that no predictor uses, by model and batch size; captures new ones when there are none.
+
+    Graphs hold addresses of weights. So they are dropped when the model's weights are elsewhere than at the capture.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], _Fixed] = {}
+        self._free: dict[int, list[_CapturedSteps]] = {}
+        """By number of sequences."""
+        self._weights: tuple[Any, ...] = ()
 
-    def __call__(self, model: VAR, values: Any, config: SampleConfig) -> _Fixed:
-        if config.prune or config.draft_scales:
-            raise UserError("captured steps know neither token pruning nor a refiner")
-        thresholds = resolve_thresholds(model.config, len(model.pyramid), config)
-        if thresholds is not None and min(thresholds.tau_K) < 1:
-            raise UserError(
-                "captured steps have fixed shapes, dynamic experts have not: sample without capture, or tau 1"
-            )
-        key = (id(model), len(values))
-        if key not in self._kept:
-            self._kept[key] = _Fixed(model, values)
-        self._kept[key].begin(values)
-        return self._kept[key]
+    @torch.no_grad()
+    def create_predictor(self, model: VAR, values: Any) -> CapturedPredictor:
+        """A predictor for this batch, on captured steps that no other predictor uses at the time."""
+        weights = _locate_weights(model)
+        if weights != self._weights:
+            self._free, self._weights = {}, weights
+        free = self._free.setdefault(len(values), [])
+        steps = free.pop() if free else _CapturedSteps(model, values)
+        steps.set_condition(values)
+        predictor = CapturedPredictor(steps)
+        weakref.finalize(predictor, free.append, steps).atexit = False
+        return predictor
+
+
+def _locate_weights(model: VAR) -> tuple[Any, ...]:
+    """Where the model's weights are, and what they are."""
+    tensors = (*model.parameters(), *model.buffers())
+    return id(model), *((t.data_ptr(), t.dtype, t.device) for t in tensors)

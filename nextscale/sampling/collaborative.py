@@ -1,0 +1,47 @@
+"""Collaborative decoding (CoDe, arXiv 2411.17787): a second, usually smaller model generates the last scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nextscale.common.errors import UserError
+from nextscale.config.sampling import SampleConfig
+from nextscale.sampling.predictor import ModelPredictor
+from nextscale.sampling.sampler import Predictor
+from nextscale.transformer.var import Output
+
+
+class CollaborativePredictor:
+    """`draft` predicts the scales before `switch`; the refiner reads them in one pass and predicts the others.
+
+    `start_refiner` is called at the switch, when the draft's KV cache is freed.
+    """
+
+    def __init__(self, draft: Predictor, start_refiner: Callable[[], ModelPredictor], switch: int):
+        self.predict, self.start_refiner, self.switch = draft, start_refiner, switch
+        self.inputs_BNC: list[Tensor] = []
+        """The inputs of scales 1 to k, for the refiner."""
+
+    def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
+        if k > self.switch:
+            return self.predict(x_BNC, k)
+        if x_BNC is not None:
+            self.inputs_BNC.append(x_BNC)
+        if k < self.switch:
+            return self.predict(x_BNC, k)
+        self.predict = refiner = self.start_refiner()
+        prediction = refiner.prefill(torch.cat(self.inputs_BNC, dim=1), k)
+        self.inputs_BNC.clear()
+        return prediction
+
+
+def check_draft_scales(settings: SampleConfig, scales: int) -> None:
+    """UserError unless both models have scales to predict."""
+    if not 1 <= settings.draft_scales < scales:
+        raise UserError(
+            f"with a refiner draft_scales must be 1 to {scales - 1}, the scales that are generated before it takes "
+            f"over; got {settings.draft_scales}"
+        )
