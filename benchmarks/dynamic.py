@@ -35,7 +35,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import spread
 from nextscale.pipeline import Pipeline
-from nextscale.research.analysis.dynamic import equal_flops, sampled_flops
+from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
 from nextscale.transformer.block import FeedForward
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
 from nextscale.transformer.feed_forward.execute import execute
@@ -194,7 +194,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
                 if turn > 1:
                     found[name].append((model.seconds, now() - began))
         for name, (model, config) in settings.items():
-            share = sampled_flops(model.pipeline, labels, config, batch).share if model is sparse else 1.0
+            share = count_sampled_flops(model.pipeline, labels, config, batch).share if model is sparse else 1.0
             cases.append(_sampling_case(batch, name, share, found[name], found["dense"]))
     return {"model": options.model, "dense": options.dense, "rounds": options.rounds, "cases": cases}
 
@@ -225,7 +225,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         pipeline.transformer.config.condition.num_classes,
     )
     labels = [i % classes for i in range(min(options.images, 64))]
-    target = sampled_flops(pipeline, labels, dataclasses.replace(base, budget=options.budget)).share
+    target = count_sampled_flops(pipeline, labels, dataclasses.replace(base, budget=options.budget)).share
     settings = {"all experts": dataclasses.replace(base, tau=(1.0,)),
                 "calibrated": dataclasses.replace(base, budget=options.budget)}  # fmt: skip
     every = (len(pipeline.config.pyramid),)
@@ -233,7 +233,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
                                     ("pruned", "pruned", 1), ("tau at all scales", "threshold", every[0])):  # fmt: skip
         if name not in options.variants or (scales > 1 and pipeline.transformer.config.dynamic.own):
             continue
-        tau = equal_flops(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
+        tau = find_threshold(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
         settings[name] = dataclasses.replace(base, selection=selection, tau=(tau,) * scales)
     rows = {name: _distances(options.model, name, config, options) for name, config in settings.items()}
     if options.dense:
@@ -244,7 +244,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         worse = [b / a - 1 for a, b in zip(reference, distances, strict=True)]
         mean, n = statistics.fmean(worse), len(worse)
         half = _T95.get(n, 1.8) * statistics.stdev(worse) / n**0.5 if n > 1 else float("nan")
-        share = sampled_flops(pipeline, labels, settings[name]).share if name in settings else 1.0
+        share = count_sampled_flops(pipeline, labels, settings[name]).share if name in settings else 1.0
         found.append({"name": name, "share": share, "distances": distances, "worse": mean, "worse_bound": mean + half,
                       "tau": list(settings[name].tau) if name in settings else []})  # fmt: skip
         print(f"{name:<18} {share:>6.1%} of the FLOPs, distance {statistics.fmean(distances):.3f}, {mean:+.2%} "

@@ -19,8 +19,8 @@ from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pipeline import Pipeline
-from nextscale.sparsify.cluster import balanced_assignment, balanced_clusters
-from nextscale.sparsify.convert import identity, relufied, split
+from nextscale.sparsify.cluster import assign_balanced, run_balanced_kmeans
+from nextscale.sparsify.convert import identity, replace_gelu, split_ffns
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import execute as execution
 from nextscale.transformer.feed_forward.dynamic import expert_norms
@@ -62,7 +62,7 @@ def test_clusters_are_balanced_whatever_the_width(count, size, width, seed):
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(count * size, width, generator=rng)
     x[: count * size // 2] = x[0].clone()  # many equal points, as dead units are
-    labels = balanced_clusters(x, count, rng)
+    labels = run_balanced_kmeans(x, count, rng)
     assert torch.bincount(labels, minlength=count).tolist() == [size] * count
 
 
@@ -71,7 +71,7 @@ def test_clusters_find_groups_that_are_there_and_a_seed_decides_them():
     centres = torch.nn.functional.normalize(torch.randn(6, 16, generator=rng))
     truth = torch.arange(6).repeat_interleave(10)[torch.randperm(60, generator=rng)]
     x = (centres[truth] + 0.02 * torch.randn(60, 16, generator=rng)) * torch.rand(60, 1, generator=rng)
-    a, b = (balanced_clusters(x, 6, torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (run_balanced_kmeans(x, 6, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
     assert len({(i, j) for i, j in zip(truth.tolist(), a.tolist(), strict=True)}) == 6
 
@@ -79,7 +79,7 @@ def test_clusters_find_groups_that_are_there_and_a_seed_decides_them():
 @pytest.mark.parametrize(("points", "count"), [(60, 5), (64, 2), (48, 16)])
 def test_assignment_costs_hardly_more_than_the_cheapest(points, count):
     cost = torch.rand(points, count, generator=torch.Generator().manual_seed(points))
-    labels = balanced_assignment(cost)
+    labels = assign_balanced(cost)
     repeated = np.repeat(cost.numpy(), points // count, axis=1)
     best = repeated[linear_sum_assignment(repeated)].sum()
     by_chance = points * cost.mean().item()
@@ -94,8 +94,8 @@ def test_assignment_costs_hardly_more_than_the_cheapest(points, count):
 def test_the_split_is_a_permutation_and_computes_what_the_dense_model_did(size, relu, seed):
     dense = randomised(tiny_config(depth=1)).to_checkpoint()
     if relu:
-        dense = relufied(dense, 2, own=False)
-    after = split(dense, size, 2, 8, seed)
+        dense = replace_gelu(dense, 2, late_only=False)
+    after = split_ffns(dense, size, 2, 8, seed)
     for name, tensor in dense.transformer.items():
         if ".ffn.fc1" in name:
             assert sorted(map(tuple, after.transformer[name].view(128, -1).tolist())) == sorted(
@@ -113,7 +113,7 @@ def test_the_split_is_a_permutation_and_computes_what_the_dense_model_did(size, 
 
 def test_relu_replaces_gelu_everywhere_or_at_late_scales_alone():
     dense = randomised(tiny_config(depth=2)).to_checkpoint()
-    whole, late = (Pipeline.from_checkpoint(relufied(dense, 2, own)) for own in (False, True))
+    whole, late = (Pipeline.from_checkpoint(replace_gelu(dense, 2, own)) for own in (False, True))
     before = run(Pipeline.from_checkpoint(dense)).logits_BNV
     start = 1 + 4
     assert torch.equal(run(late).logits_BNV[:, :start], before[:, :start])

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from nextscale.backends.cpu import ops
 from nextscale.config.sampling import SampleConfig
 from nextscale.info import sample_flops
-from nextscale.research.analysis.dynamic import sampled_flops
-from nextscale.sparsify.flops import dense_flops, step_flops
+from nextscale.research.analysis.dynamic import count_sampled_flops
+from nextscale.sparsify.flops import count_dense_flops, count_step_flops
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.test_dynamic import dynamic_pipeline
 
@@ -36,7 +36,7 @@ def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, ow
         x = torch.randn(3, count, 4) if k else None
         with counting() as counter:
             output = model.step(conditioning, x, k, cache, thresholds=Thresholds((1.0, 1.0, 0.8, 0.5), selection))
-        assert counter.get_total_flops() == step_flops(config, k, output.records, 3)
+        assert counter.get_total_flops() == count_step_flops(config, k, output.records, 3)
         seen.append(counter.get_total_flops())
         with counting() as counter:
             model.step(conditioning, x, k, cache)
@@ -46,11 +46,11 @@ def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, ow
 def test_sampling_is_counted_from_its_own_records():
     pipeline = dynamic_pipeline(activation="relu")
     config = pipeline.config
-    whole = sampled_flops(pipeline, [0, 1, 2], SampleConfig(tau=(1.0,)), batch_size=2)
-    assert whole.flops == sample_flops(config, SampleConfig()) == dense_flops(config, 2)
+    whole = count_sampled_flops(pipeline, [0, 1, 2], SampleConfig(tau=(1.0,)), batch_size=2)
+    assert whole.flops == sample_flops(config, SampleConfig()) == count_dense_flops(config, 2)
     assert whole.share == 1
-    less = sampled_flops(pipeline, [0, 1, 2], SampleConfig(tau=(0.5,)), batch_size=2)
-    again = sampled_flops(pipeline, [0, 1, 2], SampleConfig(tau=(0.5,)), batch_size=3)
+    less = count_sampled_flops(pipeline, [0, 1, 2], SampleConfig(tau=(0.5,)), batch_size=2)
+    again = count_sampled_flops(pipeline, [0, 1, 2], SampleConfig(tau=(0.5,)), batch_size=3)
     assert less.flops == again.flops < whole.flops
     assert less.active_K[:2] == (1.0, 1.0)
     assert max(less.active_K[2:]) < 1

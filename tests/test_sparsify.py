@@ -20,9 +20,9 @@ from nextscale.data.examples import MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.thresholds import Budget, interpolate_tau, read_budgets, resolve_budget
 from nextscale.sparsify import run as sparsify_run
-from nextscale.sparsify.calibrate import GRID, Point, allot, calibrate
-from nextscale.sparsify.convert import relufied
-from nextscale.sparsify.flops import dense_flops
+from nextscale.sparsify.calibrate import GRID, Measurement, calibrate_thresholds, choose_thresholds
+from nextscale.sparsify.convert import replace_gelu
+from nextscale.sparsify.flops import count_dense_flops
 from nextscale.sparsify.task import AdaptTask, RouterTask, TuneTask
 from nextscale.training.engine.log import read_log
 from nextscale.transformer.feed_forward.thresholds import Thresholds
@@ -267,7 +267,7 @@ def examples(count=6):
 def test_tuning_adds_the_penalty_and_reaches_late_ffns_alone():
     dense = randomised(tiny_config()).to_checkpoint()
     for own in (False, True):
-        pipeline = Pipeline.from_checkpoint(relufied(dense, 2, own))
+        pipeline = Pipeline.from_checkpoint(replace_gelu(dense, 2, own))
         task = TuneTask(pipeline.transformer, pipeline.tokenizer, examples(), TrainConfig(), hoyer=0.3)
         batch = examples().fetch(range(6), None)
         loss, found = task(batch, {"drop": torch.zeros(6, dtype=torch.bool)}, 0)
@@ -314,7 +314,7 @@ def test_routers_learn_the_norms_and_nothing_else_changes():
 def test_thresholds_are_allotted_with_the_least_divergence():
     """Against all combinations of a fine grid, on convex curves."""
     config = dynamic_pipeline().config
-    dense = dense_flops(config, 1)
+    dense = count_dense_flops(config, 1)
     fixed, room = 0.6 * dense, 0.2 * dense
     divergences = (lambda t: 3 * (1 - t) ** 2, lambda t: (1 - t) ** 2)
 
@@ -325,28 +325,31 @@ def test_thresholds_are_allotted_with_the_least_divergence():
             room * taus[0],
             room * taus[1],
         )  # the condition apart
-        return Point(flops, (0.0, 0.0, divergences[0](taus[0]), divergences[1](taus[1])), *[(0.0,) * 4] * 3)
+        return Measurement(flops, (0.0, 0.0, divergences[0](taus[0]), divergences[1](taus[1])), *[(0.0,) * 4] * 3)
 
     points = [point((t, t)) for t in GRID]
     assert points[0].share(config) == pytest.approx(1, abs=0.02)
     fine = [i / 100 for i in range(101)]
-    for share, taus in zip((0.95, 0.85, 0.7), allot(config, GRID, points, (0.95, 0.85, 0.7)), strict=True):
+    for share, taus in zip((0.95, 0.85, 0.7), choose_thresholds(config, GRID, points, (0.95, 0.85, 0.7)), strict=True):
         found = point(taus)
         assert found.share(config) <= share
         fitting = [p for t in itertools.product(fine, fine) if (p := point(t)).share(config) <= share]
         assert sum(found.kl_K) <= 1.1 * min(sum(p.kl_K) for p in fitting) + 0.01
-    assert allot(config, GRID, points, (0.01,)) == [(0.0, 0.0)]
+    assert choose_thresholds(config, GRID, points, (0.01,)) == [(0.0, 0.0)]
 
 
 def test_calibrated_shares_are_near_what_was_asked_and_the_divergence_grows():
     pipeline = dynamic_pipeline(activation="relu")
     labels, tokens = torch.arange(4), torch.randint(32, (4, 30), generator=torch.Generator().manual_seed(0))
     shares = (0.95, 0.88, 0.8)
-    table, points, verified = calibrate(
+    calibration = calibrate_thresholds(
         pipeline.config, pipeline.tokenizer, pipeline.transformer, [(labels, tokens)], shares
     )
+    table, points = calibration.table, calibration.grid
     assert table[0] == Budget(1.0, (1.0, 1.0))
-    assert [row.share for row in table[1:]] == pytest.approx([p.share(pipeline.config) for p in verified])
+    assert [row.share for row in table[1:]] == pytest.approx(
+        [p.share(pipeline.config) for p in calibration.measurements]
+    )
     assert [row.share for row in table[1:]] == pytest.approx(shares, abs=0.03)
     assert points[0].share(pipeline.config) == 1
     assert sum(points[0].kl_K) == pytest.approx(0, abs=1e-6)

@@ -1,6 +1,6 @@
-"""From a trained model to dynamic experts, step by step: functions from checkpoint to checkpoint.
+"""Functions from checkpoint to checkpoint that turn dense FFNs into dynamic experts.
 
-A step changes the FFNs alone; attention, embeddings and head stay the same to the bit.
+They change the FFNs only; attention, embeddings and head stay equal bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.feed_forward import DynamicConfig
 from nextscale.config.transformer import TransformerConfig
-from nextscale.sparsify.cluster import balanced_clusters
+from nextscale.sparsify.cluster import run_balanced_kmeans
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.initialization import draw_weights
 
@@ -26,8 +26,8 @@ _SAMPLED_ROWS = 61
 _PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
-def model_of(checkpoint: Checkpoint) -> TransformerConfig:
-    """The transformer's config; UserError for a tokenizer alone and for a mixture of experts."""
+def check_dense(checkpoint: Checkpoint) -> TransformerConfig:
+    """The transformer's config. UserError for a tokenizer alone and for a mixture of experts."""
     model = transformer_config(checkpoint.config, "sparsify")
     if model.experts.router != "none":
         raise UserError(
@@ -37,39 +37,45 @@ def model_of(checkpoint: Checkpoint) -> TransformerConfig:
     return model
 
 
-def relufied(checkpoint: Checkpoint, scales: int, own: bool) -> Checkpoint:
-    """The checkpoint with ReLU in place of GELU, to be tuned (DMoE-VAR, Sec. 2.2).
+def replace_gelu(checkpoint: Checkpoint, scales: int, late_only: bool) -> Checkpoint:
+    """The checkpoint with ReLU in place of GELU, which must then be tuned (DMoE-VAR, Sec. 2.2).
 
-    `own`: only at the last `scales` scales, which get copies of the FFNs; those before them compute what they did.
+    `late_only`: the last `scales` scales get copies of the FFNs, with ReLU; the scales before them compute what they
+    did.
     """
-    model = model_of(checkpoint)
+    model = check_dense(checkpoint)
     if model.dynamic.on:
         raise UserError(
             f"this model's FFNs are another kind already (activation {model.dynamic.activation}, "
             f"{model.dynamic.experts or 'no'} experts); tuning starts from GELU FFNs that are whole"
         )
-    dynamic = DynamicConfig(scales=_sparse_scales(checkpoint, scales), activation="relu", own=own)
+    dynamic = DynamicConfig(scales=_check_scales(checkpoint, scales), activation="relu", own=late_only)
     weights = dict(checkpoint.transformer)
-    if own:
-        for place in (f"blocks.{block}.ffn" for block in range(model.depth)):
-            weights |= {f"{place}.late.{name}": weights[f"{place}.{name}"].clone() for name in _PROJECTIONS}
-    return _with(checkpoint, dynamic, weights)
+    if late_only:
+        for ffn in _list_ffns(model):
+            weights |= {f"{ffn}.late.{name}": weights[f"{ffn}.{name}"].clone() for name in _PROJECTIONS}
+    return _replace_model(checkpoint, dynamic, weights)
 
 
-def _sparse_scales(checkpoint: Checkpoint, scales: int) -> int:
+def _list_ffns(model: TransformerConfig) -> list[str]:
+    """Names of the blocks' FFNs in a checkpoint."""
+    return [f"blocks.{block}.ffn" for block in range(model.depth)]
+
+
+def _check_scales(checkpoint: Checkpoint, scales: int) -> int:
     if not 1 <= scales <= len(checkpoint.config.pyramid):
         raise UserError(f"the model has {len(checkpoint.config.pyramid)} scales; {scales} of them cannot be sparse")
     return scales
 
 
-def split(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: int, seed: int = 0) -> Checkpoint:
-    """The checkpoint whose hidden units stand expert by expert, with routers as they begin.
+def split_ffns(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: int, seed: int = 0) -> Checkpoint:
+    """The checkpoint with its hidden units in the order of experts, and with new routers.
 
-    Balanced k-means of the rows of fc1, `expert_size` in each cluster; then a permutation, so that with all experts the
-    model computes what it did. `scales`: of the last, how many are sparse; of a model whose late scales have FFNs of
-    their own, those.
+    Balanced k-means of the rows of fc1, with `expert_size` rows in each cluster, gives the order. It is a permutation,
+    so with all experts the model computes what it did. `scales`: how many of the last scales are sparse. It is ignored
+    for a model whose late scales have FFNs of their own: then those are sparse.
     """
-    model = model_of(checkpoint)
+    model = check_dense(checkpoint)
     if model.dynamic.experts:
         raise UserError(f"this model's FFNs are divided already, into {model.dynamic.experts} experts")
     if not 1 <= expert_size <= model.ffn_width or model.ffn_width % expert_size:
@@ -79,35 +85,31 @@ def split(checkpoint: Checkpoint, expert_size: int, scales: int, router_width: i
             f"divide it: {', '.join(map(str, divisors))}"
         )
     experts = model.ffn_width // expert_size
-    if not model.dynamic.own:
-        scales = _sparse_scales(checkpoint, scales)
-    dynamic = replace(
-        model.dynamic, experts=experts, router_width=router_width,
-        scales=model.dynamic.scales if model.dynamic.own else scales,
-    )  # fmt: skip
+    scales = model.dynamic.scales if model.dynamic.own else _check_scales(checkpoint, scales)
+    dynamic = replace(model.dynamic, experts=experts, router_width=router_width, scales=scales)
     weights = dict(checkpoint.transformer)
-    for block in tqdm(range(model.depth), desc="dividing FFNs", unit="block"):
-        clusters, start = (make_generator(seed, purpose, block) for purpose in ("experts", "router"))
-        ffn = f"blocks.{block}.ffn"
-        place = f"{ffn}.late" if model.dynamic.own else ffn
-        order_F = balanced_clusters(weights[f"{place}.fc1.weight"], experts, clusters).argsort(stable=True)
+    for block, ffn in enumerate(tqdm(_list_ffns(model), desc="dividing FFNs", unit="block")):
+        cluster_rng, router_rng = (make_generator(seed, purpose, block) for purpose in ("experts", "router"))
+        divided = f"{ffn}.late" if model.dynamic.own else ffn
+        order_F = run_balanced_kmeans(weights[f"{divided}.fc1.weight"], experts, cluster_rng).argsort(stable=True)
         for name in ("fc1.weight", "fc1.bias"):
-            weights[f"{place}.{name}"] = weights[f"{place}.{name}"][order_F]
-        weights[f"{place}.fc2.weight"] = weights[f"{place}.fc2.weight"][:, order_F].contiguous()
+            weights[f"{divided}.{name}"] = weights[f"{divided}.{name}"][order_F]
+        weights[f"{divided}.fc2.weight"] = weights[f"{divided}.fc2.weight"][:, order_F].contiguous()
         router = ExpertRouter(model.width, router_width, experts)
-        draw_weights(router, model.width, start)
-        weights |= {f"{ffn}.router.{n}": t for n, t in router.state_dict().items()}
+        draw_weights(router, model.width, router_rng)
+        weights |= {f"{ffn}.router.{name}": tensor for name, tensor in router.state_dict().items()}
         weights[f"{ffn}.importance_F"] = torch.zeros(model.ffn_width)
-    return _with(checkpoint, dynamic, weights)
+    return _replace_model(checkpoint, dynamic, weights)
 
 
-def with_dynamic(checkpoint: Checkpoint, dynamic: DynamicConfig) -> Checkpoint:
-    """The same weights under another setting."""
-    return _with(checkpoint, dynamic, checkpoint.transformer)
+def replace_dynamic(checkpoint: Checkpoint, dynamic: DynamicConfig) -> Checkpoint:
+    """The checkpoint with other settings of its dynamic experts, and the same weights."""
+    return _replace_model(checkpoint, dynamic, checkpoint.transformer)
 
 
-def _with(checkpoint: Checkpoint, dynamic: DynamicConfig, weights: Mapping[str, Tensor]) -> Checkpoint:
-    assert checkpoint.config.transformer is not None, "a model was converted"
+def _replace_model(checkpoint: Checkpoint, dynamic: DynamicConfig, weights: Mapping[str, Tensor]) -> Checkpoint:
+    """The checkpoint with other settings and weights, and without the thresholds that were calibrated for the old."""
+    assert checkpoint.config.transformer is not None, "check_dense has been called"
     config = replace(checkpoint.config, transformer=replace(checkpoint.config.transformer, dynamic=dynamic))
     origin = {name: value for name, value in checkpoint.origin.items() if name != "dynamic"}
     return Checkpoint(config, dict(checkpoint.tokenizer), dict(weights), origin, dict(checkpoint.extras))

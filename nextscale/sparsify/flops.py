@@ -15,7 +15,7 @@ from nextscale.info import condition_flops, scale_flops
 from nextscale.transformer.feed_forward.records import Activity, recorded
 
 
-def step_flops(config: ModelConfig, k: int, records: Sequence[Sequence[Any]], sequences: int) -> int:
+def count_step_flops(config: ModelConfig, k: int, records: Sequence[Sequence[Any]], sequences: int) -> int:
     """FLOPs of scale k for so many sequences (guidance makes two of an image), given what its layers recorded."""
     model = config.transformer
     assert model is not None, "a tokenizer alone has no transformer to count"
@@ -27,13 +27,13 @@ def step_flops(config: ModelConfig, k: int, records: Sequence[Sequence[Any]], se
     return total
 
 
-def of_scale(activity: Activity, span: tuple[int, int]) -> Activity:
+def select_scale(activity: Activity, span: tuple[int, int]) -> Activity:
     """The part of a teacher-forced pass's activity that is of one scale."""
     parts = (activity.units_BN, activity.routed_BN)
     return Activity(*(part_BN[:, slice(*span)] for part_BN in parts))
 
 
-def dense_flops(config: ModelConfig, sequences: int) -> int:
+def count_dense_flops(config: ModelConfig, sequences: int) -> int:
     """FLOPs of all scales for so many sequences with whole FFNs everywhere, and of the condition."""
     assert config.transformer is not None, "a tokenizer alone has no transformer to count"
     scales = sum(scale_flops(config, k) for k in range(len(config.pyramid)))

@@ -23,7 +23,7 @@ from nextscale.info import condition_flops
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.figures import map_grids
 from nextscale.research.analysis.subject import scale_names
-from nextscale.sparsify.flops import dense_flops, step_flops
+from nextscale.sparsify.flops import count_dense_flops, count_step_flops
 from nextscale.transformer.feed_forward.records import Activity, recorded
 
 
@@ -42,7 +42,7 @@ class Executed:
 
 
 @torch.no_grad()
-def sampled_flops(
+def count_sampled_flops(
     pipeline: Pipeline, labels: Sequence[int | None], settings: SampleConfig, batch_size: int = 16
 ) -> Executed:
     """FLOPs that were executed while images of these labels were drawn, read off the records of every scale."""
@@ -57,12 +57,12 @@ def sampled_flops(
         total = sequences * condition_flops(model)
         run = torch.ones(len(config.pyramid), dtype=torch.float64)
         for step in pipeline.sample_scales(list(part), settings, first_image=start):
-            total += step_flops(config, step.k, step.records, sequences)
+            total += count_step_flops(config, step.k, step.records, sequences)
             found = [a.share_BN(model.ffn_width).mean() for a in recorded(step.records, Activity)]
             run[step.k] = torch.stack(found).mean() if found else 1.0
         totals.append((total, len(part)))
         units.append(run * len(part))
-    dense = dense_flops(config, branches)
+    dense = count_dense_flops(config, branches)
     shares = torch.tensor([total / n / dense for total, n in totals], dtype=torch.float64)
     flops = sum(total for total, _ in totals) / len(labels)
     active = torch.stack(units).sum(dim=0) / len(labels)
@@ -70,7 +70,7 @@ def sampled_flops(
     return Executed(flops, flops / dense, deviation, tuple(active.tolist()))
 
 
-def equal_flops(
+def find_threshold(
     pipeline: Pipeline, labels: Sequence[int | None], base: SampleConfig, scales: int, target: float, rounds: int = 10
 ) -> float:
     """The threshold at which sampling executes this share of the dense FLOPs, by bisection: for comparisons at equal
@@ -78,7 +78,7 @@ def equal_flops(
     low, high = 0.0, 1.0
     for _ in range(rounds):
         middle = (low + high) / 2
-        share = sampled_flops(pipeline, labels, replace(base, tau=(middle,) * scales), 32).share
+        share = count_sampled_flops(pipeline, labels, replace(base, tau=(middle,) * scales), 32).share
         low, high = (middle, high) if share < target else (low, middle)
     return low
 
@@ -138,7 +138,7 @@ def analyse_dynamic(source: str, out: Path, shown: DynamicShown, settings: Sampl
         images = pipeline.sample(labels[: shown.columns], setting)
         pictures += images.pil()
         captions += [name] * len(images.captions)
-        executed = sampled_flops(pipeline, labels, setting, shown.batch_size)
+        executed = count_sampled_flops(pipeline, labels, setting, shown.batch_size)
         report.append({
             "name": name, "tau": list(setting.tau), "budget": setting.budget, "flops": executed.flops,
             "share": executed.share, "deviation": executed.deviation, "active_per_scale": list(executed.active_K),

@@ -11,7 +11,7 @@ from nextscale.common.files import read_json, write_json
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import PUBLISHED, SparsifyConfig
 from nextscale.pipeline import Pipeline
-from nextscale.research.analysis.dynamic import equal_flops, sampled_flops
+from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
 from nextscale.research.experiments.keys import decides, key
 from nextscale.sparsify.run import sparsify
 
@@ -64,7 +64,7 @@ def sampling_at(folder: Path, sampling: SampleConfig, share: float, kept: Path, 
     if world.main and not kept.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
         base = dataclasses.replace(sampling, budget=0.0)
-        write_json(kept, {"tau": equal_flops(pipeline, _labels(pipeline), base, max(len(sampling.tau), 1), share)})
+        write_json(kept, {"tau": find_threshold(pipeline, _labels(pipeline), base, max(len(sampling.tau), 1), share)})
     world.wait()
     return dataclasses.replace(sampling, tau=(read_json(kept)["tau"],) * max(len(sampling.tau), 1))
 
@@ -73,7 +73,7 @@ def dynamic_figures(folder: Path, sampling: SampleConfig, kept: Path, world: Wor
     """What the stages measured, and the FLOPs that sampling with these settings executed, counted once and `kept`."""
     if world.main and not kept.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
-        executed = sampled_flops(pipeline, _labels(pipeline), sampling)
+        executed = count_sampled_flops(pipeline, _labels(pipeline), sampling)
         write_json(kept, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
     world.wait()
     stages: dict[str, Any] = read_json(folder / "finished.json")["stages"]
