@@ -19,11 +19,11 @@ from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.thresholds import Budget, interpolate_tau, read_budgets, resolve_budget
-from nextscale.sparsify import run as sparsify_run
+from nextscale.sparsify import stages
 from nextscale.sparsify.calibrate import GRID, Measurement, calibrate_thresholds, choose_thresholds
 from nextscale.sparsify.convert import replace_gelu
 from nextscale.sparsify.flops import count_dense_flops
-from nextscale.sparsify.task import AdaptTask, RouterTask, TuneTask
+from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask
 from nextscale.training.engine.log import read_log
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import randomised, tiny_config
@@ -247,9 +247,10 @@ def test_routers_of_another_checkpoint_are_refused(made, tmp_path, capsys):
 def test_a_process_that_holds_no_weights_reads_them_back(made, monkeypatch):
     """Of several processes the first alone gathers a trained model: the others once went on without one."""
     _, dynamic = made
-    monkeypatch.setattr(sparsify_run, "whole_weights", lambda model: {})
-    job = sparsify_run._Job(SparsifyConfig(), dynamic, SimpleNamespace(main=False, wait=lambda: None), False)
-    found = sparsify_run._after(job, "routers", read_checkpoint(dynamic / "stages" / "split"), None)
+    monkeypatch.setattr(stages, "whole_weights", lambda model: {})
+    world = SimpleNamespace(main=False, wait=lambda: None)
+    job = stages.Job(SparsifyConfig(), None, dynamic / "stages", world, False)
+    found = stages._save_model(job, "routers", read_checkpoint(dynamic / "stages" / "split"), None)
     assert found.config.transformer.dynamic.identity
     assert found.transformer.keys() == weights(dynamic).keys()
 

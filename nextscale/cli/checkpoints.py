@@ -98,13 +98,14 @@ class Sparsify:
 
     def run(self) -> None:
         from nextscale.common.distributed import join_world
-        from nextscale.sparsify.run import sparsify, summary
+        from nextscale.sparsify.report import summarize_report
+        from nextscale.sparsify.run import sparsify
         from nextscale.training.report import report_interruption
 
         with report_interruption(self.out / "stages"), join_world(self.device) as world:
             report = sparsify(self.model, self.out, self.settings, world, accept_changes=self.accept_changes)
         if world.main:
-            print(summary(report, self.out))
+            print(summarize_report(report, self.out))
 
 
 @dataclass

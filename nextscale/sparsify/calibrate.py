@@ -1,7 +1,7 @@
 """Thresholds for a compute target: measure what each threshold costs on held-out images, then choose per scale.
 
-Measured with teacher forcing: the model sees the tokens of real images, with their labels and without, as guidance does.
-The dense model is the same one with all experts. The loss in quality is the KL divergence of a token's predicted
+Measured with teacher forcing: the model sees the tokens of real images, with their labels and without, as guidance
+does. The dense model is the same one with all experts. The loss in quality is the KL divergence of a token's predicted
 distribution from the dense model's.
 
 Letters: B images, L tokens, V codes, K scales.

@@ -1,4 +1,4 @@
-"""What `nextscale sparsify` trains: the ReLU model towards sparse hidden units, routers, and what routers choose."""
+"""Training tasks of `nextscale sparsify`: tuning for sparse hidden units, training routers, adapting to them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output
 
 
-def layers(model: VAR) -> list[DynamicFeedForward]:
+def list_ffns(model: VAR) -> list[DynamicFeedForward]:
     """The dynamic FFN of every block."""
-    return [module for module in model.modules() if isinstance(module, DynamicFeedForward)]
+    return [cast(DynamicFeedForward, block.ffn) for block in model.blocks]
 
 
 class TuneTask(TransformerTask):
     """Cross-entropy with the square Hoyer penalty on hidden units (DMoE-VAR, Eq. 1).
 
-    Where late scales have FFNs of their own, those alone are trained.
+    Where late scales have FFNs of their own, only those are trained.
     """
 
     name = "tuning"
@@ -34,20 +34,20 @@ class TuneTask(TransformerTask):
     def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig, hoyer: float):
         super().__init__(model, tokenizer, examples, config)
         self.hoyer, self.thresholds = hoyer, Thresholds((1.0,) * len(model.pyramid), record="sparsity")
-        _freeze(model)
+        _freeze_other_parameters(model)
 
     def _whole_loss(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, others = super()._whole_loss(loss, output, batch)
-        found = recorded(output.records, Sparsity)
-        hoyer = torch.stack([r.hoyer for r in found]).mean()
-        zeros = torch.stack([r.zeros for r in found]).mean().detach()
-        return loss + self.hoyer * hoyer, {**others, "hoyer": hoyer.detach(), "zeros": zeros}
+        loss, scalars = super()._whole_loss(loss, output, batch)
+        sparsities = recorded(output.records, Sparsity)
+        hoyer = torch.stack([sparsity.hoyer for sparsity in sparsities]).mean()
+        zeros = torch.stack([sparsity.zeros for sparsity in sparsities]).mean().detach()
+        return loss + self.hoyer * hoyer, {**scalars, "hoyer": hoyer.detach(), "zeros": zeros}
 
 
 class AdaptTask(TransformerTask):
-    """Cross-entropy of the model that runs a part of its experts, as `thresholds` and the routers choose them.
+    """Cross-entropy of the model with only the experts that the routers select at these thresholds.
 
-    The choice itself has no gradients, and the routers stay as they are.
+    The routers are not trained, and the selection has no gradient.
     """
 
     name = "adapting"
@@ -57,27 +57,27 @@ class AdaptTask(TransformerTask):
     ):
         super().__init__(model, tokenizer, examples, config)
         self.thresholds = thresholds
-        _freeze(model)
-        for layer in layers(model):
-            cast(nn.Module, layer.router).requires_grad_(False)
+        _freeze_other_parameters(model)
+        for ffn in list_ffns(model):
+            cast(nn.Module, ffn.router).requires_grad_(False)
 
 
-def _freeze(model: VAR) -> None:
-    """What the whole model's trainings leave alone: guidance's head; all but the late FFNs where there are such."""
+def _freeze_other_parameters(model: VAR) -> None:
+    """Freeze the head of semantic guidance; where late scales have FFNs of their own, everything except those."""
     if model.projector is not None:
         model.projector.requires_grad_(False)
     if model.config.dynamic.own:
         model.requires_grad_(False)
-        for layer in layers(model):
-            cast(nn.Module, layer.late).requires_grad_(True)
+        for ffn in list_ffns(model):
+            cast(nn.Module, ffn.late).requires_grad_(True)
 
 
 class RouterTask(Task):
-    """Each router learns to predict the norm of its experts' outputs (Eq. 2), by regression; nothing else changes.
+    """Regression of the norms of the experts' outputs (DMoE-VAR, Eq. 2). Only the routers are trained.
 
-    The squared error of a block is divided by the mean square of its targets, so that 1 is what predicting nothing
-    gives and blocks count alike; per block that changes no optimum. Labels are left out at
-    random as in training, for the unconditional branch of guidance.
+    The squared error of a block is divided by the mean square of its targets. So a router that predicts 0 has an error
+    of 1, and all blocks have the same weight; the optimum of a block does not change. Labels are dropped at random as
+    in training, for the unconditional branch of guidance.
     """
 
     name = "routers"
@@ -85,9 +85,9 @@ class RouterTask(Task):
     def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig):
         super().__init__()
         self.model, self.config, self.examples = model, config, examples
-        self._frozen = (tokenizer,)  # in a tuple: no part of what is trained, moved or saved
+        self._frozen = (tokenizer,)  # in a tuple, so that it is no submodule: not trained, moved or saved
         model.requires_grad_(False)
-        self.trained = nn.ModuleList([cast(nn.Module, layer.router) for layer in layers(model)])
+        self.trained = nn.ModuleList([cast(nn.Module, ffn.router) for ffn in list_ffns(model)])
         self.trained.requires_grad_(True)
         self.thresholds = Thresholds((1.0,) * len(model.pyramid), record="norms")
         self.tokens_per_example = model.pyramid.length
@@ -99,16 +99,16 @@ class RouterTask(Task):
         label_B, _, inputs_BLC = read_batch(batch, self._frozen[0])
         values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
         output = self.model(values, inputs_BLC, thresholds=self.thresholds)
-        found = recorded(output.records, Norms)
-        errors = [(r.predicted_BNE - r.true_BNE).square().mean() / r.true_BNE.square().mean() for r in found]
+        norms = recorded(output.records, Norms)
+        errors = [(n.predicted_BNE - n.true_BNE).square().mean() / n.true_BNE.square().mean() for n in norms]
         loss = torch.stack(errors).mean()
-        with torch.no_grad():  # of the experts that matter most, how many would be found
-            recall = torch.stack([_recall(r) for r in found]).mean()
+        with torch.no_grad():
+            recall = torch.stack([_compute_recall(n) for n in norms]).mean()
         return loss, {"relative_error": loss.detach(), "recall": recall}
 
 
-def _recall(norms: Norms) -> Tensor:
-    """Share of each token's larger half of experts, by true norms, that are in the predicted larger half."""
+def _compute_recall(norms: Norms) -> Tensor:
+    """Of the larger half of each token's experts by true norms, the share that is in the larger half by predictions."""
     half = max(1, norms.true_BNE.shape[-1] // 2)
     true, predicted = (t.topk(half, dim=-1).indices for t in (norms.true_BNE, norms.predicted_BNE))
     return (true.unsqueeze(-1) == predicted.unsqueeze(-2)).any(dim=-1).float().mean()

@@ -1,0 +1,243 @@
+"""The stages of `nextscale sparsify`: functions from checkpoint to checkpoint, which also return what they measured.
+
+A stage that trains keeps its states in a folder of its own and is resumed from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.common.distributed import World
+from nextscale.common.files import read_json, write_json
+from nextscale.config.parse import to_dict
+from nextscale.config.sparsify import SparsifyConfig, Stage
+from nextscale.config.training import TrainConfig
+from nextscale.pipeline import Pipeline
+from nextscale.sampling.thresholds import interpolate_tau
+from nextscale.sparsify.calibrate import Batches, calibrate_thresholds
+from nextscale.sparsify.convert import check_dense, identity, replace_dynamic, replace_gelu, split_ffns
+from nextscale.sparsify.data import Data, load_batches
+from nextscale.sparsify.report import list_grid, list_table
+from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask, list_ffns
+from nextscale.training.engine.log import Values
+from nextscale.training.engine.loop import fit_run
+from nextscale.training.engine.parallel import whole_weights
+from nextscale.training.engine.state import check_run
+from nextscale.training.engine.task import Task
+from nextscale.training.transformer_run import validate
+from nextscale.transformer.feed_forward.records import UnitContribution, recorded
+from nextscale.transformer.feed_forward.thresholds import Thresholds
+
+_VALIDATION_IMAGES = 500
+
+Result = tuple[Checkpoint, dict[str, Any]]
+"""The checkpoint after a stage, and what the stage measured, for sparsify.json."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all stages share."""
+
+    config: SparsifyConfig
+    data: Data | None
+    """None where no stage needs data."""
+    folder: Path
+    world: World
+    accept_changes: bool
+
+    @property
+    def examples(self) -> Data:
+        """The data."""
+        assert self.data is not None, "sparsify opens data for the stages that need them"
+        return self.data
+
+    def load_pipeline(self, checkpoint: Checkpoint) -> Pipeline:
+        """The checkpoint's modules in float32, on this process's device."""
+        return Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=self.world.device)
+
+    def load_held_out(self, pipeline: Pipeline) -> Batches:
+        """Held-out images for calibration."""
+        config = self.config
+        return load_batches(self.examples.held_out, pipeline.tokenizer, config.calibration_images, config.batch_size)
+
+
+def tune_model(job: Job, checkpoint: Checkpoint) -> Result:
+    """Put ReLU in place of GELU and train towards few active hidden units."""
+    config = job.config
+    if config.tune == "none":
+        return checkpoint, {"tuned": "nothing"}
+    start = replace_gelu(checkpoint, config.scales, config.tune == "late")
+    pipeline = job.load_pipeline(start)
+    task = TuneTask(pipeline.transformer, pipeline.tokenizer, job.examples.train, config.tuning, config.hoyer)
+    settings = {
+        "tune": config.tune, "hoyer": config.hoyer, "train": to_dict(config.tuning), "from": _mark(checkpoint),
+        "data": job.examples.name,
+    }  # fmt: skip
+    values = _train(job, "tune", task, config.tuning, settings)
+    return _save_model(job, "tune", start, task.model), values
+
+
+def split_experts(job: Job, checkpoint: Checkpoint) -> Result:
+    """Divide the FFNs into experts."""
+    config, folder = job.config, job.folder / "split"
+    settings = {
+        "from": _mark(checkpoint), "expert_size": config.expert_size, "scales": config.scales,
+        "router_width": config.router_width, "seed": config.seed,
+    }  # fmt: skip
+    finished = folder / "finished.json"
+    if job.world.main and not (finished.exists() and read_json(finished) == settings):
+        finished.unlink(missing_ok=True)
+        after = split_ffns(checkpoint, config.expert_size, config.scales, config.router_width, config.seed)
+        write_checkpoint(folder, after)
+        write_json(finished, settings)
+    job.world.wait()
+    after = read_checkpoint(folder)
+    dynamic = check_dense(after).dynamic
+    return after, {"experts": dynamic.experts, "expert_size": config.expert_size, "sparse_scales": dynamic.scales}
+
+
+def train_routers(job: Job, checkpoint: Checkpoint) -> Result:
+    """Train the routers to predict the norms of the experts' outputs."""
+    config, pipeline = job.config, job.load_pipeline(checkpoint)
+    task = RouterTask(pipeline.transformer, pipeline.tokenizer, job.examples.train, config.routers)
+    settings = {"from": _mark(checkpoint), "data": job.examples.name, "train": to_dict(config.routers)}
+    values = _train(job, "routers", task, config.routers, settings)
+    _measure_importance(job, pipeline)
+    return _save_model(job, "routers", checkpoint, pipeline.transformer), values
+
+
+@torch.no_grad()
+def _measure_importance(job: Job, pipeline: Pipeline) -> None:
+    """Set how much each hidden unit contributes at the sparse scales, for static pruning."""
+    model, config, sums, images = pipeline.transformer, job.config, list[Tensor](), 0
+    thresholds = Thresholds((1.0,) * len(model.pyramid), record="contribution")
+    batches = load_batches(
+        job.examples.train, pipeline.tokenizer, config.calibration_images, config.batch_size
+    )  # fmt: skip
+    for label_B, tokens_BL in batches:
+        inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
+        output = model(model.condition.with_none(label_B), inputs_BLC, thresholds=thresholds)
+        found = [record.contribution_F for record in recorded(output.records, UnitContribution)]
+        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        images += len(label_B)
+    for ffn, sum_F in zip(list_ffns(model), sums, strict=True):
+        ffn.importance_F.copy_(sum_F / images)
+
+
+def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
+    """Train the model with only the experts that run at `budget`."""
+    config, tau_file = job.config, job.folder / "adapt" / "tau.json"
+    about = {"from": _mark(checkpoint), "data": job.examples.name, "budget": config.budget}
+    settings = {**about, "train": to_dict(config.adapting)}
+    check_run(job.folder / "adapt", settings, job.accept_changes)  # before the calibration, which takes long
+    if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
+        packed = job.load_pipeline(checkpoint).pack()
+        batches = job.load_held_out(packed)
+        calibration = calibrate_thresholds(
+            checkpoint.config, packed.tokenizer, packed.transformer, batches, [config.budget]
+        )
+        write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})
+    job.world.wait()
+    pipeline, tau = job.load_pipeline(checkpoint), tuple(read_json(tau_file)["tau"])
+    model = pipeline.transformer
+    thresholds = Thresholds.create(model.config, len(model.pyramid), tau, "threshold")
+    task = AdaptTask(model, pipeline.tokenizer, job.examples.train, config.adapting, thresholds)
+    values = _train(job, "adapt", task, config.adapting, settings)
+    return _save_model(job, "adapt", checkpoint, model), {**values, "tau": tau}
+
+
+def find_thresholds(job: Job, checkpoint: Checkpoint) -> Result:
+    """Calibrate the thresholds for all budgets, and store them in the checkpoint."""
+    config, pipeline = job.config, job.load_pipeline(checkpoint).pack()
+    batches = job.load_held_out(pipeline)
+    shares = sorted({*config.budgets, *([config.budget] if config.budget else [])}, reverse=True)
+    calibration = calibrate_thresholds(
+        checkpoint.config, pipeline.tokenizer, pipeline.transformer, batches, shares
+    )  # fmt: skip
+    table = calibration.table
+    record = {
+        "calibrated_on": job.examples.name, "images": sum(len(labels_B) for labels_B, _ in batches),
+        "budgets": [{"share": row.share, "tau": list(row.tau)} for row in table],
+    }  # fmt: skip
+    tau = interpolate_tau({"dynamic": record}, max(config.budget, table[-1].share)) if config.budget else ()
+    after = replace_dynamic(checkpoint, dataclasses.replace(check_dense(checkpoint).dynamic, tau=tau))
+    after.origin["dynamic"] = record
+    return after, {
+        **record, "tau": list(tau), "budget": config.budget,
+        "grid": list_grid(after.config, calibration), "table": list_table(after.config, calibration),
+    }  # fmt: skip
+
+
+STAGES: dict[Stage, Callable[[Job, Checkpoint], Result]] = {
+    "tune": tune_model,
+    "split": split_experts,
+    "routers": train_routers,
+    "adapt": adapt_model,
+    "thresholds": find_thresholds,
+}
+
+
+# ---- shared by the stages that train
+
+
+class _Watch:
+    """Validation at every save; the weights are written when a stage is done."""
+
+    def __init__(self, task: Task, data: Data, world: World):
+        self.task, self.data, self.world = task, data, world
+
+    def measure(self, step: int) -> Values:
+        return validate(cast(Any, self.task), self.data.held_out, _VALIDATION_IMAGES, self.world)
+
+    def keep(self, step: int, best: bool) -> None:
+        pass
+
+
+def _train(job: Job, name: Stage, task: Task, train: TrainConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train a stage's task from where it left off; return its last validation."""
+    folder = job.folder / name
+    check_run(folder, settings, job.accept_changes)
+    job.world.wait()  # all processes have checked before one writes
+    if job.world.main:
+        steps, warmup = train.schedule_steps(len(task.examples))
+        print(f"{steps:,} steps of {train.batch_size} images, {warmup:,} of them warm-up", flush=True)
+        write_json(folder / "run.json", settings)
+    watch = _Watch(task, job.examples, job.world)
+    fit_run(task, train, folder, watch, job.world, settings, job.config.images.max_unreadable)
+    task.eval()
+    values = validate(cast(Any, task), job.examples.held_out, _VALIDATION_IMAGES, job.world)
+    values.pop("unreadable", None)
+    return dict(values)
+
+
+def _save_model(job: Job, name: Stage, before: Checkpoint, model: nn.Module) -> Checkpoint:
+    """Write a trained model to the stage's folder, and read it back: of several processes only the first has all
+    weights."""
+    weights, dynamic = whole_weights(model), check_dense(before).dynamic
+    if job.world.main:
+        if name in ("routers", "adapt"):
+            dynamic = dataclasses.replace(dynamic, identity=identity(weights, check_dense(before)), tau=())
+        after = dataclasses.replace(replace_dynamic(before, dynamic), transformer=weights)
+        write_checkpoint(job.folder / name, after)
+    job.world.wait()
+    return read_checkpoint(job.folder / name)
+
+
+def _mark(checkpoint: Checkpoint) -> str:
+    """A checksum of a checkpoint's config and of a sample of its transformer's weights."""
+    digest = hashlib.sha256(json.dumps(to_dict(checkpoint.config), sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.transformer.items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // 1000)]
+        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
