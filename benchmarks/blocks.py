@@ -25,7 +25,7 @@ from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
-from nextscale.evaluation.latency import spread
+from nextscale.evaluation.latency import summarize_spread
 from nextscale.transformer import block
 from nextscale.transformer.attention import Attention
 from nextscale.transformer.context import ScaleContext
@@ -83,7 +83,7 @@ def _pair(operators: Callable[[], Tensor | None], kernel: Callable[[], Tensor | 
     """Seconds of both in turn, and how many times as fast the kernel is."""
     times = alternating({"operators": operators, "kernel": kernel}, rounds, time.perf_counter)
     ratios = [a / b for a, b in zip(times["operators"], times["kernel"], strict=True)]
-    return {**{name: spread(seconds) for name, seconds in times.items()}, "ratio": spread(ratios)}
+    return {**{name: summarize_spread(seconds) for name, seconds in times.items()}, "ratio": summarize_spread(ratios)}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.config.feed_forward import DynamicConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
-from nextscale.evaluation.latency import spread
+from nextscale.evaluation.latency import summarize_spread
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
 from nextscale.transformer.block import FeedForward
@@ -147,8 +147,9 @@ def _ffn_case(
     }
     times = alternating(work, options.rounds, _now(options))
     ratios = [b / a for a, b in zip(times["dense"], times["sparse"], strict=True)]
-    return {"rows": len(x_TD), "active": chosen_TE.float().mean().item(), "ratio": spread(ratios),
-            "saved": 1 - statistics.median(ratios), "seconds": {n: spread(t) for n, t in times.items()}}  # fmt: skip
+    return {"rows": len(x_TD), "active": chosen_TE.float().mean().item(), "ratio": summarize_spread(ratios),
+            "saved": 1 - statistics.median(ratios),
+            "seconds": {n: summarize_spread(t) for n, t in times.items()}}  # fmt: skip
 
 
 # ---- a checkpoint
@@ -204,10 +205,10 @@ def _sampling_case(
 ) -> dict[str, Any]:
     """What a setting saves of the transformer's time and of all but decoding, round by round beside the dense model."""
     saved = {
-        part: spread([1 - a[i] / b[i] for a, b in zip(times, dense, strict=True)])
+        part: summarize_spread([1 - a[i] / b[i] for a, b in zip(times, dense, strict=True)])
         for i, part in enumerate(("transformer", "sampling"))
     }
-    seconds = {part: spread([t[i] for t in times]) for i, part in enumerate(saved)}
+    seconds = {part: summarize_spread([t[i] for t in times]) for i, part in enumerate(saved)}
     parts = ", ".join(
         f"{part} {1000 * seconds[part]['median']:.0f} ms, {found['median']:.1%} saved ({found['min']:.1%} to "
         f"{found['max']:.1%})" for part, found in saved.items()
@@ -255,12 +256,13 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
 def _distances(model: str, name: str, config: SampleConfig, options: argparse.Namespace) -> list[float]:
     """Fréchet distance of each seed's images; measured ones are kept in --out."""
     from nextscale.common.distributed import World
-    from nextscale.evaluation.run import Settings, evaluate
+    from nextscale.config.evaluation import EvaluationConfig
+    from nextscale.evaluation.run import evaluate
 
     found = []
     for seed in options.seeds:
         out = options.out / f"{name.replace(' ', '-')}-{seed}.json"
-        settings = Settings(count=options.images, sampling=dataclasses.replace(config, seed=seed))
+        settings = EvaluationConfig(count=options.images, sampling=dataclasses.replace(config, seed=seed))
         report = evaluate(model, out, [options.features], [options.reference], settings, World())
         ((_, figures),) = report["measures"].items()
         found.append(next(v for n, v in figures.items() if n.endswith("_fd") or n == "fid"))

@@ -23,7 +23,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import time_batch
-from nextscale.evaluation.peak_memory import peak_resident
+from nextscale.evaluation.peak_memory import read_peak_resident
 from nextscale.info import describe_config
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
@@ -51,7 +51,7 @@ def measure(point: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
     if point["batch"] == 1:
         time_batch(pipeline, 1, settings)  # packs the weights
     scales, decoder = time_batch(pipeline, point["batch"], settings)
-    memory = torch.cuda.max_memory_allocated() if device != "cpu" else peak_resident()
+    memory = torch.cuda.max_memory_allocated() if device != "cpu" else read_peak_resident()
     return {
         **point,
         "seconds": sum(scales) + decoder,

@@ -30,7 +30,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import TransformerConfig
-from nextscale.evaluation.latency import spread
+from nextscale.evaluation.latency import summarize_spread
 from nextscale.info import active_parameters, condition_flops, scale_flops
 from nextscale.training.engine.step import adamw
 from nextscale.transformer.context import ScaleContext
@@ -112,7 +112,7 @@ def case(models: dict[str, VAR], batch: int, options: argparse.Namespace) -> dic
             if turn:
                 seconds[name].append(scales)
     whole = {name: [sum(scales) for scales in rounds] for name, rounds in seconds.items()}
-    ratios = spread([a / b for a, b in zip(whole[options.model], whole[options.against], strict=True)])
+    ratios = summarize_spread([a / b for a, b in zip(whole[options.model], whole[options.against], strict=True)])
     columns = {name: zip(*rounds, strict=True) for name, rounds in seconds.items()}
     per_scale = {name: [statistics.median(column) for column in found] for name, found in columns.items()}
     print(f"batch {batch}: {options.model} {statistics.median(whole[options.model]):.3f} s, {options.against} "
@@ -120,7 +120,7 @@ def case(models: dict[str, VAR], batch: int, options: argparse.Namespace) -> dic
           f"({ratios['min']:.3f} to {ratios['max']:.3f})")  # fmt: skip
     for name, scales in per_scale.items():
         print(f"    {name:<10} ms per scale " + " ".join(f"{1000 * s:.0f}" for s in scales))
-    return {"batch": batch, "ratio": ratios, "seconds": {n: spread(w) for n, w in whole.items()},
+    return {"batch": batch, "ratio": ratios, "seconds": {n: summarize_spread(w) for n, w in whole.items()},
             "seconds_per_scale": per_scale}  # fmt: skip
 
 
@@ -169,13 +169,14 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
                 seconds[name].append(took)
     for name, model in models.items():
         optimizer_seconds[name] = optimizer_step(model, options)
-    ratios = spread([a / b for a, b in zip(*seconds.values(), strict=True)])
+    ratios = summarize_spread([a / b for a, b in zip(*seconds.values(), strict=True)])
     for name, times in seconds.items():
         rest = optimizer_seconds[name]
         print(f"{name:<24} {statistics.median(times):.3f} s forward and backward, optimizer {rest:.3f} s")
     print(f"{ratios['median']:.3f} times ({ratios['min']:.3f} to {ratios['max']:.3f})")
     return {"batch": options.batch, "active_parameters": active, "ratio": ratios, "rounds": options.rounds,
-            "seconds": {n: spread(s) for n, s in seconds.items()}, "optimizer_seconds": optimizer_seconds}  # fmt: skip
+            "seconds": {n: summarize_spread(s) for n, s in seconds.items()},
+            "optimizer_seconds": optimizer_seconds}  # fmt: skip
 
 
 def step_seconds(model: VAR, batch: int, device: str) -> float:

@@ -28,7 +28,7 @@ from nextscale.backends.cpu import ops
 from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import MVAR_MIXERS, TransformerConfig
-from nextscale.evaluation.latency import spread
+from nextscale.evaluation.latency import summarize_spread
 from nextscale.info import condition_flops, scale_flops, state_bytes
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
 from nextscale.transformer.context import ScaleContext
@@ -144,7 +144,7 @@ def _generation(options: argparse.Namespace, image: int) -> dict[str, Any]:
     ratios = {}
     for i, part in enumerate(("mamba", "blocks")):
         pairs = zip(whole["again"], whole["carried"], strict=True)
-        ratios[part] = spread([again[i] / carried[i] for again, carried in pairs])
+        ratios[part] = summarize_spread([again[i] / carried[i] for again, carried in pairs])
         r = ratios[part]
         print(f"  {part}: {r['median']:.2f} times as fast with the state carried ({r['min']:.2f} to {r['max']:.2f})")
     return {"image": image, "difference": worst.item(), "ratio": ratios, "seconds_mamba_blocks": seconds}
@@ -209,7 +209,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     worst = (outputs["nextscale"] - outputs["transformers"]).abs().max() / outputs["transformers"].abs().max()
     projections = length * width * (3 * ours.inner + 2 * ours.state + ours.heads)
     gflop = 3 * 2 * options.batch * (projections + multiply_adds(length, ours.inner, ours.state)) / 1e9
-    ratio = spread([a / b for a, b in zip(seconds["transformers"], seconds["nextscale"], strict=True)])
+    ratio = summarize_spread([a / b for a, b in zip(seconds["transformers"], seconds["nextscale"], strict=True)])
     print(
         f"one mixer, width {width}, {options.batch} x {length} tokens, {options.threads} threads, forward and backward"
     )

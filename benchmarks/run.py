@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.official import official_shape, official_tensors
 from nextscale.common.devices import describe_machine, find_device
 from nextscale.config.presets import preset
-from nextscale.evaluation.latency import spread
+from nextscale.evaluation.latency import summarize_spread
 from nextscale.info import describe_config
 from nextscale.pipeline import Pipeline
 
@@ -162,7 +162,7 @@ def start_up(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
-    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+    return summarize_spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
 def report(names: list[str], result: dict[str, Any], options: argparse.Namespace) -> None:
@@ -202,7 +202,11 @@ def main() -> None:
         folder = Path(temporary)
         pipeline = write_weights(folder, options)
         if options.start_up:
-            print(json.dumps({name: spread(values) for name, values in start_up(folder, options.rounds).items()}))
+            print(
+                json.dumps(
+                    {name: summarize_spread(values) for name, values in start_up(folder, options.rounds).items()}
+                )
+            )
             return
         facts = describe_config(options.model, pipeline.config)
         gflop = (2 * facts["transformer_flops"] + facts["tokenizer_flops"]["decode"]) / 1e9
@@ -210,12 +214,12 @@ def main() -> None:
         del pipeline
         seconds = time_all(names, folder, options)
         memory = peak_memory(names, folder, options)
-        started = {name: spread(values) for name, values in start_up(folder, options.rounds).items()}
+        started = {name: summarize_spread(values) for name, values in start_up(folder, options.rounds).items()}
     cases = {}
     for name in names:
         for batch in options.batches:
             case = cases[f"{name}, batch {batch}"] = {
-                "seconds": spread(seconds[name][batch]),
+                "seconds": summarize_spread(seconds[name][batch]),
                 "gflop_per_s": gflop * batch / statistics.median(seconds[name][batch]),
                 "peak_bytes": memory[name][batch],
                 "memory_share": memory[name][batch] / memory[names[0]][batch],

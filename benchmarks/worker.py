@@ -96,9 +96,9 @@ def answer(worker: Official | Nextscale, command: dict[str, Any], device: str) -
         worker.sample(command["batch"], 0)
         if device != "cpu":
             return {"bytes": torch.cuda.max_memory_allocated()}
-        from nextscale.evaluation.peak_memory import peak_resident
+        from nextscale.evaluation.peak_memory import read_peak_resident
 
-        return {"bytes": peak_resident()}
+        return {"bytes": read_peak_resident()}
     given = torch.load(command["given"], weights_only=True)
     logits = worker.logits(given["labels"].to(device), given["inputs"].to(device))
     torch.save({"logits": logits.cpu(), "tokens": worker.tokens(2, 0).cpu()}, command["to"])

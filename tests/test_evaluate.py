@@ -18,12 +18,13 @@ from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
+from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.encoders.classifier import Classifier
-from nextscale.evaluation.images import NpzImages, PictureImages, open_images
+from nextscale.evaluation.images import NpzImages, StoredImages, open_images
 from nextscale.evaluation.metrics.lpips import ALEX, VGG, Lpips
-from nextscale.evaluation.reference import read_arrays
-from nextscale.evaluation.run import Settings, evaluate, make_statistics
+from nextscale.evaluation.reference import read_npz
+from nextscale.evaluation.run import evaluate, make_statistics
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
 
@@ -45,7 +46,7 @@ def places(tmp_path_factory):
 
 
 def figures(places, out, source, networks=("classifier",), reference="real", **more):
-    settings = Settings(count=24, sampling=SAMPLING, shard=10, batch=4)
+    settings = EvaluationConfig(count=24, sampling=SAMPLING, shard=10, batch=4)
     names, references = [str(places / n) for n in networks], [str(places / reference)] if reference else []
     return evaluate(str(source), out, names, references, settings, World(), **more)
 
@@ -69,13 +70,15 @@ def test_model_pictures_npz_and_features_give_the_same_figures(places, tmp_path)
     assert 0 <= asked <= 1
     assert values == folder == npz
 
-    make_statistics(str(places / "real"), str(places / "classifier"), tmp_path / "ref.npz", Settings(), World())
-    make_statistics(str(tmp_path / "pictures"), str(places / "classifier"), tmp_path / "own.npz", Settings(), World())
+    make_statistics(str(places / "real"), str(places / "classifier"), tmp_path / "ref.npz", EvaluationConfig(), World())
+    make_statistics(
+        str(tmp_path / "pictures"), str(places / "classifier"), tmp_path / "own.npz", EvaluationConfig(), World()
+    )
     by_file = figures(places, tmp_path / "ref.json", places / "model", reference=tmp_path / "ref.npz")
     for name in ("classifier_fd", "classifier_precision", "classifier_recall"):
         assert by_file["measures"]["classifier"][name] == pytest.approx(values[name], rel=1e-5)
     of_features = evaluate(
-        str(tmp_path / "own.npz"), tmp_path / "f.json", [], [str(tmp_path / "ref.npz")], Settings(), World()
+        str(tmp_path / "own.npz"), tmp_path / "f.json", [], [str(tmp_path / "ref.npz")], EvaluationConfig(), World()
     )
     for name in ("classifier_fd", "classifier_precision", "classifier_recall"):
         assert of_features["measures"]["classifier"][name] == pytest.approx(values[name], rel=1e-5)
@@ -97,7 +100,9 @@ def test_figures_are_those_of_the_metrics(places, tmp_path):
     with torch.no_grad():
         a, b = eye(sampled).pool_BD, eye(real).pool_BD
         asked = (eye(sampled).logits_BC.argmax(1) == torch.arange(24) % 5).double().mean()
-    assert report["classifier_fd"] == pytest.approx(frechet_distance(Moments.of(a, "a"), Moments.of(b, "b")), rel=1e-4)
+    assert report["classifier_fd"] == pytest.approx(
+        frechet_distance(Moments.compute(a, "a"), Moments.compute(b, "b")), rel=1e-4
+    )
     assert (report["classifier_precision"], report["classifier_recall"]) == precision_recall(a, b)
     assert report["classifier_read_as_asked"] == float(asked)
     assert "covariance is singular" in report["notes"][0]
@@ -116,7 +121,7 @@ def test_adm_statistics_with_samples(places, tmp_path, monkeypatch):
         f"sigma{n}": np.cov(x, rowvar=False) for n, x in spread.items()
     }
     np.savez(tmp_path / "adm.npz", arr_0=real, **arrays)
-    settings = Settings(count=5, sampling=SAMPLING, batch=5)
+    settings = EvaluationConfig(count=5, sampling=SAMPLING, batch=5)
     report = evaluate(
         str(places / "model"), tmp_path / "r.json", [str(tmp_path / "inception.pth")], [str(tmp_path / "adm.npz")],
         settings, World(),
@@ -161,9 +166,9 @@ def test_it_goes_on_after_a_kill_and_two_processes_equal_one(places, tmp_path):
 
 def test_features_of_other_images_are_not_mixed_in(places, tmp_path):
     figures(places, tmp_path / "r.json", places / "model", reference="")
+    config = EvaluationConfig(count=24, sampling=SampleConfig(cfg=2.0, seed=3), shard=10, batch=4)
     with pytest.raises(UserError, match=r"r.work/samples holds a run with other settings \(images\)"):
-        evaluate(str(places / "model"), tmp_path / "r.json", [str(places / "classifier")], [],
-                 Settings(count=24, sampling=SampleConfig(cfg=2.0, seed=3), shard=10, batch=4), World())  # fmt: skip
+        evaluate(str(places / "model"), tmp_path / "r.json", [str(places / "classifier")], [], config, World())
 
 
 def alexnet_files(folder):
@@ -208,7 +213,7 @@ def test_lpips_between_two_models(places, tmp_path):
     """The same seed and labels, image by image; a model against itself is 0."""
     files = alexnet_files(tmp_path)
     randomised(tiny_config("1,2,16"), seed=1).save_pretrained(tmp_path / "other")
-    settings = Settings(count=4, sampling=SAMPLING, size=0, batch=2)
+    settings = EvaluationConfig(count=4, sampling=SAMPLING, size=0, batch=2)
     arguments = [(), (), settings, World()]
     with pytest.raises(UserError, match="give both --against and --lpips"):
         evaluate(str(places / "model"), tmp_path / "x.json", *arguments, against=str(tmp_path / "other"))
@@ -223,7 +228,7 @@ def test_what_cannot_be_measured_is_refused(places, tmp_path):
     def run(source, networks=("classifier",), references=(), **more):
         names = [str(places / n) for n in networks]
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        return evaluate(str(source), out, names, references, Settings(**more), World())
+        return evaluate(str(source), out, names, references, EvaluationConfig(**more), World())
 
     with pytest.raises(UserError, match="nothing to measure: give --features"):
         run(places / "model", networks=())
@@ -243,7 +248,7 @@ def test_what_cannot_be_measured_is_refused(places, tmp_path):
     np.savez(tmp_path / "mu.npz", mu=np.zeros(5), sigma=np.eye(5))
     with pytest.raises(UserError, match="mu.npz holds statistics alone"):
         run(tmp_path / "mu.npz")
-    with pytest.raises(UserError, match="does not say of which network it is, and 5 channels are not Inception's"):
+    with pytest.raises(UserError, match="does not name its network, and 5 channels are not Inception's"):
         run(places / "real", references=[str(tmp_path / "mu.npz")])
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     with pytest.raises(UserError, match="mu or sigma is not finite"):
@@ -258,11 +263,13 @@ def test_what_cannot_be_measured_is_refused(places, tmp_path):
     with pytest.raises(UserError, match="two feature networks are named classifier"):
         run(places / "real", networks=("classifier", "classifier"))
     with pytest.raises(UserError, match="real has 40 images, .*mixed 2: give --num to pair as many"):
-        evaluate(str(places / "real"), tmp_path / "pair.json", [], [], Settings(size=16), World(), against=str(mixed))
+        evaluate(
+            str(places / "real"), tmp_path / "pair.json", [], [], EvaluationConfig(size=16), World(), against=str(mixed)
+        )
     np.savez(tmp_path / "features.npz", pool=np.zeros((9, 64)), network="classifier", fingerprint="other")
     with pytest.raises(UserError, match="features.npz was made with other weights of the classifier network"):
         run(places / "real", references=[str(tmp_path / "features.npz")])
-    assert PictureImages(str(mixed), size=8).fetch(0, 2).shape == (2, 3, 8, 8)
+    assert StoredImages(str(mixed), size=8).fetch(0, 2).shape == (2, 3, 8, 8)
 
 
 def test_npz_is_read_in_portions(tmp_path):
@@ -274,4 +281,4 @@ def test_npz_is_read_in_portions(tmp_path):
         assert len(samples) == 7
         assert np.array_equal(samples.fetch(2, 5).permute(0, 2, 3, 1).numpy(), images[2:5])
     assert open_images(str(tmp_path / "plain.npz"), 3, 0, SAMPLING, 1).labels().tolist() == [0, 1, 2]
-    assert read_arrays(tmp_path / "plain.npz").has_samples
+    assert read_npz(tmp_path / "plain.npz").has_samples

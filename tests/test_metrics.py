@@ -25,7 +25,7 @@ def features(count, width, seed, shift=0.0):
 
 
 def distance(a, b):
-    return frechet_distance(Moments.of(a, "a"), Moments.of(b, "b"))
+    return frechet_distance(Moments.compute(a, "a"), Moments.compute(b, "b"))
 
 
 # ---- Fréchet distance
@@ -89,11 +89,11 @@ def test_frechet_distance_at_the_edges():
 def test_features_that_cannot_be_measured_are_refused():
     a = features(10, 4, 0)
     with pytest.raises(UserError, match="mine: a covariance needs at least 2 images; got 1"):
-        Moments.of(a[:1], "mine")
+        Moments.compute(a[:1], "mine")
     broken = a.clone()
     broken[3, 2] = math.nan
     with pytest.raises(UserError, match="mine: the features of 1 images are not finite, first image 3"):
-        Moments.of(broken, "mine")
+        Moments.compute(broken, "mine")
     with pytest.raises(UserError, match="not finite, first image 3"):
         precision_recall(a, broken)
     with pytest.raises(UserError, match="not finite, first image 3"):
@@ -101,7 +101,7 @@ def test_features_that_cannot_be_measured_are_refused():
     with pytest.raises(UserError, match="features of 4 and 5 channels"):
         distance(a, features(10, 5, 0))
     with pytest.raises(UserError, match=r"must be \(images, channels\); got \(10,\)"):
-        Moments.of(a[:, 0], "mine")
+        Moments.compute(a[:, 0], "mine")
     with pytest.raises(UserError, match="at least 4 images in each set"):
         precision_recall(a[:3], a)
 

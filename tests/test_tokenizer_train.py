@@ -16,7 +16,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.tokenizer_training import CodebookConfig, TokenizerLossConfig, derive_pyramid
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
-from nextscale.evaluation.metrics.codebook import CodebookUse, counts, perplexity, usage
+from nextscale.evaluation.metrics.codebook import CodebookUsage, compute_perplexity, compute_usage, count_codes
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.evaluation.metrics.reconstruction import psnr, ssim
 from nextscale.pipeline import Pipeline
@@ -42,7 +42,7 @@ def test_moving_averages_against_a_loop():
     for seed in range(3):
         x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
         quantized = tokenizer(x)[1]
-        learner.observe(quantized, counts(quantized.tokens_BL, tokenizer.pyramid, 32))
+        learner.observe(quantized, count_codes(quantized.tokens_BL, tokenizer.pyramid, 32))
         learner.learn(World(), None)
         seen, summed = np.zeros(32), np.zeros((32, 4))
         for token, vector in zip(quantized.tokens_BL.flatten(), quantized.wanted_BLC.flatten(0, 1), strict=True):
@@ -71,7 +71,7 @@ def test_dead_codes_move_to_vectors_of_the_batch_and_living_ones_stay():
 
     def learn():
         seen = Quantized(wanted, torch.zeros(()), alive, wanted)
-        learner.observe(seen, counts(alive, quantizer.pyramid, 32))
+        learner.observe(seen, count_codes(alive, quantizer.pyramid, 32))
         learner.learn(World(), torch.Generator().manual_seed(0))
 
     learn()
@@ -87,7 +87,7 @@ def test_dead_codes_move_to_vectors_of_the_batch_and_living_ones_stay():
 @given(st.lists(st.integers(0, 9), min_size=14, max_size=14))
 def test_usage_and_perplexity_against_a_loop(tokens):
     pyramid = Pyramid.parse("1,2,3")
-    use = CodebookUse.empty(pyramid, 10)
+    use = CodebookUsage.empty(pyramid, 10)
     use.add(torch.tensor([tokens]), pyramid)
     report = use.report()
     for k, (start, end) in enumerate(pyramid.spans):
@@ -99,9 +99,9 @@ def test_usage_and_perplexity_against_a_loop(tokens):
 
 
 def test_perplexity_known_answers():
-    assert perplexity(torch.ones(16)) == pytest.approx(16)
-    assert perplexity(torch.tensor([5, 0, 0])) == pytest.approx(1)
-    assert usage(torch.tensor([5, 0, 0, 1])) == 0.5
+    assert compute_perplexity(torch.ones(16)) == pytest.approx(16)
+    assert compute_perplexity(torch.tensor([5, 0, 0])) == pytest.approx(1)
+    assert compute_usage(torch.tensor([5, 0, 0, 1])) == 0.5
 
 
 def test_psnr_and_ssim_against_numpy():

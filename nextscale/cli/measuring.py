@@ -1,4 +1,4 @@
-"""Commands that measure: feature networks of our own, generators."""
+"""Commands that measure generators, run experiments, and train and evaluate classifiers."""
 
 from __future__ import annotations
 
@@ -18,103 +18,104 @@ Scale = Literal["tiny", "cifar", "paper"]
 
 @dataclass
 class Evaluate:
-    """Measure a generator: FID, sFID, Inception Score, precision, recall, FD-DINOv2, LPIPS; of images from anywhere.
+    """Measure generated images: FID, sFID, Inception Score, precision, recall, FD-DINOv2, LPIPS.
 
-    Running the same command again goes on where it was stopped. Under torchrun the processes share the images.
+    Run the same command again to resume after a stop. Under torchrun the processes share the images.
     """
 
     source: Positional[str]
-    """Checkpoint folder; or pictures: a folder, a table, a data set on the hub; or an .npz of samples (arr_0, uint8,
+    """Checkpoint folder; or images: a folder, a table, a data set on the hub; or an .npz of samples (arr_0, uint8,
     N x H x W x 3) or of features (pool, spatial, logits)."""
     out: Path
-    """The report, a JSON file. Features are kept in a folder of that name with .work."""
+    """JSON file for the report. Features are stored in a folder of the same name with the suffix .work."""
     features: tuple[str, ...] = ()
     """Feature networks: Inception's weight file (pt_inception-2015-12-05-6726825d.pth), the folder or hub name of
-    DINOv2, the folder of a classifier of ours."""
+    DINOv2, or the folder of a classifier (`nextscale classifier train`)."""
     reference: tuple[str, ...] = ()
-    """What to compare with: pictures, or an .npz of statistics (ADM's, or `nextscale statistics`), one for each feature
-    network."""
+    """Reference images, or an .npz of statistics (ADM's or `nextscale statistics`'); one for each feature network."""
     num: int = 0
-    """Images; 0 = all that there are, 50,000 of a model."""
+    """Number of images; 0 = all of a data set, 50,000 of a model."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
-    """YAML or JSON file with sampling settings; options on the command line win."""
+    """YAML or JSON file with sampling settings; options on the command line take precedence."""
     reconstruct: str = ""
-    """Pictures that the model's tokenizer reconstructs and that are measured in place of samples."""
+    """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""
     against: str = ""
-    """Images to compare with in pairs, in any of the forms of SOURCE; of a model with the same seed and labels."""
+    """Images to compare with pair by pair, in any of the forms of SOURCE; a model uses the same seed and labels."""
     lpips: tuple[Path, Path] | None = None
-    """LPIPS's two files: VGG-16 or AlexNet in torchvision's form, and the linear heads of LPIPS 0.1."""
+    """LPIPS's two files: torchvision's VGG-16 or AlexNet, and the linear heads of LPIPS 0.1."""
     size: int = 0
-    """Resize and centre-crop pictures to this; 0 = as they are, references as the images that are measured."""
+    """Resize and centre-crop images to this size; 0 = leave them unchanged, and resize references to their size."""
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 50
-    """Images at once. It does not change a figure beyond rounding."""
+    """Batch size. Metrics do not depend on it beyond rounding."""
     shard: int = 1000
-    """Images between two points from which it can go on."""
+    """Images of one file of features; a resumed run repeats at most this many."""
     dtype: Dtype | None = None
-    """What a model computes in; default float32 on a CPU, the stored type elsewhere."""
+    """Computing type of a model; default float32 on a CPU, the stored type elsewhere."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
         from nextscale.common.distributed import join_world
-        from nextscale.evaluation.run import Settings, as_text, evaluate
+        from nextscale.config.evaluation import EvaluationConfig
+        from nextscale.evaluation.run import evaluate, format_report
 
-        positive("--batch-size, --shard", self.batch_size, self.shard)
-        settings = Settings(
+        check_positive("--batch-size, --shard", self.batch_size, self.shard)
+        config = EvaluationConfig(
             self.num, self.settings, self.size, shard=self.shard, batch=self.batch_size, dtype=self.dtype,
             reconstruct=self.reconstruct,
         )  # fmt: skip
         with join_world(self.device) as world:
             report = evaluate(
-                self.source, self.out, self.features, self.reference, settings, world,
+                self.source, self.out, self.features, self.reference, config, world,
                 against=self.against, lpips=self.lpips, images_out=self.images_out,
             )  # fmt: skip
         if report:
-            print(as_text(report, self.out))
+            print(format_report(report, self.out))
 
 
 @dataclass
 class Statistics:
-    """Statistics of a data set under a feature network, for `nextscale evaluate --reference`.
+    """Compute the statistics of a data set under a feature network, for `nextscale evaluate --reference`.
 
-    The .npz has ADM's names (mu, sigma, mu_s, sigma_s), and features of some images for precision and recall.
+    The .npz uses ADM's names (mu, sigma, mu_s, sigma_s), and holds features of some images for precision and recall.
     """
 
     data: Positional[str]
-    """Pictures (a folder, a table, a data set on the hub) or an .npz of samples."""
+    """Images (a folder, a table, a data set on the hub) or an .npz of samples."""
     features: str
     """Feature network, as in `nextscale evaluate`."""
     out: Path
-    """The .npz file."""
+    """.npz file to write."""
     size: int = 0
-    """Resize and centre-crop pictures to this; 0 = as they are."""
+    """Resize and centre-crop images to this size; 0 = leave them unchanged."""
     keep: int = 10_000
-    """Images whose features are kept, evenly spaced."""
+    """Number of images, evenly spaced, whose features are stored."""
     batch_size: int = 50
-    """Images at once."""
+    """Batch size."""
     shard: int = 1000
-    """Images between two points from which it can go on."""
+    """Images of one file of features; a resumed run repeats at most this many."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
         from nextscale.common.distributed import join_world
-        from nextscale.evaluation.run import Settings, make_statistics
+        from nextscale.config.evaluation import EvaluationConfig
+        from nextscale.evaluation.run import make_statistics
 
-        positive("--batch-size, --shard, --keep", self.batch_size, self.shard, self.keep)
-        settings = Settings(size=self.size, shard=self.shard, batch=self.batch_size)
+        check_positive("--batch-size, --shard, --keep", self.batch_size, self.shard, self.keep)
+        config = EvaluationConfig(size=self.size, shard=self.shard, batch=self.batch_size)
         with join_world(self.device) as world:
-            reference = make_statistics(self.data, self.features, self.out, settings, world, keep=self.keep)
+            reference = make_statistics(self.data, self.features, self.out, config, world, feature_images=self.keep)
         if reference is not None:
             print(f"wrote {self.out}: {reference.network} statistics of {reference.images} images")
 
 
 @dataclass
 class Bench:
-    """Time a model: seconds per image and scale, throughput, peak memory, FLOPs; with --against, two in alternation.
+    """Time sampling: seconds per image and scale, throughput, peak memory, FLOPs; with --against, of two models.
 
     Prints a table and, last, one line of JSON.
     """
@@ -122,27 +123,28 @@ class Bench:
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
     against: str = ""
-    """Another model; each round times both, and the ratios are paired."""
+    """A second model. Each round times both, and the report has the ratio of each round."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Images at once."""
+    """Batch sizes to time."""
     dtypes: tuple[Dtype, ...] = ()
-    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    """Computing types to time; default float32 on a CPU, the stored type elsewhere."""
     rounds: int = 5
     """Timed rounds, after one to warm up."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
-    """YAML or JSON file with sampling settings; options on the command line win."""
+    """YAML or JSON file with sampling settings; options on the command line take precedence."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
         import json
 
-        from nextscale.evaluation.latency import as_text, bench
+        from nextscale.evaluation.latency import compare_models, format_comparison
 
         models = [self.model, self.against] if self.against else [self.model]
-        report = bench(models, self.batch_sizes, self.dtypes or (None,), self.rounds, self.settings, self.device)
-        print(as_text(report))
+        dtypes = self.dtypes or (None,)
+        report = compare_models(models, self.batch_sizes, dtypes, self.rounds, self.settings, self.device)
+        print(format_comparison(report))
         print(json.dumps(report))
 
 
@@ -227,10 +229,10 @@ class ExperimentRun:
 
 @dataclass
 class ClassifierTrain:
-    """Train a small classifier, whose features then measure generators of such images (`nextscale evaluate`).
+    """Train a small classifier whose features measure generators of small images (`nextscale evaluate`).
 
-    CONFIG is a YAML or JSON file, or the name of a recipe (classifier-cifar10); options on the command line win.
-    Running the same command again goes on where an interrupted run stopped.
+    CONFIG is a YAML or JSON file, or the name of a recipe (classifier-cifar10); options on the command line take
+    precedence. Run the same command again to resume an interrupted run.
     """
 
     config: Positional[Path]
@@ -241,7 +243,7 @@ class ClassifierTrain:
     """Folder to write: config.json, model.safetensors, best/, curves.png, log.jsonl."""
     settings: Annotated[ClassifierRunConfig, arg(name="")] = field(default_factory=ClassifierRunConfig)
     accept_changes: bool = False
-    """Go on although settings have changed."""
+    """Resume even though settings have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -259,7 +261,7 @@ class ClassifierTrain:
 
 @dataclass
 class ClassifierEvaluate:
-    """Accuracy and cross-entropy of a classifier on a labelled set."""
+    """Measure accuracy and cross-entropy of a classifier on labelled images."""
 
     model: Positional[Path]
     """Folder that `nextscale classifier train` wrote."""
@@ -275,7 +277,7 @@ class ClassifierEvaluate:
         print(f"{report['images']} images: accuracy {report['accuracy']:.2%}, cross-entropy {report['loss']:.3f} nats")
 
 
-def positive(names: str, *values: int) -> None:
+def check_positive(names: str, *values: int) -> None:
     """Raise UserError unless all values are 1 or more."""
     if min(values) < 1:
         raise UserError(f"{names} must be 1 or more")

@@ -1,1 +1,1 @@
-"""Measuring generators: images from anywhere, through feature networks, to a report."""
+"""Measures generators: image quality (features, metrics, reports), latency and peak memory."""

@@ -1,6 +1,6 @@
-"""Where the images that are measured come from: a model, a folder or table of pictures, or an .npz of samples.
+"""The images that are measured: samples of a model, a folder or table of images, or an .npz of samples.
 
-All are handed out as uint8, so that the same samples give the same figures whichever way they come.
+All are returned as uint8, so that the same samples have the same metrics whatever their source.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import to_unit
 
 
-class Images(Protocol):
+class MeasuredImages(Protocol):
     """Images by number."""
 
     where: str
     width: int
-    """Of each, in pixels."""
+    """Width of each image in pixels."""
 
     def __len__(self) -> int: ...
 
@@ -37,18 +37,18 @@ class Images(Protocol):
         """uint8 (B, 3, H, W)."""
 
     def labels(self) -> Tensor | None:
-        """The class asked for of each image, int64, where that is known."""
+        """The class of each image, int64; None where it is unknown."""
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the images, as JSON values."""
+        """Everything that determines the images, as JSON values."""
 
 
 class ModelImages:
-    """Samples of a model: image i shows class i modulo the classes, from its own stream of the seed."""
+    """Samples of a model: image i has class i modulo the number of classes, and its own random stream of the seed."""
 
     def __init__(self, pipeline: Pipeline, where: str, count: int, settings: SampleConfig, batch: int):
         if settings.official_seeding:
-            raise UserError("official_seeding makes an image depend on its batch, so it cannot be measured in shards")
+            raise UserError("official_seeding makes an image depend on its batch; it cannot be measured in shards")
         self.pipeline, self.where, self.count, self.settings, self.batch = pipeline, where, count, settings, batch
         self.classes, self.width = pipeline.transformer.config.condition.num_classes, pipeline.config.image_size[1]
 
@@ -75,13 +75,13 @@ class ModelImages:
         }
 
 
-class PictureImages:
-    """Pictures of a folder or a table, in the order of their names, as they are or resized and centre-cropped."""
+class StoredImages:
+    """Images of a folder or a table, in the order of their names, unchanged or resized and centre-cropped."""
 
     def __init__(self, data: str, size: int = 0, count: int = 0):
         self.where = data
         self.source = open_source(data, size or 8)
-        self.count = _count(data, len(self.source.labels), count)
+        self.count = _check_count(data, len(self.source.labels), count)
         self.size, (self.width, self.height) = size, (size, size)
         if not size:
             self.width, self.height = decode_image(self.source, 0, 0)[1]
@@ -115,30 +115,30 @@ class PictureImages:
 
 
 class Reconstructions:
-    """Pictures through a model's tokenizer and back: what a generator over it could reach at best."""
+    """Images encoded and decoded by a model's tokenizer. Their metrics bound those of its generators."""
 
-    def __init__(self, pipeline: Pipeline, where: str, pictures: Images):
-        self.pipeline, self.where, self.pictures, self.width = pipeline, where, pictures, pictures.width
+    def __init__(self, pipeline: Pipeline, where: str, originals: MeasuredImages):
+        self.pipeline, self.where, self.originals, self.width = pipeline, where, originals, originals.width
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.originals)
 
     @torch.no_grad()
     def fetch(self, start: int, stop: int) -> Tensor:
         tokenizer = self.pipeline.tokenizer
-        image_B3HW = to_unit(self.pictures.fetch(start, stop)).to(self.pipeline.device)
+        image_B3HW = to_unit(self.originals.fetch(start, stop)).to(self.pipeline.device)
         return to_uint8((tokenizer.decode(tokenizer.encode(image_B3HW)) + 1) / 2)
 
     def labels(self) -> Tensor | None:
-        return self.pictures.labels()
+        return self.originals.labels()
 
     def identity(self) -> dict[str, Any]:
         weights = fingerprint(self.pipeline.tokenizer)
-        return {"reconstructed by": self.where, "weights": weights, "pictures": self.pictures.identity()}
+        return {"reconstructed by": self.where, "weights": weights, "pictures": self.originals.identity()}
 
 
 class NpzImages:
-    """Samples as ADM's scripts write them: arr_0, uint8 (N, H, W, 3); labels, where there are any, in arr_1."""
+    """Samples in the format of ADM's scripts: arr_0, uint8 (N, H, W, 3); class labels, where known, in arr_1."""
 
     def __init__(self, path: Path, count: int = 0):
         self.where, self.path = str(path), path
@@ -146,24 +146,24 @@ class NpzImages:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
                 version = np.lib.format.read_magic(member)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                self.shape, self.by_column, self.dtype = read(member)
+                self.shape, fortran_order, self.dtype = read(member)
                 self.offset = member.tell()
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is no .npz with samples in arr_0: {error}") from error
-        if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or self.by_column:
+        if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3); got {self.dtype} {self.shape}")
-        self.count, self.width = _count(self.where, self.shape[0], count), self.shape[2]
+        self.count, self.width = _check_count(self.where, self.shape[0], count), self.shape[2]
 
     def __len__(self) -> int:
         return self.count
 
     def fetch(self, start: int, stop: int) -> Tensor:
-        each = int(np.prod(self.shape[1:]))
+        image_bytes = int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            member.seek(self.offset + start * each)
-            data = member.read((stop - start) * each)
-        if len(data) != (stop - start) * each:
-            raise UserError(f"{self.path} is cut short: images {start} to {stop} are not whole")
+            member.seek(self.offset + start * image_bytes)
+            data = member.read((stop - start) * image_bytes)
+        if len(data) != (stop - start) * image_bytes:
+            raise UserError(f"{self.path} is truncated: images {start} to {stop} are incomplete")
         images = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
         return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).contiguous()
 
@@ -176,27 +176,28 @@ class NpzImages:
         return {"npz": self.where, "images": self.count, "bytes": stat.st_size}
 
 
-def _count(where: str, found: int, wanted: int) -> int:
-    if wanted > found or not found:
-        raise UserError(f"{where} holds {found} images, {wanted or 1} are asked for")
-    return wanted or found
+def _check_count(where: str, available: int, requested: int) -> int:
+    """The number of images to measure, `requested` or (0) all that are available."""
+    if requested > available or not available:
+        raise UserError(f"{where} holds {available} images, {requested or 1} are asked for")
+    return requested or available
 
 
 def open_images(
     source: str, count: int, size: int, settings: SampleConfig, batch: int, reconstruct: str = "", **load: Any
-) -> Images:
-    """The images of a checkpoint folder, an .npz of samples, or pictures (folder, table, hub data set).
+) -> MeasuredImages:
+    """The images of a checkpoint folder, an .npz of samples, or a data set (folder, table, name on the hub).
 
-    `count`: how many, 0 for all (50,000 of a model). `size`: to resize and crop pictures to, 0 for as they are.
-    `reconstruct`: pictures that the model's tokenizer reconstructs, in place of samples. `load`: dtype and device of a
-    model.
+    `count`: number of images, 0 for all (50,000 of a model). `size`: resize and crop a data set's images, 0 for
+    unchanged. `reconstruct`: images that the model's tokenizer reconstructs, in place of samples. `load`: dtype and
+    device of a model.
     """
     path = Path(source)
     if path.suffix == ".npz":
         return NpzImages(path, count)
     if reconstruct:
         pipeline = Pipeline.from_pretrained(source, **load)
-        return Reconstructions(pipeline, source, PictureImages(reconstruct, pipeline.config.square_side, count))
+        return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.square_side, count))
     if (path / "config.json").is_file():
         return ModelImages(Pipeline.from_pretrained(source, **load), source, count or 50_000, settings, batch)
-    return PictureImages(source, size, count)
+    return StoredImages(source, size, count)

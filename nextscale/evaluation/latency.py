@@ -1,6 +1,6 @@
-"""`nextscale bench`: how long a model takes, scale by scale, beside another one where there is one.
+"""`nextscale bench`: the time that a model takes at each scale, optionally compared with a second model.
 
-Models take turns within a round, so that a machine that becomes slower does so for both.
+Both models are timed in every round, so that a slower machine slows down both.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
-from nextscale.evaluation.peak_memory import peak_memory
+from nextscale.evaluation.peak_memory import measure_peak_memory
 from nextscale.info import describe_config
 from nextscale.pipeline import Pipeline
 
 
 @dataclass
-class Times:
-    """Seconds of each round."""
+class BatchTimes:
+    """Seconds of a batch in each round."""
 
     scales: list[list[float]] = field(default_factory=list)
-    """Per round, of each scale."""
+    """Of each scale, by round."""
     decode: list[float] = field(default_factory=list)
+    """Of the decoder, by round."""
 
-    def whole(self) -> list[float]:
-        """Seconds of whole batches."""
+    @property
+    def totals(self) -> list[float]:
+        """Seconds of the whole batch, by round."""
         return [sum(scales) + decode for scales, decode in zip(self.scales, self.decode, strict=True)]
 
 
-def bench(
+def compare_models(
     models: Sequence[str],
     batches: Sequence[int],
     dtypes: Sequence[str | None],
@@ -45,9 +47,9 @@ def bench(
     settings: SampleConfig,
     device: str,
 ) -> dict[str, Any]:
-    """Time sampling of one model, or of two in alternation, over batch sizes and precisions.
+    """Time sampling of one model, or of two in alternation, for each batch size and dtype.
 
-    Each case is run once to warm up, then `rounds` times. Raises UserError when a model cannot be loaded.
+    Each case runs once to warm up, then `rounds` times. Raises UserError when a model cannot be loaded.
     """
     if min([*batches, rounds]) < 1:
         raise UserError("--batch-sizes and --rounds must be 1 or more")
@@ -55,19 +57,19 @@ def bench(
     for dtype in dtypes:
         pipelines = [Pipeline.from_pretrained(model, dtype=dtype, device=device) for model in models]
         for batch in batches:
-            times = [Times() for _ in models]
+            times = [BatchTimes() for _ in models]
             for turn in tqdm(range(rounds + 1), desc=f"{dtype or 'default'} batch {batch}", unit="round"):
-                for pipeline, kept in zip(pipelines, times, strict=True):
+                for pipeline, model_times in zip(pipelines, times, strict=True):
                     scales, decode = time_batch(pipeline, batch, settings)
                     if turn:
-                        kept.scales.append(scales)
-                        kept.decode.append(decode)
-            for model, pipeline, kept in zip(models, pipelines, times, strict=True):
-                memory = peak_memory(model, dtype, batch, settings, pipeline)
-                cases.append(_case(model, dtype, pipeline, batch, kept, settings, memory))
+                        model_times.scales.append(scales)
+                        model_times.decode.append(decode)
+            for model, pipeline, model_times in zip(models, pipelines, times, strict=True):
+                memory = measure_peak_memory(model, dtype, batch, settings, pipeline)
+                cases.append(_report_case(model, pipeline, batch, model_times, settings, memory))
             if len(models) == 2:
-                ratios = [b / a for a, b in zip(times[0].whole(), times[1].whole(), strict=True)]
-                cases[-2]["times_as_fast"] = spread(ratios)
+                ratios = [b / a for a, b in zip(times[0].totals, times[1].totals, strict=True)]
+                cases[-2]["times_as_fast"] = summarize_spread(ratios)
     return {
         "models": list(models),
         "rounds": rounds,
@@ -78,38 +80,38 @@ def bench(
 
 
 def time_batch(pipeline: Pipeline, batch: int, settings: SampleConfig) -> tuple[list[float], float]:
-    """Seconds of each scale and of the decoder, for one batch with the classes in turn."""
+    """Seconds of each scale and of the decoder for one batch, whose images have the classes in turn."""
     assert pipeline.config.transformer is not None, "a generator has a transformer"
     classes = pipeline.config.transformer.condition.num_classes
-    marks = [_now(pipeline.device)]
+    times = [_read_clock(pipeline.device)]
     canvas = None
     for step in pipeline.sample_scales([i % classes for i in range(batch)], settings):
         canvas = step.canvas_BChw
-        marks.append(_now(pipeline.device))
+        times.append(_read_clock(pipeline.device))
     assert canvas is not None, "a pyramid has a scale"
     with torch.no_grad():
         pipeline.tokenizer.paint(canvas)
-    scales = [b - a for a, b in pairwise(marks)]
-    return scales, _now(pipeline.device) - marks[-1]
+    scales = [b - a for a, b in pairwise(times)]
+    return scales, _read_clock(pipeline.device) - times[-1]
 
 
-def _now(device: torch.device) -> float:
+def _read_clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _case(
-    model: str, dtype: str | None, pipeline: Pipeline, batch: int, times: Times, settings: SampleConfig, memory: int
+def _report_case(
+    model: str, pipeline: Pipeline, batch: int, times: BatchTimes, settings: SampleConfig, memory: int
 ) -> dict[str, Any]:
     facts = describe_config(model, pipeline.config)
     flops = facts["transformer_flops"] * (2 if settings.guided else 1) + facts["tokenizer_flops"]["decode"]
-    seconds = statistics.median(times.whole())
+    seconds = statistics.median(times.totals)
     return {
         "model": model,
         "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
         "batch": batch,
-        "seconds": spread(times.whole()),
+        "seconds": summarize_spread(times.totals),
         "seconds_per_image": seconds / batch,
         "images_per_s": batch / seconds,
         "seconds_per_scale": [statistics.median(column) for column in zip(*times.scales, strict=True)],
@@ -120,13 +122,13 @@ def _case(
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
+def summarize_spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest value."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """The report as a table for people."""
+def format_comparison(report: dict[str, Any]) -> str:
+    """The report of `compare_models` as a table."""
     lines = [f"{report['machine']['device']}, {report['machine']['threads']} threads, {report['rounds']} rounds"]
     lines.append(f"{'model':<28}{'dtype':<10}{'batch':>6}{'s/image':>10}{'spread':>16}{'GFLOP/s':>9}{'memory':>12}")
     for case in report["cases"]:

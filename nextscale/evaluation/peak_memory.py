@@ -1,4 +1,4 @@
-"""Peak memory of sampling. On a CPU it is that of a fresh process:
+"""Peak memory of sampling. On a CPU it is measured in a new process:
 
 python -m nextscale.evaluation.peak_memory MODEL DTYPE BATCH SETTINGS   prints the process's peak resident bytes
 """
@@ -18,10 +18,10 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
 
 
-def peak_memory(model: str, dtype: str | None, batch: int, settings: SampleConfig, pipeline: Pipeline) -> int:
-    """Bytes: of the device where the pipeline is on one, else of a process that loads the model and samples once.
+def measure_peak_memory(model: str, dtype: str | None, batch: int, settings: SampleConfig, pipeline: Pipeline) -> int:
+    """Peak bytes of the GPU that the pipeline is on, else of a process that loads the model and samples once.
 
-    0 where the system does not tell.
+    0 where the operating system does not report it.
     """
     if pipeline.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipeline.device)
@@ -32,20 +32,20 @@ def peak_memory(model: str, dtype: str | None, batch: int, settings: SampleConfi
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-        raise UserError(f"measuring the memory of {model} failed, perhaps for want of memory: {reason}")
+        raise UserError(f"measuring the memory of {model} failed, perhaps because memory ran out: {reason}")
     return int(run.stdout)
 
 
 def main() -> None:
-    """Load, sample once, print the peak."""
+    """Load the model, sample once, print the peak memory."""
     model, dtype, batch, settings = sys.argv[1:]
     pipeline = Pipeline.from_pretrained(model, dtype=dtype or None)
     pipeline.sample([None] * int(batch), from_dict(SampleConfig, json.loads(settings)), batch_size=int(batch))
-    print(peak_resident())
+    print(read_peak_resident())
 
 
-def peak_resident() -> int:
-    """Most bytes of memory that this process has held so far; 0 where the system does not tell."""
+def read_peak_resident() -> int:
+    """Peak resident bytes of this process so far; 0 where the operating system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:

@@ -1,4 +1,4 @@
-"""What samples are compared with: statistics of a whole data set, and features of some of its images."""
+"""The reference of the metrics: statistics of a whole data set, and features of some of its images."""
 
 from __future__ import annotations
 
@@ -20,53 +20,50 @@ _NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics under one feature network."""
+    """Statistics of a data set's features under one network."""
 
     where: str
     moments: dict[str, Moments]
-    """Of "pool", and of "spatial" where the network has such features."""
+    """Mean and covariance of "pool", and of "spatial" where the network has such features."""
     pool_MD: Tensor | None = None
     """Features of single images, for precision and recall."""
     network: str = ""
     fingerprint: str = ""
-    """Of the network; both empty where the file does not say."""
+    """The network's name and fingerprint; empty where the file does not contain them."""
     images: int = 0
-    """How many the statistics are of; 0 = unknown."""
+    """Number of images behind the statistics; 0 = unknown."""
 
     @classmethod
-    def of(cls, where: str, tensors: dict[str, Tensor], network: str = "", fingerprint: str = "") -> Reference:
-        """Of features named pool and, where there are any, spatial."""
-        moments = {kind: Moments.of(tensors[kind], f"{where} ({kind})") for kind in _NAMES if kind in tensors}
+    def compute(cls, where: str, tensors: dict[str, Tensor], network: str = "", fingerprint: str = "") -> Reference:
+        """The statistics of features named pool and, optionally, spatial."""
+        moments = {kind: Moments.compute(tensors[kind], f"{where} ({kind})") for kind in _NAMES if kind in tensors}
         return cls(where, moments, tensors["pool"], network, fingerprint, len(tensors["pool"]))
 
-    def save(self, path: Path, keep: int) -> None:
-        """Write ADM's names (mu, sigma, mu_s, sigma_s) and, beside them, the features of `keep` images, evenly spaced.
-
-        `path` is an .npz.
-        """
+    def save(self, path: Path, feature_images: int) -> None:
+        """Write an .npz with ADM's names (mu, sigma, mu_s, sigma_s) and the features of evenly spaced images."""
         arrays: dict[str, Any] = {"network": self.network, "fingerprint": self.fingerprint, "images": self.images}
         for kind, moments in self.moments.items():
             mu, sigma = _NAMES[kind]
             arrays |= {mu: moments.mean_D.numpy(), sigma: moments.covariance_DD.numpy()}
         if self.pool_MD is not None:
-            arrays["pool"] = self.pool_MD[evenly(len(self.pool_MD), keep)].numpy()
+            arrays["pool"] = self.pool_MD[choose_evenly(len(self.pool_MD), feature_images)].numpy()
         with write_atomically(path) as (draft,), draft.open("wb") as file:
             np.savez(file, **arrays)
 
 
-def evenly(count: int, keep: int) -> Tensor:
-    """`keep` of `count` indices, evenly spaced; all when there are no more."""
-    return torch.arange(min(keep, count)) * count // max(1, min(keep, count))
+def choose_evenly(count: int, chosen: int) -> Tensor:
+    """`chosen` of `count` indices, evenly spaced; all of them when `chosen` is at least `count`."""
+    return torch.arange(min(chosen, count)) * count // max(1, min(chosen, count))
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """What an .npz file has of these: statistics, features, samples."""
+class NpzFile:
+    """An .npz file of statistics, features or samples."""
 
     path: Path
     names: tuple[str, ...]
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    """All but arr_0, which may be large."""
+    """All arrays but arr_0, which may be large."""
 
     @property
     def has_statistics(self) -> bool:
@@ -82,33 +79,32 @@ class Arrays:
 
     @property
     def network(self) -> str:
-        """Whose features these are: Inception's where the file does not say."""
-        return self.text("network") or "inception"
+        """The feature network; Inception where the file does not name it."""
+        return self.read_text("network") or "inception"
 
     def features(self) -> dict[str, Tensor]:
         """Features of single images by kind."""
         return {n: torch.from_numpy(self.values[n]).float() for n in ("pool", "spatial", "logits") if n in self.names}
 
-    def text(self, name: str) -> str:
-        """A text that the file may hold."""
+    def read_text(self, name: str) -> str:
+        """A text of the file; "" where it has none of this name."""
         return str(self.values[name]) if name in self.names else ""
 
-    def reference(self) -> Reference:
-        """The file's statistics, with features of single images where it has them."""
+    def to_reference(self) -> Reference:
+        """The file's statistics, and features of single images where it has them."""
         moments = {}
         for kind, (mu, sigma) in _NAMES.items():
             if mu in self.names and sigma in self.names:
-                moments[kind] = _moments(self.path, self.values[mu], self.values[sigma])
+                moments[kind] = _check_moments(self.path, self.values[mu], self.values[sigma])
         pool_MD = self.features()["pool"] if self.has_features else None
         count = int(self.values["images"]) if "images" in self.names else 0
-        return Reference(str(self.path), moments, pool_MD, self.text("network"), self.text("fingerprint"), count)
+        network, fingerprint = self.read_text("network"), self.read_text("fingerprint")
+        return Reference(str(self.path), moments, pool_MD, network, fingerprint, count)
 
 
-def _moments(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Moments:
-    mean_D, covariance_DD = (
-        torch.from_numpy(np.atleast_1d(mu)).double(),
-        torch.from_numpy(np.atleast_2d(sigma)).double(),
-    )
+def _check_moments(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Moments:
+    mean_D = torch.from_numpy(np.atleast_1d(mu)).double()
+    covariance_DD = torch.from_numpy(np.atleast_2d(sigma)).double()
     if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise UserError(f"{path}: mu and sigma must be (D) and (D, D); got {mu.shape} and {sigma.shape}")
     if not (mean_D.isfinite().all() and covariance_DD.isfinite().all()):
@@ -116,7 +112,7 @@ def _moments(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Moments:
     return Moments(mean_D, covariance_DD)
 
 
-def read_arrays(path: Path) -> Arrays:
+def read_npz(path: Path) -> NpzFile:
     """Open an .npz of statistics, features or samples; UserError when it is none of them."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -126,10 +122,10 @@ def read_arrays(path: Path) -> Arrays:
         raise UserError(f"there is no {path}") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from error
-    arrays = Arrays(path, names, values)
-    if not (arrays.has_statistics or arrays.has_features or arrays.has_samples):
+    npz = NpzFile(path, names, values)
+    if not (npz.has_statistics or npz.has_features or npz.has_samples):
         raise UserError(
             f"{path} holds {', '.join(names) or 'nothing'}; expected statistics (mu, sigma, mu_s, sigma_s), features "
             "(pool, spatial, logits) or samples (arr_0)"
         )
-    return arrays
+    return npz

@@ -1,4 +1,4 @@
-"""`nextscale evaluate` and `nextscale statistics`, end to end."""
+"""`nextscale evaluate` and `nextscale statistics`: features of images and reference, metrics, report."""
 
 from __future__ import annotations
 
@@ -16,40 +16,32 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_image, to_pil
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.evaluation import EvaluationConfig
 from nextscale.encoders.load import load_feature_network
 from nextscale.encoders.network import FeatureNetwork
-from nextscale.evaluation.collect import Look, claim_folder, collect, gathered
-from nextscale.evaluation.images import Images, NpzImages, open_images
-from nextscale.evaluation.measures import measure, read_as_asked, summary
+from nextscale.evaluation.compute import compute_class_accuracy, compute_metrics, summarize_values
+from nextscale.evaluation.extract import Extraction, extract_features, read_features, record_extraction
+from nextscale.evaluation.images import MeasuredImages, NpzImages, open_images
 from nextscale.evaluation.metrics.lpips import Lpips
-from nextscale.evaluation.reference import Arrays, Reference, evenly, read_arrays
+from nextscale.evaluation.reference import NpzFile, Reference, choose_evenly, read_npz
 from nextscale.tokenizer.tokenizer import to_unit
 
 _INCEPTION_WIDTH = 2048
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured, and how."""
+class _ImageFeatures:
+    """Features of the measured images. On all processes but the first, the features are absent."""
 
-    count: int = 0
-    """Images; 0 = all that there are, 50,000 of a model."""
-    sampling: SampleConfig = field(default_factory=SampleConfig)
-    """Of a model."""
-    size: int = 0
-    """Resize and crop pictures to this; 0 = as they are, references as the images that are measured."""
-    split: int = 5000
-    """Images of a split of the Inception Score."""
-    neighbours: int = 3
-    """Of precision and recall."""
-    references: int = 10_000
-    """Images of the reference, evenly spaced, for precision and recall."""
-    shard: int = 1000
-    batch: int = 50
-    dtype: str | None = None
-    reconstruct: str = ""
-    """Pictures that the model's tokenizer reconstructs, in place of samples."""
+    features: dict[str, dict[str, Tensor]]
+    """By network and kind (pool, spatial, logits)."""
+    fingerprints: dict[str, str]
+    """Of the networks."""
+    width: int = 0
+    """Width of the images; 0 = unknown."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    pair_distances: Tensor | None = None
 
 
 def evaluate(
@@ -57,46 +49,50 @@ def evaluate(
     out: Path,
     networks: Sequence[str],
     references: Sequence[str],
-    settings: Settings,
+    config: EvaluationConfig,
     world: World,
     *,
     against: str = "",
     lpips: tuple[Path, Path] | None = None,
     images_out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure `source` (see `open_images`, or an .npz of features) into the JSON file `out`; return the report.
+    """Measure `source` (see `open_images`, or an .npz of features), write the JSON file `out` and return the report.
 
-    Features are kept in a folder beside `out`; called again, it goes on from there. With several processes each makes
+    Features are stored in a folder next to `out`; a second call continues there. With several processes each extracts
     its share and the first one reports. Raises UserError for anything that cannot be measured.
     """
     began = time.monotonic()
     work = out.with_suffix(".work")
-    eyes = _networks(networks, world)
-    given = _features_of(source)
-    if given is not None:
+    loaded = _load_networks(networks, world)
+    npz = _read_feature_file(source)
+    if npz is not None:
         if against or images_out:
             raise UserError(f"{source} holds features and no images: nothing to compare in pairs or to write")
-        seen = _Seen({given.network: given.features()}, {given.network: given.text("fingerprint")})
+        measured = _ImageFeatures({npz.network: npz.features()}, {npz.network: npz.read_text("fingerprint")})
     else:
-        images = _open(source, settings, world, settings.reconstruct)
-        if not (eyes or lpips or against or images_out):
+        images = _open_images(source, config, world, config.reconstruct)
+        if not (loaded or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
-        partner = _open(against, settings, world) if against else None
+        partner = _open_images(against, config, world) if against else None
         if partner is not None and len(partner) != len(images):
             raise UserError(f"{source} has {len(images)} images, {against} {len(partner)}: give --num to pair as many")
-        seen = _see(images, eyes, _look(eyes, settings, world, partner, lpips, images_out), work / "samples", world)
-    beside = replace(settings, size=settings.size or seen.side)
-    found = _references(references, eyes, beside, world, work, seen.prints)
+        extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
+        measured = _measure_images(images, loaded, extraction, work / "samples", world)
+    reference_config = replace(config, size=config.size or measured.width)
+    found = _load_references(references, loaded, reference_config, world, work, measured.fingerprints)
     if not world.main:
         return {}
-    measures: dict[str, Any] = {n: _figures(n, seen, source, found.get(n), settings) for n in seen.features}
-    if seen.pairing is not None:
-        measures["lpips"] = summary(seen.pairing) | {"against": against, "images": len(seen.pairing)}
+    measures: dict[str, Any] = {
+        name: _report_network(name, measured, source, found.get(name), config) for name in measured.features
+    }
+    if measured.pair_distances is not None:
+        distances = measured.pair_distances
+        measures["lpips"] = summarize_values(distances) | {"against": against, "images": len(distances)}
     report = {
         "source": source,
         "machine": describe_machine(world.device),
-        "protocol": seen.protocol,
-        "settings": {"split": settings.split, "neighbours": settings.neighbours},
+        "protocol": measured.protocol,
+        "settings": {"split": config.split, "neighbours": config.neighbours},
         "measures": measures,
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -104,193 +100,196 @@ def evaluate(
     return report
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What is known of the images that are measured. On all processes but the first, only what they share."""
-
-    features: dict[str, dict[str, Tensor]]
-    """By network."""
-    prints: dict[str, str]
-    """Checksums of the networks."""
-    side: int = 0
-    """Width of the images; 0 = unknown."""
-    protocol: dict[str, Any] = field(default_factory=dict)
-    labels: Tensor | None = None
-    pairing: Tensor | None = None
-
-
-def _see(images: Images, eyes: dict[str, FeatureNetwork], look: Look, folder: Path, world: World) -> _Seen:
-    joined = _collected(images, look, folder, world)
-    return _Seen(
-        {n: _of_network(joined, n) for n in eyes},
-        {n: network.fingerprint() for n, network in eyes.items()},
-        images.width,
-        images.identity(),
-        images.labels(),
-        joined.get("pairing"),
-    )
-
-
-def _figures(name: str, seen: _Seen, source: str, reference: Reference | None, settings: Settings) -> dict[str, Any]:
-    """Everything that one network's features say."""
-    tensors = seen.features[name]
-    figures = measure(name, tensors, source, reference, settings.split, settings.neighbours)
-    if name == "classifier" and seen.labels is not None and "logits" in tensors:
-        figures["classifier_read_as_asked"] = read_as_asked(tensors["logits"], seen.labels)
-    figures |= {"weights": seen.prints[name], "images": len(tensors["pool"])}
-    if reference is not None:
-        figures["reference"] = {"from": reference.where, "images": reference.images or "unknown"}
-    return figures
-
-
-def _of_network(joined: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """One network's features among those of all."""
-    return {k.partition(".")[2]: t for k, t in joined.items() if k.startswith(f"{name}.")}
-
-
 def make_statistics(
-    data: str, network: str, out: Path, settings: Settings, world: World, *, keep: int = 10_000
+    data: str, network: str, out: Path, config: EvaluationConfig, world: World, *, feature_images: int = 10_000
 ) -> Reference | None:
     """Statistics of a data set under one feature network, as an .npz that `evaluate` takes as reference.
 
-    Returns None on all processes but the first.
+    `feature_images`: number of images whose features are stored, for precision and recall. Returns None on all
+    processes but the first.
     """
-    (eye,) = _networks([network], world).values()
-    images = open_images(data, settings.count, settings.size, settings.sampling, settings.batch)
-    joined = _collected(images, _look({eye.name: eye}, settings, world), out.with_suffix(".work"), world)
+    (loaded,) = _load_networks([network], world).values()
+    images = open_images(data, config.count, config.size, config.sampling, config.batch)
+    extraction = _plan_extraction({loaded.name: loaded}, config, world)
+    tensors = _extract(images, extraction, out.with_suffix(".work"), world)
     if not world.main:
         return None
-    reference = Reference.of(data, _of_network(joined, eye.name), eye.name, eye.fingerprint())
-    reference.save(out, keep)
+    reference = Reference.compute(data, _select_network(tensors, loaded.name), loaded.name, loaded.fingerprint())
+    reference.save(out, feature_images)
     return reference
 
 
-def _networks(sources: Sequence[str], world: World) -> dict[str, FeatureNetwork]:
-    """Feature networks by name; UserError when two have the same."""
-    found: dict[str, FeatureNetwork] = {}
+def format_report(report: dict[str, Any], out: Path) -> str:
+    """The metrics of a report as lines of text."""
+    lines = []
+    for network, metrics in report["measures"].items():
+        lines.append(f"{network}, {metrics['images']} images:")
+        lines += [f"  {name:<28}{value:>12.4f}" for name, value in metrics.items() if isinstance(value, float)]
+        lines += [f"  note: {note}" for note in metrics.get("notes", ())]
+    return "\n".join([*lines, f"wrote {out}"])
+
+
+# ---- the measured images
+
+
+def _load_networks(sources: Sequence[str], world: World) -> dict[str, FeatureNetwork]:
+    """Feature networks by name; UserError when two have the same name."""
+    networks: dict[str, FeatureNetwork] = {}
     for source in sources:
         network = load_feature_network(source)
-        if network.name in found:
+        if network.name in networks:
             raise UserError(f"two feature networks are named {network.name}: measure them in two reports")
-        found[network.name] = network.to(world.device) if isinstance(network, torch.nn.Module) else network
-    return found
+        networks[network.name] = network.to(world.device) if isinstance(network, torch.nn.Module) else network
+    return networks
 
 
-def _features_of(source: str) -> Arrays | None:
-    """The file's features, when `source` is an .npz of features."""
+def _read_feature_file(source: str) -> NpzFile | None:
+    """The file, when `source` is an .npz of features; None for images."""
     if not source.endswith(".npz"):
         return None
-    arrays = read_arrays(Path(source))
-    if arrays.has_features:
-        return arrays
-    if not arrays.has_samples:
-        raise UserError(f"{source} holds statistics alone: it can be a --reference, not what is measured")
+    npz = read_npz(Path(source))
+    if npz.has_features:
+        return npz
+    if not npz.has_samples:
+        raise UserError(f"{source} holds statistics alone: it can be a --reference, but cannot be measured")
     return None
 
 
-def _open(source: str, settings: Settings, world: World, reconstruct: str = "") -> Images:
+def _open_images(source: str, config: EvaluationConfig, world: World, reconstruct: str = "") -> MeasuredImages:
     return open_images(
-        source, settings.count, settings.size, settings.sampling, settings.batch, reconstruct,
-        dtype=settings.dtype, device=world.device,
+        source, config.count, config.size, config.sampling, config.batch, reconstruct,
+        dtype=config.dtype, device=world.device,
     )  # fmt: skip
 
 
-def _look(
-    eyes: dict[str, FeatureNetwork],
-    settings: Settings,
+def _plan_extraction(
+    networks: dict[str, FeatureNetwork],
+    config: EvaluationConfig,
     world: World,
-    partner: Images | None = None,
+    partner: MeasuredImages | None = None,
     lpips: tuple[Path, Path] | None = None,
     images_out: Path | None = None,
-) -> Look:
+) -> Extraction:
     if (partner is None) != (lpips is None):
         raise UserError("LPIPS compares images in pairs: give both --against and --lpips NETWORK HEADS")
-    pairing = None
+    pair_distance = None
     if lpips is not None:
-        judge = Lpips.from_files(*lpips).to(world.device)
+        distance = Lpips.from_files(*lpips).to(world.device)
 
-        def pairing(a: Tensor, b: Tensor) -> Tensor:
-            return judge(to_unit(a), to_unit(b))
+        def pair_distance(a: Tensor, b: Tensor) -> Tensor:
+            return distance(to_unit(a), to_unit(b))
 
-    def keep(first: int, pixels: Tensor) -> None:
-        assert images_out is not None, "only called when images are kept"
-        for i, picture in enumerate(to_pil(pixels), start=first):
-            save_image(picture, images_out / f"{i:06d}.png")
+    def save_images(first: int, pixels: Tensor) -> None:
+        assert images_out is not None, "only called when images are written"
+        for i, image in enumerate(to_pil(pixels), start=first):
+            save_image(image, images_out / f"{i:06d}.png")
 
-    return Look(
-        list(eyes.values()), partner, pairing, settings.shard, settings.batch, world.device,
-        keep if images_out else None,
+    return Extraction(
+        list(networks.values()), partner, pair_distance, config.shard, config.batch, world.device,
+        save_images if images_out else None,
     )  # fmt: skip
 
 
-def _collected(images: Images, look: Look, folder: Path, world: World) -> dict[str, Tensor]:
-    """All features of the images; what other processes made is waited for. Empty but on the first process."""
+def _extract(images: MeasuredImages, extraction: Extraction, folder: Path, world: World) -> dict[str, Tensor]:
+    """All features of the images, extracted by all processes. Empty on all processes but the first."""
     if world.main:
-        claim_folder(images, look, folder)
+        record_extraction(images, extraction, folder)
     world.wait()
-    collect(images, look, folder, world.rank, world.size)
+    extract_features(images, extraction, folder, world.rank, world.size)
     world.wait()
-    return gathered(folder, len(images), look.shard) if world.main else {}
+    return read_features(folder, len(images), extraction.shard) if world.main else {}
 
 
-def _references(
+def _select_network(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The features of one network, by kind."""
+    return {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _measure_images(
+    images: MeasuredImages, networks: dict[str, FeatureNetwork], extraction: Extraction, folder: Path, world: World
+) -> _ImageFeatures:
+    tensors = _extract(images, extraction, folder, world)
+    return _ImageFeatures(
+        {name: _select_network(tensors, name) for name in networks},
+        {name: network.fingerprint() for name, network in networks.items()},
+        images.width,
+        images.identity(),
+        images.labels(),
+        tensors.get("pairing"),
+    )
+
+
+def _report_network(
+    name: str, measured: _ImageFeatures, source: str, reference: Reference | None, config: EvaluationConfig
+) -> dict[str, Any]:
+    """All metrics of one network's features."""
+    tensors = measured.features[name]
+    metrics = compute_metrics(name, tensors, source, reference, config.split, config.neighbours)
+    if name == "classifier" and measured.labels is not None and "logits" in tensors:
+        metrics["classifier_read_as_asked"] = compute_class_accuracy(tensors["logits"], measured.labels)
+    metrics |= {"weights": measured.fingerprints[name], "images": len(tensors["pool"])}
+    if reference is not None:
+        metrics["reference"] = {"from": reference.where, "images": reference.images or "unknown"}
+    return metrics
+
+
+# ---- the reference
+
+
+def _load_references(
     sources: Sequence[str],
-    eyes: dict[str, FeatureNetwork],
-    settings: Settings,
+    networks: dict[str, FeatureNetwork],
+    config: EvaluationConfig,
     world: World,
     work: Path,
-    prints: dict[str, str],
+    fingerprints: dict[str, str],
 ) -> dict[str, Reference]:
-    """The reference of each network. UserError when one is of another network, or needs one that is not given."""
-    found: dict[str, Reference] = {}
+    """The reference of each network. UserError when one is of a network that is not measured, or of other weights."""
+    references: dict[str, Reference] = {}
     for number, source in enumerate(sources):
         folder = work / f"reference-{number}"
-        arrays = read_arrays(Path(source)) if source.endswith(".npz") else None
-        if arrays is not None and (arrays.has_statistics or arrays.has_features):
-            reference = _of_file(arrays, eyes, settings, world, folder)
+        npz = read_npz(Path(source)) if source.endswith(".npz") else None
+        if npz is not None and (npz.has_statistics or npz.has_features):
+            reference = _read_reference(npz, networks, config, world, folder)
             name = reference.network
-            if reference.fingerprint and prints.get(name) and reference.fingerprint != prints[name]:
-                raise UserError(f"{source} was made with other weights of the {name} network: make it anew")
-            if name not in prints:
-                raise UserError(f"{source} is of the {name} network; the features measured are {', '.join(prints)}'s")
-            found[name] = reference
-        elif not eyes:
-            raise UserError(f"{source} holds images, whose features are not known: give --features, or statistics")
+            if reference.fingerprint and fingerprints.get(name) and reference.fingerprint != fingerprints[name]:
+                raise UserError(
+                    f"{source} was made with other weights of the {name} network: make the statistics again"
+                )
+            if name not in fingerprints:
+                measured = ", ".join(fingerprints)
+                raise UserError(f"{source} is of the {name} network; the features measured are {measured}'s")
+            references[name] = reference
+        elif not networks:
+            raise UserError(f"{source} holds images without features: give --features, or statistics")
         else:
-            images = open_images(source, 0, 0 if arrays else settings.size, settings.sampling, settings.batch)
-            joined = _collected(images, _look(eyes, settings, world), folder, world)
-            for name in eyes if world.main else ():
-                tensors = _of_network(joined, name)
-                whole = Reference.of(source, tensors, name, prints[name])
-                some = evenly(len(tensors["pool"]), settings.references)
-                found[name] = replace(whole, pool_MD=tensors["pool"][some])
-    return found
+            images = open_images(source, 0, 0 if npz else config.size, config.sampling, config.batch)
+            tensors = _extract(images, _plan_extraction(networks, config, world), folder, world)
+            for name in networks if world.main else ():
+                features = _select_network(tensors, name)
+                reference = Reference.compute(source, features, name, fingerprints[name])
+                index = choose_evenly(len(features["pool"]), config.references)
+                references[name] = replace(reference, pool_MD=features["pool"][index])
+    return references
 
 
-def _of_file(
-    arrays: Arrays, eyes: dict[str, FeatureNetwork], settings: Settings, world: World, folder: Path
+def _read_reference(
+    npz: NpzFile, networks: dict[str, FeatureNetwork], config: EvaluationConfig, world: World, folder: Path
 ) -> Reference:
-    """Statistics, with features for precision and recall or (ADM) images to make them of; or features alone."""
-    if not arrays.has_statistics:
-        return Reference.of(str(arrays.path), arrays.features(), arrays.network, arrays.text("fingerprint"))
-    reference = arrays.reference()
+    """The reference of a file of features or of statistics.
+
+    Precision and recall need features: the file's own or, in a file of ADM's, those of its sample images.
+    """
+    if not npz.has_statistics:
+        return Reference.compute(str(npz.path), npz.features(), npz.network, npz.read_text("fingerprint"))
+    reference = npz.to_reference()
     width = len(reference.moments["pool"].mean_D)
     if not reference.network and width != _INCEPTION_WIDTH:
-        raise UserError(f"{arrays.path} does not say of which network it is, and {width} channels are not Inception's")
+        raise UserError(f"{npz.path} does not name its network, and {width} channels are not Inception's")
     name = reference.network or "inception"
-    if reference.pool_MD is None and arrays.has_samples and name in eyes:
-        images = NpzImages(arrays.path)
-        joined = _collected(images, _look({name: eyes[name]}, settings, world), folder, world)
+    if reference.pool_MD is None and npz.has_samples and name in networks:
+        images = NpzImages(npz.path)
+        tensors = _extract(images, _plan_extraction({name: networks[name]}, config, world), folder, world)
         if world.main:
-            reference = replace(reference, pool_MD=joined[f"{name}.pool"])
+            reference = replace(reference, pool_MD=tensors[f"{name}.pool"])
     return replace(reference, network=name)
-
-
-def as_text(report: dict[str, Any], out: Path) -> str:
-    """The figures for people."""
-    lines = []
-    for network, figures in report["measures"].items():
-        lines.append(f"{network}, {figures['images']} images:")
-        lines += [f"  {name:<28}{value:>12.4f}" for name, value in figures.items() if isinstance(value, float)]
-        lines += [f"  note: {note}" for note in figures.get("notes", ())]
-    return "\n".join([*lines, f"wrote {out}"])

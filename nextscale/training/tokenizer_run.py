@@ -22,7 +22,7 @@ from nextscale.config.parse import to_dict
 from nextscale.config.tokenizer_training import TokenizerRunConfig, derive_pyramid
 from nextscale.data.datasets import load_images
 from nextscale.data.examples import Examples
-from nextscale.evaluation.metrics.codebook import CodebookUse
+from nextscale.evaluation.metrics.codebook import CodebookUsage
 from nextscale.evaluation.metrics.reconstruction import psnr, ssim
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
@@ -107,7 +107,7 @@ def _new_tokenizer(model: ModelConfig, seed: int) -> Tokenizer:
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: Tokenizer, examples: Examples, limit: int = 10**9) -> dict[str, Any]:
     """PSNR and SSIM (means of per-image values), codebook usage and perplexity, over all scales and per scale."""
-    use = CodebookUse.empty(tokenizer.pyramid, tokenizer.config.vocab_size)
+    use = CodebookUsage.empty(tokenizer.pyramid, tokenizer.config.vocab_size)
     noise, similarity, count = [], [], min(len(examples), limit)
     starts = range(0, count, _BATCH)
     for start in tqdm(starts, desc="evaluating", unit="batch", disable=len(starts) < 20):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nextscale.common.distributed import World
 from nextscale.config.tokenizer_training import CodebookConfig, TokenizerLossConfig
 from nextscale.data.examples import Batch, Examples
-from nextscale.evaluation.metrics.codebook import counts
+from nextscale.evaluation.metrics.codebook import count_codes
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.tokenizer.codebook import CodebookLearner
 from nextscale.tokenizer.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
@@ -66,7 +66,7 @@ class TokenizerTask(Task):
         if self.discriminator is not None:
             loss = loss + self._adversarial(self.discriminator, loss, image_B3HW, painted, step, scalars)
         config = self.tokenizer.config
-        counts_KV = counts(quantized.tokens_BL, self.tokenizer.pyramid, config.vocab_size)
+        counts_KV = count_codes(quantized.tokens_BL, self.tokenizer.pyramid, config.vocab_size)
         self.learner.observe(quantized, counts_KV)
         scalars["codes used"] = (counts_KV.sum(dim=0) > 0).float().mean()
         return loss + quantized.loss, scalars

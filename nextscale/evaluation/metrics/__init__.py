@@ -1,1 +1,1 @@
-"""Measures of images and of codebooks."""
+"""Metrics of images and codebooks, as functions of tensors."""

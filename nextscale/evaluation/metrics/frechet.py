@@ -1,4 +1,4 @@
-"""Fréchet distance between two sets of features, each seen as a Gaussian: FID, sFID, FD-DINOv2 and the like."""
+"""Fréchet distance between Gaussians fitted to two sets of features: FID, sFID, FD-DINOv2."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Moments:
     covariance_DD: Tensor
 
     @classmethod
-    def of(cls, features_ND: Tensor, where: str) -> Moments:
-        """Of features (N, D), N of 2 or more; the covariance divides by N - 1. `where` names them in errors.
+    def compute(cls, features_ND: Tensor, where: str) -> Moments:
+        """The moments of features (N, D), N of 2 or more; the covariance divides by N - 1.
 
-        Raises UserError when a value is not finite or there are too few rows.
+        `where` names the features in errors. Raises UserError when a value is not finite or there are too few rows.
         """
         check_features(features_ND, where)
         if len(features_ND) < 2:
@@ -33,7 +33,7 @@ class Moments:
 
 
 def check_features(features_ND: Tensor, where: str) -> None:
-    """Raise UserError, naming the first row at fault, when features (N, D) are no matrix or not finite."""
+    """Raise UserError when features are not a matrix (N, D) or not finite, naming the first bad row."""
     if features_ND.ndim != 2 or 0 in features_ND.shape:
         raise UserError(f"{where}: features must be (images, channels); got {tuple(features_ND.shape)}")
     broken = (~features_ND.isfinite().all(dim=1)).nonzero().flatten()
@@ -44,9 +44,9 @@ def check_features(features_ND: Tensor, where: str) -> None:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2) (Heusel et al. 2017, arXiv 1706.08500, Eq. 6), float64.
 
-    The last trace is the sum of the singular values of S1^1/2 S2^1/2, which loses half as many digits as the square
-    roots of eigenvalues of a product. Fewer images than channels make a covariance singular; the distance is defined
-    all the same, and biased upwards. UserError when the two have different widths.
+    The last trace is computed as the sum of the singular values of S1^1/2 S2^1/2, which loses half as many digits as
+    the square roots of the eigenvalues of a product. With fewer images than channels a covariance is singular; the
+    distance is still defined, but biased upwards. Raises UserError when the widths differ.
     """
     if a.mean_D.shape != b.mean_D.shape:
         raise UserError(f"features of {len(a.mean_D)} and {len(b.mean_D)} channels cannot be compared")
@@ -56,7 +56,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _square_root(matrix_DD: Tensor) -> Tensor:
-    """Of a covariance; eigenvalues within rounding of 0 are 0, for the root of rounding would not be small."""
+    """The square root of a covariance. Eigenvalues within rounding of 0 count as 0: their roots would not be small."""
     values, vectors = torch.linalg.eigh(matrix_DD)
     least = values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
     return (vectors * values.where(values > least, 0).sqrt()) @ vectors.T

@@ -16,22 +16,22 @@ from nextscale.common.errors import UserError
 
 @dataclass(frozen=True)
 class Trunk:
-    """A network of torchvision's as LPIPS looks at it: after each stage, before which the map may be pooled."""
+    """The layers of a torchvision network that LPIPS uses: stages, each optionally after a maximum pooling."""
 
     name: str
     stages: tuple[tuple[tuple[int, int, int, int], ...], ...]
-    """Convolutions: channels, kernel, stride, padding."""
+    """Convolutions of each stage: channels, kernel, stride, padding."""
     pooled: tuple[bool, ...]
-    """Whether a maximum is taken before the stage."""
+    """Whether the stage starts with maximum pooling."""
     pool: tuple[int, int]
-    """Kernel and stride of the maximum."""
+    """Kernel and stride of the pooling."""
 
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(stage[-1][0] for stage in self.stages)
 
     def indices(self) -> list[list[int]]:
-        """Where torchvision's `features` keep the convolutions: each followed by a ReLU, a pooling before a stage."""
+        """Indices of the convolutions in torchvision's `features`, by stage; ReLUs and poolings count as modules."""
         indices, i = [], 0
         for stage, pooled in zip(self.stages, self.pooled, strict=True):
             i += pooled
@@ -60,7 +60,7 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class Lpips(nn.Module):
-    """Distance (B,) of images (B, 3, H, W) in [-1, 1]: differences of normalised features, weighted per channel."""
+    """Distance (B,) of image pairs (B, 3, H, W) in [-1, 1]: weighted squared differences of normalised features."""
 
     shift: Tensor
     scale: Tensor
@@ -69,12 +69,12 @@ class Lpips(nn.Module):
     def __init__(self, trunk: Trunk = VGG) -> None:
         super().__init__()
         self.trunk = trunk
-        before, stages = 3, nn.ModuleList()
+        in_width, stages = 3, nn.ModuleList()
         for stage in trunk.stages:
             convolutions = nn.ModuleList()
             for width, kernel, stride, padding in stage:
-                convolutions.append(nn.Conv2d(before, width, kernel, stride, padding))
-                before = width
+                convolutions.append(nn.Conv2d(in_width, width, kernel, stride, padding))
+                in_width = width
             stages.append(convolutions)
         self.stages = stages  # type: ignore[assignment]
         self.heads = nn.ParameterList(nn.Parameter(torch.zeros(1, width, 1, 1)) for width in trunk.widths)
@@ -95,17 +95,17 @@ class Lpips(nn.Module):
             for conv, i in zip(stage, index, strict=True):
                 expected |= {f"features.{i}.{name}": tensor for name, tensor in conv.named_parameters()}
         heads = read_tensors(linear, "")
-        named = {f"lin{i}.model.1.weight": head for i, head in enumerate(model.heads)}
-        for path, found, wanted in ((network, features, expected), (linear, heads, named)):
+        expected_heads: dict[str, Tensor] = {f"lin{i}.model.1.weight": head for i, head in enumerate(model.heads)}
+        for path, tensors, parameters in ((network, features, expected), (linear, heads, expected_heads)):
             try:
-                check_tensors(path, _shapes(found), _shapes(wanted))
+                check_tensors(path, _list_shapes(tensors), _list_shapes(parameters))
             except UserError as error:
                 raise UserError(
                     f"{error}; expected torchvision's VGG-16 or AlexNet, and LPIPS 0.1's heads for it (taken for "
                     f"{trunk.name})"
                 ) from None
-            for name, parameter in wanted.items():
-                parameter.data.copy_(found[name])
+            for name, parameter in parameters.items():
+                parameter.data.copy_(tensors[name])
         return model
 
     def forward(self, a_B3HW: Tensor, b_B3HW: Tensor) -> Tensor:
@@ -116,14 +116,14 @@ class Lpips(nn.Module):
                 a, b = F.max_pool2d(a, *self.trunk.pool), F.max_pool2d(b, *self.trunk.pool)
             for conv in stage:
                 a, b = F.relu(conv(a)), F.relu(conv(b))
-            difference = (_unit(a) - _unit(b)).square() * head
+            difference = (_normalise(a) - _normalise(b)).square() * head
             distance = distance + difference.sum(dim=1).mean(dim=(1, 2))
         return distance
 
 
-def _unit(x_BChw: Tensor) -> Tensor:
+def _normalise(x_BChw: Tensor) -> Tensor:
     return x_BChw / (x_BChw.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _list_shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""How near a reconstruction is to its image: PSNR and SSIM, per image."""
+"""PSNR and SSIM of reconstructions, per image."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def psnr(a_B3HW: Tensor, b_B3HW: Tensor) -> Tensor:
 def ssim(a_B3HW: Tensor, b_B3HW: Tensor) -> Tensor:
     """Structural similarity of each pair (B,), for images in [0, 1] of at least 11 pixels a side.
 
-    Wang et al. 2004: Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03, mean over places and channels;
-    only places where the window lies inside the image.
+    Wang et al. 2004: Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03, mean over channels and over the
+    positions where the window lies inside the image.
     """
     x = torch.arange(11, dtype=a_B3HW.dtype, device=a_B3HW.device) - 5
     g = torch.exp(-x.square() / (2 * 1.5**2))

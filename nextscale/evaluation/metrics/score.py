@@ -1,4 +1,4 @@
-"""Inception Score, of whatever classifier's probabilities."""
+"""Inception Score, from the logits of any classifier."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nextscale.evaluation.metrics.frechet import check_features
 
 
 def inception_score(logits_NC: Tensor, split: int = 5000) -> tuple[float, float]:
-    """exp of the mean KL(p(class | image) || p(class)), mean and deviation over splits of `split` images in order.
+    """exp of the mean KL(p(class | image) || p(class)): mean and deviation over consecutive splits of `split` images.
 
-    Salimans et al. 2016 (arXiv 1606.03498); in the ADM evaluator's splits, a shorter last one included. 1 to C. The
+    Salimans et al. 2016 (arXiv 1606.03498), split as in the ADM evaluator, including a shorter last split. 1 to C. The
     deviation is 0 for a single split.
     """
     check_features(logits_NC, "classifier scores")

@@ -15,6 +15,7 @@ from nextscale.checkpoints.native import read_config
 from nextscale.common.devices import describe_machine
 from nextscale.common.distributed import World
 from nextscale.common.files import read_json, write_json
+from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
@@ -22,8 +23,8 @@ from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.data.datasets import open_dataset
 from nextscale.encoders.classifier import is_classifier
-from nextscale.evaluation.measures import NEUTRAL, name_of
-from nextscale.evaluation.run import Settings, evaluate, make_statistics
+from nextscale.evaluation.compute import METRICS, name_metric
+from nextscale.evaluation.run import evaluate, make_statistics
 from nextscale.info import describe_config, sample_flops
 from nextscale.research.experiments.cost import sampling_seconds, training_seconds
 from nextscale.research.experiments.dynamic import dynamic_figures, remove_thresholds, sampling_at, sparsified
@@ -179,7 +180,7 @@ class Lab:
         if sampling.draft_scales:
             refiner, _ = self._refiner(seed)
             sampling, (second, _) = dataclasses.replace(sampling, refiner=str(refiner)), read_config(refiner)
-        settings = Settings(count=self.experiment.images, sampling=sampling)
+        settings = EvaluationConfig(count=self.experiment.images, sampling=sampling)
         figures = self._measured(folder, settings) if settings.count else {}
         return figures | self._costs(row, config, sampling, second) | trained_figures(finished, config) | executed
 
@@ -251,7 +252,7 @@ class Lab:
         if not report.exists() and self.world.main:
             evaluate_folder(folder, self.reference, self.experiment.images, folder)
         self.world.wait()
-        measured = self._measured(folder, Settings(count=self.experiment.images, reconstruct=self.reference))
+        measured = self._measured(folder, EvaluationConfig(count=self.experiment.images, reconstruct=self.reference))
         return read_json(report) | measured
 
     def _statistics(self, side: int) -> str:
@@ -260,11 +261,11 @@ class Lab:
             return self.reference
         path = self.folder / f"reference-{key(self.reference, self.features, side)}.npz"
         if not path.exists():
-            make_statistics(self.reference, self.features, path, Settings(size=side), self.world)
+            make_statistics(self.reference, self.features, path, EvaluationConfig(size=side), self.world)
         self.world.wait()
         return str(path)
 
-    def _measured(self, folder: Path, settings: Settings) -> dict[str, float]:
+    def _measured(self, folder: Path, settings: EvaluationConfig) -> dict[str, float]:
         """Figures of `nextscale evaluate` under neutral names."""
         name = f"measured-{key(dataclasses.asdict(settings), self.features, self.reference)}.json"
         out = (self.folder / f"model-{key(str(folder.resolve()))}" if self.model else folder) / name
@@ -273,4 +274,6 @@ class Lab:
             evaluate(str(folder), out, [self.features], [reference], settings, self.world)
         self.world.wait()
         ((network, found),) = read_json(out)["measures"].items()
-        return {m: found[name_of(m, network)] for m in NEUTRAL if name_of(m, network) in found} | {"network": network}
+        return {m: found[name_metric(m, network)] for m in METRICS if name_metric(m, network) in found} | {
+            "network": network
+        }

@@ -11,7 +11,7 @@ from nextscale.common.devices import describe_machine
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json, write_text
 from nextscale.common.plots import plot_curves, plot_means
-from nextscale.evaluation.measures import NEUTRAL, name_of
+from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _over(
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Each figure that was measured, as lines over the figure `x`: {figure: {line: [(x, mean), ...]}}."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for figure in (column for column in columns if column in NEUTRAL):
+    for figure in (column for column in columns if column in METRICS):
         for row in rows:
             found = row["figures"]
             if figure in found and x in found:
@@ -81,7 +81,7 @@ def _over(
 
 def ours(figure: str, network: str) -> str:
     """What a figure is called that was measured with these features."""
-    return name_of(figure, network) if figure in NEUTRAL and network else figure
+    return name_metric(figure, network) if figure in METRICS and network else figure
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From features to figures, each named after the network whose features it is made of."""
+"""Metrics from features. Each metric is named after the network whose features it is computed from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from nextscale.evaluation.metrics.manifold import precision_recall
 from nextscale.evaluation.metrics.score import inception_score
 from nextscale.evaluation.reference import Reference
 
-Tensors = dict[str, Tensor]
 _PUBLISHED = {
     "distance": "fid",
     "spatial_distance": "sfid",
@@ -21,23 +20,23 @@ _PUBLISHED = {
     "precision": "precision",
     "recall": "recall",
 }
-NEUTRAL = tuple(_PUBLISHED)
-"""Names of figures whatever the features."""
+METRICS = tuple(_PUBLISHED)
+"""Names of the metrics, independent of the feature network."""
 
 
-def name_of(measure: str, network: str) -> str:
-    """The published name where the features are Inception's; else one that says whose they are."""
+def name_metric(metric: str, network: str) -> str:
+    """The published name where the features are Inception's, else a name that contains the network's."""
     if network == "inception":
-        return _PUBLISHED[measure]
-    if measure == "distance" and network != "classifier":
+        return _PUBLISHED[metric]
+    if metric == "distance" and network != "classifier":
         return f"fd_{network}"
-    return f"{network}_{'fd' if measure == 'distance' else measure}"
+    return f"{network}_{'fd' if metric == 'distance' else metric}"
 
 
-def measure(
-    network: str, samples: Tensors, where: str, reference: Reference | None, split: int, neighbours: int
+def compute_metrics(
+    network: str, samples: dict[str, Tensor], where: str, reference: Reference | None, split: int, neighbours: int
 ) -> dict[str, Any]:
-    """All figures that these features (pool, spatial, logits) allow. Raises UserError as the metrics do."""
+    """All metrics that these features (pool, spatial, logits) allow. Raises UserError as the metrics do."""
     values: dict[str, float] = {}
     notes: list[str] = []
     if "logits" in samples:
@@ -46,7 +45,8 @@ def measure(
         count, width = samples["pool"].shape
         for kind, name in (("pool", "distance"), ("spatial", "spatial_distance")):
             if kind in samples and kind in reference.moments:
-                values[name] = frechet_distance(Moments.of(samples[kind], f"{where} ({kind})"), reference.moments[kind])
+                moments = Moments.compute(samples[kind], f"{where} ({kind})")
+                values[name] = frechet_distance(moments, reference.moments[kind])
         if count <= width:
             notes.append(
                 f"{count} images for {width} channels: the covariance is singular, the distance biased upwards"
@@ -55,11 +55,11 @@ def measure(
             notes.append(f"no precision and recall: {reference.where} has statistics alone")
         else:
             values["precision"], values["recall"] = precision_recall(samples["pool"], reference.pool_MD, neighbours)
-    return {name_of(name, network): value for name, value in values.items()} | ({"notes": notes} if notes else {})
+    return {name_metric(name, network): value for name, value in values.items()} | ({"notes": notes} if notes else {})
 
 
-def read_as_asked(logits_NC: Tensor, labels_N: Tensor) -> float:
-    """Share of images that the classifier gives the class that was asked for."""
+def compute_class_accuracy(logits_NC: Tensor, labels_N: Tensor) -> float:
+    """Share of generated images that the classifier assigns to the class they were generated for."""
     if int(labels_N.max()) >= logits_NC.shape[1]:
         raise UserError(
             f"the images' classes go up to {int(labels_N.max())}, the classifier knows {logits_NC.shape[1]}"
@@ -67,6 +67,6 @@ def read_as_asked(logits_NC: Tensor, labels_N: Tensor) -> float:
     return float((logits_NC.argmax(dim=1) == labels_N).double().mean())
 
 
-def summary(values: Tensor) -> dict[str, float]:
-    """Mean and deviation of per-image values."""
-    return {"mean": float(values.double().mean()), "deviation": float(values.double().std(correction=0))}
+def summarize_values(values_N: Tensor) -> dict[str, float]:
+    """Mean and standard deviation of one value per image."""
+    return {"mean": float(values_N.double().mean()), "deviation": float(values_N.double().std(correction=0))}

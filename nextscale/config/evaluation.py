@@ -1,0 +1,33 @@
+"""Settings of `nextscale evaluate`. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nextscale.config.sampling import SampleConfig
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Which images are measured, and how."""
+
+    count: int = 0
+    """Images; 0 = all of a data set, 50,000 of a model."""
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    """How a model samples."""
+    size: int = 0
+    """Resize and crop to this size; 0 = leave images as they are, resize references to the size of the images."""
+    split: int = 5000
+    """Images of one split of the Inception Score."""
+    neighbours: int = 3
+    """k of precision and recall."""
+    references: int = 10_000
+    """Reference images for precision and recall, evenly spaced."""
+    shard: int = 1000
+    """Images of one file of features. An interrupted run continues with the first missing file."""
+    batch: int = 50
+    """Batch size. Metrics do not depend on it beyond rounding."""
+    dtype: str | None = None
+    """Computing type of a model; None = float32 on a CPU, the stored type elsewhere."""
+    reconstruct: str = ""
+    """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""

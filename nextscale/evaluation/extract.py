@@ -1,0 +1,98 @@
+"""Extracts features of many images in shards: distributed over processes, stored on disk, resumed after a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from nextscale.checkpoints.native import read_safetensors
+from nextscale.common.files import record_settings, write_atomically
+from nextscale.encoders.network import FeatureNetwork
+from nextscale.evaluation.images import MeasuredImages
+
+PairDistance = Callable[[Tensor, Tensor], Tensor]
+"""A distance (B,) between two batches of uint8 images (B, 3, H, W)."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is computed for each image."""
+
+    networks: Sequence[FeatureNetwork]
+    partner: MeasuredImages | None = None
+    """Images that are compared with these one by one, with `pair_distance`."""
+    pair_distance: PairDistance | None = None
+    shard: int = 1000
+    batch: int = 50
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    save_images: Callable[[int, Tensor], None] | None = None
+    """Called with the number of a batch's first image and the uint8 images."""
+
+
+def record_extraction(images: MeasuredImages, extraction: Extraction, folder: Path) -> None:
+    """Write which features `folder` holds; UserError when it holds features of other images or networks."""
+    settings: dict[str, Any] = {
+        "images": images.identity(),
+        "networks": {network.name: network.fingerprint() for network in extraction.networks},
+        "partner": extraction.partner.identity() if extraction.partner else None,
+        "shard": extraction.shard,
+        "images written": extraction.save_images is not None,
+    }
+    record_settings(folder / "features.json", settings)
+    for draft in folder.glob(".*.part*"):  # left by a run that was killed while writing
+        draft.unlink(missing_ok=True)
+
+
+def extract_features(
+    images: MeasuredImages, extraction: Extraction, folder: Path, rank: int = 0, size: int = 1
+) -> None:
+    """Write the missing shards of `folder` whose number is `rank` modulo `size`."""
+    starts = range(0, len(images), extraction.shard)
+    missing = [
+        (number, start)
+        for number, start in enumerate(starts)
+        if number % size == rank and not _shard_path(folder, number).exists()
+    ]
+    total = sum(min(start + extraction.shard, len(images)) - start for _, start in missing)
+    with tqdm(total=total, desc=f"features of {images.where}", unit="image", disable=rank > 0 or not total) as bar:
+        for number, start in missing:
+            rows = range(start, min(start + extraction.shard, len(images)))
+            tensors = _extract_shard(images, rows, extraction, bar)
+            with write_atomically(_shard_path(folder, number)) as (draft,):
+                save_file(tensors, draft)
+
+
+def read_features(folder: Path, count: int, shard: int) -> dict[str, Tensor]:
+    """The features of all `count` images from the shards of a folder: {"inception.pool": (N, D), ...}."""
+    shards = [read_safetensors(_shard_path(folder, number)) for number in range(-(-count // shard))]
+    return {name: torch.cat([tensors[name] for tensors in shards]) for name in shards[0]}
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"features-{number:05d}.safetensors"
+
+
+@torch.no_grad()
+def _extract_shard(images: MeasuredImages, rows: range, extraction: Extraction, bar: tqdm) -> dict[str, Tensor]:
+    batches: dict[str, list[Tensor]] = {}
+    for start in range(rows.start, rows.stop, extraction.batch):
+        stop = min(start + extraction.batch, rows.stop)
+        pixels_B3HW = images.fetch(start, stop)
+        if extraction.save_images is not None:
+            extraction.save_images(start, pixels_B3HW)
+        on_device = pixels_B3HW.to(extraction.device)
+        for network in extraction.networks:
+            for kind, tensor in network(on_device).to_dict().items():
+                batches.setdefault(f"{network.name}.{kind}", []).append(tensor.cpu())
+        if extraction.partner is not None and extraction.pair_distance is not None:
+            partner = extraction.partner.fetch(start, stop).to(extraction.device)
+            batches.setdefault("pairing", []).append(extraction.pair_distance(on_device, partner).cpu())
+        bar.update(stop - start)
+    return {name: torch.cat(tensors).contiguous() for name, tensors in batches.items()}
