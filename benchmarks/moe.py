@@ -32,7 +32,7 @@ from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import summarize_spread
 from nextscale.info import active_parameters, condition_flops, scale_flops
-from nextscale.training.engine.step import adamw
+from nextscale.training.engine.optimizer import build_optimizer
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.experts import Dispatch, Experts
 from nextscale.transformer.feed_forward.mixture import MixtureOfExperts
@@ -196,7 +196,7 @@ def step_seconds(model: VAR, batch: int, device: str) -> float:
 
 def optimizer_step(model: VAR, options: argparse.Namespace) -> float:
     """Seconds of an AdamW step, which works on all experts whatever is active."""
-    optimizer = adamw(model, TrainConfig())
+    optimizer = build_optimizer(model, TrainConfig())
     times = []
     for _ in range(3):
         began = _now(options.device)

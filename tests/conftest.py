@@ -27,7 +27,7 @@ from nextscale.info import condition_flops, scale_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import fit
+from nextscale.training.engine.loop import train
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
@@ -156,7 +156,7 @@ def losses_by_precision(make, settings: TrainConfig, folder: Path) -> dict[str, 
     variants = {n: {"precision": n} for n in ("fp32", "bf16", "fp16")} | {"again": {"activation_checkpointing": True}}
     for name, changes in variants.items():
         config = replace(settings, **changes)
-        fit(make(config), config, folder / name)
+        train(make(config), config, folder / name)
         losses[name] = [r["loss"] for r in read_log(folder / name / "log.jsonl")]
     assert losses["again"] == losses["fp32"]
     for name in ("bf16", "fp16"):

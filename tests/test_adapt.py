@@ -17,7 +17,7 @@ from nextscale.data.examples import MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import fit
+from nextscale.training.engine.loop import train
 from nextscale.training.transformer_task import TransformerTask
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
@@ -80,7 +80,7 @@ def test_another_aspect_trains_a_step_and_samples(tmp_path, tiny_folder):
     tokens = pipeline.encode(torch.rand(8, 3, 6, 12))
     config = TrainConfig(steps=3, batch_size=4, log_every=1)
     examples = MemoryExamples(tokens=tokens, label=torch.arange(8) % 2)
-    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config), config, tmp_path / "run")
+    train(TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config), config, tmp_path / "run")
     assert np.isfinite([r["loss"] for r in read_log(tmp_path / "run" / "log.jsonl")]).all()
     assert pipeline.sample(["cat"]).tensor.isfinite().all()
 

@@ -206,7 +206,7 @@ def test_a_data_worker_that_dies_costs_nothing(tmp_path):
     from dataclasses import replace
 
     from nextscale.common.distributed import World
-    from nextscale.training.engine.loop import fit
+    from nextscale.training.engine.loop import train
     from nextscale.training.engine.state import StateFiles
     from tests.test_train import SETTINGS, tasks
 
@@ -214,8 +214,8 @@ def test_a_data_worker_that_dies_costs_nothing(tmp_path):
     task.examples = Deadly(**task.examples.tensors)
     config = replace(SETTINGS, workers=1, steps=20, save_every=100)
     with pytest.raises(UserError, match=r"worker .*; the state after step [1-5] is saved"):
-        fit(task, config, tmp_path)
-    assert 1 <= StateFiles(tmp_path, "transformer", 2, World()).steps()[0] <= 5
+        train(task, config, tmp_path)
+    assert 1 <= StateFiles(tmp_path, "transformer", 2, World()).list_steps()[0] <= 5
 
 
 def cache_parts(tokenizer, count=21, held=5):

@@ -16,9 +16,9 @@ import torch
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.training import TrainConfig
+from nextscale.training.engine.distributed import DistributedModel
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.parallel import Laid
-from tests.train_worker import build, parse, train
+from tests.train_worker import build, parse, train_case
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +50,7 @@ RESUMED = "1 sharding=experts router=stmoe ema=0.9 micro_batch=2 steps=6"
 def alone(folder: Path, words: str) -> Path:
     """One case by one process."""
     which, *changes = words.split()
-    train(folder, int(which), dict(map(parse, changes)), World())
+    train_case(folder, int(which), dict(map(parse, changes)), World())
     return folder
 
 
@@ -168,9 +168,9 @@ def test_what_cannot_be_divided_is_refused():
     """Four experts by three processes; a dense model, also by one process; and the loss scale of fp16."""
     config = TrainConfig(sharding="experts")
     with pytest.raises(UserError, match="4 experts cannot be divided evenly among 3 processes"):
-        Laid(build(1, {"router": "stmoe"}), config, World(0, 3))
+        DistributedModel(build(1, {"router": "stmoe"}), config, World(0, 3))
     for processes in (1, 2):
         with pytest.raises(UserError, match="sharding: experts needs a mixture of experts; the transformer has none"):
-            Laid(build(1, {}), config, World(0, processes))
+            DistributedModel(build(1, {}), config, World(0, processes))
     with pytest.raises(UserError, match="precision fp16 does not go with sharding experts, use bf16"):
         TrainConfig(sharding="experts", precision="fp16")

@@ -25,7 +25,7 @@ from nextscale.evaluation.metrics.neighbours import knn_accuracy, knn_classes
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.training.encoder_run import evaluate_encoder
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import fit
+from nextscale.training.engine.loop import train
 from nextscale.training.moco import Moco, info_nce
 from nextscale.training.views import DRAWS, cut, recoloured, view
 from tests.test_train import SETTINGS, encoder_task
@@ -103,7 +103,7 @@ def test_portions_of_a_batch_change_rounding_alone(tmp_path):
     ends = []
     for micro in (0, 2):
         task = encoder_task(images)
-        fit(task, replace(SETTINGS, steps=3, micro_batch=micro), tmp_path / str(micro))
+        train(task, replace(SETTINGS, steps=3, micro_batch=micro), tmp_path / str(micro))
         ends.append(task.trained.state_dict())
     for name, tensor in ends[0].items():
         assert torch.allclose(ends[1][name].double(), tensor.double(), atol=2e-5), name

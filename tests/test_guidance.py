@@ -211,7 +211,7 @@ def test_the_whole_loss_by_hand(router, group):
     settings_ = LossConfig(balance=0.3, idle_balance=0.6, encoder="cache", group=group, cross_entropy=0.7)
     task = task_of(router, settings_)
     batch = task.examples.fetch(range(3), None)
-    noise = task.noise(3, torch.Generator().manual_seed(0))
+    noise = task.draw_noise(3, torch.Generator().manual_seed(0))
     loss, scalars = task(batch, noise, 0)
     pyramid, scales = task.model.pyramid, group_scales(group, 4)
     inputs = task.tokenizer.teacher_inputs(batch["tokens"])
@@ -251,7 +251,7 @@ def test_without_guidance_the_cross_entropy_counts_once():
     """Lambda belongs to Eq. 13; no encoder, no lambda and no projection, even with a head."""
     task = task_of("none", LossConfig(cross_entropy=0.5), features=False)
     batch = task.examples.fetch(range(3), None)
-    loss, scalars = task(batch, task.noise(3, torch.Generator()), 0)
+    loss, scalars = task(batch, task.draw_noise(3, torch.Generator()), 0)
     assert torch.equal(loss, scalars["cross_entropy"])
     assert "guidance" not in scalars
 

@@ -20,7 +20,7 @@ from nextscale.config.transformer import AlignmentConfig, InitConfig
 from nextscale.info import as_text, describe_config, sample_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.training.engine.step import adamw
+from nextscale.training.engine.optimizer import build_optimizer
 from nextscale.transformer.feed_forward.routers import ROUTERS, Routing
 from nextscale.transformer.initialization import initialise
 from tests.conftest import check_flops, randomised, tiny_config
@@ -319,7 +319,7 @@ def test_experts_begin_as_dense_layers_do_and_apart(router):
 def test_weight_decay_reaches_matrices_alone(router):
     """A stack's biases and a constant expert's vector have two dimensions, and are none."""
     model = randomised(moe_config(router)).transformer
-    decayed = {id(p) for p in adamw(model, TrainConfig()).param_groups[0]["params"]}
+    decayed = {id(p) for p in build_optimizer(model, TrainConfig()).param_groups[0]["params"]}
     spared = {n for n, p in model.named_parameters() if id(p) not in decayed and p.ndim >= 2 and "blocks" in n}
     ends = {n.split(".", 2)[2] for n in spared} - {"mixers.0.log_scale"}
     expected = {"ffn.experts.fc1.bias", "ffn.experts.fc2.bias"}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
@@ -18,8 +19,7 @@ from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import fit
-from nextscale.training.engine.step import Stepper
+from nextscale.training.engine.loop import train
 from nextscale.training.transformer_run import _target
 from nextscale.transformer.feed_forward.routers import ROUTERS
 from tests.conftest import losses_by_precision, randomised, tiny_config
@@ -45,7 +45,7 @@ MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)
 def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
     """Bit for bit with experts, guidance and averages, in the middle of an epoch, with a fresh process's modules."""
     whole = task_of(router, LOSS, config=SETTINGS, **mixers)
-    fit(whole, SETTINGS, tmp_path / "whole")
+    train(whole, SETTINGS, tmp_path / "whole")
 
     class StopAfterFive(type(whole)):
         def forward(self, batch, noise, step):
@@ -56,11 +56,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
     first = task_of(router, LOSS, config=SETTINGS, **mixers)
     first.__class__ = StopAfterFive
     with pytest.raises(KeyboardInterrupt):
-        fit(first, SETTINGS, tmp_path / "parts")
+        train(first, SETTINGS, tmp_path / "parts")
     second = task_of(router, LOSS, config=SETTINGS, **mixers)
     for tensor in second.trained.state_dict().values():
         tensor.fill_(9)  # all must come from the state
-    fit(second, SETTINGS, tmp_path / "parts")
+    train(second, SETTINGS, tmp_path / "parts")
     for name, tensor in tensors(whole).items():
         assert torch.equal(tensors(second)[name], tensor), name
     logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "parts")]
@@ -71,22 +71,30 @@ def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("portion", [1, 4])
-def test_portions_of_a_batch_sum_up_to_the_whole(router, portion):
-    """Gradients and logged values; also where portions differ in size (6 = 4 + 2)."""
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_micro_batches_sum_up_to_the_whole_batch(router, micro_batch, tmp_path):
+    """Gradients and logged values; also where micro-batches differ in size (6 = 4 + 2)."""
     found = {}
-    for size in (0, portion):
-        config = replace(SETTINGS, micro_batch=size, drop_path=0.3, label_drop=0.3)
-        stepper = Stepper(task_of(router, LOSS, config=config), config, World())
-        assert stepper.gradients(stepper.portions())
-        grads = {n: p.grad for n, p in stepper.task.trained.named_parameters()}
+    for size in (0, micro_batch):
+        config = replace(SETTINGS, steps=1, clip=0.0, micro_batch=size, drop_path=0.3, label_drop=0.3)
+        task, grads = task_of(router, LOSS, config=config), {}
+
+        def note_gradients(optimizer, arguments, options, task=task, grads=grads):
+            grads.update({n: p.grad for n, p in task.trained.named_parameters()})
+
+        handle = register_optimizer_step_pre_hook(note_gradients)
+        try:
+            train(task, config, tmp_path / str(size))
+        finally:
+            handle.remove()
         assert all(g is not None for g in grads.values()), [n for n, g in grads.items() if g is None]
-        found[size] = grads, stepper.values()
+        (values,) = read_log(tmp_path / str(size) / "log.jsonl")
+        found[size] = grads, {n: v for n, v in values.items() if n not in ("task", "images_per_s", "tokens_per_s")}
     for name, whole in found[0][0].items():
-        error = (found[portion][0][name] - whole).abs().max() / whole.abs().max().clamp_min(1e-3)
+        error = (found[micro_batch][0][name] - whole).abs().max() / whole.abs().max().clamp_min(1e-3)
         assert error <= 2e-5, f"{name}: {error:.1e}"
     for name, whole in found[0][1].items():
-        assert found[portion][1][name] == pytest.approx(whole, rel=1e-4, abs=1e-5), name
+        assert found[micro_batch][1][name] == pytest.approx(whole, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -105,7 +113,7 @@ def test_training_with_guidance_learns_both(tmp_path):
     directions = torch.nn.functional.one_hot(tensors_["label"], 6).half()
     tensors_["features"] = directions[:, None, None, :].expand(-1, 4, 4, -1).contiguous()
     config = TrainConfig(steps=70, batch_size=10, learning_rate=1e-2, label_drop=0.0, warmup_steps=5, log_every=10)
-    fit(task, config, tmp_path)
+    train(task, config, tmp_path)
     first, last = (read_log(tmp_path / "log.jsonl")[i] for i in (0, -1))
     assert last["cross_entropy"] < 0.3 * first["cross_entropy"]
     assert last["guidance"] < -0.8 < first["guidance"]
@@ -123,7 +131,7 @@ def test_the_balance_loss_evens_the_load(tmp_path):
                 block.ffn.router.scale_embed.weight.fill_(1)
                 block.ffn.router.score.weight[:2] += 0.1
         config = TrainConfig(steps=30, batch_size=10, learning_rate=1e-2, label_drop=0.0, warmup_steps=2, log_every=30)
-        fit(task, config, tmp_path / str(weight))
+        train(task, config, tmp_path / str(weight))
         load = read_log(tmp_path / str(weight) / "log.jsonl")[-1]["expert_load"]
         assert sum(load) == pytest.approx(64, rel=1e-4)
         variance[weight] = torch.tensor(load).var().item()
@@ -274,4 +282,4 @@ def test_a_loss_that_is_not_finite_names_the_block(tmp_path):
     with torch.no_grad():
         task.model.blocks[1].ffn.experts.fc2.bias.fill_(float("nan"))
     with pytest.raises(UserError, match=r"at step 0 are not both finite; .*the first layer at fault is blocks\.1\.ffn"):
-        fit(task, SETTINGS, tmp_path)
+        train(task, SETTINGS, tmp_path)

@@ -22,7 +22,8 @@ from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import load_images
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.run import run_quickstart
-from nextscale.training.engine.loop import Interrupted, fit
+from nextscale.training.engine.checks import Interrupted
+from nextscale.training.engine.loop import train
 from tests.conftest import randomised, read_fixture, tiny_config
 from tests.test_quickstart import picture, tiny_settings
 from tests.test_train import SETTINGS, tasks
@@ -286,7 +287,7 @@ def test_training_states_of_odd_content(content, tmp_path):
     torch.save(content, path)
     path.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
     with pytest.warns(UserWarning, match="cannot be used"), pytest.raises(UserError, match="no sound training state"):
-        fit(tasks(randomised(tiny_config()))[0], SETTINGS, tmp_path)
+        train(tasks(randomised(tiny_config()))[0], SETTINGS, tmp_path)
 
 
 def test_a_stop_in_the_last_step_is_heard(tmp_path):
@@ -302,7 +303,7 @@ def test_a_stop_in_the_last_step_is_heard(tmp_path):
 
     task.forward = stop_at_the_end
     with pytest.raises(Interrupted):
-        fit(task, SETTINGS, tmp_path)
+        train(task, SETTINGS, tmp_path)
 
 
 def test_weight_files_are_readable_as_the_umask_says(tiny, tmp_path):

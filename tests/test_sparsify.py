@@ -247,7 +247,7 @@ def test_routers_of_another_checkpoint_are_refused(made, tmp_path, capsys):
 def test_a_process_that_holds_no_weights_reads_them_back(made, monkeypatch):
     """Of several processes the first alone gathers a trained model: the others once went on without one."""
     _, dynamic = made
-    monkeypatch.setattr(stages, "whole_weights", lambda model: {})
+    monkeypatch.setattr(stages, "gather_weights", lambda model: {})
     world = SimpleNamespace(main=False, wait=lambda: None)
     job = stages.Job(SparsifyConfig(), None, dynamic / "stages", world, False)
     found = stages._save_model(job, "routers", read_checkpoint(dynamic / "stages" / "split"), None)

@@ -25,7 +25,7 @@ from nextscale.tokenizer.codebook import CodebookLearner
 from nextscale.tokenizer.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from nextscale.tokenizer.quantizer import Quantized
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import fit
+from nextscale.training.engine.loop import train
 from nextscale.training.tokenizer_task import TokenizerTask
 from tests.conftest import randomised, read_fixture, tiny_config
 
@@ -234,7 +234,7 @@ def test_every_loss_together_trains_resumes_and_repeats(codebook, tmp_path):
         return TokenizerTask(tokenizer, examples, losses, CodebookConfig(revive_every=2, **codebook))
 
     whole = task()
-    fit(whole, config, tmp_path / "whole")
+    train(whole, config, tmp_path / "whole")
 
     class Stop(TokenizerTask):
         def forward(self, batch, noise, step):
@@ -245,9 +245,9 @@ def test_every_loss_together_trains_resumes_and_repeats(codebook, tmp_path):
     first = task()
     first.__class__ = Stop
     with pytest.raises(KeyboardInterrupt):
-        fit(first, config, tmp_path / "parts")
+        train(first, config, tmp_path / "parts")
     second = task()
-    fit(second, config, tmp_path / "parts")
+    train(second, config, tmp_path / "parts")
     ours = second.trained.state_dict()
     assert all(torch.equal(ours[n], t) for n, t in whole.trained.state_dict().items())
     assert {"lpips", "discriminator", "l1", "vq"} <= read_log(tmp_path / "whole" / "log.jsonl")[-1].keys()
@@ -307,7 +307,7 @@ def test_revival_brings_a_collapsed_codebook_back(tmp_path):
         with torch.no_grad():
             tokenizer.quantizer.codebook.weight[2:] += 100
         task = TokenizerTask(tokenizer, MemoryExamples(image=images()), codebook=CodebookConfig(revive_every=every))
-        fit(task, TrainConfig(steps=20, batch_size=12), tmp_path / str(every))
+        train(task, TrainConfig(steps=20, batch_size=12), tmp_path / str(every))
         used[every] = len(tokenizer.encode(images().float() / 127.5 - 1).unique())
     assert used[0] <= 2 < 8 <= used[5]
 

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from nextscale.common.errors import UserError
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.config.feed_forward import ExpertsConfig
-from nextscale.config.training import TrainConfig, learning_rate, weight_decay
+from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import AlignmentConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import BatchDataset, MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.training.encoder_task import EncoderTask
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import fit
-from nextscale.training.engine.step import adamw
+from nextscale.training.engine.loop import Callbacks, train
+from nextscale.training.engine.optimizer import build_optimizer, compute_learning_rate, compute_weight_decay
 from nextscale.training.tokenizer_task import TokenizerTask
 from nextscale.training.transformer_task import TransformerTask
 from tests.conftest import losses_by_precision, randomised, tiny_config
@@ -79,7 +79,7 @@ def weights(task):
 def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
     """Bit for bit, in the middle of an epoch (20 examples, batches of 6), with a fresh process's modules."""
     whole = tasks(randomised(tiny_config()))[which]
-    fit(whole, SETTINGS, tmp_path / "whole")
+    train(whole, SETTINGS, tmp_path / "whole")
 
     class StopAfterFive(type(whole)):
         def forward(self, batch, noise, step):
@@ -90,11 +90,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
     first = tasks(randomised(tiny_config()))[which]
     first.__class__ = StopAfterFive
     with pytest.raises(KeyboardInterrupt):
-        fit(first, SETTINGS, tmp_path / "parts")
+        train(first, SETTINGS, tmp_path / "parts")
     second = tasks(randomised(tiny_config()))[which]
     for tensor in second.trained.state_dict().values():
         tensor.fill_(9)  # all must come from the state
-    fit(second, SETTINGS, tmp_path / "parts")
+    train(second, SETTINGS, tmp_path / "parts")
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(second)[name], tensor), name
     logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "parts")]
@@ -108,12 +108,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
 RUN = """
 import sys, torch
 from pathlib import Path
-from nextscale.training.engine.loop import fit, Interrupted
+from nextscale.training.engine.checks import Interrupted
+from nextscale.training.engine.loop import train
 from tests.test_train import tasks, LONG
 from tests.conftest import randomised, tiny_config
 torch.set_num_threads(1)
 try:
-    fit(tasks(randomised(tiny_config()))[0], LONG, Path(sys.argv[1]))
+    train(tasks(randomised(tiny_config()))[0], LONG, Path(sys.argv[1]))
 except Interrupted as stop:
     print("stopped", stop.step)
     sys.exit(5)
@@ -137,7 +138,7 @@ def start(folder: Path) -> subprocess.Popen:
 def left_alone(tmp_path_factory):
     """Weights of the long run without a signal."""
     task = tasks(randomised(tiny_config()))[0]
-    fit(task, LONG, tmp_path_factory.mktemp("whole"))
+    train(task, LONG, tmp_path_factory.mktemp("whole"))
     return weights(task)
 
 
@@ -159,22 +160,22 @@ def test_signals_in_a_real_process(number, left_alone, threads_set, tmp_path):
         assert "stopped" in out
     assert not (states / f"tokenizer-{LONG.steps:08d}.pt").exists(), "cut short"
     task = tasks(randomised(tiny_config()))[0]
-    fit(task, LONG, tmp_path / "cut")
+    train(task, LONG, tmp_path / "cut")
     assert all(torch.equal(weights(task)[n], t) for n, t in left_alone.items())
 
 
 def test_changed_settings_are_named_and_refused(tmp_path):
     task = tasks(randomised(tiny_config()))[0]
-    fit(task, SETTINGS, tmp_path)
+    train(task, SETTINGS, tmp_path)
     with pytest.raises(UserError, match=r"other settings: learning_rate was 0\.001, now 0\.5$"):
-        fit(task, replace(SETTINGS, learning_rate=0.5), tmp_path)
+        train(task, replace(SETTINGS, learning_rate=0.5), tmp_path)
 
 
 def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path):
     """The state before it is used, and the run ends with the same weights; with none left the run is refused."""
     whole = tasks(randomised(tiny_config()))[0]
-    fit(whole, SETTINGS, tmp_path / "whole")
-    fit(tasks(randomised(tiny_config()))[0], replace(SETTINGS, save_every=1), tmp_path / "hurt")
+    train(whole, SETTINGS, tmp_path / "whole")
+    train(tasks(randomised(tiny_config()))[0], replace(SETTINGS, save_every=1), tmp_path / "hurt")
     states = sorted((tmp_path / "hurt" / "training").glob("*.pt"))
     assert [p.name for p in states] == ["tokenizer-00000007.pt", "tokenizer-00000008.pt"]
     content = bytearray(states[1].read_bytes())
@@ -182,7 +183,7 @@ def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path):
     states[1].write_bytes(content)
     again = tasks(randomised(tiny_config()))[0]
     with pytest.warns(UserWarning, match=r"tokenizer-00000008\.pt cannot be used .*checksum.*trying the state before"):
-        fit(again, SETTINGS, tmp_path / "hurt")
+        train(again, SETTINGS, tmp_path / "hurt")
     assert all(torch.equal(t, weights(again)[n]) for n, t in weights(whole).items())
     for path in (tmp_path / "hurt" / "training").glob("*.pt"):
         path.write_bytes(b"PK junk")
@@ -190,7 +191,7 @@ def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path):
         pytest.raises(UserError, match=r"no sound training state is left: delete .*training to train anew"),
         pytest.warns(UserWarning, match="cannot be used"),
     ):
-        fit(again, SETTINGS, tmp_path / "hurt")
+        train(again, SETTINGS, tmp_path / "hurt")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_place_and_keeps_the_last_state(tmp_path):
@@ -207,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_place_and_keeps_the_l
         ),
     ):
         folder = tmp_path / f"{which}{words[:20]}"
-        fit(tasks(randomised(tiny_config()))[which], replace(SETTINGS, steps=3), folder)
+        train(tasks(randomised(tiny_config()))[which], replace(SETTINGS, steps=3), folder)
         (state,) = (folder / "training").glob("*3.pt")
         before = state.read_bytes()
 
@@ -220,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_place_and_keeps_the_l
         longer = tasks(randomised(tiny_config()))[which]
         longer.__class__ = Broken
         with pytest.raises(UserError, match=f"at step 3 are not both finite; {words}.*checkpoint of step 3 is kept"):
-            fit(longer, SETTINGS, folder, accept_changes=True)
+            train(longer, SETTINGS, folder, accept_changes=True)
         assert state.read_bytes() == before
 
 
@@ -228,7 +229,7 @@ def test_the_scale_at_fault_is_named():
     task = tasks(randomised(tiny_config()))[1]
     nan = float("nan")
     for values, words in (([1.0, nan, 2.0, nan], "scale 2x2, 4x4"), ([nan] * 4, "all scales"), ([1.0] * 4, "")):
-        assert task.scales_at_fault({"loss_per_scale": torch.tensor(values)}) == words
+        assert task.describe_faulty_scales({"loss_per_scale": torch.tensor(values)}) == words
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
@@ -240,7 +241,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     task = tasks(randomised(tiny_config()))[1]
     task.__class__ = Root
     with pytest.raises(UserError, match=r"the gradient of head\.bias and 0 more parameters is not; no checkpoint"):
-        fit(task, replace(SETTINGS, clip=0.0), tmp_path)
+        train(task, replace(SETTINGS, clip=0.0), tmp_path)
 
 
 @settings(max_examples=30)
@@ -250,7 +251,7 @@ def test_every_epoch_shows_every_example_once_over_all_processes(examples, own, 
     places = BatchDataset(MemoryExamples(x=torch.zeros(examples)), 0, "t")
     seen = []
     for step in range(-(-3 * examples // config.batch_size)):
-        batch = sorted((p.start, p.stop) for rank in config.shares(processes) for p in rank)
+        batch = sorted((p.start, p.stop) for rank in config.split_batch(processes) for p in rank)
         for start, stop in batch:
             seen += places.select_indices(step * config.batch_size + start, step * config.batch_size + stop)
     for epoch in range(3):
@@ -259,7 +260,7 @@ def test_every_epoch_shows_every_example_once_over_all_processes(examples, own, 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(UserError, match="batch_size 10 cannot be divided among 4 processes"):
-        TrainConfig(batch_size=10).shares(4)
+        TrainConfig(batch_size=10).split_batch(4)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -279,10 +280,10 @@ def test_schedules_are_var_s(schedule):
                 expected = 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * passed))
             else:
                 expected = 1 if passed < 0.05 else 0.1 + 0.9 * (1 - passed) / 0.95
-        assert learning_rate(config, step, steps, warmup) == pytest.approx(2 * expected)
+        assert compute_learning_rate(config, step, steps, warmup) == pytest.approx(2 * expected)
         decay = 0.08 + (0.05 - 0.08) * (0.5 + 0.5 * math.cos(math.pi * step / (steps - 1)))
-        assert weight_decay(config, step, steps) == pytest.approx(decay)
-    assert learning_rate(config, steps - 1, steps, warmup) == pytest.approx(0.2)
+        assert compute_weight_decay(config, step, steps) == pytest.approx(decay)
+    assert compute_learning_rate(config, steps - 1, steps, warmup) == pytest.approx(0.2)
 
 
 def test_epochs_in_place_of_steps():
@@ -294,7 +295,7 @@ def test_epochs_in_place_of_steps():
 @pytest.mark.parametrize("shared", [False, True])
 def test_weight_decay_groups_are_var_s(shared):
     model = randomised(tiny_config(shared_adaln=shared)).transformer
-    decayed = {id(p) for p in adamw(model, SETTINGS).param_groups[0]["params"]}
+    decayed = {id(p) for p in build_optimizer(model, SETTINGS).param_groups[0]["params"]}
     spared = {n for n, p in model.named_parameters() if id(p) not in decayed}
     expected = {"pos_start", "pos_embed", "level_embed.weight"}
     expected |= {n for n, p in model.named_parameters() if p.ndim < 2}
@@ -316,11 +317,11 @@ def test_averaged_weights_are_the_moving_average(tmp_path):
     """What is watched and kept is the average of the weights after each step, written out."""
     config, seen, kept = replace(SETTINGS, ema=0.8, save_every=1), [], []
 
-    class Watch:
-        def measure(self, step):
+    class Watch(Callbacks):
+        def validate(self, step):
             return {}
 
-        def keep(self, step, best):
+        def save_model(self, step, best):
             kept.append({n: p.detach().clone() for n, p in task.trained.named_parameters()})
 
     class Seeing(TransformerTask):
@@ -330,7 +331,7 @@ def test_averaged_weights_are_the_moving_average(tmp_path):
     task = tasks(randomised(tiny_config()))[1]
     average = {n: p.detach().double() for n, p in task.trained.named_parameters()}
     task.__class__ = Seeing
-    fit(task, config, tmp_path, Watch())
+    train(task, config, tmp_path, Watch())
     for now, held in zip(seen, kept, strict=True):
         average = {n: 0.8 * average[n] + 0.2 * now[n] for n in average}
         assert all(torch.allclose(held[n].double(), average[n], atol=1e-6) for n in average)
@@ -339,17 +340,17 @@ def test_averaged_weights_are_the_moving_average(tmp_path):
 
 def test_the_best_state_is_kept(tmp_path):
     """Of ten saves two stay, and the one with the lowest validation loss."""
-    losses, best = [5, 4, 1, 3, 2, 6, 7, 8], []
+    losses, bests = [5, 4, 1, 3, 2, 6, 7, 8], []
 
-    class Watch:
-        def measure(self, step):
+    class Watch(Callbacks):
+        def validate(self, step):
             return {"validation_loss": float(losses[step - 1])}
 
-        def keep(self, step, is_best):
-            best.append(is_best)
+        def save_model(self, step, best):
+            bests.append(best)
 
-    fit(tasks(randomised(tiny_config()))[1], replace(SETTINGS, save_every=1), tmp_path, Watch())
-    assert best == [True, True, True] + [False] * 5
+    train(tasks(randomised(tiny_config()))[1], replace(SETTINGS, save_every=1), tmp_path, Watch())
+    assert bests == [True, True, True] + [False] * 5
     assert sorted(int(p.stem[-3:]) for p in (tmp_path / "training").glob("*.pt")) == [3, 7, 8]
 
 
@@ -365,15 +366,15 @@ def test_training_learns(tmp_path):
     tokens = torch.arange(5)[:, None].expand(5, 5).contiguous()
     config = TrainConfig(steps=60, batch_size=10, learning_rate=1e-2, label_drop=0.0, warmup_steps=5)
     examples = MemoryExamples(tokens=tokens, label=torch.arange(5))
-    fit(TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config), config, tmp_path)
+    train(TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config), config, tmp_path)
     assert read_log(tmp_path / "log.jsonl")[-1]["loss"] < 0.2
 
 
 def test_a_reader_that_dies_is_told_from_other_failures():
-    from nextscale.training.engine.loop import _worker_death
+    from nextscale.training.engine.checks import describe_worker_death
 
-    assert "handed over" in _worker_death(ConnectionResetError(104, "reset by peer"), 2)
-    assert "handed over" in _worker_death(EOFError(), 1)
-    assert _worker_death(RuntimeError("DataLoader worker (pid 7) is killed\nmore"), 1).endswith("is killed")
-    assert _worker_death(RuntimeError("shapes differ"), 1) == ""
-    assert _worker_death(EOFError(), 0) == ""
+    assert "handed over" in describe_worker_death(ConnectionResetError(104, "reset by peer"), 2)
+    assert "handed over" in describe_worker_death(EOFError(), 1)
+    assert describe_worker_death(RuntimeError("DataLoader worker (pid 7) is killed\nmore"), 1).endswith("is killed")
+    assert describe_worker_death(RuntimeError("shapes differ"), 1) == ""
+    assert describe_worker_death(EOFError(), 0) == ""

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from nextscale.common.distributed import World, join_world
+from nextscale.common.distributed import World, init_distributed
 from nextscale.common.errors import UserError
 from nextscale.config.tokenizer_training import CodebookConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
-from nextscale.training.engine.loop import Interrupted, fit
-from nextscale.training.engine.parallel import whole_weights
+from nextscale.training.engine.checks import Interrupted
+from nextscale.training.engine.distributed import gather_weights
+from nextscale.training.engine.loop import train
 from nextscale.training.engine.task import Task
 from nextscale.training.tokenizer_task import TokenizerTask
 from tests.conftest import randomised, tiny_config
@@ -30,11 +31,11 @@ MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)
 
 def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
-    with join_world("cpu") as world:
+    with init_distributed("cpu") as world:
         try:
             for _, case in groupby(arguments, lambda word: word == "--"):
                 if (words := list(case)) != ["--"]:
-                    train(Path(words[0]), int(words[1]), dict(map(parse, words[2:])), world)
+                    train_case(Path(words[0]), int(words[1]), dict(map(parse, words[2:])), world)
         except Interrupted as stop:
             print("stopped", stop.step)
             return 5
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def train(folder: Path, which: int, changes: dict, world: World) -> None:
+def train_case(folder: Path, which: int, changes: dict, world: World) -> None:
     """One case. stop=STEP breaks off in the middle of that step; frozen=NAME trains all but what is named so."""
     task = build(which, changes)
     stop, frozen = changes.pop("stop", None), changes.pop("frozen", None)
@@ -55,12 +56,12 @@ def train(folder: Path, which: int, changes: dict, world: World) -> None:
         break_off(task, stop)
     accept = bool(changes.pop("accept", 0))
     try:
-        fit(task, replace(SETTINGS, **changes), folder, world=world, accept_changes=accept)
+        train(task, replace(SETTINGS, **changes), folder, world=world, accept_changes=accept)
     except KeyboardInterrupt:
         return
     held = dict(shares(task))
     (folder / f"held-{world.rank}.json").write_text(json.dumps(held))
-    weights = whole_weights(task.trained)
+    weights = gather_weights(task.trained)
     if world.main:
         torch.save(weights, folder / "final.pt")
 

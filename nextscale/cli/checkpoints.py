@@ -97,12 +97,12 @@ class Sparsify:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.sparsify.report import summarize_report
         from nextscale.sparsify.run import sparsify
         from nextscale.training.report import report_interruption
 
-        with report_interruption(self.out / "stages"), join_world(self.device) as world:
+        with report_interruption(self.out / "stages"), init_distributed(self.device) as world:
             report = sparsify(self.model, self.out, self.settings, world, accept_changes=self.accept_changes)
         if world.main:
             print(summarize_report(report, self.out))

@@ -36,11 +36,11 @@ class EncoderTrain:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.training.encoder_run import train_encoder
         from nextscale.training.report import report_interruption
 
-        with report_interruption(self.out), join_world(self.device) as world:
+        with report_interruption(self.out), init_distributed(self.device) as world:
             values = train_encoder(
                 self.settings, self.data, self.out, world,
                 accept_changes=self.accept_changes, untrained=self.untrained,

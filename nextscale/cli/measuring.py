@@ -58,7 +58,7 @@ class Evaluate:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.config.evaluation import EvaluationConfig
         from nextscale.evaluation.run import evaluate, format_report
 
@@ -67,7 +67,7 @@ class Evaluate:
             self.num, self.settings, self.size, shard=self.shard, batch=self.batch_size, dtype=self.dtype,
             reconstruct=self.reconstruct,
         )  # fmt: skip
-        with join_world(self.device) as world:
+        with init_distributed(self.device) as world:
             report = evaluate(
                 self.source, self.out, self.features, self.reference, config, world,
                 against=self.against, lpips=self.lpips, images_out=self.images_out,
@@ -101,13 +101,13 @@ class Statistics:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.config.evaluation import EvaluationConfig
         from nextscale.evaluation.run import make_statistics
 
         check_positive("--batch-size, --shard, --keep", self.batch_size, self.shard, self.keep)
         config = EvaluationConfig(size=self.size, shard=self.shard, batch=self.batch_size)
-        with join_world(self.device) as world:
+        with init_distributed(self.device) as world:
             reference = make_statistics(self.data, self.features, self.out, config, world, feature_images=self.keep)
         if reference is not None:
             print(f"wrote {self.out}: {reference.network} statistics of {reference.images} images")
@@ -172,11 +172,11 @@ class ExperimentShow:
     """cpu shows the size for two CPU cores, where the scale has one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.research.experiments.entry import load
         from nextscale.research.experiments.show import as_text
 
-        with join_world(self.device) as world:
+        with init_distributed(self.device) as world:
             print(as_text(load(self.name, self.scale, on_cpu=world.device.type == "cpu")))
 
 
@@ -211,12 +211,12 @@ class ExperimentRun:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.research.experiments.entry import load
         from nextscale.research.experiments.run import resolve, run_experiment
         from nextscale.training.report import report_interruption
 
-        with report_interruption(self.out), join_world(self.device) as world:
+        with report_interruption(self.out), init_distributed(self.device) as world:
             experiment = load(self.name, self.scale, on_cpu=world.device.type == "cpu")
             options = ("model", "refiner", "data", "tokenizer", "features", "reference", "encoder")
             given = {name: getattr(self, name) for name in options}
@@ -248,11 +248,11 @@ class ClassifierTrain:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.training.classifier_run import train_classifier
         from nextscale.training.report import report_interruption
 
-        with report_interruption(self.out), join_world(self.device) as world:
+        with report_interruption(self.out), init_distributed(self.device) as world:
             values = train_classifier(self.settings, self.data, self.out, world, accept_changes=self.accept_changes)
         if values:
             loss, accuracy = values["validation_loss"], values["validation_accuracy"]

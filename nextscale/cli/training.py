@@ -61,11 +61,11 @@ class TokenizerTrain:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.training.report import report_interruption, tokenizer_report
         from nextscale.training.tokenizer_run import train_tokenizer
 
-        with report_interruption(self.out), join_world(self.device) as world:
+        with report_interruption(self.out), init_distributed(self.device) as world:
             report = train_tokenizer(self.settings, self.data, self.out, world, accept_changes=self.accept_changes)
         if report:
             print(tokenizer_report(report))
@@ -119,12 +119,12 @@ class Tokenize:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.common.distributed import join_world
+        from nextscale.common.distributed import init_distributed
         from nextscale.training.tokenize import tokenize
 
         if min(self.views, self.shard, self.batch_size) < 1:
             raise UserError("--views, --shard and --batch-size must be 1 or more")
-        with join_world(self.device) as world:
+        with init_distributed(self.device) as world:
             tokenize(
                 self.data, self.tokenizer, self.out, self.images, self.seed, world,
                 views=self.views, shard=self.shard, batch=self.batch_size, encoder=self.encoder,
@@ -179,11 +179,11 @@ class Resume:
 
 
 def _train(settings: RunConfig, out: Path, device: str, extend: bool, accept_changes: bool) -> None:
-    from nextscale.common.distributed import join_world
+    from nextscale.common.distributed import init_distributed
     from nextscale.training.report import report_interruption, training_report
     from nextscale.training.transformer_run import train_transformer
 
-    with report_interruption(out), join_world(device) as world:
+    with report_interruption(out), init_distributed(device) as world:
         values = train_transformer(settings, out, world, extend=extend, accept_changes=accept_changes)
     if world.main:
         print(training_report(values, out))

@@ -58,7 +58,7 @@ class World:
 
 
 @contextmanager
-def join_world(device: str = "auto") -> Iterator[World]:
+def init_distributed(device: str = "auto") -> Iterator[World]:
     """The world that the launcher's environment describes. `device`: cpu, cuda, cuda:1, or auto for what there is."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))

@@ -90,7 +90,7 @@ class TrainConfig:
         }
         check_fields("training", self, rules)
 
-    def shares(self, processes: int) -> list[list[slice]]:
+    def split_batch(self, processes: int) -> list[list[slice]]:
         """Which examples of a batch each process takes, and in which portions: shares[process] = slices.
 
         Raises UserError when the batch cannot be divided evenly.
@@ -108,22 +108,3 @@ class TrainConfig:
         steps = max(1, round(self.epochs * per_epoch)) if self.epochs else self.steps
         warmup = round(self.warmup_epochs * per_epoch) if self.warmup_epochs else self.warmup_steps
         return steps, min(warmup, steps)
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int, warmup: int) -> float:
-    """Learning rate of a step: linear warm-up, then the schedule, which reaches its end at the last step."""
-    peak, final = config.learning_rate, config.final_learning_rate
-    if step < warmup:
-        return peak * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
-    past = (step - warmup) / max(1, steps - 1 - warmup)
-    if config.schedule == "cosine":
-        return final + (peak - final) * (1 + math.cos(math.pi * past)) / 2
-    return peak if past < config.flat else final + (peak - final) * (1 - past) / (1 - config.flat)
-
-
-def weight_decay(config: TrainConfig, step: int, steps: int) -> float:
-    """Weight decay of a step: constant, or along half a cosine to its final value."""
-    if config.final_weight_decay is None:
-        return config.weight_decay
-    fall = (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
-    return config.final_weight_decay + (config.weight_decay - config.final_weight_decay) * fall

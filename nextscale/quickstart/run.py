@@ -30,10 +30,10 @@ from nextscale.research.analysis.routing import write_routing
 from nextscale.research.analysis.subject import Subject, about
 from nextscale.sampling.sampler import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import to_unit
-from nextscale.training.encoder_run import EncoderWatch
+from nextscale.training.encoder_run import EncoderCallbacks
 from nextscale.training.encoder_task import new_encoder_task
 from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import fit
+from nextscale.training.engine.loop import train
 from nextscale.training.tokenizer_task import TokenizerTask
 from nextscale.training.transformer_task import TransformerTask
 
@@ -46,15 +46,15 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
 
     Writes config.json and the weights, samples.png, reconstructions.png, scales.png (one image growing), curves.png,
     metrics.json and log.jsonl; of a mixture of experts routing.png and routing.json; where guidance wants it, encoder/.
-    Returns the metrics. Raises train.loop.Interrupted when stopped while training;
+    Returns the metrics. Raises Interrupted when stopped while training;
     calling it again with the same folder goes on from there.
     """
     check_available()
     started = time.monotonic()
     size, pyramid = config.geometry()
     data = load_images(config.data, size, config.limit, config.seed)
-    train, held_out = data.split(config.held_out, config.seed)
-    _say_data(config, data, train, held_out, size)
+    train_set, held_out = data.split(config.held_out, config.seed)
+    _say_data(config, data, train_set, held_out, size)
     record_settings(folder / "quickstart.json", to_dict(config))
 
     condition = ConditionConfig(num_classes=len(data.class_names))
@@ -64,16 +64,16 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     model = ModelConfig(pyramid, config.tokenizer, transformer, data.class_names)
     pipeline = Pipeline.from_config(model, config.seed, InitConfig(adaln_gamma=0.1))
 
-    fit(TokenizerTask(pipeline.tokenizer, train.to_examples()), config.train_tokenizer, folder)
+    train(TokenizerTask(pipeline.tokenizer, train_set.to_examples()), config.train_tokenizer, folder)
     pipeline.tokenizer.eval()
-    tokens_BL = encode_all(pipeline, train.images_B3HW)
+    tokens_BL = encode_all(pipeline, train_set.images_B3HW)
     settings = config.train_transformer
-    examples = {"tokens": tokens_BL, "label": train.labels_B}
+    examples = {"tokens": tokens_BL, "label": train_set.labels_B}
     if config.loss.encoder:
-        encoder = trained_encoder(config, train, held_out, size, folder)
-        examples["features"] = features_of(train, encoder, pyramid.last)
+        encoder = trained_encoder(config, train_set, held_out, size, folder)
+        examples["features"] = features_of(train_set, encoder, pyramid.last)
     task = TransformerTask(pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), settings, config.loss)
-    fit(task, settings, folder)
+    train(task, settings, folder)
     pipeline.save_pretrained(folder)
 
     reconstruction = show(pipeline, config, held_out, folder)
@@ -82,10 +82,10 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
         analysis = AnalysisConfig(seed=config.seed)
         subject = Subject("model", pipeline, held_out.to_examples(), shown, analysis)
         write_routing([subject], about(config.data, analysis, pipeline.device), folder)
-    metrics = sample_and_measure(pipeline, config, train, held_out) | reconstruction
+    metrics = sample_and_measure(pipeline, config, train_set, held_out) | reconstruction
     metrics["cross_entropy_nats_per_token"] = {
         name: cross_entropy(pipeline, part.select(torch.arange(min(len(part), 500))))
-        for name, part in (("training", train), ("held_out", held_out))
+        for name, part in (("training", train_set), ("held_out", held_out))
     }
     metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
     metrics["unreadable_images"] = list(data.unreadable)
@@ -94,29 +94,25 @@ def run_quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def _say_data(config: QuickstartConfig, data: ImageSet, train: ImageSet, held_out: ImageSet, size: int) -> None:
+def _say_data(config: QuickstartConfig, data: ImageSet, train_set: ImageSet, held_out: ImageSet, size: int) -> None:
     print(
         f"{config.data}: {len(data)} images as {size}x{size}, {len(data.class_names)} classes; "
-        f"{len(train)} to train on, {len(held_out)} held out"
+        f"{len(train_set)} to train on, {len(held_out)} held out"
     )
     data.print_notes()
-    if len(held_out) == 0 or len(train) == 0:
+    if len(held_out) == 0 or len(train_set) == 0:
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
 
 
 def trained_encoder(
-    config: QuickstartConfig, train: ImageSet, held_out: ImageSet, size: int, folder: Path
+    config: QuickstartConfig, train_set: ImageSet, held_out: ImageSet, size: int, folder: Path
 ) -> SmallEncoder:
     """A self-supervised encoder of the training images, as `nextscale encoder train` makes it, in `folder`/encoder."""
     settings = dataclasses.replace(config.encoder, image_size=size)
-    task = new_encoder_task(settings, train.to_examples(), config.moco, config.views, config.seed)
-    classes, out = len(train.class_names), folder / "encoder"
-    fit(
-        task,
-        config.train_encoder,
-        folder,
-        EncoderWatch(task, held_out.to_examples(), classes, len(train), out, World()),
-    )
+    task = new_encoder_task(settings, train_set.to_examples(), config.moco, config.views, config.seed)
+    classes, out = len(train_set.class_names), folder / "encoder"
+    callbacks = EncoderCallbacks(task, held_out.to_examples(), classes, len(train_set), out, World())
+    train(task, config.train_encoder, folder, callbacks)
     return load_small_encoder(out)
 
 
@@ -167,10 +163,10 @@ def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folde
 
 
 def sample_and_measure(
-    pipeline: Pipeline, config: QuickstartConfig, train: ImageSet, held_out: ImageSet
+    pipeline: Pipeline, config: QuickstartConfig, train_set: ImageSet, held_out: ImageSet
 ) -> dict[str, Any]:
     """Generate images of all classes in turn, not those shown, and measure them."""
     labels_B = torch.arange(config.measure_images) % len(pipeline.config.class_names)
     shown = _SAMPLES_PER_CLASS * _SHOWN_CLASSES
     images = pipeline.sample(labels_B, config.sampling, batch_size=_BATCH, first_image=shown, progress=True)
-    return measure(train, held_out, images.tensor, labels_B)
+    return measure(train_set, held_out, images.tensor, labels_B)

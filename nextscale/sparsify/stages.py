@@ -30,10 +30,10 @@ from nextscale.sparsify.convert import check_dense, identity, replace_dynamic, r
 from nextscale.sparsify.data import Data, load_batches
 from nextscale.sparsify.report import list_grid, list_table
 from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask, list_ffns
+from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
-from nextscale.training.engine.loop import fit_run
-from nextscale.training.engine.parallel import whole_weights
-from nextscale.training.engine.state import check_run
+from nextscale.training.engine.loop import Callbacks, train
+from nextscale.training.engine.state import check_settings
 from nextscale.training.engine.task import Task
 from nextscale.training.transformer_run import validate
 from nextscale.transformer.feed_forward.records import UnitContribution, recorded
@@ -140,7 +140,7 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     config, tau_file = job.config, job.folder / "adapt" / "tau.json"
     about = {"from": _mark(checkpoint), "data": job.examples.name, "budget": config.budget}
     settings = {**about, "train": to_dict(config.adapting)}
-    check_run(job.folder / "adapt", settings, job.accept_changes)  # before the calibration, which takes long
+    check_settings(job.folder / "adapt", settings, job.accept_changes)  # before the calibration, which takes long
     if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
         packed = job.load_pipeline(checkpoint).pack()
         batches = job.load_held_out(packed)
@@ -191,31 +191,30 @@ STAGES: dict[Stage, Callable[[Job, Checkpoint], Result]] = {
 # ---- shared by the stages that train
 
 
-class _Watch:
+class _Callbacks(Callbacks):
     """Validation at every save; the weights are written when a stage is done."""
 
     def __init__(self, task: Task, data: Data, world: World):
         self.task, self.data, self.world = task, data, world
 
-    def measure(self, step: int) -> Values:
+    def validate(self, step: int) -> Values:
         return validate(cast(Any, self.task), self.data.held_out, _VALIDATION_IMAGES, self.world)
 
-    def keep(self, step: int, best: bool) -> None:
-        pass
 
-
-def _train(job: Job, name: Stage, task: Task, train: TrainConfig, settings: dict[str, Any]) -> dict[str, Any]:
+def _train(job: Job, name: Stage, task: Task, config: TrainConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """Train a stage's task from where it left off; return its last validation."""
     folder = job.folder / name
-    check_run(folder, settings, job.accept_changes)
+    check_settings(folder, settings, job.accept_changes)
     job.world.wait()  # all processes have checked before one writes
     if job.world.main:
-        steps, warmup = train.schedule_steps(len(task.examples))
-        print(f"{steps:,} steps of {train.batch_size} images, {warmup:,} of them warm-up", flush=True)
+        steps, warmup = config.schedule_steps(len(task.examples))
+        print(f"{steps:,} steps of {config.batch_size} images, {warmup:,} of them warm-up", flush=True)
         write_json(folder / "run.json", settings)
-    watch = _Watch(task, job.examples, job.world)
-    fit_run(task, train, folder, watch, job.world, settings, job.config.images.max_unreadable)
-    task.eval()
+    train(
+        task, config, folder, _Callbacks(task, job.examples, job.world), world=job.world, settings=settings,
+        accept_changes=True,  # they were compared with run.json, which may be newer than the last state
+        max_unreadable=job.config.images.max_unreadable,
+    )  # fmt: skip
     values = validate(cast(Any, task), job.examples.held_out, _VALIDATION_IMAGES, job.world)
     values.pop("unreadable", None)
     return dict(values)
@@ -224,7 +223,7 @@ def _train(job: Job, name: Stage, task: Task, train: TrainConfig, settings: dict
 def _save_model(job: Job, name: Stage, before: Checkpoint, model: nn.Module) -> Checkpoint:
     """Write a trained model to the stage's folder, and read it back: of several processes only the first has all
     weights."""
-    weights, dynamic = whole_weights(model), check_dense(before).dynamic
+    weights, dynamic = gather_weights(model), check_dense(before).dynamic
     if job.world.main:
         if name in ("routers", "adapt"):
             dynamic = dataclasses.replace(dynamic, identity=identity(weights, check_dense(before)), tau=())

@@ -92,7 +92,7 @@ class RouterTask(Task):
         self.thresholds = Thresholds((1.0,) * len(model.pyramid), record="norms")
         self.tokens_per_example = model.pyramid.length
 
-    def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+    def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         return {"drop": torch.rand(count, generator=rng) < self.config.label_drop}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from nextscale.data.examples import Examples
 from nextscale.encoders.classifier import Classifier, load_classifier
 from nextscale.training.classifier_task import ClassifierTask
 from nextscale.training.engine.log import Values, read_log
-from nextscale.training.engine.loop import fit_run
+from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import open_run
 
 _BATCH = 200
@@ -35,16 +35,20 @@ def train_classifier(
     """
     world = world or World()
     settings = {"data": data, **to_dict(config)}
-    train, held_out, source = open_run(
+    examples, held_out, source = open_run(
         folder, settings, config.classifier.image_size, config.images, config.train.seed, world,
         accept_changes=accept_changes,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(config.train.seed, "classifier"))
         model = Classifier(config.classifier, source.class_names)
-    task = ClassifierTask(model, train, config.shift, config.train.label_smoothing)
-    watch = _Watch(task, held_out, folder, world)
-    fit_run(task, config.train, folder, watch, world, settings, config.images.max_unreadable)
+    task = ClassifierTask(model, examples, config.shift, config.train.label_smoothing)
+    callbacks = _Callbacks(task, held_out, folder, world)
+    train(
+        task, config.train, folder, callbacks, world=world, settings=settings,
+        accept_changes=True,  # they were compared with run.json, which may be newer than the last state
+        max_unreadable=config.images.max_unreadable,
+    )  # fmt: skip
     if not world.main:
         return {}
     log = read_log(folder / "log.jsonl")
@@ -59,16 +63,16 @@ def train_classifier(
     return [r for r in log if "validation_loss" in r][-1]
 
 
-class _Watch:
+class _Callbacks(Callbacks):
     """What happens at a save: validation and the model's files."""
 
     def __init__(self, task: ClassifierTask, held_out: Examples, folder: Path, world: World):
         self.task, self.held_out, self.folder, self.world = task, held_out, folder, world
 
-    def measure(self, step: int) -> Values:
+    def validate(self, step: int) -> Values:
         return {f"validation_{n}": v for n, v in measure(self.task, self.held_out).items()} if self.world.main else {}
 
-    def keep(self, step: int, best: bool) -> None:
+    def save_model(self, step: int, best: bool) -> None:
         if self.world.main:
             for folder in (self.folder, self.folder / "best") if best else (self.folder,):
                 self.task.model.save(folder)

@@ -21,7 +21,7 @@ class ClassifierTask(Task):
         self.model, self.examples, self.trained = model, examples, model
         self.shift, self.smoothing = shift, label_smoothing
 
-    def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+    def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         return {"shift": torch.randint(2 * self.shift + 1, (count, 2), generator=rng)}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:

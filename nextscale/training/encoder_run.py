@@ -23,7 +23,7 @@ from nextscale.evaluation.metrics.neighbours import NEIGHBOURS, TEMPERATURE, knn
 from nextscale.tokenizer.tokenizer import to_unit
 from nextscale.training.encoder_task import EncoderTask, new_encoder_task
 from nextscale.training.engine.log import Values, read_log
-from nextscale.training.engine.loop import fit_run
+from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import open_run
 
 _BATCH = 200
@@ -41,17 +41,21 @@ def train_encoder(
     """
     world = world or World()
     settings = {"data": data, "untrained": untrained, **to_dict(config)}
-    train, held_out, source = open_run(
+    examples, held_out, source = open_run(
         folder, settings, config.encoder.image_size, config.images, config.train.seed, world,
         accept_changes=accept_changes,
     )  # fmt: skip
-    task = new_encoder_task(config.encoder, train, config.moco, config.views, config.train.seed)
-    watch = EncoderWatch(task, held_out, len(source.class_names), config.bank, folder, world)
+    task = new_encoder_task(config.encoder, examples, config.moco, config.views, config.train.seed)
+    callbacks = EncoderCallbacks(task, held_out, len(source.class_names), config.bank, folder, world)
     if untrained:
-        values = watch.measure(0)
-        watch.keep(0, best=False)
+        values = callbacks.validate(0)
+        callbacks.save_model(0, best=False)
         return values
-    fit_run(task, config.train, folder, watch, world, settings, config.images.max_unreadable)
+    train(
+        task, config.train, folder, callbacks, world=world, settings=settings,
+        accept_changes=True,  # they were compared with run.json, which may be newer than the last state
+        max_unreadable=config.images.max_unreadable,
+    )  # fmt: skip
     if not world.main:
         return {}
     log = read_log(folder / "log.jsonl")
@@ -61,7 +65,7 @@ def train_encoder(
     return next((r for r in reversed(log) if "knn_accuracy" in r), {})
 
 
-class EncoderWatch:
+class EncoderCallbacks(Callbacks):
     """What happens at a save: features are standardised, neighbours vote, and the encoder's files are written."""
 
     def __init__(self, task: EncoderTask, held_out: Examples, classes: int, bank: int, folder: Path, world: World):
@@ -70,7 +74,7 @@ class EncoderWatch:
         self.task, self.held_out, self.classes, self.bank = task, held_out, classes, bank
         self.folder, self.world = folder, world
 
-    def measure(self, step: int) -> Values:
+    def validate(self, step: int) -> Values:
         if not self.world.main:
             return {}
         encoder = self.task.moco.query.encoder
@@ -83,7 +87,7 @@ class EncoderWatch:
             values["knn_accuracy"] = knn_accuracy(*held_out, *pooled(encoder, self.task.examples, bank, unreadable))
         return values
 
-    def keep(self, step: int, best: bool) -> None:
+    def save_model(self, step: int, best: bool) -> None:
         if self.world.main:
             self.task.moco.query.encoder.set_steps(step)
             self.task.moco.query.encoder.save(self.folder)

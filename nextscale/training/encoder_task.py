@@ -25,7 +25,7 @@ class EncoderTask(Task):
         self.moco, self.examples, self.views = Moco(encoder, moco), examples, views
         self.trained = self.moco
 
-    def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+    def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         return {"views": torch.rand(count, 2, DRAWS, generator=rng)}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:

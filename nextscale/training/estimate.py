@@ -17,7 +17,7 @@ from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.encoders.load import load_encoder
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pyramid import Pyramid
-from nextscale.training.engine.parallel import mixtures_of
+from nextscale.training.engine.expert_parallel import find_mixtures
 from nextscale.transformer.projector import group_scales
 from nextscale.transformer.var import VAR
 
@@ -134,7 +134,7 @@ def _expert_parameters(train: TrainConfig, transformer: VAR) -> int:
     """Parameters that sharding: experts divides. Raises UserError where that is asked for and there are none."""
     if train.sharding != "experts":
         return 0
-    mixtures = mixtures_of(transformer, "transformer").values()
+    mixtures = find_mixtures(transformer, "transformer").values()
     return sum(p.numel() for experts in mixtures for p in experts.parameters())
 
 

@@ -10,7 +10,7 @@ from nextscale.common.files import write_json
 from nextscale.config.data import DataConfig
 from nextscale.data.datasets import ImageExamples, open_dataset
 from nextscale.data.sources import Source
-from nextscale.training.engine.state import check_run
+from nextscale.training.engine.state import check_settings
 
 
 def open_run(
@@ -22,7 +22,7 @@ def open_run(
     `about`: what is said of the run beside the number of images; the number of classes, if empty. Raises UserError
     naming what differs from an earlier run's settings, unless `accept_changes`, and as `open_dataset`.
     """
-    check_run(folder, settings, accept_changes)
+    check_settings(folder, settings, accept_changes)
     data = settings["data"]
     train, held_out, source = open_dataset(data, size, images, seed)
     world.wait()  # all have looked before one writes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.common.errors import Interruption
-from nextscale.training.engine.loop import Interrupted
+from nextscale.training.engine.checks import Interrupted
 
 
 @contextmanager

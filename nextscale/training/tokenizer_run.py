@@ -27,7 +27,7 @@ from nextscale.evaluation.metrics.reconstruction import psnr, ssim
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
 from nextscale.training.engine.log import Values, read_log
-from nextscale.training.engine.loop import fit_run
+from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import open_run
 from nextscale.training.tokenizer_task import TokenizerTask
 
@@ -49,14 +49,18 @@ def train_tokenizer(
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_pyramid(config, start), codes, None)
-    train, held_out, _ = open_run(
+    examples, held_out, _ = open_run(
         folder, settings, model.square_side, config.images, config.train.seed, world,
         accept_changes=accept_changes, about=model.summary(),
     )  # fmt: skip
     tokenizer = load_tokenizer(start, model) if start else _new_tokenizer(model, config.train.seed)
-    task = TokenizerTask(tokenizer, train, config.losses, config.codebook)
-    watch = _Watch(model, task, held_out, folder, world)
-    fit_run(task, config.train, folder, watch, world, settings, config.images.max_unreadable)
+    task = TokenizerTask(tokenizer, examples, config.losses, config.codebook)
+    callbacks = _Callbacks(model, task, held_out, folder, world)
+    train(
+        task, config.train, folder, callbacks, world=world, settings=settings,
+        accept_changes=True,  # they were compared with run.json, which may be newer than the last state
+        max_unreadable=config.images.max_unreadable,
+    )  # fmt: skip
     if not world.main:
         return {}
     report = evaluate_tokenizer(tokenizer, held_out)
@@ -65,20 +69,20 @@ def train_tokenizer(
     return report
 
 
-class _Watch:
+class _Callbacks(Callbacks):
     """What happens at a save: a look at held-out images, and the model files."""
 
     def __init__(self, model: ModelConfig, task: TokenizerTask, held_out: Examples, folder: Path, world: World):
         self.model, self.task, self.held_out, self.folder, self.world = model, task, held_out, folder, world
 
-    def measure(self, step: int) -> Values:
+    def validate(self, step: int) -> Values:
         if not self.world.main:
             return {}
         report = evaluate_tokenizer(self.task.tokenizer, self.held_out, _QUICK)
         values: Values = {name: report[name] for name in ("psnr_db", "perplexity", "usage")}
         return values | {"revived": int(self.task.learner.revived), "validation_loss": -report["psnr_db"]}
 
-    def keep(self, step: int, best: bool) -> None:
+    def save_model(self, step: int, best: bool) -> None:
         if not self.world.main:
             return
         checkpoint = Checkpoint(self.model, dict(self.task.tokenizer.state_dict()), {})

@@ -31,10 +31,10 @@ from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values, read_log
-from nextscale.training.engine.loop import fit_run
-from nextscale.training.engine.parallel import whole_weights
-from nextscale.training.engine.state import check_run
+from nextscale.training.engine.loop import Callbacks, train
+from nextscale.training.engine.state import check_settings
 from nextscale.training.transformer_task import TransformerTask
 from nextscale.transformer.initialization import initialise
 from nextscale.transformer.var import VAR
@@ -66,7 +66,7 @@ def train_transformer(
     UserError naming what differs from an earlier run's settings, unless `accept_changes`.
     """
     config = config.complete()
-    check_run(folder, to_dict(config), accept_changes, ("train.steps", "train.epochs") if extend else ())
+    check_settings(folder, to_dict(config), accept_changes, ("train.steps", "train.epochs") if extend else ())
     if (folder / "finished.json").exists() and not extend:
         raise UserError(
             f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
@@ -78,8 +78,12 @@ def train_transformer(
         (folder / "finished.json").unlink(missing_ok=True)
     parts.tokenizer.to(world.device)
     task = TransformerTask(parts.transformer, parts.tokenizer, parts.train, config.train, config.loss, parts.encoder)
-    watch = _Watch(config, parts, task, folder, world)
-    fit_run(task, config.train, folder, watch, world, to_dict(config), config.images.max_unreadable)
+    callbacks = _Callbacks(config, parts, task, folder, world)
+    train(
+        task, config.train, folder, callbacks, world=world, settings=to_dict(config),
+        accept_changes=True,  # they were compared with run.json, which may be newer than the last state
+        max_unreadable=config.images.max_unreadable,
+    )  # fmt: skip
     if not world.main:
         return {}
     draw_curves(folder)
@@ -208,17 +212,17 @@ def _model(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, ...], wi
     return checkpoint.config
 
 
-class _Watch:
+class _Callbacks(Callbacks):
     """What happens at a save: validation, the model files, and sample grids."""
 
     def __init__(self, config: RunConfig, parts: Parts, task: TransformerTask, folder: Path, world: World):
         self.config, self.parts, self.task, self.folder, self.world = config, parts, task, folder, world
 
-    def measure(self, step: int) -> Values:
+    def validate(self, step: int) -> Values:
         return validate(self.task, self.parts.held_out, self.config.validation_images, self.world)
 
-    def keep(self, step: int, best: bool) -> None:
-        weights = whole_weights(self.task.model)
+    def save_model(self, step: int, best: bool) -> None:
+        weights = gather_weights(self.task.model)
         if not self.world.main:
             return
         checkpoint = Checkpoint(self.parts.model, self.parts.tokenizer_weights, weights)

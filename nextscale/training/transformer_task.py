@@ -55,7 +55,7 @@ class TransformerTask(Task):
         """What encodes images; it must be on the device of the model."""
         return self._frozen[0]
 
-    def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+    def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         drop_B = torch.rand(count, generator=rng) < self.config.label_drop
         keep = branch_keep(self.model, count, self.config.drop_path, rng)
         return {"drop": drop_B} if keep is None else {"drop": drop_B, "keep": keep}
@@ -115,7 +115,7 @@ class TransformerTask(Task):
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
-    def scales_at_fault(self, scalars: dict[str, Any]) -> str:
+    def describe_faulty_scales(self, scalars: dict[str, Any]) -> str:
         finite = scalars["loss_per_scale"].isfinite().tolist()
         sides = [f"{h}x{w}" for (h, w), good in zip(self.model.pyramid.sides, finite, strict=True) if not good]
         return "all scales" if not any(finite) else f"scale {', '.join(sides)}" if sides else ""

@@ -1,23 +1,31 @@
-"""What a run tells: one JSON object per logged step in log.jsonl, and TensorBoard or Weights & Biases when asked."""
+"""The log of a run: a JSON object per logged step in log.jsonl, a progress bar, TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+from tqdm import tqdm
+
+from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_text
+from nextscale.config.training import TrainConfig
+from nextscale.data.examples import check_unreadable
+from nextscale.training.engine.task import Task
 
 Values = dict[str, Any]
 """Numbers by name; lists of them have one for each scale."""
 
 
 class Logger(Protocol):
-    """Where a run's values go."""
+    """A place that values are written to."""
 
     def write(self, step: int, values: Values) -> None: ...
 
@@ -42,7 +50,7 @@ class JsonLog:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file stays open."""
 
 
 class TensorBoard:
@@ -56,7 +64,7 @@ class TensorBoard:
         self.writer, self.task = SummaryWriter(folder / "tensorboard", purge_step=from_step + 1), task
 
     def write(self, step: int, values: Values) -> None:
-        for name, value in _flat(values).items():
+        for name, value in _flatten(values).items():
             self.writer.add_scalar(f"{self.task}/{name}", value, step)
 
     def close(self) -> None:
@@ -74,14 +82,14 @@ class WeightsAndBiases:
         self.run = wandb.init(dir=str(folder), name=f"{folder.name}-{task}", config=settings)
 
     def write(self, step: int, values: Values) -> None:
-        self.run.log(_flat(values), step=step)
+        self.run.log(_flatten(values), step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
-def _flat(values: Values) -> dict[str, float]:
-    """Values of scales as one number each: loss_per_scale becomes loss_per_scale/0, /1, ..."""
+def _flatten(values: Values) -> dict[str, float]:
+    """One number for each scale: loss_per_scale becomes loss_per_scale/0, /1, ..."""
     flat: dict[str, float] = {}
     for name, value in values.items():
         flat |= {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -91,7 +99,7 @@ def _flat(values: Values) -> dict[str, float]:
 def open_loggers(
     folder: Path, task: str, names: Sequence[str], from_step: int, settings: dict[str, Any]
 ) -> list[Logger]:
-    """log.jsonl, and the named ones."""
+    """log.jsonl, and the named loggers."""
     loggers: list[Logger] = [JsonLog(folder / "log.jsonl", task, from_step)]
     if "tensorboard" in names:
         loggers.append(TensorBoard(folder, task, from_step))
@@ -113,22 +121,101 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
-class Stopwatch:
-    """Examples per second between readings, without the time of pauses."""
+class StepMetrics:
+    """Loss and scalars of one step, summed over its micro-batches."""
 
     def __init__(self) -> None:
-        self.count, self.since = 0, time.monotonic()
+        self.sums: dict[str, Tensor] = {}
 
-    def read(self) -> float:
-        """Examples per second since the last reading."""
-        now = time.monotonic()
-        rate = self.count / max(now - self.since, 1e-9)
-        self.count, self.since = 0, now
-        return rate
+    def add(self, loss: Tensor, scalars: dict[str, Tensor], weight: float) -> None:
+        """Add a micro-batch, whose weight is its share of this process's examples."""
+        for name, value in {"loss": loss.detach(), **scalars}.items():
+            self.sums[name] = self.sums.get(name, 0) + value * weight
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of this process."""
+        return self.sums["loss"]
+
+    def average(self, world: World) -> Values:
+        """Means over all processes, as numbers. All of them must call it."""
+        means = {name: world.sum(value.clone()) / world.size for name, value in self.sums.items()}
+        return {name: mean.tolist() for name, mean in means.items()}
+
+
+class RunLog:
+    """Progress on the screen and values in the loggers. The main process alone writes."""
+
+    def __init__(
+        self, folder: Path, task: Task, config: TrainConfig, world: World, state_step: int, settings: dict[str, Any]
+    ):
+        self.folder, self.task, self.world = folder, task, world
+        self.loggers = open_loggers(folder, task.name, config.loggers, state_step, settings) if world.main else []
+        self.bar = tqdm(
+            total=config.schedule_steps(len(task.examples))[0],
+            initial=state_step,
+            desc=f"training the {task.name}",
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file should have few lines
+            disable=not world.main,
+        )
+        self.examples, self.since = 0, time.monotonic()
+        self.unreadable: dict[str, None] = dict.fromkeys(task.examples.skipped)
+        self._reported: set[str] = set()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        for logger in self.loggers:
+            logger.close()
+
+    def count_step(self, examples: int, max_unreadable: float) -> None:
+        """Count a step of so many examples. UserError when more than this share of all cannot be read."""
+        check_unreadable(list(self.unreadable), len(self.task.examples), max_unreadable)
+        self.examples += examples
+        self.bar.update()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent in here is not counted."""
-        began = time.monotonic()
+    def pause(self) -> Iterator[None]:
+        """Leave the time spent in this context out of the examples per second."""
+        start = time.monotonic()
         yield
-        self.since += time.monotonic() - began
+        self.since += time.monotonic() - start
+
+    def log_step(self, step: int, metrics: StepMetrics, gradient_norm: Tensor, learning_rate: float) -> None:
+        """Log a step. All processes must call it."""
+        now = time.monotonic()
+        rate = self.examples / max(now - self.since, 1e-9)
+        self.examples, self.since = 0, now
+        values = metrics.average(self.world) | {"gradient_norm": gradient_norm.item()}
+        shown = {n: f"{v:.3f}" for n, v in values.items() if isinstance(v, float)} | {"images/s": f"{rate:.0f}"}
+        speed = {"images_per_s": round(rate, 1), "tokens_per_s": round(rate * self.task.tokens_per_example)}
+        self._write(step, {**values, "learning_rate": learning_rate, **speed})
+        self._report_unreadable()
+        self.bar.set_postfix(shown, refresh=False)
+
+    def log_validation(self, step: int, values: Values) -> None:
+        """Log what was measured on held-out examples; "unreadable" are names of examples that cannot be read."""
+        self.note_unreadable(values.get("unreadable", ()))
+        measured = {name: value for name, value in values.items() if name != "unreadable"}
+        if measured:
+            self._write(step, measured)
+        self._report_unreadable()
+
+    def _write(self, step: int, values: Values) -> None:
+        for logger in self.loggers:
+            logger.write(step, values)
+
+    def note_unreadable(self, names: Iterable[str]) -> None:
+        """Remember examples that cannot be read."""
+        self.unreadable.update(dict.fromkeys(names))
+
+    def _report_unreadable(self) -> None:
+        """Name each unreadable example once, on the screen and in unreadable.txt."""
+        for name in self.unreadable.keys() - self._reported:
+            tqdm.write(f"note: passed over {name}")
+            with (self.folder / "unreadable.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
+            self._reported.add(name)

@@ -1,222 +1,153 @@
-"""The training loop, for every task, on one process or many.
+"""The training loop of every task, on one process or many.
 
-All randomness of a step is folded from (seed, task, step), and that of an example from its place in the run, so a run
-that was interrupted and resumed ends with the same weights, bit for bit, as one that was not.
+All randomness of a step is derived from (seed, task, step), and that of an example from its position in the run. So a
+run that was interrupted and resumed ends with the same weights, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from tqdm import tqdm
+import torch
 
 from nextscale.common.distributed import World
-from nextscale.common.errors import UserError
+from nextscale.common.rng import make_generator
 from nextscale.config.parse import to_dict
 from nextscale.config.training import TrainConfig
-from nextscale.data.examples import check_unreadable
-from nextscale.training.engine.guard import stop_requested
-from nextscale.training.engine.log import Logger, Stopwatch, Values, open_loggers
-from nextscale.training.engine.state import StateFiles, changes, restore
-from nextscale.training.engine.step import Stepper
-from nextscale.training.engine.task import Task
+from nextscale.data.examples import BatchDataset, load_batches
+from nextscale.training.engine.checks import (
+    Interrupted,
+    build_non_finite_error,
+    catch_stop_signals,
+    is_finite,
+    report_worker_death,
+)
+from nextscale.training.engine.distributed import DistributedModel
+from nextscale.training.engine.log import RunLog, StepMetrics, Values
+from nextscale.training.engine.optimizer import Ema, build_optimizer, set_schedule
+from nextscale.training.engine.state import StateFiles, TrainState
+from nextscale.training.engine.task import MicroBatch, Task
 
 
-class Watch(Protocol):
-    """What happens whenever a state is saved, with the averaged weights in place when there are any.
+class Callbacks:
+    """What a run does whenever it saves, with the averaged weights in place where there are any.
 
-    All processes call both, at the same steps.
+    All processes call both methods, at the same steps.
     """
 
-    def measure(self, step: int) -> Values:
-        """What is measured on held-out data after this many steps.
+    def validate(self, step: int) -> Values:
+        """Measure the model on held-out examples after this many steps.
 
         The smallest "validation_loss" is the best; "unreadable" lists the names of examples that cannot be read.
         """
+        return {}
 
-    def keep(self, step: int, best: bool) -> None:
-        """Write the model as it is; `best`: it is the best so far."""
-
-
-@dataclass
-class Interrupted(Exception):
-    """Training was asked to stop; the state is saved."""
-
-    task: str
-    step: int
-    steps: int
+    def save_model(self, step: int, best: bool) -> None:
+        """Write the model as it is; `best`: its validation loss is the lowest so far."""
 
 
-def fit(
-    task: Task,
-    config: TrainConfig,
-    folder: Path,
-    watch: Watch | None = None,
-    *,
-    world: World | None = None,
-    settings: dict[str, Any] | None = None,
-    accept_changes: bool = False,
-    max_unreadable: float = 0.1,
-) -> None:
-    """Train `task` as `config` says, from where a state in `folder` left off.
+def train(
+    task: Task, config: TrainConfig, folder: Path, callbacks: Callbacks | None = None, *, world: World | None = None,
+    settings: dict[str, Any] | None = None, accept_changes: bool = False, max_unreadable: float = 0.1,
+) -> None:  # fmt: skip
+    """Train `task` as `config` says, from the latest state in `folder` on; log to the screen and to log.jsonl there.
 
-    `settings` is what a resumed run is compared with (default: `config`); UserError names what has changed, unless
-    `accept_changes`.
-
-    Progress goes to the screen and to `folder`/log.jsonl. Ctrl-C or SIGTERM ends the step at hand, saves, and raises
-    Interrupted; a second Ctrl-C does not wait. Raises UserError also when loss or gradient are not finite, when too
-    many examples are unreadable, or when a process that reads them has died.
+    Ctrl-C or SIGTERM ends the current step, saves, and raises Interrupted; a second Ctrl-C does not wait. Raises
+    UserError when `settings` (default: `config`) differ from the state's, unless `accept_changes`; when loss or
+    gradient are not finite; when a data worker has died; when more than the share `max_unreadable` of the examples is
+    unreadable.
     """
-    run = _Run(Stepper(task, config, world or World()), folder, watch, settings or to_dict(config), accept_changes)
-    stepper, learner = run.stepper, run.stepper.learner
+    world, settings = world or World(), settings or to_dict(config)
+    model = DistributedModel(task, config, world)
+    optimizer = build_optimizer(task.trained, config)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+    ema = Ema(task.trained, config.ema) if config.ema else None
+    state, files = TrainState(task.trained, optimizer, scaler, ema), StateFiles(folder, task.name, config.keep, world)
+    files.resume(state, settings, accept_changes)
+    steps, warmup = config.schedule_steps(len(task.examples))
     task.train()
-    with run.progress() as bar, stop_requested() as stopping:
-        portions = stepper.portions()
-        while learner.step < stepper.steps:
-            # ---- one step
-            try:
-                finite = stepper.gradients(portions)
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                reason = _worker_death(error, config.workers)
-                if not reason:
-                    raise
-                run.save()  # the weights are those of the last whole step
-                raise UserError(f"{reason}; the state after step {learner.step} is saved in {folder}") from error
-            stop, broken = stepper.world.any(stopping.is_set(), not finite)
+    with RunLog(folder, task, config, world, state.step, settings) as log, catch_stop_signals() as stop_signal:
+        reader = MicroBatchReader(task, config, world, state.step, log, save=lambda: files.save(state, settings))
+        for step in range(state.step, steps):
+            metrics = StepMetrics()
+            for micro_batch in reader.read(step):
+                with model.accumulate(micro_batch.last):
+                    loss, scalars = model.forward(micro_batch.batch, micro_batch.noise, step)
+                    scaler.scale(loss * micro_batch.share).backward()
+                metrics.add(loss, scalars, micro_batch.share)
+            scaler.unscale_(optimizer)
+            gradient_norm = model.compute_gradient_norm()
+            stop, broken = world.any(stop_signal.is_set(), not is_finite(metrics.loss, gradient_norm, scaler))
             if broken:
-                raise stepper.complaint(next(iter(run.files.steps()), None))
-            stepper.update()
-            check_unreadable(list(stepper.unreadable), len(task.examples), max_unreadable)
-            # ---- then the rare events
-            done, at_end = learner.step, learner.step == stepper.steps
-            run.speed.count += config.batch_size
-            if done % config.log_every == 0 or at_end:
-                bar.set_postfix(run.log(), refresh=False)
-            bar.update()
-            with run.speed.paused():
-                if done % config.save_every == 0 or at_end:
-                    run.watch()
-                if done % config.save_every == 0 or at_end or stop:
-                    run.save()
+                raise build_non_finite_error(model, micro_batch, metrics.loss, gradient_norm, step, files)
+
+            learning_rate = set_schedule(optimizer, config, step, steps, warmup)
+            model.clip_gradients(gradient_norm, config.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            task.after_step(step, make_generator(config.seed, task.name, "after", step), world)
+            if ema:
+                ema.update()
+            state.step = step + 1
+
+            log.count_step(config.batch_size, max_unreadable)
+            save = state.step % config.save_every == 0 or state.step == steps
+            if state.step % config.log_every == 0 or state.step == steps:
+                log.log_step(state.step, metrics, gradient_norm, learning_rate)
+            with log.pause():
+                if save and callbacks:
+                    log.log_validation(state.step, validate(model, ema, callbacks, files, state.step))
+                if save or stop:
+                    files.save(state, settings)
             if stop:
-                raise Interrupted(task.name, done, stepper.steps)
-    run.close()
+                raise Interrupted(task.name, state.step, steps)
     task.eval()
 
 
-def _worker_death(error: Exception, workers: int) -> str:
-    """How a process that reads examples ended, or nothing when it is not what this error is about.
+def validate(model: DistributedModel, ema: Ema | None, callbacks: Callbacks, files: StateFiles, step: int) -> Values:
+    """Validate the model and save it, with the averaged weights where there are any."""
+    trained = model.task.trained
+    trained.eval()
+    with ema.apply() if ema else nullcontext():
+        with model.autocast(validating=True):
+            values = callbacks.validate(step)
+        callbacks.save_model(step, best=files.record_best(step, values))
+    trained.train()
+    return values
 
-    torch has no type of its own for it; and a death amid the handing over of a batch breaks the connection instead.
+
+class MicroBatchReader:
+    """The micro-batches of this process from `first_step` on, read ahead by the data workers.
+
+    `save` is called when one of these has died.
     """
-    text = str(error)
-    if "DataLoader worker" in text:
-        return text.splitlines()[0]
-    if workers and not isinstance(error, RuntimeError):
-        return f"a DataLoader worker died while it handed over a batch ({type(error).__name__})"
-    return ""
-
-
-def fit_run(
-    task: Task,
-    config: TrainConfig,
-    folder: Path,
-    watch: Watch,
-    world: World,
-    settings: dict[str, Any],
-    unreadable: float,
-) -> None:
-    """`fit` for a run whose settings `check_run` has compared with run.json, which may be newer than the last state.
-
-    `unreadable`: largest share of unreadable examples.
-    """
-    fit(
-        task, config, folder, watch,
-        world=world, settings=settings, accept_changes=True, max_unreadable=unreadable,
-    )  # fmt: skip
-
-
-class _Run:
-    """What surrounds the steps of a run: its states, its log, its watching."""
 
     def __init__(
-        self, stepper: Stepper, folder: Path, watch: Watch | None, settings: dict[str, Any], accept_changes: bool
+        self, task: Task, config: TrainConfig, world: World, first_step: int, log: RunLog, save: Callable[[], None]
     ):
-        self.stepper, self.config, self.settings, self.watcher = stepper, stepper.config, settings, watch
-        task, world = stepper.task, stepper.world
-        self.files = StateFiles(folder, task.name, self.config.keep, world)
-        found = self.files.read()
-        if found:
-            changed = changes(found[0]["settings"], settings)
-            if changed and not accept_changes:
-                raise UserError(f"{found[1]} belongs to a run with other settings: {'; '.join(changed)}")
-            restore(stepper.learner, *found)
-        self.loggers: list[Logger] = []
-        if world.main:
-            self.loggers = open_loggers(folder, task.name, self.config.loggers, stepper.learner.step, settings)
-        self.speed = Stopwatch()
-        self.unreadable = folder / "unreadable.txt"
-        self.named: set[str] = set()
+        self.task, self.config, self.device, self.log, self.save = task, config, world.device, log, save
+        self.step, self.rows = first_step, config.split_batch(world.size)[world.rank]
+        size, steps = config.batch_size, config.schedule_steps(len(task.examples))[0]
+        spans = ((step * size + r.start, step * size + r.stop) for step in range(first_step, steps) for r in self.rows)
+        dataset = BatchDataset(task.examples, config.seed, task.name)
+        self.batches = load_batches(dataset, spans, config.workers, pin=world.device.type == "cuda")
 
-    def progress(self) -> tqdm:
-        """The bar on the screen, with steps per second and the time left."""
-        task, learner = self.stepper.task, self.stepper.learner
-        return tqdm(
-            total=self.stepper.steps,
-            initial=learner.step,
-            desc=f"training the {task.name}",
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
-            disable=not self.stepper.world.main,
-        )
-
-    def write(self, values: Values) -> None:
-        """Log values of the steps done so far."""
-        for logger in self.loggers:
-            logger.write(self.stepper.learner.step, values)
-
-    def log(self) -> dict[str, str]:
-        """Log the last step; the numbers worth showing beside the bar."""
-        rate, values = self.speed.read(), self.stepper.values()
-        shown = {n: f"{v:.3f}" for n, v in values.items() if isinstance(v, float)}
-        speed = {"images_per_s": round(rate, 1), "tokens_per_s": round(rate * self.stepper.task.tokens_per_example)}
-        self.write({**values, "learning_rate": self.stepper.rate, **speed})
-        self.name_unreadable()
-        return shown | {"images/s": f"{rate:.0f}"}
-
-    def name_unreadable(self) -> None:
-        """Say which examples could not be read, each once, on the screen and in unreadable.txt."""
-        for name in self.stepper.unreadable.keys() - self.named:
-            tqdm.write(f"note: passed over {name}")
-            with self.unreadable.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\n")
-            self.named.add(name)
-
-    def watch(self) -> None:
-        """Measure the model as it is, with averaged weights where there are any, and keep it."""
-        if self.watcher is None:
-            return
-        learner, world = self.stepper.learner, self.stepper.world
-        learner.module.eval()
-        with learner.ema.applied() if learner.ema else nullcontext():
-            values = dict(self.watcher.measure(learner.step))
-            self.stepper.unreadable.update(dict.fromkeys(values.pop("unreadable", ())))
-            loss = values.get("validation_loss")
-            (best,) = world.any(world.main and isinstance(loss, float) and self.files.note_best(learner.step, loss))
-            self.watcher.keep(learner.step, best)
-        learner.module.train()
-        self.write(values)
-        self.name_unreadable()
-
-    def save(self) -> None:
-        """Write the state."""
-        self.files.save(self.stepper.learner, self.settings)
-
-    def close(self) -> None:
-        """End the logs."""
-        for logger in self.loggers:
-            logger.close()
+    def read(self, step: int) -> Iterator[MicroBatch]:
+        """The micro-batches of the next step, which is `step`."""
+        config = self.config
+        noise = self.task.draw_noise(config.batch_size, make_generator(config.seed, self.task.name, "step", step))
+        examples = sum(rows.stop - rows.start for rows in self.rows)
+        for rows in self.rows:
+            with report_worker_death(config.workers, step, self.log.folder, self.save):
+                batch = next(self.batches)
+            self.log.note_unreadable(batch.pop("unreadable", ()))
+            yield MicroBatch(
+                {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()},
+                {name: tensor[rows].to(self.device) for name, tensor in noise.items()},
+                share=(rows.stop - rows.start) / examples,
+                last=rows is self.rows[-1],
+            )

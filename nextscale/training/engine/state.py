@@ -1,10 +1,10 @@
-"""The states of a run on disk: weights, optimizer, averages, step and settings, each in one file that is written whole.
+"""Training states on disk: weights, optimizer, averages, step and settings, each in one file.
 
     training/<task>-00000500.pt      the state after 500 steps
     training/<task>-00000500.json    its checksum
-    training/<task>-best.json        which step was the best one held out, and its loss
+    training/<task>-best.json        the step with the lowest validation loss so far, and that loss
 
-States are gathered from all processes, so a run may go on with another number of them.
+States are gathered from all processes, so a run may be resumed with another number of them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torch import nn
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_atomically, write_json
-from nextscale.training.engine.parallel import Ema, whole_weights
+from nextscale.training.engine.distributed import gather_weights
+from nextscale.training.engine.log import Values
+from nextscale.training.engine.optimizer import Ema
 
 
 @dataclass
-class Learner:
+class TrainState:
     """All that changes in a run."""
 
     module: nn.Module
@@ -44,79 +46,100 @@ class StateFiles:
         self.folder, self.task, self.keep, self.world = folder / "training", task, keep, world
 
     def path(self, step: int) -> Path:
+        """The file of the state after this many steps."""
         return self.folder / f"{self.task}-{step:08d}.pt"
 
-    @property
-    def best(self) -> dict[str, Any]:
+    def read_best(self) -> dict[str, Any]:
         """{"step", "loss"} of the best state so far, or {}."""
         path = self.folder / f"{self.task}-best.json"
         return read_json(path) if path.exists() else {}
 
-    def note_best(self, step: int, loss: float) -> bool:
-        """Whether this step is the best so far; if so it is noted, and its state kept. For the main process."""
-        best = self.best
+    def record_best(self, step: int, values: Values) -> bool:
+        """Whether this validation has the lowest validation_loss so far; if so its state will be kept.
+
+        All processes must call it; the main one has the values.
+        """
+        loss = values.get("validation_loss")
+        (best,) = self.world.any(self.world.main and isinstance(loss, float) and self._write_best(step, loss))
+        return best
+
+    def _write_best(self, step: int, loss: float) -> bool:
+        best = self.read_best()
         if best and best["step"] != step and not loss < best["loss"]:
             return False
         write_json(self.folder / f"{self.task}-best.json", {"step": step, "loss": loss})
         return True
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         """Steps of the states on disk, latest first."""
-        found = (re.fullmatch(rf"{self.task}-(\d+)\.pt", p.name) for p in self.folder.glob("*.pt"))
-        return sorted((int(m[1]) for m in found if m), reverse=True)
+        matches = (re.fullmatch(rf"{self.task}-(\d+)\.pt", p.name) for p in self.folder.glob("*.pt"))
+        return sorted((int(m[1]) for m in matches if m), reverse=True)
 
-    def save(self, learner: Learner, settings: dict[str, Any]) -> None:
-        """Write the state. Older ones stay until it is complete; then all but the last `keep` and the best go."""
+    def save(self, state: TrainState, settings: dict[str, Any]) -> None:
+        """Write the state, then delete all but the last `keep` and the best. All processes must call it."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         content = {
-            "step": learner.step,
+            "step": state.step,
             "settings": settings,
-            "module": whole_weights(learner.module),
-            "optimizer": get_optimizer_state_dict(learner.module, learner.optimizer, options=options),
-            "ema": learner.ema.state() if learner.ema else {},
-            "scaler": learner.scaler.state_dict(),
+            "module": gather_weights(state.module),
+            "optimizer": get_optimizer_state_dict(state.module, state.optimizer, options=options),
+            "ema": state.ema.state_dict() if state.ema else {},
+            "scaler": state.scaler.state_dict(),
         }
         if self.world.main:
-            path = self.path(learner.step)
+            path = self.path(state.step)
             with write_atomically(path.with_suffix(".json"), path) as (note, draft):
                 torch.save(content, draft)
-                write_json(note, {"step": learner.step, "sha256": _digest(draft)})
-            self._clean()
+                write_json(note, {"step": state.step, "sha256": _compute_digest(draft)})
+            self._delete_old()
         self.world.wait()
 
-    def _clean(self) -> None:
-        kept = {*self.steps()[: self.keep], self.best.get("step")}
-        for step in set(self.steps()) - kept:
+    def _delete_old(self) -> None:
+        kept = {*self.list_steps()[: self.keep], self.read_best().get("step")}
+        for step in set(self.list_steps()) - kept:
             self.path(step).unlink(missing_ok=True)
             self.path(step).with_suffix(".json").unlink(missing_ok=True)
-        for draft in self.folder.glob(f".{self.task}-*.part*"):  # a run killed while it saved leaves one
+        for draft in self.folder.glob(f".{self.task}-*.part*"):  # a run that was killed while saving leaves one
             draft.unlink(missing_ok=True)
 
-    def read(self) -> tuple[dict[str, Any], Path] | None:
-        """The latest sound state and its file, or None. A damaged one is passed over with a warning.
+    def resume(self, state: TrainState, settings: dict[str, Any], accept_changes: bool) -> None:
+        """Put the latest state, if any, in place.
+
+        Raises UserError naming settings that differ from the state's, unless `accept_changes`.
+        """
+        content, path = self._read_latest()
+        if content is None:
+            return
+        changes = list_changes(content["settings"], settings)
+        if changes and not accept_changes:
+            raise UserError(f"{path} belongs to a run with other settings: {'; '.join(changes)}")
+        _restore(state, content, path)
+
+    def _read_latest(self) -> tuple[dict[str, Any] | None, Path]:
+        """The latest sound state, if any, and its file. A damaged one is passed over with a warning.
 
         Raises UserError when there are states but none is sound.
         """
         faults = []
-        for step in self.steps():
+        for step in self.list_steps():
             path = self.path(step)
             try:
-                return _read(path), path
+                return _read_state(path), path
             except UserError as error:
                 faults.append(str(error))
                 if self.world.main:
                     warnings.warn(f"{error}; trying the state before it", stacklevel=2)
         if faults:
             raise UserError(f"{'; '.join(faults)}; no sound training state is left: delete {self.folder} to train anew")
-        return None
+        return None, self.folder
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     try:
         note = read_json(path.with_suffix(".json"))
-        if _digest(path) != note["sha256"]:
+        if _compute_digest(path) != note["sha256"]:
             raise UserError("its content does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not {"step", "settings", "module", "optimizer", "ema", "scaler"} <= content.keys():
@@ -127,13 +150,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"training state {path} cannot be used ({reason})") from error
 
 
-def _digest(path: Path) -> str:
+def _compute_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def restore(learner: Learner, content: dict[str, Any], path: Path) -> None:
-    """Put a state back in place. Raises UserError when it does not fit the modules."""
+def _restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
+    """Put what a state file holds in place. Raises UserError when it does not fit the modules."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         set_model_state_dict,
@@ -141,40 +164,40 @@ def restore(learner: Learner, content: dict[str, Any], path: Path) -> None:
     )
 
     try:
-        set_model_state_dict(learner.module, content["module"], options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(state.module, content["module"], options=StateDictOptions(full_state_dict=True))
         # a parameter that never got a gradient (a phi that serves no scale) has no optimizer state
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_optimizer_state_dict(learner.module, learner.optimizer, content["optimizer"], options=options)
-        learner.scaler.load_state_dict(content["scaler"])
-        if learner.ema:
-            learner.ema.load(content["ema"])
-        learner.step = int(content["step"])
+        set_optimizer_state_dict(state.module, state.optimizer, content["optimizer"], options=options)
+        state.scaler.load_state_dict(content["scaler"])
+        if state.ema:
+            state.ema.load_state_dict(content["ema"])
+        state.step = int(content["step"])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"training state {path} does not fit this model: {reason}") from error
 
 
-HOW_NOT_WHAT = (
+FREE_SETTINGS = (
     "workers", "save_every", "keep", "log_every", "sample_every", "loggers",
     "micro_batch", "sharding", "activation_checkpointing", "compile",
 )  # fmt: skip
-"""Settings that may change at any time: they say how a run is computed or watched, not what it computes."""
+"""Settings that may change at any time: they decide how a run is computed or watched, not what it computes."""
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+def list_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs between two settings, as "train.learning_rate was 0.001, now 0.5"."""
-    found = []
-    for key in sorted({*before, *now} - set(HOW_NOT_WHAT)):
-        old, new, name = before.get(key), now.get(key), f"{where}{key}"
+    changes = []
+    for key in sorted({*before, *now} - set(FREE_SETTINGS)):
+        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{name}.")
+            changes += list_changes(old, new, f"{name}.")
         elif old != new:
-            found.append(f"{name} was {old}, now {new}")
-    return found
+            changes.append(f"{name} was {old}, now {new}")
+    return changes
 
 
-def check_run(folder: Path, settings: dict[str, Any], accept_changes: bool, free: tuple[str, ...] = ()) -> None:
-    """Raise UserError when `folder`/run.json says that the run there has other settings, naming them.
+def check_settings(folder: Path, settings: dict[str, Any], accept_changes: bool, free: tuple[str, ...] = ()) -> None:
+    """Raise UserError when `folder`/run.json records a run with other settings, naming them.
 
     Settings in `free` may change, and all may with `accept_changes`.
     """
@@ -183,9 +206,9 @@ def check_run(folder: Path, settings: dict[str, Any], accept_changes: bool, free
     before = read_json(folder / "run.json")
     if not isinstance(before, dict):
         raise UserError(f"{folder}/run.json is not the record of a run; choose another --out")
-    changed = [c for c in changes(before, settings) if not c.startswith(tuple(f"{name} " for name in free))]
-    if changed:
+    changes = [c for c in list_changes(before, settings) if not c.startswith(tuple(f"{name} " for name in free))]
+    if changes:
         raise UserError(
-            f"{folder} holds a run with other settings: {'; '.join(changed)}; choose another --out, or give "
+            f"{folder} holds a run with other settings: {'; '.join(changes)}; choose another --out, or give "
             "--accept-changes to go on with the new ones"
         )

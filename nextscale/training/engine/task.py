@@ -1,7 +1,8 @@
-"""What can be trained: the seam between the one trainer and its tasks."""
+"""What can be trained: the interface between the training loop and a task."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,35 +13,48 @@ from nextscale.data.examples import Batch, Examples
 
 
 class Task(nn.Module):
-    """Examples, a loss on them, and the module that learns.
+    """Examples, a loss on them, and the module that is trained.
 
-    `forward(batch, noise, step)` gives the loss, a mean over the batch's examples, and scalars worth logging (vectors
-    over the scales where the name ends in _per_scale). All randomness comes from `noise`, so that an example's loss
-    does not depend on the process or the portion of the batch that computes it.
+    `forward(batch, noise, step)` returns the loss, a mean over the batch's examples, and scalars to log (vectors over
+    the scales where the name ends in _per_scale). All randomness comes from `noise`. So the loss of an example does not
+    depend on the process or the micro-batch that computes it. Without noise (an empty dict) the task is validated.
     """
 
     name: str
+    """Part of the names of training states, and of the seeds of all random draws."""
     examples: Examples
     trained: nn.Module
-    """Its parameters are trained; its whole state is saved."""
+    """Its parameters are trained; its complete state is saved."""
     tokens_per_example: int = 0
     leaves_parameters_unused: bool = False
     """Some parameters may get no gradient in a step."""
 
-    def noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
-        """Random numbers of a whole batch, one row for each example."""
+    def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Random numbers of a complete batch, one row for each example."""
         return {}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
 
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
-        """What learns by other means than the gradient, from the batch of this step over all processes."""
+        """Update what does not learn by gradients, from the batch of this step over all processes."""
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated parts of the module, which are sharded and compiled one by one."""
+        """The repeated parts of the model, which are sharded, recomputed and compiled one by one."""
         return []
 
-    def scales_at_fault(self, scalars: dict[str, Any]) -> str:
-        """Which scales a loss that is not finite comes from; empty when it cannot be told."""
+    def describe_faulty_scales(self, scalars: dict[str, Any]) -> str:
+        """Which scales make the loss non-finite, as text; empty when that cannot be told."""
         return ""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The examples of one forward pass of this process."""
+
+    batch: Batch
+    noise: dict[str, Tensor]
+    share: float
+    """Share of this process's examples of the step, which weights the mean over the micro-batch."""
+    last: bool
+    """It is the last one of the step."""

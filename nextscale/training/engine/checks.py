@@ -1,0 +1,124 @@
+"""Why a run stops before its last step: non-finite values, stop signals, dead data workers, unreadable examples."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nextscale.common.errors import UserError
+from nextscale.data.examples import Batch
+from nextscale.training.engine.distributed import DistributedModel
+from nextscale.training.engine.state import StateFiles
+from nextscale.training.engine.task import MicroBatch, Task
+
+
+@dataclass
+class Interrupted(Exception):
+    """Training was asked to stop; the state is saved."""
+
+    task: str
+    step: int
+    steps: int
+
+
+def is_finite(loss: Tensor, gradient_norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
+    """Whether a step may be taken. With fp16 the scaler itself skips steps whose gradient overflows."""
+    return bool(loss.isfinite()) and (scaler.is_enabled() or bool(gradient_norm.isfinite()))
+
+
+def build_non_finite_error(
+    model: DistributedModel, micro_batch: MicroBatch, loss: Tensor, gradient_norm: Tensor, step: int, files: StateFiles
+) -> UserError:
+    """The error of a step with non-finite values, which names where they arise and the last state on disk."""
+    with model.autocast():
+        reason = explain_non_finite(model.task, micro_batch.batch, micro_batch.noise, step)
+    saved = files.list_steps()
+    kept = f"the checkpoint of step {saved[0]} is kept" if saved else "no checkpoint was saved yet"
+    return UserError(
+        f"training the {model.task.name}: loss {loss.item()} and gradient norm {gradient_norm.item()} "
+        f"at step {step} are not both finite{'; ' if reason else ''}{reason}; {kept}; try a lower learning rate"
+    )
+
+
+def explain_non_finite(task: Task, batch: Batch, noise: dict[str, Tensor], step: int) -> str:
+    """Where values become non-finite: the scale whose loss it is and the first layer, or else the gradient."""
+    layers: list[str] = []
+
+    def make_hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if not layers and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                layers.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(make_hook(n)) for n, m in task.trained.named_modules() if n]
+    try:
+        with torch.no_grad():
+            loss, scalars = task(batch, noise, step)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if torch.isfinite(loss):
+        broken = [n for n, p in task.trained.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        return f"the gradient of {broken[0]} and {len(broken) - 1} more parameters is not" if broken else ""
+    scale = task.describe_faulty_scales(scalars)
+    reasons = ([f"at {scale}"] if scale else []) + ([f"the first layer at fault is {layers[0]}"] if layers else [])
+    return "; ".join(reasons)
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield event
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+
+    for number in previous:
+        signal.signal(number, request_stop)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def report_worker_death(workers: int, steps: int, folder: Path, save: Callable[[], None]) -> Iterator[None]:
+    """Around reading a batch: when a data worker has died, save the state after `steps` steps and raise UserError."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        reason = describe_worker_death(error, workers)
+        if not reason:
+            raise
+        save()
+        raise UserError(f"{reason}; the state after step {steps} is saved in {folder}") from error
+
+
+def describe_worker_death(error: Exception, workers: int) -> str:
+    """How a data worker died, or an empty text when the error is about something else.
+
+    torch raises a RuntimeError of no type of its own. A death while a batch is handed over breaks the connection.
+    """
+    text = str(error)
+    if "DataLoader worker" in text:
+        return text.splitlines()[0]
+    if workers and not isinstance(error, RuntimeError):
+        return f"a DataLoader worker died while it handed over a batch ({type(error).__name__})"
+    return ""
