@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.dynamic import alternating
+from benchmarks.dynamic import time_alternately
 from nextscale.checkpoints.native import read_config
 from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.common.errors import UserError
@@ -81,7 +81,7 @@ def _scale(config: ModelConfig, k: int, sequences: int, rounds: int) -> dict[str
 
 def _pair(operators: Callable[[], Tensor | None], kernel: Callable[[], Tensor | None], rounds: int) -> dict[str, Any]:
     """Seconds of both in turn, and how many times as fast the kernel is."""
-    times = alternating({"operators": operators, "kernel": kernel}, rounds, time.perf_counter)
+    times = time_alternately({"operators": operators, "kernel": kernel}, rounds, time.perf_counter)
     ratios = [a / b for a, b in zip(times["operators"], times["kernel"], strict=True)]
     return {**{name: summarize_spread(seconds) for name, seconds in times.items()}, "ratio": summarize_spread(ratios)}
 

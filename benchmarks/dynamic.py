@@ -1,4 +1,4 @@
-"""What dynamic experts save, and what they cost in quality.
+"""Time that dynamic experts save, and what they cost in quality.
 
     python -m benchmarks.dynamic ffn [--batches 1 8 32] [--active 0.25 0.58 0.8 1] [--rounds 7] [--clock wall]
     python -m benchmarks.dynamic sampling MODEL [--dense DENSE] [--batches 1 8] [--budgets 0.9 0.8 0.7] [--rounds 5]
@@ -6,13 +6,14 @@
     python -m benchmarks.dynamic quality MODEL --features NETWORK --reference DATA [--budget 0.8] [--images 2000]
         [--seeds 0 1 2 3 4] [--dense DENSE] [--variants "one tau" top-k ...] --out FOLDER
 
-`ffn`: one FFN of VAR-d16 with random weights at its last scale, guided, so that a batch of B has 512 B rows; random
-experts for each row, the worst case; router and choice included; in alternating pairs with the packed dense FFN.
-`sampling`: seconds of the
-transformer, and of all but decoding, for a checkpoint of `nextscale sparsify`, with all experts and at budgets, beside
-the dense model and the FLOPs that were executed. `quality`: Fréchet distances of paired seeds, dense and at a budget,
-beside uniform tau, top-k, the oracle and pruned FFNs at equal FLOPs; the upper 95 % bound of the mean loss. The last
-line is JSON.
+`ffn`: one FFN of VAR-d16 with random weights at its last scale, with guidance, so that a batch of B has 512 B rows.
+Experts are random for each row, which is the worst case. Times include the router and the selection, and alternate with
+those of the packed dense FFN.
+`sampling`: seconds of the transformer, and of everything except decoding, of a checkpoint of `nextscale sparsify`, with
+all experts and at budgets, beside the dense model and the executed FLOPs.
+`quality`: Fréchet distances of paired seeds, dense and at a budget, beside one threshold, top-k, the oracle and pruned
+FFNs at equal FLOPs, with the upper 95 % bound of the mean loss.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ def main() -> None:
     options = parser.parse_args()
     options.batches = options.batches or ([1, 8] if options.what == "sampling" else [1, 8, 32])
     keep_freed_memory()
-    run = {"ffn": ffn, "sampling": sampling, "quality": quality}[options.what]
+    run = {"ffn": measure_ffn, "sampling": measure_sampling, "quality": measure_quality}[options.what]
     report = {"what": options.what, "machine": describe_machine(torch.device(options.device)), **run(options)}
     print(json.dumps(report))
 
 
-def alternating(work: dict[str, Callable[[], Any]], rounds: int, now: Callable[[], float]) -> dict[str, list[float]]:
+def time_alternately(
+    work: dict[str, Callable[[], Any]], rounds: int, now: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each, in rounds in which they take turns, after two to warm up."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 2):
@@ -91,7 +94,7 @@ def alternating(work: dict[str, Callable[[], Any]], rounds: int, now: Callable[[
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def _now(options: argparse.Namespace) -> Callable[[], float]:
+def _make_clock(options: argparse.Namespace) -> Callable[[], float]:
     def now() -> float:
         if options.device == "cuda":
             torch.cuda.synchronize()
@@ -104,7 +107,7 @@ def _now(options: argparse.Namespace) -> Callable[[], float]:
 
 
 @torch.inference_mode()
-def ffn(options: argparse.Namespace) -> dict[str, Any]:
+def measure_ffn(options: argparse.Namespace) -> dict[str, Any]:
     config = TransformerConfig(depth=16, dynamic=DynamicConfig(experts=32, activation="relu"))
     dynamic, dense = DynamicFeedForward(config, 10), FeedForward(TransformerConfig(depth=16))
     dtype = getattr(torch, options.dtype)
@@ -119,17 +122,17 @@ def ffn(options: argparse.Namespace) -> dict[str, Any]:
         x_TD = torch.randn(_GUIDED * batch * _LAST, config.width, generator=rng).to(options.device, dtype)
         for active in options.active:
             chosen_TE = torch.rand(len(x_TD), 32, generator=rng).argsort(dim=1).argsort(dim=1) < round(active * 32)
-            cases.append(_ffn_case(dynamic, dense, x_TD, chosen_TE.to(options.device), options))
+            cases.append(_time_ffn(dynamic, dense, x_TD, chosen_TE.to(options.device), options))
             case = cases[-1]
             case["flops_saved"] = 1 - case["active"] - router_share
-            worth = case["saved"] / case["flops_saved"] if case["flops_saved"] > 0 else float("nan")
+            ratio = case["saved"] / case["flops_saved"] if case["flops_saved"] > 0 else float("nan")
             dense_ms, sparse_ms, router_ms = (1000 * times["median"] for times in case["seconds"].values())
             print(f"{case['rows']:>6}{case['active']:>8.2f}{dense_ms:>10.1f}{sparse_ms:>11.1f}{router_ms:>8.1f}"
-                  f"{case['saved']:>8.1%}{case['flops_saved']:>8.1%}{worth:>7.2f}", flush=True)  # fmt: skip
+                  f"{case['saved']:>8.1%}{case['flops_saved']:>8.1%}{ratio:>7.2f}", flush=True)  # fmt: skip
     return {"rounds": options.rounds, "dtype": options.dtype, "clock": options.clock, "cases": cases}
 
 
-def _ffn_case(
+def _time_ffn(
     dynamic: DynamicFeedForward, dense: FeedForward, x_TD: torch.Tensor, chosen_TE: torch.Tensor,
     options: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
@@ -145,7 +148,7 @@ def _ffn_case(
         "sparse": sparse,
         "router": lambda: router.choose(x_TD, 0.8, "threshold"),
     }
-    times = alternating(work, options.rounds, _now(options))
+    times = time_alternately(work, options.rounds, _make_clock(options))
     ratios = [b / a for a, b in zip(times["dense"], times["sparse"], strict=True)]
     return {"rows": len(x_TD), "active": chosen_TE.float().mean().item(), "ratio": summarize_spread(ratios),
             "saved": 1 - statistics.median(ratios),
@@ -173,8 +176,8 @@ class Timed:
         return timed
 
 
-def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    now = _now(options)
+def measure_sampling(options: argparse.Namespace) -> dict[str, Any]:
+    now = _make_clock(options)
     base = SampleConfig(cfg=options.cfg, top_k=0, top_p=0.95)
     sparse = Timed(Pipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype), now)
     dense = sparse
@@ -196,11 +199,11 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
                     found[name].append((model.seconds, now() - began))
         for name, (model, config) in settings.items():
             share = count_sampled_flops(model.pipeline, labels, config, batch).share if model is sparse else 1.0
-            cases.append(_sampling_case(batch, name, share, found[name], found["dense"]))
+            cases.append(_summarize_sampling(batch, name, share, found[name], found["dense"]))
     return {"model": options.model, "dense": options.dense, "rounds": options.rounds, "cases": cases}
 
 
-def _sampling_case(
+def _summarize_sampling(
     batch: int, name: str, share: float, times: list[tuple[float, float]], dense: list[tuple[float, float]]
 ) -> dict[str, Any]:
     """What a setting saves of the transformer's time and of all but decoding, round by round beside the dense model."""
@@ -213,12 +216,12 @@ def _sampling_case(
         f"{part} {1000 * seconds[part]['median']:.0f} ms, {found['median']:.1%} saved ({found['min']:.1%} to "
         f"{found['max']:.1%})" for part, found in saved.items()
     )  # fmt: skip
-    worth = saved["transformer"]["median"] / (1 - share) if share < 1 else float("nan")
-    print(f"batch {batch}, {name}: {1 - share:.1%} of the FLOPs saved; {parts}; ratio {worth:.2f}", flush=True)
+    ratio = saved["transformer"]["median"] / (1 - share) if share < 1 else float("nan")
+    print(f"batch {batch}, {name}: {1 - share:.1%} of the FLOPs saved; {parts}; ratio {ratio:.2f}", flush=True)
     return {"batch": batch, "setting": name, "flops_saved": 1 - share, "saved": saved, "seconds": seconds}
 
 
-def quality(options: argparse.Namespace) -> dict[str, Any]:
+def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     """Fréchet distance of each variant and seed; of the calibrated one the bound on how much worse it is."""
     pipeline = Pipeline.from_pretrained(options.model, device=options.device)
     base, classes = (
@@ -236,9 +239,9 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
             continue
         tau = find_threshold(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
         settings[name] = dataclasses.replace(base, selection=selection, tau=(tau,) * scales)
-    rows = {name: _distances(options.model, name, config, options) for name, config in settings.items()}
+    rows = {name: _measure_distances(options.model, name, config, options) for name, config in settings.items()}
     if options.dense:
-        rows["dense"] = _distances(options.dense, "dense", base, options)
+        rows["dense"] = _measure_distances(options.dense, "dense", base, options)
     reference = rows["dense" if options.dense else "all experts"]
     found = []
     for name, distances in rows.items():
@@ -253,7 +256,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": options.model, "images": options.images, "seeds": options.seeds, "rows": found}
 
 
-def _distances(model: str, name: str, config: SampleConfig, options: argparse.Namespace) -> list[float]:
+def _measure_distances(model: str, name: str, config: SampleConfig, options: argparse.Namespace) -> list[float]:
     """Fréchet distance of each seed's images; measured ones are kept in --out."""
     from nextscale.common.distributed import World
     from nextscale.config.evaluation import EvaluationConfig

@@ -14,7 +14,7 @@ from nextscale.config.training import TrainConfig
 Stage = Literal["tune", "split", "routers", "adapt", "thresholds"]
 STAGES: tuple[Stage, ...] = ("tune", "split", "routers", "adapt", "thresholds")
 _OPTIONAL: Stage = "adapt"
-"""Ours, and left out unless asked for: DMoE-VAR does not train the model once experts are chosen."""
+"""Our addition, which runs only on request: DMoE-VAR does not train the model after the experts are selected."""
 PUBLISHED: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != _OPTIONAL)
 
 
@@ -34,25 +34,25 @@ def _routers() -> TrainConfig:
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """From a trained model to dynamic experts (DMoE-VAR, arXiv 2510.08629), stage by stage."""
+    """Stages that turn a trained dense model into dynamic experts (DMoE-VAR, arXiv 2510.08629)."""
 
     stages: tuple[Stage, ...] = PUBLISHED
-    """Which stages to do, in this order: tune (ReLU and Hoyer penalty), split (FFNs into experts), routers (their
-    training), adapt (optional: the model learns to do with the experts that run at `budget`), thresholds (the table of
-    budgets). Those left out must have been done by the model that is given."""
+    """Stages to run, in this order: tune (train with ReLU and Hoyer penalty), split (FFNs into experts), routers (train
+    them), adapt (optional: train with only the experts that run at `budget`), thresholds (calibrate them for the
+    budgets). The given model must have passed the stages before the first."""
     data: str = ""
     """A token cache, or images ('digits', a folder, parquet, owner/name on the hub). Empty = samples of the model."""
     samples: int = 5000
-    """Without data: how many images the model draws for itself."""
+    """Without data: number of images that the model samples."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
-    """How it draws them."""
+    """Settings of that sampling."""
     images: DataConfig = field(default_factory=DataConfig)
-    """How pictures are cut and split; a token cache is already."""
+    """How images are cropped and split into training and held-out ones. A token cache needs neither."""
     tune: Literal["all", "late", "none"] = "all"
-    """What becomes ReLU and is tuned: the whole model (the paper); the FFNs of the sparse scales alone, which are then
-    kept beside the dense ones; or nothing: then experts are divided of the FFNs as they are."""
+    """What is tuned with ReLU. all: the whole model (as the paper). late: only FFNs for the sparse scales, which are
+    stored beside the unchanged dense ones. none: nothing; the FFNs are divided as they are."""
     hoyer: float = 0.1
-    """Weight of the Hoyer penalty beside the cross-entropy (Eq. 1), mean over blocks and tokens."""
+    """Weight of the Hoyer penalty, a mean over blocks and tokens, in the loss with the cross-entropy (Eq. 1)."""
     scales: int = 3
     """How many of the last scales are sparse."""
     expert_size: int = 128
@@ -60,20 +60,21 @@ class SparsifyConfig:
     router_width: int = 128
     """Hidden width of the routers."""
     tuning: TrainConfig = field(default_factory=_tuning)
+    """Training of stage tune."""
     routers: TrainConfig = field(default_factory=_routers)
-    """label_drop 0.5, because guidance runs both branches."""
+    """Training of stage routers. label_drop 0.5, because guidance runs both branches."""
     adapting: TrainConfig = field(default_factory=_tuning)
-    """Of stage adapt."""
+    """Training of stage adapt."""
     budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
     """Shares of the dense model's FLOPs that thresholds are calibrated for."""
     budget: float = 0.8
-    """The share whose thresholds the model uses unless it is told otherwise; 0 = all experts."""
+    """Share of the FLOPs whose thresholds are the model's default in sampling; 0 = all experts."""
     calibration_images: int = 256
-    """Held-out images that thresholds are calibrated on, at most."""
+    """Largest number of held-out images that thresholds are calibrated on."""
     batch_size: int = 8
-    """Images at once in calibration and in drawing samples. It does not change what comes out beyond rounding."""
+    """Batch size of calibration and sampling. It changes results by rounding only."""
     seed: int = 0
-    """Of the clusters, the routers' start and the split of pictures; trainings have seeds of their own."""
+    """Seed of clusters, initial routers and the split of images. Trainings have seeds of their own."""
 
     def __post_init__(self) -> None:
         rules = {

@@ -1,4 +1,4 @@
-"""Rows of an experiment whose model is sparsified: the conversion, once for all rows that share it, and its figures."""
+"""Rows of an experiment with dynamic experts: sparsify a model once for all rows that share it, and collect figures."""
 
 from __future__ import annotations
 
@@ -15,35 +15,38 @@ from nextscale.research.analysis.dynamic import count_sampled_flops, find_thresh
 from nextscale.research.experiments.keys import decides, key
 from nextscale.sparsify.run import sparsify
 
-_TUNING = ("tune", "hoyer", "scales", "tuning")
-"""Settings of `nextscale sparsify` that decide what tuning makes."""
-_COUNTED = 64
+_TUNING_SETTINGS = ("data", "samples", "sampling", "images", "seed", "tune", "hoyer", "scales", "tuning")
+"""Settings of `nextscale sparsify` that affect the stage tune."""
+_COUNTED_IMAGES = 64
 """Images over which executed FLOPs are averaged, of all classes in turn."""
 
 
 def remove_thresholds(sampling: SampleConfig) -> SampleConfig:
-    """The settings as a dense model takes them."""
+    """The settings for a dense model."""
     return dataclasses.replace(sampling, tau=(), budget=0.0, selection="threshold")
 
 
-def sparsified(config: SparsifyConfig, source: Path, data: str, within: Path, world: World) -> Path:
-    """The folder of the model that `config` makes of the dense one in `source`, made once; a tuning, too, is done once
-    for all that go on from it."""
+def sparsify_once(config: SparsifyConfig, source: Path, data: str, parent: Path, world: World) -> Path:
+    """The folder under `parent` of the model that `config` makes of the dense one in `source`.
+
+    Rows share what they can: models with the same tuning start from one tuned model, and a model that is adapted starts
+    from the one that is not.
+    """
     config = dataclasses.replace(config, data=data)
     published = dataclasses.replace(config, stages=PUBLISHED, adapting=SparsifyConfig().adapting)
     if "adapt" in config.stages:
-        before = sparsified(published, source, data, within, world)
-        return _done(dataclasses.replace(config, stages=("adapt", "thresholds")), before, within, world)
-    config = published
+        before = sparsify_once(published, source, data, parent, world)
+        return _run_stages(dataclasses.replace(config, stages=("adapt", "thresholds")), before, parent, world)
     if config.tune == "none":
-        return _done(config, source, within, world)
-    asked = {name: getattr(config, name) for name in ("data", "samples", "sampling", "images", "seed", *_TUNING)}
-    tuned = _done(SparsifyConfig(stages=("tune",), **asked), source, within, world)
-    return _done(dataclasses.replace(config, stages=PUBLISHED[1:]), tuned, within, world)
+        return _run_stages(published, source, parent, world)
+    shared = {name: getattr(published, name) for name in _TUNING_SETTINGS}
+    tuned = _run_stages(SparsifyConfig(stages=("tune",), **shared), source, parent, world)
+    return _run_stages(dataclasses.replace(published, stages=PUBLISHED[1:]), tuned, parent, world)
 
 
-def _done(config: SparsifyConfig, source: Path, within: Path, world: World) -> Path:
-    folder = within / f"sparse-{key(str(source), decides(config))}"
+def _run_stages(config: SparsifyConfig, source: Path, parent: Path, world: World) -> Path:
+    """Sparsify, unless that is finished; finished.json has the figures of these stages and of those before."""
+    folder = parent / f"sparse-{key(str(source), decides(config))}"
     if not (folder / "finished.json").exists():
         report = sparsify(source, folder, config, world)
         if world.main:
@@ -54,39 +57,40 @@ def _done(config: SparsifyConfig, source: Path, within: Path, world: World) -> P
     return folder
 
 
-def sampling_at(folder: Path, sampling: SampleConfig, share: float, kept: Path, world: World) -> SampleConfig:
-    """The settings with the threshold at which this share of the dense FLOPs is executed, found once and `kept`.
+def match_flops(folder: Path, sampling: SampleConfig, share: float, file: Path, world: World) -> SampleConfig:
+    """The settings with the threshold at which this share of the dense FLOPs is executed; `file` stores it.
 
-    `sampling.tau` says how many of the last scales the threshold is for, 1 for the sparse ones.
+    `sampling.tau` says for how many of the last scales, 1 for the sparse ones. `share` 0 leaves the settings as they
+    are.
     """
     if not share:
         return sampling
-    if world.main and not kept.exists():
+    scales = max(len(sampling.tau), 1)
+    if world.main and not file.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
         base = dataclasses.replace(sampling, budget=0.0)
-        write_json(kept, {"tau": find_threshold(pipeline, _labels(pipeline), base, max(len(sampling.tau), 1), share)})
+        write_json(file, {"tau": find_threshold(pipeline, _list_labels(pipeline), base, scales, share)})
     world.wait()
-    return dataclasses.replace(sampling, tau=(read_json(kept)["tau"],) * max(len(sampling.tau), 1))
+    return dataclasses.replace(sampling, tau=(read_json(file)["tau"],) * scales)
 
 
-def dynamic_figures(folder: Path, sampling: SampleConfig, kept: Path, world: World) -> dict[str, float]:
-    """What the stages measured, and the FLOPs that sampling with these settings executed, counted once and `kept`."""
-    if world.main and not kept.exists():
+def collect_figures(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
+    """What the stages measured, and the FLOPs that sampling with these settings executes; `file` stores those."""
+    if world.main and not file.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
-        executed = count_sampled_flops(pipeline, _labels(pipeline), sampling)
-        write_json(kept, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
+        executed = count_sampled_flops(pipeline, _list_labels(pipeline), sampling)
+        write_json(file, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
     world.wait()
     stages: dict[str, Any] = read_json(folder / "finished.json")["stages"]
-    found: dict[str, float] = dict(read_json(kept))
     tuned, routers = stages.get("tune", {}), stages.get("routers", {})
-    names = {
+    figures = {
         "tuned_loss": tuned.get("validation_cross_entropy"), "hoyer": tuned.get("validation_hoyer"),
         "zeros": tuned.get("validation_zeros"), "router_error": routers.get("validation_relative_error"),
         "router_recall": routers.get("validation_recall"),
     }  # fmt: skip
-    return found | {name: value for name, value in names.items() if value is not None}
+    return dict(read_json(file)) | {name: value for name, value in figures.items() if value is not None}
 
 
-def _labels(pipeline: Pipeline) -> list[int | None]:
+def _list_labels(pipeline: Pipeline) -> list[int | None]:
     classes = pipeline.transformer.config.condition.num_classes
-    return [i % classes for i in range(_COUNTED)]
+    return [i % classes for i in range(_COUNTED_IMAGES)]

@@ -27,7 +27,7 @@ from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.evaluation.run import evaluate, make_statistics
 from nextscale.info import describe_config, sample_flops
 from nextscale.research.experiments.cost import sampling_seconds, training_seconds
-from nextscale.research.experiments.dynamic import dynamic_figures, remove_thresholds, sampling_at, sparsified
+from nextscale.research.experiments.dynamic import collect_figures, match_flops, remove_thresholds, sparsify_once
 from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.keys import decides, key
 from nextscale.research.experiments.pictures import Shown, draw
@@ -190,11 +190,11 @@ class Lab:
         """The row's model made of the dense one, its sampling with the row's threshold, and its figures."""
         assert row.sparsify is not None, "called for rows that are sparsified"
         data = self.data and self._cache(row, str(dense), "") if self.model else read_json(dense / "run.json")["data"]
-        folder = sparsified(row.sparsify, dense, data, self.folder, self.world)
+        folder = sparsify_once(row.sparsify, dense, data, self.folder, self.world)
         unseeded = dataclasses.replace(sampling, seed=0)
         name = key(dataclasses.asdict(unseeded), row.flops)
-        sampling = sampling_at(folder, unseeded, row.flops, folder / f"thresholds-{name}.json", self.world)
-        figures = dynamic_figures(folder, sampling, folder / f"flops-{name}.json", self.world)
+        sampling = match_flops(folder, unseeded, row.flops, folder / f"thresholds-{name}.json", self.world)
+        figures = collect_figures(folder, sampling, folder / f"flops-{name}.json", self.world)
         return folder, dataclasses.replace(sampling, seed=seed), figures
 
     def cost(self, kept: Path) -> dict[str, list[dict[str, float]]]:
