@@ -128,7 +128,7 @@ def generate(model: VAR, batch: int, device: str) -> list[float]:
     """Seconds of each scale, of all that sampling asks of the transformer."""
     rng = torch.Generator(device).manual_seed(batch)
     values = torch.arange(batch, device=device) % model.condition.num_classes
-    conditioning, cache = model.conditioning(model.condition.with_none(values)), model.new_cache(2 * batch)
+    conditioning, cache = model.embed_condition(model.condition.add_unconditional(values)), model.new_cache(2 * batch)
     width, marks = model.word_embed.in_features, [_now(device)]
     for k, count in enumerate(model.pyramid.counts):
         x_BNC = torch.randn(batch, count, width, device=device, generator=rng).repeat(2, 1, 1) if k else None
@@ -246,9 +246,9 @@ def part_seconds(
     x_BND = torch.randn(2 * batch, model.pyramid.counts[k], model.config.width, generator=rng).to(options.device)
     context = ScaleContext(model.pyramid, model.pyramid.spans[k], k=k)
     routing, experts, x_TD = layer.router(x_BND, context), layer.experts, x_BND.flatten(0, 1)
-    chosen_TM, gates_TM = (t.flatten(0, 1) for t in (routing.chosen_BNM, routing.gates_BNM))
+    chosen_TM, gates_TM = (t.flatten(0, 1) for t in (routing.selected_BNM, routing.gates_BNM))
     pairs = layer.router.pairs(x_BND.shape[:2], context)
-    dispatch = Dispatch.of(chosen_TM, pairs)
+    dispatch = Dispatch.create(chosen_TM, pairs)
     gate_R, count = gates_TM[dispatch.row_R, dispatch.expert_R], len(dispatch.row_R)
     rows_RD, ones_R = x_TD[dispatch.row_R], torch.ones(count, device=x_TD.device)
     in_order = dataclasses.replace(dispatch, row_R=torch.arange(count, device=x_TD.device))
@@ -264,7 +264,7 @@ def part_seconds(
 
     work: dict[str, Callable[[], Any]] = {
         "route": lambda: layer.router(x_BND, context),
-        "sort": lambda: (Dispatch.of(chosen_TM, pairs), gates_TM[dispatch.row_R, dispatch.expert_R]),
+        "sort": lambda: (Dispatch.create(chosen_TM, pairs), gates_TM[dispatch.row_R, dispatch.expert_R]),
         "experts": run(x_TD, gate_R, dispatch),
         "in order": run(rows_RD, ones_R, in_order),
         "in turn": lambda: in_turn(x_TD, gate_R, dispatch),

@@ -153,7 +153,7 @@ def _generation(options: argparse.Namespace, image: int) -> dict[str, Any]:
 def _scales(model: VAR, total: list[float]) -> tuple[list[tuple[float, float]], Tensor]:
     """Seconds of the Mamba parts and of whole blocks at each scale, and the last scale's logits."""
     rng = torch.Generator().manual_seed(0)
-    conditioning, cache = model.conditioning(torch.tensor([1, 1000])), model.new_cache(2)
+    conditioning, cache = model.embed_condition(torch.tensor([1, 1000])), model.new_cache(2)
     mixers = [mixer for block in model.blocks for mixer in block.mixers if isinstance(mixer, Timed)]
     found, logits = [], torch.zeros(())
     for k, count in enumerate(model.pyramid.counts):

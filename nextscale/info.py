@@ -15,18 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.common.errors import UserError
+from nextscale.common.registry import FEED_FORWARDS, MIXERS
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.presets import PRESETS, preset
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.pruning import Pruning
+from nextscale.sampling.pruning import PruningPlan
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.transformer.scan import multiply_adds
 
 
-def _cached(pyramid: Pyramid, k: int) -> int:
+def count_cached_tokens(pyramid: Pyramid, k: int) -> int:
     """Tokens in the cache after scale k; the last scale is not kept."""
     return min(pyramid.spans[k][1], pyramid.spans[-1][0])
 
@@ -57,7 +57,7 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
         "name": name,
         "parameters": counts["transformer"] or counts["tokenizer"],
         "transformer_parameters": counts["transformer"],
-        "active_parameters": active_parameters(config, counts["transformer"]),
+        "active_parameters": count_active_parameters(config, counts["transformer"]),
         "tokenizer_parameters": counts["tokenizer"],
         "image_size": list(config.image_size),
         "scales": str(pyramid),
@@ -73,7 +73,7 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
                 "side": list(side),
                 "tokens": pyramid.counts[k],
                 "flops": scale_flops(config, k),
-                "cache_bytes": state_bytes(config, k),
+                "cache_bytes": count_state_bytes(config, k),
             }
             for k, side in enumerate(pyramid.sides)
         ]
@@ -82,99 +82,44 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
     return facts
 
 
-def active_parameters(config: ModelConfig, total: int) -> int:
-    """Of the transformer's `total` parameters those that work on a token: m of M experts (MEPA, Table 2).
-
-    Of dynamic experts all, with their router; of two FFNs, one for early scales and one for late ones, one.
-    """
+def count_active_parameters(config: ModelConfig, total: int) -> int:
+    """Of the transformer's `total` parameters those that work on a token: m of M experts (MEPA, Table 2)."""
     model = config.transformer
     if model is None:
         return total
-    experts = model.experts
-    ffn = 2 * model.width * model.ffn_width + model.ffn_width + model.width
-    if experts.router == "none":
-        return total - model.depth * ffn * model.dynamic.own
-    return total - model.depth * ffn * (experts.count - min(experts.active, experts.count))
+    feed_forward: Any = FEED_FORWARDS.get(model.resolved_feed_forward)
+    return total - model.depth * int(feed_forward.count_inactive_parameters(model))
 
 
-def ffn_pairs(model: TransformerConfig, tokens: int) -> int:
-    """How many FFNs work on `tokens` tokens of one scale, in all: 1 on each, in a mixture its m experts.
-
-    With idle experts (moe++) at most: as if no token chose one.
-    """
-    experts = model.experts
-    if experts.router == "none":
-        return tokens
-    if experts.router == "expert-choice":  # each expert takes a whole number
-        return experts.count * -(-tokens * experts.active // experts.count)
-    return tokens * min(experts.active, experts.count)
-
-
-def _ffn_flops(model: TransformerConfig, scales: int, tokens: int, block: int) -> int:
-    """Multiply-adds of `tokens` tokens of one scale in the FFN of a block: the dense one, or router and experts.
-
-    Dynamic experts: all of them, as with tau 1; what a pass executed is counted from its records
-    (`nextscale.sparsify.flops`).
-    """
-    D, experts, router = model.width, model.experts, model.experts.router
-    computed = ffn_pairs(model, tokens) * 2 * D * model.ffn_width
-    if router == "none":
-        return computed
-    scored, others = tokens, 0
-    if router == "smoe":  # scale embeddings are scored, tokens are not
-        scored = scales
-    elif router == "stmoe":
-        scored = tokens + scales * experts.scale_embedding
-    elif router == "moe++":
-        others = tokens * 3 * D * experts.constant
-        if experts.gating_residual and block > 0:
-            others += tokens * (experts.count + experts.zero_computation) ** 2
-    return computed + scored * D * (experts.count + experts.zero_computation) + others
-
-
-def _mixer_flops(model: TransformerConfig, mixer: str, tokens: int, seen: int) -> int:
-    """Multiply-adds of a mixer for `tokens` tokens of one scale; attention to all scales looks at `seen`."""
-    D, mamba = model.width, model.mamba
-    if mixer == "mamba":
-        inner = mamba.expand * D
-        projections = D * (3 * inner + 2 * mamba.state_width + inner // mamba.head_width)  # in: z, x, B, C, dt; out
-        return tokens * projections + multiply_adds(tokens, inner, mamba.state_width)
-    keys = seen if mixer == "attention" else tokens
-    return tokens * (4 * D * D + 2 * keys * D)  # q, k, v and output; queries by keys, weights by values
-
-
-def state_bytes(config: ModelConfig, k: int) -> int:
+def count_state_bytes(config: ModelConfig, k: int) -> int:
     """Bytes that sampling keeps after scale k for the scales to come, one sequence, float32: keys and values of
     attention to all scales, which grow with the scales, and Mamba's window and sums, which do not."""
     model = config.transformer
     assert model is not None, "a tokenizer alone keeps nothing"
-    inner, n = model.mamba.expand * model.width, model.mamba.state_width
-    window = (model.mamba.conv_kernel - 1) * (inner + 2 * n)
-    kept = {
-        "attention": 2 * model.width * _cached(config.pyramid, k),
-        "scale-attention": 0,
-        "mamba": window + inner * n,
-    }
-    return 4 * sum(kept[mixer] for block in range(model.depth) for mixer in model.block_mixers(block))
+    cached = count_cached_tokens(config.pyramid, k)
+    mixers: list[Any] = [MIXERS.get(name) for block in range(model.depth) for name in model.block_mixers(block)]
+    return 4 * sum(mixer.count_state_values(model, cached) for mixer in mixers)
 
 
-def scale_flops(config: ModelConfig, k: int, pruning: Pruning | None = None, head: bool = True) -> int:
+def scale_flops(config: ModelConfig, k: int, pruning: PruningPlan | None = None, head: bool = True) -> int:
     """FLOPs of the transformer at scale k, one sequence: embedding, projections, attention, feed-forward, head."""
     model = config.transformer
     assert model is not None, "a tokenizer alone has no transformer to count"
     N, D = config.pyramid.counts[k], model.width
+    feed_forward: Any = FEED_FORWARDS.get(model.resolved_feed_forward)
     total = N * config.tokenizer.code_width * D if k else 0
     for block in range(model.depth):
         computed = pruning.computed[k] if pruning and pruning.applies(k, block) else N
         seen = (pruning.span(k, block) if pruning else config.pyramid.spans[k])[1]
-        total += sum(_mixer_flops(model, mixer, computed, seen) for mixer in model.block_mixers(block))
-        total += _ffn_flops(model, len(config.pyramid), computed, block)
+        mixers: list[Any] = [MIXERS.get(name) for name in model.block_mixers(block)]
+        total += sum(mixer.count_multiply_adds(model, computed, seen) for mixer in mixers)
+        total += feed_forward.count_multiply_adds(model, len(config.pyramid), computed, block)
     return 2 * (total + N * D * config.tokenizer.vocab_size * head)
 
 
 def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConfig | None = None) -> int:
     """FLOPs of the transformer, or of both with a refiner, to sample one image: guidance doubles them."""
-    pruning = Pruning(config.pyramid, settings.prune, settings.prune_first_block) if settings.prune else None
+    pruning = PruningPlan(config.pyramid, settings.prune, settings.prune_first_block) if settings.prune else None
     scales, models = range(len(config.pyramid)), [m.transformer for m in (config, refiner) if m and m.transformer]
     total = sum(condition_flops(model) for model in models)
     if refiner is None:
@@ -201,7 +146,7 @@ def _tokenizer_flops(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, in
     image = torch.empty(1, 3, *config.image_size, device="meta")
     canvas = torch.empty(1, config.tokenizer.code_width, *config.pyramid.last, device="meta")
     totals = []
-    for run in (lambda: tokenizer.features(image), lambda: tokenizer.decode_features(canvas)):
+    for run in (lambda: tokenizer.extract_features(image), lambda: tokenizer.decode_features(canvas)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             run()
         totals.append(counter.get_total_flops())

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.backends.cpu.ops import pack
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import read_modules, write_checkpoint
-from nextscale.common.devices import find_device, keep_freed_memory
+from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
@@ -40,6 +39,7 @@ from nextscale.transformer.var import VAR
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from nextscale.backends.twins import Backend
     from nextscale.data.images import ImageLike
 
 Labels = Tensor | Sequence["int | str | None"]
@@ -87,13 +87,13 @@ class Pipeline:
     @classmethod
     def from_config(cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None) -> Pipeline:
         """A fresh, untrained generator, initialised from `seed`."""
-        with torch.random.fork_rng(devices=[]):  # convolutions initialise themselves from the global generator
+        with torch.random.fork_rng(devices=[]):  # convolutions draw from the global generator
             torch.manual_seed(fold_seed(seed, "tokenizer"))
             tokenizer, transformer = build_modules(config)
         if transformer is not None:
-            from nextscale.transformer.initialization import initialise
+            from nextscale.transformer.initialization import initialize_transformer
 
-            initialise(transformer, init or InitConfig(), make_generator(seed, "transformer"))
+            initialize_transformer(transformer, init or InitConfig(), make_generator(seed, "transformer"))
         return cls(config, tokenizer, transformer)
 
     @classmethod
@@ -105,14 +105,14 @@ class Pipeline:
         device: torch.device | str = "cpu",
         revision: str | None = None,
         token: str | None = None,
-        pack: bool = True,
+        backend: Backend = "auto",
     ) -> Pipeline:
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
         `dtype`: what the networks compute in. By default float32 on a CPU, whatever is stored, and the stored dtype
-        elsewhere. `revision` (branch, tag or commit) and `token` are for the hub. `pack`: on a CPU, make ready for
-        sampling (`Pipeline.pack`); say False to train the modules. Raises UserError naming the file and tensor when
-        something is amiss.
+        elsewhere. `revision` (branch, tag or commit) and `token` are for the hub. `backend`: "auto" swaps modules for
+        fast ones (`Pipeline.optimize`), for inference alone; "plain" leaves plain PyTorch modules, which can be
+        trained. Raises UserError naming the file and tensor when something is amiss.
         """
         checkpoint, modules = read_modules(_find_folder(source, revision, token))
         _check_routers(source, checkpoint)
@@ -121,7 +121,7 @@ class Pipeline:
         pipeline = cls._around(checkpoint, modules)
         del checkpoint  # from here on a tensor that is converted or packed frees the original
         pipeline.to(device, computes)
-        return pipeline.pack() if pack else pipeline
+        return pipeline.optimize(backend)
 
     @classmethod
     def from_checkpoint(
@@ -153,16 +153,18 @@ class Pipeline:
             self._transformer.to(device, dtype)
         return self
 
-    def pack(self) -> Pipeline:
-        """Make ready for sampling on a CPU: weights in the order in which its products read them, freed memory kept.
+    def optimize(self, backend: Backend = "auto", *, training: bool = False) -> Pipeline:
+        """Swap modules for fast ones of this machine, see `nextscale.backends.twins`; "plain" changes nothing.
 
-        Half as fast again, or more. The pipeline can still be saved, moved and converted, but gives no gradients.
+        On a CPU sampling takes half the time or less. Without `training` the pipeline is for inference alone; it can
+        still be saved, moved and converted.
         """
-        if self.device.type == "cpu":
-            keep_freed_memory()
-            self.tokenizer.lay_out()
+        if backend != "plain":
+            from nextscale.backends import optimize
+
+            optimize(self.tokenizer, backend, training=training)
             if self._transformer is not None:
-                pack(self._transformer)
+                optimize(self._transformer, backend, training=training)
         return self
 
     def refine_with(self, refiner: Pipeline) -> Pipeline:

@@ -138,7 +138,7 @@ def check_flops(config: ModelConfig) -> None:
     _, model = build_on_meta(config)
     values = torch.zeros(1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        conditioning = model.conditioning(values)
+        conditioning = model.embed_condition(values)
     assert counter.get_total_flops() == condition_flops(config.transformer)
     cache = model.new_cache(1)
     for k, count in enumerate(config.pyramid.counts):

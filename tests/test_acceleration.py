@@ -33,7 +33,7 @@ def test_catching_up_equals_the_full_forward():
     inputs = pipeline.tokenizer.teacher_inputs(torch.randint(0, 32, (2, model.pyramid.length)))
     full, first = model(values, inputs).logits_BNV, model.pyramid.counts[0]
     for begin in range(1, len(model.pyramid)):
-        cache, conditioning = model.new_cache(2), model.conditioning(values)
+        cache, conditioning = model.new_cache(2), model.embed_condition(values)
         for k in range(begin, len(model.pyramid)):
             start, end = model.pyramid.spans[k]
             x = inputs[:, : end - first] if k == begin else inputs[:, start - first : end - first]
@@ -115,7 +115,7 @@ def test_pruned_scales_against_brute_force():
     model, pyramid = pipeline.transformer, pipeline.config.pyramid
     ratios, first_block = (0.4, 0.5), 1
     values = torch.tensor([2])
-    conditioning, cache = model.conditioning(values), model.new_cache(1)
+    conditioning, cache = model.embed_condition(values), model.new_cache(1)
     pruning = Pruning(pyramid, ratios, first_block)
     inputs = pipeline.tokenizer.teacher_inputs(torch.randint(0, 32, (1, pyramid.length)))
     empty = np.zeros((0, model.config.heads, model.config.width // model.config.heads))

@@ -120,7 +120,7 @@ def test_a_model_steps_alike_with_kernels_and_without(width, heads, qk_norm, mon
 
     @torch.no_grad()
     def steps():
-        conditioning, cache = model.conditioning(torch.tensor([0, 1, 4])), model.new_cache(3)
+        conditioning, cache = model.embed_condition(torch.tensor([0, 1, 4])), model.new_cache(3)
         return [
             model.step(conditioning, inputs[:, start:end] if k else None, k, cache).logits_BNV
             for k, (start, end) in enumerate(pyramid.spans)

@@ -17,7 +17,7 @@ from nextscale.data.datasets import ImageExamples, load_images, open_dataset, sp
 from nextscale.data.examples import BatchDataset, MemoryExamples, load_batches
 from nextscale.data.images import crop_randomly, resize_and_crop
 from nextscale.data.sources import Parquet, open_folder, open_source
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 from tests.conftest import randomised, tiny_config
 
 
@@ -243,10 +243,10 @@ def test_the_cache_holds_what_the_tokenizer_says(tmp_path):
         for i in range(21):
             view = (epoch + i) % 3
             image = parts["train"].fetch([i], [view * 21 + i])["image"]
-            assert torch.equal(batch["tokens"][i].long(), tokenizer.encode(to_unit(image))[0])
+            assert torch.equal(batch["tokens"][i].long(), tokenizer.encode(scale_to_unit(image))[0])
     assert torch.equal(train.fetch(range(21), None)["label"], parts["train"].labels_B)
     images = parts["held_out"].fetch(range(5), None)["image"]
-    assert torch.equal(held.fetch(range(5), None)["tokens"].long(), tokenizer.encode(to_unit(images)))
+    assert torch.equal(held.fetch(range(5), None)["tokens"].long(), tokenizer.encode(scale_to_unit(images)))
     assert sorted(train.order(torch.Generator()).tolist()) == list(range(21))
 
 

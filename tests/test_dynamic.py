@@ -258,7 +258,7 @@ def test_the_grouped_product_equals_the_loop():
         w1, b1 = (t.unflatten(0, (4, -1)) for t in (layer.fc1.weight, layer.fc1.bias))
         w2 = layer.fc2.weight.unflatten(1, (4, -1)).permute(1, 0, 2)
         for relu in (True, False):
-            found = grouped(x, None, Dispatch.of(chosen, 0), w1, b1, w2, None, relu=relu) + layer.fc2.bias
+            found = grouped(x, None, Dispatch.create(chosen, 0), w1, b1, w2, None, relu=relu) + layer.fc2.bias
             assert difference(found.float(), masked(x, chosen, (layer.fc1, layer.fc2), relu).float()) < 0.02
 
 
@@ -283,7 +283,7 @@ def test_steps_and_the_whole_sequence_agree_under_thresholds():
     model, (values, x), thresholds = pipeline.transformer, inputs(), Thresholds((1.0, 1.0, 0.7, 0.4))
     whole, cache = run(pipeline, thresholds).logits_BNV, model.new_cache(3)
     with torch.no_grad():
-        conditioning = model.conditioning(values)
+        conditioning = model.embed_condition(values)
         for k, (start, end) in enumerate(model.pyramid.spans):
             step = model.step(conditioning, x[:, start - 1 : end - 1] if k else None, k, cache, thresholds=thresholds)
             assert difference(step.logits_BNV, whole[:, start:end]) <= 1e-4

@@ -30,7 +30,7 @@ def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, ow
     monkeypatch.setattr(ops, "_by_onednn", lambda x, weight: False)  # whose products torch's counter does not know
     pipeline = dynamic_pipeline(activation="relu", own=own)
     model, config = pipeline.transformer, pipeline.config
-    conditioning, cache = model.conditioning(torch.tensor([0, 1, 5])), model.new_cache(3)
+    conditioning, cache = model.embed_condition(torch.tensor([0, 1, 5])), model.new_cache(3)
     seen = []
     for k, count in enumerate(model.pyramid.counts):
         x = torch.randn(3, count, 4) if k else None

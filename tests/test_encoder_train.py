@@ -22,7 +22,7 @@ from nextscale.data.datasets import load_images
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.evaluation.metrics.neighbours import knn_accuracy, knn_classes
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder_run import evaluate_encoder
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
@@ -211,7 +211,7 @@ def test_evaluation_is_the_vote_over_mean_features(tmp_path):
     report = evaluate_encoder(str(tmp_path / "encoder"), "digits", "digits", 0, tmp_path / "report.json")
     images = load_images("digits", 16)
     encoder = load_encoder(str(tmp_path / "encoder"))
-    feature = encoder(to_unit(images.images_B3HW), (4, 4)).mean(dim=(1, 2))
+    feature = encoder(scale_to_unit(images.images_B3HW), (4, 4)).mean(dim=(1, 2))
     expected = float((knn_classes(feature, feature, images.labels_B) == images.labels_B).double().mean())
     assert report["knn_accuracy"] == pytest.approx(expected, abs=2e-3)
     assert json.loads((tmp_path / "report.json").read_text()) == report

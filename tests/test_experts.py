@@ -92,7 +92,7 @@ def padded(mask_TM, more):
 
 
 def by_loop(experts, mask_TM):
-    dispatch = Dispatch.of(mask_TM, int(mask_TM.sum()))
+    dispatch = Dispatch.create(mask_TM, int(mask_TM.sum()))
     return lambda x, gates: experts.in_turn(x, gates[dispatch.row_R, dispatch.expert_R], dispatch)
 
 
@@ -102,7 +102,7 @@ def by_hand(experts, dispatch):
     def compute(x, gates):
         gate_R = gates[dispatch.row_R, dispatch.expert_R]
         return _Differentiated.apply(
-            x, gate_R.to(x.dtype), dispatch.row_R, dispatch.pieces(),
+            x, gate_R.to(x.dtype), dispatch.row_R, dispatch.list_slices(),
             *(t.to(x.dtype) for t in leaves(experts, x, gates)[2:]),
         )  # fmt: skip
 
@@ -134,9 +134,9 @@ def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, wid
         ways = {
             "experts": lambda x, g: experts(x, g, mask, int(mask.sum())),
             "loop": by_loop(experts, mask),
-            "differentiated": by_hand(experts, Dispatch.of(mask, int(mask.sum()))),
+            "differentiated": by_hand(experts, Dispatch.create(mask, int(mask.sum()))),
             "differentiated, padded": by_hand(experts, padded(mask, padding)),
-            "grouped": by_groups(experts, Dispatch.of(mask, int(mask.sum()))),
+            "grouped": by_groups(experts, Dispatch.create(mask, int(mask.sum()))),
             "grouped, padded": by_groups(experts, padded(mask, padding)),
         }
         for name, way in ways.items():
@@ -199,12 +199,12 @@ def test_a_step_of_the_loss_agrees_with_finite_differences():
     """The written-out backward pass against nothing but its own forward pass, in float64."""
     experts, mask = made(3, 4, 8).double(), masks(9, 3, "random", 1)
     x, gates = inputs(9, 3, 4)
-    dispatch = Dispatch.of(mask, int(mask.sum()))
+    dispatch = Dispatch.create(mask, int(mask.sum()))
     arguments = [t.detach().double().requires_grad_() for t in leaves(experts, x, gates)]
 
     def compute(x, gates, *weights):
         gate_R = gates[dispatch.row_R, dispatch.expert_R]
-        return _Differentiated.apply(x, gate_R, dispatch.row_R, dispatch.pieces(), *weights)
+        return _Differentiated.apply(x, gate_R, dispatch.row_R, dispatch.list_slices(), *weights)
 
     assert torch.autograd.gradcheck(compute, arguments)
 
@@ -222,14 +222,14 @@ def test_gradients_of_an_expanded_result():
 @given(st.integers(1, 9), st.integers(1, 20), st.sampled_from(KINDS), st.integers(0, 99))
 def test_dispatch_lists_every_pair_once_by_expert_then_row(count, rows, kind, seed):
     mask = masks(rows, count, kind, seed)
-    dispatch = Dispatch.of(mask, int(mask.sum()))
+    dispatch = Dispatch.create(mask, int(mask.sum()))
     expected = [(j, i) for j in range(count) for i in range(rows) if mask[i, j]]
     assert list(zip(dispatch.expert_R.tolist(), dispatch.row_R.tolist(), strict=True)) == expected
-    pieces = dispatch.pieces()
+    pieces = dispatch.list_slices()
     assert [(j, expected[i][0], expected[e - 1][0]) for j, i, e in pieces] == [(j, j, j) for j, _, _ in pieces]
     assert sum(e - i for _, i, e in pieces) == len(expected)
     more = padded(mask, 5)
-    assert more.pieces() == pieces, "padding belongs to no piece"
+    assert more.list_slices() == pieces, "padding belongs to no piece"
     assert torch.equal(more.row_R[: len(expected)], dispatch.row_R)
 
 
@@ -267,10 +267,10 @@ def kept(count, rows, active, width=16, hidden=64):
 
     alive: list = []
     gate_R = gates[mask].clone().requires_grad_()  # the gates themselves are the router's
-    dispatch = Dispatch.of(mask, rows * active)
+    dispatch = Dispatch.create(mask, rows * active)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         weights = leaves(experts, x, gates)[2:]
-        _Differentiated.apply(x.requires_grad_(), gate_R, dispatch.row_R, dispatch.pieces(), *weights)
+        _Differentiated.apply(x.requires_grad_(), gate_R, dispatch.row_R, dispatch.list_slices(), *weights)
     return sum(sizes.values())
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nextscale.common.errors import UserError
 from nextscale.data.cache import CacheWriter, TokenCache
 from nextscale.encoders.load import load_encoder
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 from tests.conftest import randomised, tiny_config
 from tests.test_data import cache_parts
 
@@ -68,7 +68,7 @@ def test_the_cache_keeps_features_of_every_view(tmp_path):
     writer.write(show=False)
     batch = TokenCache(tmp_path / "cache").load_examples("train").fetch([5, 20], [5, 20])
     images = [parts["train"].fetch([i], [(i % 2) * 21 + i])["image"] for i in (5, 20)]
-    expected = encoder(to_unit(torch.cat(images)), (4, 4))
+    expected = encoder(scale_to_unit(torch.cat(images)), (4, 4))
     assert batch["features"].shape == (2, 4, 4, 16)
     assert torch.allclose(batch["features"].float(), expected, atol=2e-3)
     plain = CacheWriter(tmp_path / "cache", tokenizer, parts, views=2, shard=8)

@@ -15,7 +15,7 @@ from nextscale.data.examples import MemoryExamples
 from nextscale.pyramid import PYRAMID_256, Pyramid
 from nextscale.training.transformer_task import TransformerTask
 from nextscale.transformer.feed_forward.routers import Routing
-from nextscale.transformer.projector import GROUPS, Projector, aggregated, alignment_loss, group_scales
+from nextscale.transformer.projector import GROUPS, Projector, aggregated, compute_alignment_loss, parse_scale_group
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
 from tests.test_transformer import softmax
@@ -27,17 +27,17 @@ PYRAMIDS = ["1,2,3,4", "2x1,3x2,4x3", "4", "1,1,2x3,4x5", "1,3,8"]
 
 def test_groups_of_ten_scales_are_table_6_s():
     """Counted from 1 there, from 0 here."""
-    assert group_scales("last", 10) == (9,)
-    assert group_scales("large", 10) == (7, 8, 9)
-    assert group_scales("intermediate", 10) == (4, 5, 6)
-    assert group_scales("small", 10) == (0, 1, 2)
-    assert group_scales("5, 7,6,7", 10) == (4, 5, 6)
+    assert parse_scale_group("last", 10) == (9,)
+    assert parse_scale_group("large", 10) == (7, 8, 9)
+    assert parse_scale_group("intermediate", 10) == (4, 5, 6)
+    assert parse_scale_group("small", 10) == (0, 1, 2)
+    assert parse_scale_group("5, 7,6,7", 10) == (4, 5, 6)
 
 
 @given(st.integers(1, 40))
 def test_groups_of_other_pyramids(count):
     """At least one scale each, in order, small before intermediate before large; where possible apart."""
-    found = {name: group_scales(name, count) for name in GROUPS}
+    found = {name: parse_scale_group(name, count) for name in GROUPS}
     for scales in found.values():
         assert scales == tuple(range(scales[0], scales[-1] + 1))
         assert 0 <= scales[0] <= scales[-1] < count
@@ -53,7 +53,7 @@ def test_groups_of_other_pyramids(count):
 @pytest.mark.parametrize("group", ["", "middle", "0", "5", "1,5", "1,,2", "-1", "1.5", "3-4", "²"])
 def test_groups_that_there_are_not_are_named(group):
     with pytest.raises(UserError, match="loss.group is '.*'; give one of last, large, intermediate, small, or s"):
-        group_scales(group, 4)
+        parse_scale_group(group, 4)
 
 
 def enlarged(map_hwE, grid):
@@ -96,14 +96,14 @@ def test_aggregation_and_loss_against_the_formulas(pyramid, batch, g, h, width, 
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     projected = torch.randn(batch, pyramid.spans[max(scales)][1], width, generator=rng)
     features = torch.randn(batch, g, h, width, generator=rng)
-    z = aggregated(projected, pyramid, (g, h))
+    z = aggregate_scales(projected, pyramid, (g, h))
     assert len(z) == max(scales) + 1, "as many as there are features of"
     for b in range(batch):
         largest = projected[b].abs().max().item()  # of what is summed: the sums themselves may cancel
         for ours, theirs in zip(z, sums_of(projected[b].double().numpy(), pyramid, (g, h)), strict=True):
             atol = 1e-5 * max(np.abs(theirs).max(), 0.1 * largest)
             np.testing.assert_allclose(ours[b].permute(1, 2, 0).numpy(), theirs, atol=atol)
-    loss = alignment_loss(projected, features, pyramid, scales)
+    loss = compute_alignment_loss(projected, features, pyramid, scales)
     expected = guidance_by_hand(projected.double().numpy(), features.double().numpy(), pyramid, scales)
     assert loss.item() == pytest.approx(expected, abs=1e-3 if width == 1 else 2e-5)
     assert loss.dtype == torch.float32
@@ -114,13 +114,13 @@ def test_loss_is_lowest_where_the_features_are_met_at_any_length():
     pyramid, features = Pyramid.parse("1,2"), torch.randn(2, 1, 1, 5).expand(2, 2, 2, 5)
     projected = torch.zeros(2, 5, 5)
     projected[:, :1] = 3 * features[:, 0, :1]
-    assert alignment_loss(projected, features, pyramid, (0, 1)).item() == pytest.approx(-2)
-    assert alignment_loss(-projected, features, pyramid, (0, 1)).item() == pytest.approx(2)
+    assert compute_alignment_loss(projected, features, pyramid, (0, 1)).item() == pytest.approx(-2)
+    assert compute_alignment_loss(-projected, features, pyramid, (0, 1)).item() == pytest.approx(2)
 
 
 def test_the_loss_reaches_all_scales_up_to_the_group_s_last_and_no_further():
     projected = torch.randn(2, PYRAMID_256.length, 3, requires_grad=True)
-    alignment_loss(projected, torch.randn(2, 16, 16, 3), PYRAMID_256, (4, 5)).backward()
+    compute_alignment_loss(projected, torch.randn(2, 16, 16, 3), PYRAMID_256, (4, 5)).backward()
     end = PYRAMID_256.spans[5][1]
     assert (projected.grad[:, :end].abs().amax(dim=(0, 2)) > 0).all()
     assert projected.grad[:, end:].abs().max() == 0
@@ -129,9 +129,9 @@ def test_the_loss_reaches_all_scales_up_to_the_group_s_last_and_no_further():
 def test_autocast_and_half_features_are_compared_in_float32():
     pyramid = Pyramid.parse("1,2,3")
     projected, features = torch.randn(2, 14, 8), torch.randn(2, 3, 3, 8).half()
-    plain = alignment_loss(projected, features, pyramid, (1, 2))
+    plain = compute_alignment_loss(projected, features, pyramid, (1, 2))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(alignment_loss(projected, features, pyramid, (1, 2)), plain)
+        assert torch.equal(compute_alignment_loss(projected, features, pyramid, (1, 2)), plain)
 
 
 @torch.no_grad()
@@ -213,7 +213,7 @@ def test_the_whole_loss_by_hand(router, group):
     batch = task.examples.fetch(range(3), None)
     noise = task.draw_noise(3, torch.Generator().manual_seed(0))
     loss, scalars = task(batch, noise, 0)
-    pyramid, scales = task.model.pyramid, group_scales(group, 4)
+    pyramid, scales = task.model.pyramid, parse_scale_group(group, 4)
     inputs = task.tokenizer.teacher_inputs(batch["tokens"])
     output = task.model(batch["label"], inputs, guided=max(scales) + 1)
 
@@ -228,7 +228,7 @@ def test_the_whole_loss_by_hand(router, group):
         assert isinstance(routing, Routing)
         per_image = []
         for b in range(3):
-            f = routing.chosen_BNM[b].double().numpy().mean(0)
+            f = routing.selected_BNM[b].double().numpy().mean(0)
             P = routing.scores_BNM[b].double().numpy().mean(0)
             per_image.append(M * (f * P * np.where(np.arange(M) < 4, 1, 0.6)).sum())
         balances.append(np.mean(per_image))

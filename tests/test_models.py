@@ -13,7 +13,7 @@ from nextscale.encoders.load import load_encoder
 from nextscale.evaluation.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.sampler import compute_log_likelihood
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder_run import pooled
 from nextscale.training.tokenizer_run import evaluate_tokenizer
 
@@ -50,7 +50,7 @@ def test_the_cifar10_encoder():
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 2 * 2**20
     encoder = load_encoder(str(folder))
     assert (encoder.kind, encoder.width, encoder.grid) == ("moco_v2", 128, (8, 8))
-    features = encoder(to_unit(sample_photographs()), (8, 8))
+    features = encoder(scale_to_unit(sample_photographs()), (8, 8))
     assert 0.3 < features.std() < 3, "standardised, on photographs of another kind than it was trained on"
     if CIFAR.exists():
         images = load_images(str(CIFAR), 32, 1500, 0).to_examples()
@@ -70,6 +70,6 @@ def test_the_cifar10_generator():
     assert images.tensor.std() > 0.05
     if CIFAR.exists():
         data = load_images(str(CIFAR), 32, 200, 0)
-        tokens_BL = pipeline.tokenizer.encode(to_unit(data.images_B3HW))
+        tokens_BL = pipeline.tokenizer.encode(scale_to_unit(data.images_B3HW))
         nats_BK = -compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
         assert nats_BK.sum(dim=1).mean() / pipeline.config.pyramid.length < 5.2, "class and position alone give 5.46"

@@ -22,7 +22,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.optimizer import build_optimizer
 from nextscale.transformer.feed_forward.routers import ROUTERS, Routing
-from nextscale.transformer.initialization import initialise
+from nextscale.transformer.initialization import initialize_transformer
 from tests.conftest import check_flops, randomised, tiny_config
 from tests.test_routers import chosen_by_loops
 from tests.test_transformer import gelu, reference_forward, softmax
@@ -106,12 +106,12 @@ def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
     values, first = torch.tensor([0, 4, 5]), model.pyramid.counts[0]
     full = model(values, inputs)
     for begin in range(len(model.pyramid)):  # all scales before `begin` at once, the others one by one
-        conditioning, cache = model.conditioning(values), model.new_cache(3)
+        conditioning, cache = model.embed_condition(values), model.new_cache(3)
         for k, (start, end) in enumerate(model.pyramid.spans):
             if k < begin:
                 continue
             if k == begin and k > 0:
-                step = model.catch_up(conditioning, inputs[:, : end - first], k, cache)
+                step = model.prefill(conditioning, inputs[:, : end - first], k, cache)
                 at = 0
             else:
                 step = model.step(conditioning, inputs[:, start - first : end - first] if k else None, k, cache)
@@ -119,7 +119,7 @@ def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
             worst = (step.logits_BNV - full.logits_BNV[:, start:end]).abs().max() / full.logits_BNV.abs().max()
             assert worst <= 1e-5, f"scale {k}: relative difference {worst:.1e}"
             for ours, whole in zip(step.records, full.records, strict=True):
-                assert torch.equal(ours[-1].chosen_BNM, whole[-1].chosen_BNM[:, at:end])
+                assert torch.equal(ours[-1].selected_BNM, whole[-1].selected_BNM[:, at:end])
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -135,7 +135,7 @@ def test_no_scale_sees_a_finer_one(router):
         after = model(torch.tensor([1]), pipeline.tokenizer.teacher_inputs(changed))
         assert torch.allclose(after.logits_BNV[:, :end], before.logits_BNV[:, :end], atol=1e-5), k
         for a, b in zip(after.records, before.records, strict=True):
-            assert torch.equal(a[-1].chosen_BNM[:, :end], b[-1].chosen_BNM[:, :end])
+            assert torch.equal(a[-1].selected_BNM[:, :end], b[-1].selected_BNM[:, :end])
 
 
 @pytest.mark.parametrize("router", ["none", *ROUTERS])
@@ -154,7 +154,7 @@ def test_records_come_back_per_block(router):
         assert isinstance(routing, Routing)
         shape = (2, 30, experts.count + experts.zero_computation)
         assert {tuple(getattr(routing, f.name).shape) for f in dataclasses.fields(routing)} == {shape}
-    cache, conditioning = model.new_cache(2), model.conditioning(torch.tensor([1, 2]))
+    cache, conditioning = model.new_cache(2), model.embed_condition(torch.tensor([1, 2]))
     first = model.step(conditioning, None, 0, cache)
     assert first.projected_BNE is None
     if router != "none":
@@ -255,7 +255,10 @@ def test_structural_count_equals_torch_s_counter(router, experts):
     _, model = build_on_meta(config)
     inputs = [torch.empty(2, n, 4, device="meta") for n in config.pyramid.counts[1:]]
     with FlopCounterMode(display=False) as counter:
-        conditioning, cache = model.conditioning(torch.zeros(2, dtype=torch.int64, device="meta")), model.new_cache(2)
+        conditioning, cache = (
+            model.embed_condition(torch.zeros(2, dtype=torch.int64, device="meta")),
+            model.new_cache(2),
+        )
         for k in range(3):
             model.step(conditioning, inputs[k - 1] if k else None, k, cache)
     scored_once = sum(scored_scale_embeddings(config) for _ in range(3))  # for the whole batch, not for each image
@@ -277,9 +280,9 @@ def test_a_pass_takes_at_most_what_info_says():
     output = randomised(config).transformer(torch.tensor([1, 2]), torch.randn(2, 29, 4))
     experts = config.transformer.experts
     for _, routing in output.records:
-        pairs = routing.chosen_BNM[..., : experts.count].sum().item()
+        pairs = routing.selected_BNM[..., : experts.count].sum().item()
         assert 0 < pairs < 2 * 30 * experts.active
-        assert routing.chosen_BNM.sum() == 2 * 30 * experts.active
+        assert routing.selected_BNM.sum() == 2 * 30 * experts.active
 
 
 @pytest.mark.parametrize("router", ["none", *ROUTERS])
@@ -302,7 +305,7 @@ def test_active_parameters_are_all_but_the_experts_at_rest(router):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_experts_begin_as_dense_layers_do_and_apart(router):
     model = randomised(moe_config(router, depth=4, width=64)).transformer
-    initialise(model, InitConfig(), torch.Generator().manual_seed(1))
+    initialize_transformer(model, InitConfig(), torch.Generator().manual_seed(1))
     std = math.sqrt(1 / (3 * 64))
     for block in model.blocks:
         experts = block.ffn.experts

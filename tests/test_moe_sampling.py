@@ -55,7 +55,7 @@ def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set,
         model = pipeline.pack().transformer if packed else pipeline.transformer
 
         def run(images, model=model):
-            conditioning, cache = model.conditioning(values[images]), model.new_cache(len(values[images]))
+            conditioning, cache = model.embed_condition(values[images]), model.new_cache(len(values[images]))
             steps = [model.step(conditioning, inputs[k - 1][images] if k else None, k, cache) for k in range(4)]
             return torch.cat([s.logits_BNV for s in steps], dim=1)
 

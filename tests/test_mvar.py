@@ -19,7 +19,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.sampling.build import build_sampler
 from nextscale.sampling.sampler import sample_scales
 from nextscale.transformer.context import attention_segments, block_causal_mask
-from nextscale.transformer.initialization import initialise
+from nextscale.transformer.initialization import initialize_transformer
 from tests.conftest import GOLDEN, randomised, tiny_config
 from tests.test_official import assert_same_tensors, close
 from tests.test_transformer import reference_forward
@@ -160,14 +160,14 @@ def test_steps_with_a_carried_state_equal_the_whole(variant):
     values, (first, *_) = torch.tensor([1, 2, 5]), model.pyramid.counts
     inputs = torch.randn(3, model.pyramid.length - first, 4, generator=torch.Generator().manual_seed(1))
     whole = model(values, inputs).logits_BNV
-    conditioning, cache = model.conditioning(values), model.new_cache(3)
+    conditioning, cache = model.embed_condition(values), model.new_cache(3)
     for _ in range(2):
         for k, (start, end) in enumerate(model.pyramid.spans):
             step = model.step(conditioning, inputs[:, start - 1 : end - 1] if k else None, k, cache).logits_BNV
             assert (step - whole[:, start:end]).abs().max() <= 1e-5 * whole.abs().max(), f"scale {k}"
     start, end = model.pyramid.spans[2]
     cache = model.new_cache(3)
-    late = model.catch_up(conditioning, inputs[:, : end - 1], 2, cache).logits_BNV
+    late = model.prefill(conditioning, inputs[:, : end - 1], 2, cache).logits_BNV
     assert (late - whole[:, start:end]).abs().max() <= 1e-5 * whole.abs().max()
     last = model.step(conditioning, inputs[:, end - 1 :], 3, cache).logits_BNV
     assert (last - whole[:, end:]).abs().max() <= 1e-5 * whole.abs().max()
@@ -236,7 +236,7 @@ def test_steps_on_fixed_memory_and_by_a_refiner():
     inputs = pipeline.tokenizer.teacher_inputs(tokens)
     with torch.no_grad():
         both = torch.cat([inputs, inputs])
-        logits = other.transformer(other.transformer.condition.with_none(values), both).logits_BNV
+        logits = other.transformer(other.transformer.condition.add_unconditional(values), both).logits_BNV
     strength = settings.cfg * pipeline.config.pyramid.progress(3)
     last = slice(*pipeline.config.pyramid.spans[3])
     expected = (1 + strength) * logits[:2, last] - strength * logits[2:, last]
@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused():
 def test_initialisation():
     """Mamba's own choice of decays and steps; its last projection is not made smaller with depth, as officially."""
     model = randomised(mvar_config(depth=8, width=256, heads=4, mamba=MambaConfig(head_width=1))).transformer
-    initialise(model, InitConfig(), torch.Generator().manual_seed(0))
+    initialize_transformer(model, InitConfig(), torch.Generator().manual_seed(0))
     mamba = model.blocks[0].mixers[1]
     decay, dt = mamba.A_log.exp(), torch.nn.functional.softplus(mamba.dt_bias)
     assert decay.min() >= 1

@@ -28,7 +28,7 @@ def close(ours, theirs, tolerance=1e-4):
 def test_tokenizer_and_logits(official):
     pipeline, io = pipeline_of(official), official.io
     tokenizer = pipeline.tokenizer
-    close(tokenizer.features(io["in.image"]), io["out.encoder_features"])
+    close(tokenizer.extract_features(io["in.image"]), io["out.encoder_features"])
     assert torch.equal(tokenizer.encode(io["in.image"]), io["out.tokens"])
     inputs = tokenizer.teacher_inputs(io["out.tokens"])
     close(inputs, io["out.teacher_forcing_input"])

@@ -13,7 +13,7 @@ from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.balance import balance_loss, expert_load
+from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
 from nextscale.transformer.feed_forward.mixture import IdleExperts, MixtureOfExperts
 from nextscale.transformer.feed_forward.routers import ROUTERS, Routing, largest
 from tests.test_transformer import softmax
@@ -97,13 +97,13 @@ def check(router, x_BND, pyramid, previous=None):
     np.testing.assert_allclose(routing.scores_BNM.detach().numpy(), scores, atol=2e-5)
     ours = routing.scores_BNM.detach().numpy()
     chosen = chosen_by_loops(router.config, ours, pyramid)
-    np.testing.assert_array_equal(routing.chosen_BNM.numpy(), chosen)
+    np.testing.assert_array_equal(routing.selected_BNM.numpy(), chosen)
     gates = np.where(chosen, ours, 0)
     if router.config.renormalise:
         total = gates.sum(-1, keepdims=True)
         gates = np.where(total > 0, gates / np.where(total > 0, total, 1), 0)
     np.testing.assert_allclose(routing.gates_BNM.detach().numpy(), gates, atol=1e-6)
-    assert routing.chosen_BNM.dtype == torch.bool
+    assert routing.selected_BNM.dtype == torch.bool
     assert {t.dtype for t in (routing.logits_BNM, routing.scores_BNM, routing.gates_BNM)} == {torch.float32}
     return routing
 
@@ -135,7 +135,7 @@ def test_routers_against_the_formulas(config, pyramid, batch, block, seed):
     )
     routing = check(router, x_BND, pyramid)
     check(router, x_BND.flip(0, 1), pyramid, previous=routing)
-    of_experts = routing.chosen_BNM[..., : config.count]
+    of_experts = routing.selected_BNM[..., : config.count]
     pairs = router.pairs((batch, pyramid.length), whole(pyramid))
     assert of_experts.sum() <= pairs
     if config.router != "moe++":
@@ -170,24 +170,24 @@ def test_all_tokens_may_go_to_one_expert():
         router.score.weight.zero_()
         router.score.weight[4] = 50
     routing = router(torch.rand(2, PYRAMID.length, D), whole(PYRAMID))
-    assert routing.chosen_BNM[..., 4].all()
-    assert routing.chosen_BNM.sum() == 2 * PYRAMID.length
+    assert routing.selected_BNM[..., 4].all()
+    assert routing.selected_BNM.sum() == 2 * PYRAMID.length
     assert torch.allclose(routing.gates_BNM[..., 4], torch.ones(()), atol=1e-4)
 
 
 def test_a_scale_of_one_token_has_all_experts_under_expert_choice():
     router = made(ExpertsConfig(router="expert-choice", count=8, active=3), PYRAMID)
     routing = router(torch.randn(3, PYRAMID.length, D), whole(PYRAMID))
-    assert routing.chosen_BNM[:, 0].all()
+    assert routing.selected_BNM[:, 0].all()
     assert torch.allclose(routing.gates_BNM[:, 0].sum(-1), torch.ones(3))
     for start, end in PYRAMID.spans:
-        taken = routing.chosen_BNM[:, start:end].sum(dim=1)
+        taken = routing.selected_BNM[:, start:end].sum(dim=1)
         assert (taken == math.ceil((end - start) * 3 / 8)).all(), "every expert takes equally many"
 
 
 def test_smoe_gives_all_tokens_of_a_scale_the_same_experts():
     router = made(ExpertsConfig(router="smoe"), PYRAMID)
-    chosen = router(torch.randn(2, PYRAMID.length, D), whole(PYRAMID)).chosen_BNM
+    chosen = router(torch.randn(2, PYRAMID.length, D), whole(PYRAMID)).selected_BNM
     sets = set()
     for start, end in PYRAMID.spans:
         assert (chosen[:, start:end] == chosen[:1, start : start + 1]).all()
@@ -213,7 +213,7 @@ def test_a_scale_alone_is_routed_as_within_the_sequence(router):
         for begin, context in ((start, step), (0, caught_up)):
             alone = made_router(x_BND[:, begin:end], context)
             expected = part(together, begin, end)
-            assert torch.equal(alone.chosen_BNM, expected.chosen_BNM)
+            assert torch.equal(alone.selected_BNM, expected.selected_BNM)
             assert torch.allclose(alone.gates_BNM, expected.gates_BNM, atol=1e-6)
             assert alone.gates_BNM.shape == (2, end - begin, config.count + config.zero_computation)
 
@@ -227,7 +227,7 @@ def test_gates_hand_gradients_to_the_router(router):
     routing = module(x_BND, whole(PYRAMID))
     (routing.gates_BNM * weight_BNM).sum().backward()
     S = routing.scores_BNM.detach().double()
-    dS = torch.where(routing.chosen_BNM, weight_BNM.double(), 0)
+    dS = torch.where(routing.selected_BNM, weight_BNM.double(), 0)
     dlogits = S * (dS - (dS * S).sum(-1, keepdim=True))
     seen = torch.zeros_like(x_BND) if router == "smoe" else x_BND
     if module.scale_embed is not None:
@@ -293,7 +293,7 @@ def test_a_mixture_adds_its_idle_experts_and_counts_them_last():
             h = torch.nn.functional.gelu(x @ moe.experts.fc1.weight[j].T + moe.experts.fc1.bias[j], approximate="tanh")
             out = h @ moe.experts.fc2.weight[j].T + moe.experts.fc2.bias[j]
             expected = expected + routing.gates_BNM[..., j : j + 1] * out
-    assert routing.chosen_BNM[..., M:].any()
+    assert routing.selected_BNM[..., M:].any()
     assert torch.allclose(y, expected, atol=1e-4)
 
 
@@ -318,24 +318,24 @@ def test_balance_loss_against_eq_10(batch, tokens, count, idle, idle_weight, see
             P = sum(scores[b, i, j].item() for i in range(tokens)) / tokens
             total += f * P * (idle_weight if j >= count else 1)
         losses.append((count + idle) * total)
-    ours = balance_loss(routing_of(scores, chosen), idle, idle_weight)
+    ours = compute_balance_loss(routing_of(scores, chosen), idle, idle_weight)
     assert ours.item() == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
 
 
 def test_even_use_is_worth_m_and_collapse_costs_more():
     even = torch.eye(8, dtype=torch.bool).roll(1, 0) | torch.eye(8, dtype=torch.bool)  # 2 of 8, in turn
     flat = torch.full((1, 8, 8), 1 / 8)
-    assert balance_loss(routing_of(flat, even[None])).item() == pytest.approx(2)
+    assert compute_balance_loss(routing_of(flat, even[None])).item() == pytest.approx(2)
     sure = torch.full((1, 8, 8), 1e-9)
     sure[..., :2] = 0.5
-    assert balance_loss(routing_of(sure, sure > 0.1)).item() == pytest.approx(8)
+    assert compute_balance_loss(routing_of(sure, sure > 0.1)).item() == pytest.approx(8)
 
 
 def test_balance_loss_teaches_through_the_scores_alone():
     logits = torch.randn(2, 5, 4, requires_grad=True)
     scores = logits.softmax(-1)
     chosen = largest(scores.detach(), 2, -1)
-    balance_loss(routing_of(scores, chosen)).backward()
+    compute_balance_loss(routing_of(scores, chosen)).backward()
     share = chosen.float().mean(1, keepdim=True)
     s = scores.detach()
     expected = 4 * s * (share - (s * share).sum(-1, keepdim=True)) / (2 * 5)
@@ -345,9 +345,9 @@ def test_balance_loss_teaches_through_the_scores_alone():
 def test_expert_load_is_normalised():
     chosen = torch.zeros(2, 3, 4, dtype=torch.bool)
     chosen[..., 1], chosen[0, :, 3] = True, True
-    assert torch.allclose(expert_load(chosen), torch.tensor([0, 64 * 6 / 9, 0, 64 * 3 / 9]))
-    assert torch.allclose(expert_load(chosen, total=1.0), torch.tensor([0, 6 / 9, 0, 3 / 9]))
-    assert expert_load(torch.zeros_like(chosen)).abs().sum() == 0
+    assert torch.allclose(compute_expert_load(chosen), torch.tensor([0, 64 * 6 / 9, 0, 64 * 3 / 9]))
+    assert torch.allclose(compute_expert_load(chosen, total=1.0), torch.tensor([0, 6 / 9, 0, 3 / 9]))
+    assert compute_expert_load(torch.zeros_like(chosen)).abs().sum() == 0
 
 
 @pytest.mark.parametrize(

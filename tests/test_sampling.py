@@ -160,7 +160,7 @@ def test_scales_are_yielded_as_they_are_done(tiny):
     assert [s.k for s in rest] == [1, 2, 3]
     whole = tiny.sample([1, 2], seed=7)
     assert torch.equal(torch.cat([s.tokens_BN for s in (first, *rest)], dim=1), whole.tokens)
-    assert torch.equal((tiny.tokenizer.paint(rest[-1].canvas_BChw) + 1) / 2, whole.tensor)
+    assert torch.equal((tiny.tokenizer.decode_canvas(rest[-1].canvas_BChw) + 1) / 2, whole.tensor)
 
 
 def test_tokens_paint_the_image(tiny):
@@ -175,7 +175,7 @@ def test_log_likelihood_against_the_chain_rule():
     model, tokenizer = pipeline.transformer, pipeline.tokenizer
     tokens, values = torch.randint(0, 32, (2, 14)), torch.tensor([1, 5])
     scores = compute_log_likelihood(tokenizer, model, tokens, values)
-    conditioning, cache, canvas = model.conditioning(values), model.new_cache(2), tokenizer.blank_canvas(2)
+    conditioning, cache, canvas = model.embed_condition(values), model.new_cache(2), tokenizer.new_canvas(2)
     for k, (start, end) in enumerate(model.pyramid.spans):
         x = tokenizer.next_input(canvas, k) if k else None
         logp = model.step(conditioning, x, k, cache).logits_BNV.double().log_softmax(-1)

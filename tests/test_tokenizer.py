@@ -121,18 +121,18 @@ def test_one_law_for_every_use(scales):
     tokenizer = randomised(tiny_config(scales)).tokenizer
     h, w = (2 * s for s in tokenizer.pyramid.last)
     images = torch.rand(3, 3, h, w) * 2 - 1
-    encoded = list(tokenizer.quantizer.scales(tokenizer.features(images)))
+    encoded = list(tokenizer.quantizer.encode_scales(tokenizer.extract_features(images)))
     tokens = tokenizer.encode(images)
     assert torch.equal(tokens, torch.cat([scale.tokens_BN for scale in encoded], dim=1))
-    for canvas, scale in zip(tokenizer.canvases(tokens), encoded, strict=True):
+    for canvas, scale in zip(tokenizer.build_canvases(tokens), encoded, strict=True):
         assert torch.equal(canvas, scale.canvas_BChw)
-    canvas, inputs = tokenizer.blank_canvas(3), []
+    canvas, inputs = tokenizer.new_canvas(3), []
     for k, (start, end) in enumerate(tokenizer.pyramid.spans):
         if k:
             inputs.append(tokenizer.next_input(canvas, k))
         canvas = tokenizer.add_scale(canvas, tokens[:, start:end], k)
     assert torch.equal(torch.cat([*inputs, torch.zeros(3, 0, 4)], dim=1), tokenizer.teacher_inputs(tokens))
-    assert torch.equal(tokenizer.paint(canvas), tokenizer.decode(tokens))
+    assert torch.equal(tokenizer.decode_canvas(canvas), tokenizer.decode(tokens))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -141,10 +141,10 @@ def test_an_image_is_encoded_and_decoded_the_same_alone_and_in_a_batch(threads, 
     threads_set(threads)
     tokenizer = randomised(tiny_config("1,2,3,8")).tokenizer
     images = torch.rand(17, 3, 16, 16) * 2 - 1
-    tokens, features = tokenizer.encode(images), tokenizer.features(images)
+    tokens, features = tokenizer.encode(images), tokenizer.extract_features(images)
     painted = tokenizer.decode(tokens)
     for i in range(5):
-        assert torch.equal(tokenizer.features(images[i : i + 1])[0], features[i])
+        assert torch.equal(tokenizer.extract_features(images[i : i + 1])[0], features[i])
         assert torch.equal(tokenizer.encode(images[i : i + 1])[0], tokens[i])
         assert torch.equal(tokenizer.decode(tokens[i : i + 1])[0], painted[i])
 

@@ -22,7 +22,7 @@ from nextscale.evaluation.metrics.reconstruction import psnr, ssim
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.codebook import CodebookLearner
-from nextscale.tokenizer.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from nextscale.tokenizer.discriminator import PatchDiscriminator, compute_adaptive_weight, compute_hinge_loss
 from nextscale.tokenizer.quantizer import Quantized
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
@@ -45,7 +45,7 @@ def test_moving_averages_against_a_loop():
         learner.observe(quantized, count_codes(quantized.tokens_BL, tokenizer.pyramid, 32))
         learner.learn(World(), None)
         seen, summed = np.zeros(32), np.zeros((32, 4))
-        for token, vector in zip(quantized.tokens_BL.flatten(), quantized.wanted_BLC.flatten(0, 1), strict=True):
+        for token, vector in zip(quantized.tokens_BL.flatten(), quantized.residual_BLC.flatten(0, 1), strict=True):
             seen[token] += 1
             summed[token] += vector.double().numpy()
         count, total = 0.9 * count + 0.1 * seen, 0.9 * total + 0.1 * summed
@@ -57,8 +57,8 @@ def test_moving_averages_against_a_loop():
 def test_wanted_vectors_are_what_codes_were_looked_up_for():
     tokenizer = randomised(tiny_config()).tokenizer
     quantized = tokenizer(torch.randn(2, 3, 8, 8))[1]
-    assert torch.equal(tokenizer.quantizer.nearest(quantized.wanted_BLC), quantized.tokens_BL)
-    assert not quantized.wanted_BLC.requires_grad
+    assert torch.equal(tokenizer.quantizer.find_nearest(quantized.residual_BLC), quantized.tokens_BL)
+    assert not quantized.residual_BLC.requires_grad
 
 
 def test_dead_codes_move_to_vectors_of_the_batch_and_living_ones_stay():
@@ -127,9 +127,9 @@ def test_psnr_and_ssim_against_numpy():
 
 def test_hinge_loss_and_adaptive_weight():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
-    assert hinge_loss(real, fake).item() == pytest.approx((0.25 + 0.75) / 2)
+    assert compute_hinge_loss(real, fake).item() == pytest.approx((0.25 + 0.75) / 2)
     layer = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    weight = adaptive_weight((3 * layer).sum(), (layer**2).sum(), layer)
+    weight = compute_adaptive_weight((3 * layer).sum(), (layer**2).sum(), layer)
     assert weight.item() == pytest.approx(np.sqrt(18) / (np.sqrt(4 + 16) + 1e-4))
 
 

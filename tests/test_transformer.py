@@ -8,7 +8,7 @@ import torch
 
 from nextscale.common.errors import UserError
 from nextscale.training.transformer_task import branch_keep
-from nextscale.transformer.initialization import InitConfig, initialise
+from nextscale.transformer.initialization import InitConfig, initialize_transformer
 from tests.conftest import randomised, tiny_config
 
 VARIANTS = [
@@ -30,7 +30,7 @@ def test_cached_steps_equal_the_full_forward(scales, variant):
     inputs = tokenizer.teacher_inputs(tokens)
     values = torch.tensor([0, 4, 5])
     full = model(values, inputs).logits_BNV
-    conditioning, cache = model.conditioning(values), model.new_cache(3)
+    conditioning, cache = model.embed_condition(values), model.new_cache(3)
     first = model.pyramid.counts[0]
     for k, (start, end) in enumerate(model.pyramid.spans):
         x = inputs[:, start - first : end - first] if k else None
@@ -199,7 +199,7 @@ def test_stochastic_depth_keeps_the_mean_and_grows_with_depth():
 @pytest.mark.parametrize("shared", [False, True])
 def test_initialisation_is_var_s(shared):
     model = randomised(tiny_config(depth=4, width=64, shared_adaln=shared)).transformer
-    initialise(model, InitConfig(adaln=0.5, adaln_gamma=1e-3, head=0.02), torch.Generator().manual_seed(1))
+    initialize_transformer(model, InitConfig(adaln=0.5, adaln_gamma=1e-3, head=0.02), torch.Generator().manual_seed(1))
     std = math.sqrt(1 / (3 * 64))
 
     def near(tensor, expected):
@@ -225,8 +225,8 @@ def test_initialisation_is_var_s(shared):
 def test_labels(tiny):
     condition = tiny.transformer.condition
     assert condition.parse([0, 4, None]).tolist() == [0, 4, 5]
-    assert condition.with_none(torch.tensor([1])).tolist() == [1, 5]
-    assert condition.select(torch.tensor([True, False]), torch.tensor([1, 2])).tolist() == [5, 2]
+    assert condition.add_unconditional(torch.tensor([1])).tolist() == [1, 5]
+    assert condition.drop(torch.tensor([True, False]), torch.tensor([1, 2])).tolist() == [5, 2]
     for wrong in (5, -1, 10**12, 1.5):
         with pytest.raises(UserError, match=f"label {wrong} is out of range: this model has 5 classes, 0 to 4"):
             condition.parse([0, wrong])

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
+from nextscale.common.registry import ROUTERS
 from nextscale.common.rng import make_generator
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import TransformerConfig
-from nextscale.transformer.feed_forward.routers import ROUTERS
-from nextscale.transformer.initialization import draw_weights
+from nextscale.transformer.initialization import initialize_weights
 
 EQUAL = ("stmoe", "smoe")
 """Routers under which every token has experts, and all of them have an FFN."""
@@ -49,8 +49,8 @@ def upcycle(checkpoint: Checkpoint, experts: ExpertsConfig, seed: int = 0, noise
         else:
             weights[name] = tensor
     for block in range(model.depth):
-        router = ROUTERS[experts.router](model, len(config.pyramid), block)
-        draw_weights(router, model.width, make_generator(seed, "router", block))
+        router = ROUTERS.get(experts.router)(model, len(config.pyramid), block)
+        initialize_weights(router, model.width, make_generator(seed, "router", block))
         weights |= {f"blocks.{block}.ffn.router.{n}": t for n, t in router.state_dict().items()}
     return Checkpoint(config, dict(checkpoint.tokenizer), weights, dict(checkpoint.origin))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
 from datetime import date
 from pathlib import Path
@@ -12,10 +10,7 @@ from typing import Any
 import torch
 
 import nextscale
-from nextscale.backends.cpu import ops
 from nextscale.common.errors import UserError
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 
 def find_device(name: torch.device | str) -> torch.device:
@@ -52,21 +47,3 @@ def _processor() -> str:
     parts = [facts.get("model name", platform.machine())]
     parts += [f"{n} {facts[k]}" for n, k in (("family", "cpu family"), ("model", "model")) if k in facts]
     return ", ".join(parts)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory that large tensors free, and torch ask for huge pages for them.
-
-    By default every tensor of more than a few MiB is new memory from the system, which must be cleared page by page
-    and costs more than what is computed in it: a convolutional decoder takes a quarter less time this way. For the
-    whole process; without effect off Linux's C library, and with NEXTSCALE_PLAIN=1.
-    """
-    if not ops.fast:
-        return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_MMAP_THRESHOLD, 2**30)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nextscale.common.devices import find_device, keep_freed_memory
+from nextscale.common.devices import find_device
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,6 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
     """The world that the launcher's environment describes. `device`: cpu, cuda, cuda:1, or auto for what there is."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    if place.type == "cpu":
-        keep_freed_memory()  # the same tensors come again in every step
     if size == 1:
         yield World(0, 1, place)
         return

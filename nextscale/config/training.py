@@ -56,6 +56,8 @@ class TrainConfig:
     sharding: Literal["none", "full", "experts"] = "none"
     """Over several processes: each holds the whole model (DDP); or a part of all weights and of the optimizer (FSDP2);
     or all but a part of the experts, to which tokens travel (expert parallelism)."""
+    backend: Literal["auto", "plain"] = "auto"
+    """auto: fast modules of this machine; plain: plain PyTorch modules, whose results differ by rounding."""
     workers: int = 0
     """Processes per process that read and decode examples ahead; 0 = in the training process."""
     save_every: int = 200

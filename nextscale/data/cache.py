@@ -27,7 +27,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_atomically, write_json
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.encoders.patches import PatchEncoder
-from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
 FORMAT, VERSION = "nextscale-tokens", 1
 SPLITS = ("train", "held_out")
@@ -138,7 +138,7 @@ class CacheWriter:
     def _encode_batch(self, images: Batch) -> dict[str, Tensor]:
         """Tokens, labels and, with an encoder, features."""
         dtype = torch.int16 if self.tokenizer.config.vocab_size <= 2**15 else torch.int32
-        image_B3HW = to_unit(images["image"].to(self.tokenizer.quantizer.codebook.weight.device))
+        image_B3HW = scale_to_unit(images["image"].to(self.tokenizer.quantizer.codebook.weight.device))
         encoded = {"tokens": self.tokenizer.encode(image_B3HW).to(dtype), "labels": images["label"]}
         if self.encoder is not None:
             encoded["features"] = self.encoder(image_B3HW, self.tokenizer.pyramid.last).half()

@@ -21,7 +21,7 @@ from nextscale.data.datasets import decode_image
 from nextscale.data.sources import open_source
 from nextscale.encoders.network import fingerprint
 from nextscale.pipeline import Pipeline
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 
 
 class MeasuredImages(Protocol):
@@ -126,7 +126,7 @@ class Reconstructions:
     @torch.no_grad()
     def fetch(self, start: int, stop: int) -> Tensor:
         tokenizer = self.pipeline.tokenizer
-        image_B3HW = to_unit(self.originals.fetch(start, stop)).to(self.pipeline.device)
+        image_B3HW = scale_to_unit(self.originals.fetch(start, stop)).to(self.pipeline.device)
         return to_uint8((tokenizer.decode(tokenizer.encode(image_B3HW)) + 1) / 2)
 
     def labels(self) -> Tensor | None:

@@ -90,7 +90,7 @@ def time_batch(pipeline: Pipeline, batch: int, settings: SampleConfig) -> tuple[
         times.append(_read_clock(pipeline.device))
     assert canvas is not None, "a pyramid has a scale"
     with torch.no_grad():
-        pipeline.tokenizer.paint(canvas)
+        pipeline.tokenizer.decode_canvas(canvas)
     scales = [b - a for a, b in pairwise(times)]
     return scales, _read_clock(pipeline.device) - times[-1]
 

@@ -24,7 +24,7 @@ from nextscale.evaluation.extract import Extraction, extract_features, read_feat
 from nextscale.evaluation.images import MeasuredImages, NpzImages, open_images
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.evaluation.reference import NpzFile, Reference, choose_evenly, read_npz
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 
 _INCEPTION_WIDTH = 2048
 
@@ -177,7 +177,7 @@ def _plan_extraction(
         distance = Lpips.from_files(*lpips).to(world.device)
 
         def pair_distance(a: Tensor, b: Tensor) -> Tensor:
-            return distance(to_unit(a), to_unit(b))
+            return distance(scale_to_unit(a), scale_to_unit(b))
 
     def save_images(first: int, pixels: Tensor) -> None:
         assert images_out is not None, "only called when images are written"

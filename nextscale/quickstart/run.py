@@ -29,7 +29,7 @@ from nextscale.quickstart.measure import check_available, measure
 from nextscale.research.analysis.routing import write_routing
 from nextscale.research.analysis.subject import Subject, about
 from nextscale.sampling.sampler import compute_log_likelihood
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder_run import EncoderCallbacks
 from nextscale.training.encoder_task import new_encoder_task
 from nextscale.training.engine.log import read_log
@@ -118,13 +118,13 @@ def trained_encoder(
 
 def features_of(data: ImageSet, encoder: SmallEncoder, grid_size: tuple[int, int]) -> Tensor:
     """The encoder's features (N, h, w, E) of all images."""
-    return torch.cat([encoder(to_unit(part), grid_size) for part in data.images_B3HW.split(_BATCH)])
+    return torch.cat([encoder(scale_to_unit(part), grid_size) for part in data.images_B3HW.split(_BATCH)])
 
 
 @torch.no_grad()
 def encode_all(pipeline: Pipeline, images_B3HW: Tensor) -> Tensor:
     """Tokens (B, L) of uint8 images."""
-    return torch.cat([pipeline.tokenizer.encode(to_unit(part)) for part in images_B3HW.split(_BATCH)])
+    return torch.cat([pipeline.tokenizer.encode(scale_to_unit(part)) for part in images_B3HW.split(_BATCH)])
 
 
 def cross_entropy(pipeline: Pipeline, data: ImageSet) -> float:
@@ -142,11 +142,11 @@ def show(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folde
     save_grid(samples.tensor, samples.captions, folder / "samples.png", columns=_SAMPLES_PER_CLASS)
 
     steps = pipeline.sample_scales([0], config.sampling)
-    growing = torch.cat([pipeline.tokenizer.paint(step.canvas_BChw) for step in steps])
+    growing = torch.cat([pipeline.tokenizer.decode_canvas(step.canvas_BChw) for step in steps])
     captions = [f"{h}x{w}" for h, w in pipeline.config.pyramid.sides]
     save_grid((growing + 1) / 2, captions, folder / "scales.png", columns=len(captions))
 
-    real = to_unit(held_out.images_B3HW[:500])
+    real = scale_to_unit(held_out.images_B3HW[:500])
     painted = pipeline.tokenizer.decode(pipeline.tokenizer.encode(real))
     pairs = torch.stack([real[:8], painted[:8]]).flatten(0, 1)
     count = len(pairs) // 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.config.model import TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.sampling.draw import OfficialRandom, PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
@@ -57,7 +57,7 @@ def build_sampler(
     strengths = schedule_guidance(settings.cfg, model.pyramid)
     filters = build_filters(settings, len(model.pyramid))
     if settings.guided:
-        predict = _build_predictor(model, model.condition.with_none(values), settings, refiner, captured)
+        predict = _build_predictor(model, model.condition.add_unconditional(values), settings, refiner, captured)
         predict = GuidedPredictor(predict, strengths)
     else:
         predict = _build_predictor(model, values, settings, refiner, captured)
@@ -79,11 +79,10 @@ def _build_predictor(
     if captured is not None:
         return captured(model, values)
     if settings.prune:
-        from nextscale.sampling.pruning import Pruning
+        from nextscale.sampling.pruning import PrunedPredictor, PruningPlan
 
-        return ModelPredictor(
-            model, values, thresholds, Pruning(model.pyramid, settings.prune, settings.prune_first_block)
-        )
+        plan = PruningPlan(model.pyramid, settings.prune, settings.prune_first_block)
+        return PrunedPredictor(model, values, plan, thresholds)
     predict = ModelPredictor(model, values, thresholds)
     if refiner is None:
         return predict

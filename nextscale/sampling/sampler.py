@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.feed_forward.interface import Record
 from nextscale.transformer.var import VAR, Output
 
 Predictor = Callable[[Tensor | None, int], Output]
@@ -53,8 +54,8 @@ class ScaleStep:
     """After guidance, before processors, temperature and filters."""
     tokens_BN: Tensor
     canvas_BChw: Tensor
-    """The canvas with this scale added; `tokenizer.paint(canvas)` is the image so far."""
-    records: list[list[Any]]
+    """The canvas with this scale added; `tokenizer.decode_canvas(canvas)` is the image so far."""
+    records: list[Record | None]
     """What each layer of each block recorded at this scale, of all sequences; empty with captured graphs."""
 
 
@@ -62,7 +63,7 @@ class ScaleStep:
 def sample_scales(sampler: Sampler) -> Iterator[ScaleStep]:
     """Sample a batch, scale by scale, coarse to fine (VAR, arXiv 2404.02905)."""
     tokenizer = sampler.tokenizer
-    canvas, x_BNC = tokenizer.blank_canvas(sampler.batch), None
+    canvas, x_BNC = tokenizer.new_canvas(sampler.batch), None
     for k in range(len(tokenizer.pyramid)):
         if k > 0:
             x_BNC = tokenizer.next_input(canvas, k)
@@ -89,11 +90,11 @@ class SampledImages:
 @torch.no_grad()
 def sample_images(sampler: Sampler) -> SampledImages:
     """Sample a batch of images: `sample_scales` run to its end. UserError when the logits are not finite."""
-    tokens, canvas = [], sampler.tokenizer.blank_canvas(sampler.batch)
+    tokens, canvas = [], sampler.tokenizer.new_canvas(sampler.batch)
     for step in check_finite(sample_scales(sampler)):
         tokens.append(step.tokens_BN)
         canvas = step.canvas_BChw
-    return SampledImages(torch.cat(tokens, dim=1), (sampler.tokenizer.paint(canvas) + 1) / 2)
+    return SampledImages(torch.cat(tokens, dim=1), (sampler.tokenizer.decode_canvas(canvas) + 1) / 2)
 
 
 def check_finite(steps: Iterator[ScaleStep]) -> Iterator[ScaleStep]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nextscale.backends.cpu.ops import linear
 from nextscale.sampling.draw import RandomSource
 from nextscale.tokenizer.tokenizer import Tokenizer
 
@@ -22,4 +21,4 @@ class SmoothEmbedding:
         ratio = self.tokenizer.pyramid.progress(k)
         temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
         noisy_BNV = logits_BNV * (1 + ratio) + self.random.draw_gumbel(logits_BNV, k)
-        return linear((noisy_BNV / temperature).softmax(dim=-1), self.tokenizer.quantizer.codebook.weight.T)
+        return self.tokenizer.quantizer.mix_codes((noisy_BNV / temperature).softmax(dim=-1))

@@ -66,7 +66,7 @@ def measure_thresholds(
     """One measurement for each of the candidates."""
     sums, images = [torch.zeros(5, len(config.pyramid), dtype=torch.float64) for _ in candidates], 0
     for labels_B, tokens_BL in tqdm(batches, desc=f"measuring {len(candidates)} thresholds", unit="batch"):
-        values = model.condition.with_none(labels_B)
+        values = model.condition.add_unconditional(labels_B)
         inputs_BLC = tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         dense_BLV = model(values, inputs_BLC).logits_BNV.log_softmax(dim=-1)
         images += len(labels_B)

@@ -20,7 +20,7 @@ from nextscale.config.feed_forward import DynamicConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.sparsify.cluster import run_balanced_kmeans
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
-from nextscale.transformer.initialization import draw_weights
+from nextscale.transformer.initialization import initialize_weights
 
 _SAMPLED_ROWS = 61
 _PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
@@ -96,7 +96,7 @@ def split_ffns(checkpoint: Checkpoint, expert_size: int, scales: int, router_wid
             weights[f"{divided}.{name}"] = weights[f"{divided}.{name}"][order_F]
         weights[f"{divided}.fc2.weight"] = weights[f"{divided}.fc2.weight"][:, order_F].contiguous()
         router = ExpertRouter(model.width, router_width, experts)
-        draw_weights(router, model.width, router_rng)
+        initialize_weights(router, model.width, router_rng)
         weights |= {f"{ffn}.router.{name}": tensor for name, tensor in router.state_dict().items()}
         weights[f"{ffn}.importance_F"] = torch.zeros(model.ffn_width)
     return _replace_model(checkpoint, dynamic, weights)

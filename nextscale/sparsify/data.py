@@ -22,7 +22,7 @@ from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
-from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
 _HELD_OUT_EVERY = 10
 """Of the model's own samples one in so many is held out."""
@@ -120,6 +120,6 @@ def load_batches(examples: Examples, tokenizer: Tokenizer, limit: int, size: int
         if "tokens" in batch:
             tokens_BL = batch["tokens"].to(device).long()
         else:
-            tokens_BL = tokenizer.encode(to_unit(batch["image"].to(device)))
+            tokens_BL = tokenizer.encode(scale_to_unit(batch["image"].to(device)))
         batches.append((batch["label"].to(device), tokens_BL))
     return batches

@@ -127,7 +127,7 @@ def _measure_importance(job: Job, pipeline: Pipeline) -> None:
     )  # fmt: skip
     for label_B, tokens_BL in batches:
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
-        output = model(model.condition.with_none(label_B), inputs_BLC, thresholds=thresholds)
+        output = model(model.condition.add_unconditional(label_B), inputs_BLC, thresholds=thresholds)
         found = [record.contribution_F for record in recorded(output.records, UnitContribution)]
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         images += len(label_B)

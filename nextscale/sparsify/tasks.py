@@ -97,7 +97,7 @@ class RouterTask(Task):
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         label_B, _, inputs_BLC = read_batch(batch, self._frozen[0])
-        values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
+        values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
         output = self.model(values, inputs_BLC, thresholds=self.thresholds)
         norms = recorded(output.records, Norms)
         errors = [(n.predicted_BNE - n.true_BNE).square().mean() / n.true_BNE.square().mean() for n in norms]

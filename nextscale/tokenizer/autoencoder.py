@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.ops import Conv2d
 from nextscale.config.tokenizer import TokenizerConfig
 
 
-def _silu(x: Tensor) -> Tensor:
-    """SiLU; without a gradient to come in place, since fresh memory costs more than the arithmetic."""
+def apply_silu(x: Tensor) -> Tensor:
+    """SiLU; in place where no gradient needs the input, as new memory costs more than the arithmetic."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -27,14 +26,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
-        self.conv1 = Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
-        self.conv2 = Conv2d(channels_out, channels_out, 3, padding=1)
-        self.shortcut = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        y = self.conv1(_silu(self.norm1(x_BChw)))
-        y = self.conv2(_silu(self.norm2(y)))
+        y = self.conv1(apply_silu(self.norm1(x_BChw)))
+        y = self.conv2(apply_silu(self.norm2(y)))
         return self.shortcut(x_BChw) + y
 
 
@@ -44,8 +43,8 @@ class MapAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.qkv = Conv2d(channels, 3 * channels, 1)
-        self.proj = Conv2d(channels, channels, 1)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         B, C, h, w = x_BChw.shape
@@ -72,7 +71,7 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-class Halve(Conv2d):
+class Downsample(nn.Conv2d):
     """Stride-2 3x3 convolution, padded on the right and below only."""
 
     def __init__(self, channels: int):
@@ -82,7 +81,7 @@ class Halve(Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
-class Double(Conv2d):
+class Upsample(nn.Conv2d):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
@@ -92,7 +91,7 @@ class Double(Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def _middle(channels: int, config: TokenizerConfig) -> nn.Sequential:
+def build_middle(channels: int, config: TokenizerConfig) -> nn.Sequential:
     groups = config.norm_groups
     attention = MapAttention(channels, groups) if config.middle_attention else nn.Identity()
     return nn.Sequential(
@@ -107,22 +106,22 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         deepest = len(widths) - 1
-        self.conv_in = Conv2d(3, config.base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         self.levels = nn.Sequential()
         before = config.base_channels
         for i, width in enumerate(widths):
             channels = [before] + [width] * config.res_blocks
             last = i == deepest
-            resample = nn.Identity() if last else Halve(width)
+            resample = nn.Identity() if last else Downsample(width)
             self.levels.append(Level(channels, config.norm_groups, config.attention and last, resample))
             before = width
-        self.middle = _middle(before, config)
+        self.middle = build_middle(before, config)
         self.norm_out = nn.GroupNorm(config.norm_groups, before, eps=1e-6)
-        self.conv_out = Conv2d(before, config.code_width, 3, padding=1)
+        self.conv_out = nn.Conv2d(before, config.code_width, 3, padding=1)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         x = self.middle(self.levels(self.conv_in(image_B3HW)))
-        return self.conv_out(_silu(self.norm_out(x)))
+        return self.conv_out(apply_silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -130,23 +129,21 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
+        self.config = config
         widths = [config.base_channels * m for m in config.channel_multipliers]
         before = widths[-1]
-        self.conv_in = Conv2d(config.code_width, before, 3, padding=1)
-        self.middle = _middle(before, config)
+        self.conv_in = nn.Conv2d(config.code_width, before, 3, padding=1)
+        self.middle = build_middle(before, config)
         self.levels = nn.Sequential()
         for i, width in reversed(list(enumerate(widths))):
             channels = [before] + [width] * (config.res_blocks + 1)
-            resample = Double(width) if i else nn.Identity()
+            resample = Upsample(width) if i else nn.Identity()
             deepest = i == len(widths) - 1
             self.levels.append(Level(channels, config.norm_groups, config.attention and deepest, resample))
             before = width
         self.norm_out = nn.GroupNorm(config.norm_groups, before, eps=1e-6)
-        self.conv_out = Conv2d(before, 3, 3, padding=1)
-        for module in self.modules():
-            if isinstance(module, Conv2d):
-                module.winograd = True
+        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
     def forward(self, features_BChw: Tensor) -> Tensor:
         x = self.levels(self.middle(self.conv_in(features_BChw)))
-        return self.conv_out(_silu(self.norm_out(x)))
+        return self.conv_out(apply_silu(self.norm_out(x)))

@@ -53,41 +53,41 @@ class CodebookLearner(nn.Module):
 
     @torch.no_grad()
     def observe(self, quantized: Quantized, counts_KV: Tensor) -> None:
-        """Note what codes were wanted for, in one portion of a step's batch. `counts_KV`: how often each was chosen."""
-        self._seen.append((quantized.tokens_BL, quantized.wanted_BLC, counts_KV))
+        """Store the looked-up vectors of one micro-batch. `counts_KV`: how often each code was chosen."""
+        self._seen.append((quantized.tokens_BL, quantized.residual_BLC, counts_KV))
 
     @torch.no_grad()
-    def learn(self, world: Reducer, rng: torch.Generator | None) -> None:
-        """Take the portions of a step, over all processes, into the statistics and, with `ema`, into the codes.
+    def update(self, world: Reducer, rng: torch.Generator | None) -> None:
+        """Take the micro-batches of a step, over all processes, into the statistics and, with `ema`, into the codes.
 
         With `rng`, dead codes are then revived.
         """
         tokens_R = torch.cat([tokens for tokens, _, _ in self._seen]).flatten()
-        wanted_RC = torch.cat([wanted for _, wanted, _ in self._seen]).flatten(0, 1)
+        residual_RC = torch.cat([residual for _, residual, _ in self._seen]).flatten(0, 1)
         counts_KV = world.sum(torch.stack([counts for _, _, counts in self._seen]).sum(dim=0).float())
         self._seen.clear()
         quantizer = self.quantizer[0]
         quantizer.usage_KV.lerp_(counts_KV, 1 - _USAGE_DECAY)
         if self.ema_decay is not None:
-            summed_VC = world.sum(torch.zeros_like(self.sum_VC).index_add_(0, tokens_R, wanted_RC))
+            summed_VC = world.sum(torch.zeros_like(self.sum_VC).index_add_(0, tokens_R, residual_RC))
             self.count_V.lerp_(counts_KV.sum(dim=0), 1 - self.ema_decay)
             self.sum_VC.lerp_(summed_VC, 1 - self.ema_decay)
             # codes that nobody chose keep their place: their sum and count shrink alike
             quantizer.codebook.weight.copy_(self.sum_VC / self.count_V.clamp_min(1e-5).unsqueeze(1))
         if rng is not None:
-            self._revive(wanted_RC, world, rng)
+            self._revive(residual_RC, world, rng)
 
-    def _revive(self, wanted_RC: Tensor, world: Reducer, rng: torch.Generator) -> None:
+    def _revive(self, residual_RC: Tensor, world: Reducer, rng: torch.Generator) -> None:
         """Put dead codes where vectors of the batch are, and count them in `revived`."""
         quantizer = self.quantizer[0]
         use_V = quantizer.usage_KV.sum(dim=0)
         dead = (use_V < self.revive_below * use_V.mean()).nonzero().flatten()
         if len(dead) == 0:
             return
-        rows = len(wanted_RC)
-        chosen = torch.randint(rows * world.size, (len(dead),), generator=rng).to(wanted_RC.device)
+        rows = len(residual_RC)
+        chosen = torch.randint(rows * world.size, (len(dead),), generator=rng).to(residual_RC.device)
         is_mine = (chosen // rows == world.rank).unsqueeze(1)  # processes hold consecutive parts of the batch
-        chosen_RC = world.sum(torch.where(is_mine, wanted_RC[chosen % rows], 0.0))
+        chosen_RC = world.sum(torch.where(is_mine, residual_RC[chosen % rows], 0.0))
         quantizer.codebook.weight[dead] = chosen_RC
         # counted as average users at first, so that they have time to find users
         quantizer.usage_KV[:, dead] = quantizer.usage_KV.mean(dim=1, keepdim=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions that judge overlapping patches: image (B, 3, H, W) in [-1, 1] to one logit per patch.
+    """Convolutions that classify overlapping patches: image (B, 3, H, W) in [-1, 1] to one logit per patch.
 
-    GroupNorm stands where pix2pix has BatchNorm, so that the judgement of an image does not depend on its batch.
+    GroupNorm stands where pix2pix has BatchNorm, so that the result for an image does not depend on its batch.
     """
 
     def __init__(self, channels: int, layers: int):
@@ -32,13 +32,13 @@ class PatchDiscriminator(nn.Module):
         return self.layers(image_B3HW)
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises: real patches above 1, painted ones below -1."""
+def compute_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss: real patches above 1, reconstructed ones below -1."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the two losses' gradients at the decoder's last layer: makes them pull with equal strength."""
-    (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (pull,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (wanted.norm() / (pull.norm() + 1e-4)).clamp(0, 1e4).detach()
+def compute_adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Ratio of the two losses' gradients at the decoder's last layer: both then have equal influence."""
+    (target,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (gradient,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (target.norm() / (gradient.norm() + 1e-4)).clamp(0, 1e4).detach()

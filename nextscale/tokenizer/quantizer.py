@@ -1,8 +1,10 @@
-"""Residual quantisation over the scales: the law that turns token maps into a canvas and back.
+"""Residual quantisation over the scales: from token maps to a canvas and back.
+
+Encoding, teacher forcing, decoding, sampling and training all call the same two functions: `upsample_codes` computes
+what one token map adds to the canvas, `next_input` what the next scale sees of it.
 
 Letters: B batch, N tokens of one scale, L of all scales, K scales, V codes, c code width (C in suffixes), h w the
-canvas side. The law has two halves, and every use (encoding, teacher forcing, decoding, sampling, training) calls
-them: `lift` says what one token map adds to the canvas, `next_input` what the canvas shows to the next scale.
+canvas side.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.ops import Conv2d, Embedding, enlarge, linear, shrink
+from nextscale.common.embedding import create_embedding
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 
 
-class Phi(Conv2d):
+class Phi(nn.Conv2d):
     """phi(h) = (1 - r) h + r conv3x3(h): repairs what up-sampling blurs."""
 
     def __init__(self, width: int, ratio: float):
@@ -35,8 +37,8 @@ class EncodedScale:
     """One scale of an encoding."""
 
     tokens_BN: Tensor
-    wanted_BNC: Tensor
-    """What the canvas lacked at this side: the vectors that were looked up."""
+    residual_BNC: Tensor
+    """The residual at this side: the vectors that were looked up in the codebook."""
     canvas_BChw: Tensor
     """The canvas with this scale on it."""
 
@@ -50,8 +52,8 @@ class Quantized:
     loss: Tensor
     """Codebook and commitment loss, mean over the scales."""
     tokens_BL: Tensor
-    wanted_BLC: Tensor
-    """The vectors that were looked up, without gradient: what codes should be near to."""
+    residual_BLC: Tensor
+    """The vectors that were looked up in the codebook, without gradient."""
 
 
 class Quantizer(nn.Module):
@@ -62,7 +64,7 @@ class Quantizer(nn.Module):
     def __init__(self, config: TokenizerConfig, pyramid: Pyramid):
         super().__init__()
         self.config, self.pyramid = config, pyramid
-        self.codebook = Embedding(config.vocab_size, config.code_width)
+        self.codebook = create_embedding(config.vocab_size, config.code_width)
         # As small as the features of a fresh encoder: codes drawn far outside them are never chosen, so never learn.
         if not self.codebook.weight.is_meta:
             nn.init.normal_(self.codebook.weight, std=0.1)
@@ -76,48 +78,56 @@ class Quantizer(nn.Module):
         """Token indices (B, N) to codes (B, N, c)."""
         return self.codebook(tokens_BN)
 
-    def lift(self, codes_BNC: Tensor, k: int) -> Tensor:
+    def upsample_codes(self, codes_BNC: Tensor, k: int) -> Tensor:
         """What scale k adds to the canvas (B, c, h, w): its codes as a map, bicubic to the canvas side, through phi."""
         h_BChw = codes_BNC.transpose(1, 2).unflatten(-1, self.pyramid.sides[k])
-        h_BChw = enlarge(h_BChw, self.pyramid.last).contiguous()
+        h_BChw = upsample(h_BChw, self.pyramid.last).contiguous()
         return self.phi[self.phi_of_scale[k]](h_BChw) if self.phi else h_BChw
 
     def next_input(self, canvas_BChw: Tensor, k: int) -> Tensor:
         """What the canvas shows at scale k (B, N, c): its area average at that side, row by row."""
-        return shrink(canvas_BChw, self.pyramid.sides[k]).flatten(2).transpose(1, 2)
+        return downsample(canvas_BChw, self.pyramid.sides[k]).flatten(2).transpose(1, 2)
 
-    def nearest(self, z_BNC: Tensor) -> Tensor:
+    def find_nearest(self, z_BNC: Tensor) -> Tensor:
         """Index of the nearest code for every row (B, N): Euclidean, or by cosine when so configured."""
-        book_VC = self.codebook.weight
+        codebook_VC = self.codebook.weight
         z_RC = z_BNC.reshape(-1, z_BNC.shape[-1])
         if self.config.cosine_lookup:
-            index_R = linear(F.normalize(z_RC, dim=-1), F.normalize(book_VC, dim=-1)).argmax(dim=-1)
+            index_R = self.compare(F.normalize(z_RC, dim=-1), F.normalize(codebook_VC, dim=-1)).argmax(dim=-1)
         else:
-            distance_RV = (z_RC.square().sum(1, keepdim=True) + book_VC.square().sum(1)) - 2 * linear(z_RC, book_VC)
-            index_R = distance_RV.argmin(dim=-1)
+            squares_RV = z_RC.square().sum(1, keepdim=True) + codebook_VC.square().sum(1)
+            index_R = (squares_RV - 2 * self.compare(z_RC, codebook_VC)).argmin(dim=-1)
         return index_R.view(z_BNC.shape[:-1])
 
-    def scales(self, features_BChw: Tensor) -> Iterator[EncodedScale]:
+    def compare(self, z_RC: Tensor, codebook_VC: Tensor) -> Tensor:
+        """Scalar product of every row with every code, (R, V)."""
+        return z_RC @ codebook_VC.T
+
+    def mix_codes(self, probability_BNV: Tensor) -> Tensor:
+        """Codes (B, N, c) mixed with these weights."""
+        return probability_BNV @ self.codebook.weight
+
+    def encode_scales(self, features_BChw: Tensor) -> Iterator[EncodedScale]:
         """Encode coarse to fine, yielding each scale as it is done.
 
-        Each scale takes the codes nearest to what the canvas still lacks. Gradients reach codebook and phi.
+        Each scale takes the codes nearest to the residual. Gradients reach codebook and phi.
         """
-        rest = features_BChw.detach()
-        canvas = torch.zeros_like(rest)
+        residual = features_BChw.detach()
+        canvas = torch.zeros_like(residual)
         for k in range(len(self.pyramid)):
             with torch.no_grad():
-                wanted_BNC = self.next_input(rest, k)
-                tokens_BN = self.nearest(wanted_BNC)
-            h_BChw = self.lift(self.codes(tokens_BN), k)
-            canvas, rest = canvas + h_BChw, rest - h_BChw.detach()
-            yield EncodedScale(tokens_BN, wanted_BNC, canvas)
+                residual_BNC = self.next_input(residual, k)
+                tokens_BN = self.find_nearest(residual_BNC)
+            h_BChw = self.upsample_codes(self.codes(tokens_BN), k)
+            canvas, residual = canvas + h_BChw, residual - h_BChw.detach()
+            yield EncodedScale(tokens_BN, residual_BNC, canvas)
 
     def forward(self, features_BChw: Tensor) -> Quantized:
         """Quantise in training: straight-through features, the loss of VAR's tokenizer, and the tokens."""
         features = features_BChw.float()
         loss, scales = features.new_zeros(()), []
         with torch.autocast(features.device.type, enabled=False):  # rounding would change tokens
-            for scale in self.scales(features):
+            for scale in self.encode_scales(features):
                 scales.append(scale)
                 loss = loss + F.mse_loss(scale.canvas_BChw, features.detach())
                 loss = loss + self.config.commitment * F.mse_loss(scale.canvas_BChw.detach(), features)
@@ -125,5 +135,15 @@ class Quantizer(nn.Module):
             features + (scales[-1].canvas_BChw - features).detach(),
             loss / len(self.pyramid),
             torch.cat([s.tokens_BN for s in scales], dim=1),
-            torch.cat([s.wanted_BNC for s in scales], dim=1),
+            torch.cat([s.residual_BNC for s in scales], dim=1),
         )
+
+
+def downsample(x_BChw: Tensor, side: tuple[int, int]) -> Tensor:
+    """Area down-sampling to (h, w); the input itself when it has that side."""
+    return x_BChw if x_BChw.shape[-2:] == side else F.interpolate(x_BChw, side, mode="area")
+
+
+def upsample(x_BChw: Tensor, side: tuple[int, int]) -> Tensor:
+    """Bicubic up-sampling to (h, w); the input itself when it has that side."""
+    return x_BChw if x_BChw.shape[-2:] == side else F.interpolate(x_BChw, side, mode="bicubic")

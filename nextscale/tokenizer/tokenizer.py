@@ -1,7 +1,7 @@
 """VAR's multi-scale tokenizer: image to tokens of all scales, and tokens to image.
 
-The four verbs of the corridor are `encode`, `add_scale`, `next_input` and `paint`; teacher forcing, sampling and
-reconstruction are made of them. Images are float (B, 3, H, W) in [-1, 1]; tokens are int64 (B, L), coarse to fine.
+Teacher forcing, sampling and reconstruction are made of four functions: `encode`, `add_scale`, `next_input` and
+`decode_canvas`. Images are float (B, 3, H, W) in [-1, 1]; tokens are int64 (B, L), coarse to fine.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nextscale.backends.cpu import ops
-from nextscale.backends.cpu.ops import Conv2d
 from nextscale.common.errors import UserError
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.autoencoder import Decoder, Encoder
 from nextscale.tokenizer.quantizer import Quantized, Quantizer
 
-_PAINTED_AT_ONCE = 2**23
-"""Values of the decoder's largest map, over all images at hand."""
 
-
-def to_unit(images_u8: Tensor) -> Tensor:
+def scale_to_unit(images_u8: Tensor) -> Tensor:
     """uint8 images to float32 in [-1, 1]."""
     return images_u8.float() / 127.5 - 1
 
@@ -31,9 +26,9 @@ def to_unit(images_u8: Tensor) -> Tensor:
 class Tokenizer(nn.Module):
     """Multi-scale VQ-VAE (VAR, arXiv 2404.02905; MEPA Eq. 1-3).
 
-    `encode(image)` gives tokens; `paint(canvas)` gives an image; between them stands the canvas (B, c, h, w), to which
-    `add_scale` adds one token map and from which `next_input` reads what the next scale may see. The quantiser
-    always computes in float32; encoder and decoder in the dtype of their weights.
+    `encode(image)` gives tokens, `decode_canvas(canvas)` an image. `add_scale` adds one token map to the canvas
+    (B, c, h, w), from which `next_input` reads what the next scale may see. The quantiser always computes in float32;
+    encoder and decoder in the dtype of their weights.
     """
 
     def __init__(self, config: TokenizerConfig, pyramid: Pyramid):
@@ -42,8 +37,8 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         kernel = config.quant_conv_kernel
-        self.quant_conv = Conv2d(config.code_width, config.code_width, kernel, padding=kernel // 2)
-        self.post_quant_conv = Conv2d(config.code_width, config.code_width, kernel, padding=kernel // 2)
+        self.quant_conv = nn.Conv2d(config.code_width, config.code_width, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(config.code_width, config.code_width, kernel, padding=kernel // 2)
         self.quantizer = Quantizer(config, pyramid)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> Tokenizer:
@@ -53,15 +48,9 @@ class Tokenizer(nn.Module):
         self.quantizer.float()
         return self
 
-    def lay_out(self) -> None:
-        """Lay the CNNs' weights out in memory as a CPU's convolutions in bfloat16 read them fastest; values stay."""
-        if ops.fast and self.quant_conv.weight.dtype == torch.bfloat16:
-            for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
-                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
     # image -> tokens
 
-    def features(self, image_B3HW: Tensor) -> Tensor:
+    def extract_features(self, image_B3HW: Tensor) -> Tensor:
         """Feature map (B, c, h, w), float32, of images (B, 3, H, W) in [-1, 1]."""
         h, w = (s * self.config.downsampling for s in self.pyramid.last)
         if image_B3HW.ndim != 4 or image_B3HW.shape[1:] != (3, h, w):
@@ -71,18 +60,20 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Tokens (B, L) of images (B, 3, H, W) in [-1, 1]."""
-        return torch.cat([scale.tokens_BN for scale in self.quantizer.scales(self.features(image_B3HW))], dim=1)
+        return torch.cat(
+            [scale.tokens_BN for scale in self.quantizer.encode_scales(self.extract_features(image_B3HW))], dim=1
+        )
 
     # tokens -> canvas -> what the transformer may see
 
-    def blank_canvas(self, batch: int) -> Tensor:
+    def new_canvas(self, batch: int) -> Tensor:
         """The empty canvas (B, c, h, w), float32."""
         weight = self.quantizer.codebook.weight
         return weight.new_zeros(batch, self.config.code_width, *self.pyramid.last, dtype=torch.float32)
 
     def add_codes(self, canvas_BChw: Tensor, codes_BNC: Tensor, k: int) -> Tensor:
         """The canvas after scale k, given its codes (B, N, c): mixtures of codes are allowed."""
-        return canvas_BChw + self.quantizer.lift(codes_BNC, k)
+        return canvas_BChw + self.quantizer.upsample_codes(codes_BNC, k)
 
     def add_scale(self, canvas_BChw: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
         """The canvas after scale k, given its tokens (B, N)."""
@@ -95,14 +86,14 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
         """What the transformer sees at scales 1 to K-1, given all tokens: (B, L - N of scale 0, c), float32."""
-        canvases = list(self.canvases(tokens_BL))
+        canvases = list(self.build_canvases(tokens_BL))
         inputs = [self.next_input(canvas, k) for k, canvas in enumerate(canvases[:-1], start=1)]
         return torch.cat(inputs or [canvases[0].new_zeros(tokens_BL.shape[0], 0, self.config.code_width)], dim=1)
 
-    def canvases(self, tokens_BL: Tensor) -> Iterator[Tensor]:
+    def build_canvases(self, tokens_BL: Tensor) -> Iterator[Tensor]:
         """The canvas (B, c, h, w) after each scale."""
         self.check_tokens(tokens_BL)
-        canvas = self.blank_canvas(tokens_BL.shape[0])
+        canvas = self.new_canvas(tokens_BL.shape[0])
         for k, (start, end) in enumerate(self.pyramid.spans):
             canvas = self.add_scale(canvas, tokens_BL[:, start:end], k)
             yield canvas
@@ -122,21 +113,17 @@ class Tokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(features_BChw.to(self.post_quant_conv.weight.dtype))).float()
 
     @torch.no_grad()
-    def paint(self, canvas_BChw: Tensor) -> Tensor:
-        """Image (B, 3, H, W) in [-1, 1], float32, of a canvas. On a CPU a few images at a time, to save memory."""
-        height, width = (s * self.config.downsampling for s in self.pyramid.last)
-        at_once = len(canvas_BChw)
-        if canvas_BChw.device.type == "cpu":
-            at_once = max(_PAINTED_AT_ONCE // (height * width * self.config.base_channels), 1)
-        return torch.cat([self.decode_features(part) for part in canvas_BChw.split(at_once)]).clamp(-1, 1)
+    def decode_canvas(self, canvas_BChw: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1], float32, of a canvas."""
+        return self.decode_features(canvas_BChw).clamp(-1, 1)
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] of the tokens of all scales."""
-        *_, canvas = self.canvases(tokens_BL)
-        return self.paint(canvas)
+        *_, canvas = self.build_canvases(tokens_BL)
+        return self.decode_canvas(canvas)
 
     def forward(self, image_B3HW: Tensor) -> tuple[Tensor, Quantized]:
         """Training: reconstruction (B, 3, H, W), not clamped, and what the quantiser says of the pass."""
-        quantized = self.quantizer(self.features(image_B3HW))
+        quantized = self.quantizer(self.extract_features(image_B3HW))
         return self.decode_features(quantized.features_BChw), quantized

@@ -20,7 +20,7 @@ from nextscale.data.examples import Examples
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.evaluation.metrics.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder_task import EncoderTask, new_encoder_task
 from nextscale.training.engine.log import Values, read_log
 from nextscale.training.engine.loop import Callbacks, train
@@ -112,7 +112,7 @@ def _batches(
     for start in range(0, count, _BATCH):
         batch = examples.fetch(range(start, min(start + _BATCH, count)), None)
         unreadable += batch.get("unreadable", ())
-        yield to_unit(batch["image"].to(encoder.mean_3.device)), batch["label"]
+        yield scale_to_unit(batch["image"].to(encoder.mean_3.device)), batch["label"]
 
 
 def evaluate_encoder(source: str, data: str, test: str, size: int, out: Path | None) -> dict[str, Any]:

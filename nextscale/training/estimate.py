@@ -18,7 +18,7 @@ from nextscale.encoders.load import load_encoder
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.expert_parallel import find_mixtures
-from nextscale.transformer.projector import group_scales
+from nextscale.transformer.projector import parse_scale_group
 from nextscale.transformer.var import VAR
 
 IMAGENET = 1_281_167
@@ -44,7 +44,7 @@ def estimate(config: RunConfig) -> str:
     assert model.transformer is not None, "a generator has a transformer"
     parameters = sum(p.numel() for p in transformer.parameters())
     steps, warmup = config.train.schedule_steps(examples)
-    guided = max(group_scales(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
+    guided = max(parse_scale_group(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
     forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
     forward += head_flops(transformer, guided)
     per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nextscale.backends import optimize
 from nextscale.checkpoints.checkpoint import load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.common.distributed import World
@@ -27,11 +28,12 @@ def tokenize(
     """
     checkpoint = read_checkpoint(tokenizer_folder)
     config = checkpoint.config
-    tokenizer = load_tokenizer(checkpoint, config)
+    tokenizer = load_tokenizer(checkpoint, config).to(world.device)
+    optimize(tokenizer)
     train, held_out, source = open_dataset(data, config.square_side, images, seed)
     parts: dict[str, Examples] = {"train": train, "held_out": held_out}
     eyes = load_encoder(encoder).to(world.device) if encoder else None
-    tokenizer.eval().to(world.device)
+    tokenizer.eval()
     writer = CacheWriter(out, tokenizer, parts, views, shard, images.max_unreadable, eyes)
     if world.main:
         writer.record_settings(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})

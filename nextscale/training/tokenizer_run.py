@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nextscale.backends import optimize
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
@@ -25,7 +26,7 @@ from nextscale.data.examples import Examples
 from nextscale.evaluation.metrics.codebook import CodebookUsage
 from nextscale.evaluation.metrics.reconstruction import psnr, ssim
 from nextscale.pyramid import Pyramid
-from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 from nextscale.training.engine.log import Values, read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import open_run
@@ -116,7 +117,7 @@ def evaluate_tokenizer(tokenizer: Tokenizer, examples: Examples, limit: int = 10
     starts = range(0, count, _BATCH)
     for start in tqdm(starts, desc="evaluating", unit="batch", disable=len(starts) < 20):
         part = examples.fetch(range(start, min(start + _BATCH, count)), None)["image"]
-        real = to_unit(part).to(tokenizer.quantizer.codebook.weight.device)
+        real = scale_to_unit(part).to(tokenizer.quantizer.codebook.weight.device)
         tokens = tokenizer.encode(real)
         use.add(tokens, tokenizer.pyramid)
         pair = (tokenizer.decode(tokens) + 1) / 2, (real + 1) / 2
@@ -133,9 +134,9 @@ def evaluate_tokenizer(tokenizer: Tokenizer, examples: Examples, limit: int = 10
 def show_reconstructions(tokenizer: Tokenizer, examples: Examples, path: Path) -> None:
     """A picture: some images, and below each what the scales up to k give, coarse to fine."""
     images = examples.fetch(range(min(len(examples), _SHOWN)), None)["image"]
-    real = to_unit(images).to(tokenizer.quantizer.codebook.weight.device)
+    real = scale_to_unit(images).to(tokenizer.quantizer.codebook.weight.device)
     rows: list[Tensor] = [real]
-    rows += [tokenizer.paint(canvas) for canvas in tokenizer.canvases(tokenizer.encode(real))]
+    rows += [tokenizer.decode_canvas(canvas) for canvas in tokenizer.build_canvases(tokenizer.encode(real))]
     names = ["image"] + [f"to {h}x{w}" for h, w in tokenizer.pyramid.sides]
     captions = [name for name in names for _ in range(len(real))]
     save_grid((torch.cat(rows).cpu() + 1) / 2, captions, path, columns=len(real))
@@ -155,6 +156,7 @@ def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> di
     checkpoint = read_checkpoint(folder)
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
     tokenizer = load_tokenizer(checkpoint, model).eval()
+    optimize(tokenizer)
     images = load_images(data, model.square_side, limit)
     images.print_notes()
     report = evaluate_tokenizer(tokenizer, images.to_examples())

@@ -14,8 +14,8 @@ from nextscale.data.examples import Batch, Examples
 from nextscale.evaluation.metrics.codebook import count_codes
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.tokenizer.codebook import CodebookLearner
-from nextscale.tokenizer.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
-from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+from nextscale.tokenizer.discriminator import PatchDiscriminator, compute_adaptive_weight, compute_hinge_loss
+from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 from nextscale.training.engine.task import Task
 
 
@@ -55,7 +55,7 @@ class TokenizerTask(Task):
             self.trained["discriminator"] = self.discriminator
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image_B3HW = to_unit(batch["image"])
+        image_B3HW = scale_to_unit(batch["image"])
         painted, quantized = self.tokenizer(image_B3HW)
         l1, l2 = F.l1_loss(painted, image_B3HW), F.mse_loss(painted, image_B3HW)
         loss = self.losses.l1 * l1 + self.losses.l2 * l2
@@ -81,7 +81,7 @@ class TokenizerTask(Task):
         scalars: dict[str, Tensor],
     ) -> Tensor:
         """The painter's and the judge's losses in one sum: each sees the other without gradient."""
-        judged = hinge_loss(judge(image_B3HW), judge(painted.detach()))
+        judged = compute_hinge_loss(judge(image_B3HW), judge(painted.detach()))
         scalars["discriminator"] = judged.detach()
         if step < self.losses.adversarial_start:
             return judged
@@ -89,9 +89,12 @@ class TokenizerTask(Task):
         fooled = -judge(painted).mean()
         judge.requires_grad_(True)
         last_layer = self.tokenizer.decoder.conv_out.weight
-        return judged + self.losses.adversarial * adaptive_weight(reconstruction, fooled, last_layer) * fooled
+        return judged + self.losses.adversarial * compute_adaptive_weight(reconstruction, fooled, last_layer) * fooled
+
+    def fast_modules(self) -> list[nn.Module]:
+        return [self.tokenizer]
 
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Moving averages and revival, from the whole batch of this step."""
         revive = self.codebook.revive_every and (step + 1) % self.codebook.revive_every == 0
-        self.learner.learn(world, rng if revive else None)
+        self.learner.update(world, rng if revive else None)

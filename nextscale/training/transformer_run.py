@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.backends import optimize
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
@@ -36,7 +37,7 @@ from nextscale.training.engine.log import Values, read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.state import check_settings
 from nextscale.training.transformer_task import TransformerTask
-from nextscale.transformer.initialization import initialise
+from nextscale.transformer.initialization import initialize_transformer
 from nextscale.transformer.var import VAR
 
 _SAMPLES_PER_CLASS, _SHOWN_CLASSES, _BATCH = 8, 10, 64
@@ -76,7 +77,7 @@ def train_transformer(
     if world.main:
         write_json(folder / "run.json", to_dict(config))
         (folder / "finished.json").unlink(missing_ok=True)
-    parts.tokenizer.to(world.device)
+    optimize(parts.tokenizer.to(world.device), config.train.backend)
     task = TransformerTask(parts.transformer, parts.tokenizer, parts.train, config.train, config.loss, parts.encoder)
     callbacks = _Callbacks(config, parts, task, folder, world)
     train(
@@ -173,7 +174,7 @@ def _transformer(config: RunConfig, model: ModelConfig, weights: dict[str, Tenso
     """The transformer to train: initialised, then with the weights it starts from, if any."""
     _, transformer = build_modules(model)
     assert transformer is not None, "a generator has a transformer"
-    initialise(transformer, config.init, make_generator(config.train.seed, "transformer"))
+    initialize_transformer(transformer, config.init, make_generator(config.train.seed, "transformer"))
     if config.start:  # a start without an alignment head gets a new one
         fresh = {n: t for n, t in transformer.state_dict().items() if n.startswith("projector.")}
         transformer.load_state_dict(fresh | {n: t.float() for n, t in weights.items()})
@@ -231,6 +232,7 @@ class _Callbacks(Callbacks):
         steps, every = self.config.train.schedule_steps(len(self.parts.train))[0], self.config.train.sample_every
         if step == steps or (every and step % every == 0):
             pipeline = Pipeline.from_checkpoint(checkpoint, device=self.world.device, dtype=torch.float32)
+            pipeline.optimize(self.config.train.backend)
             samples = self.folder / "samples"
             for path in (samples / f"step-{step:08d}.png", self.folder / "samples.png"):
                 draw_samples(pipeline, self.config, path)

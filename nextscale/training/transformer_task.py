@@ -12,12 +12,12 @@ from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.patches import PatchEncoder
-from nextscale.tokenizer.tokenizer import Tokenizer, to_unit
+from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 from nextscale.training.engine.task import Task
-from nextscale.transformer.feed_forward.balance import balance_loss, expert_load
-from nextscale.transformer.feed_forward.routers import Routing
+from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
+from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
-from nextscale.transformer.projector import alignment_loss, group_scales
+from nextscale.transformer.projector import compute_alignment_loss, parse_scale_group
 from nextscale.transformer.var import VAR, Output
 
 
@@ -47,7 +47,7 @@ class TransformerTask(Task):
         self._frozen = (tokenizer, encoder)  # in a tuple: no part of what is trained, moved or saved
         self.examples, self.trained = examples, model
         self.tokens_per_example = model.pyramid.length
-        scales = group_scales(self.loss.group, len(model.pyramid))
+        scales = parse_scale_group(self.loss.group, len(model.pyramid))
         self.guided_scales = scales if self.loss.encoder else ()
 
     @property
@@ -62,10 +62,10 @@ class TransformerTask(Task):
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         label_B, tokens_BL, inputs_BLC = read_batch(batch, self.tokenizer)
-        values = self.model.condition.select(noise["drop"], label_B) if noise else label_B
+        values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
         keep = noise["keep"].permute(1, 2, 0) if "keep" in noise else None
         guided = max(self.guided_scales, default=-1) + 1
-        output = self.model(values, inputs_BLC, keep, guided, thresholds=self.thresholds)
+        output = self.model(values, inputs_BLC, drop_path=keep, aligned_scales=guided, thresholds=self.thresholds)
         smoothing = self.config.label_smoothing if noise else 0.0
         nats_R = F.cross_entropy(
             output.logits_BNV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing
@@ -84,19 +84,19 @@ class TransformerTask(Task):
         """The cross-entropy with what stands beside it, and each of those by name."""
         others: dict[str, Tensor] = {}
         if output.projected_BNE is not None:
-            guidance = alignment_loss(
+            guidance = compute_alignment_loss(
                 output.projected_BNE, self._features(batch), self.model.pyramid, self.guided_scales
             )
             loss = guidance + self.loss.cross_entropy * loss
             others["guidance"] = guidance.detach()
-        routings = [r for records in output.records for r in records if isinstance(r, Routing)]
+        routings = collect(output.records, "routing")
         if routings:
             idle = self.model.config.experts.zero_computation
-            balance = sum(balance_loss(r, idle, self.loss.idle_balance) for r in routings)
+            balance = sum(compute_balance_loss(r, idle, self.loss.idle_balance) for r in routings)
             assert isinstance(balance, Tensor), "a sum of losses"
             loss = loss + self.loss.balance * balance
             others["balance"] = balance.detach() / len(routings)
-            others["expert_load"] = torch.stack([expert_load(r.chosen_BNM) for r in routings]).mean(dim=0)
+            others["expert_load"] = torch.stack([compute_expert_load(r.selected_BNM) for r in routings]).mean(dim=0)
         return loss, others
 
     @torch.no_grad()
@@ -107,10 +107,13 @@ class TransformerTask(Task):
         encoder = self._frozen[1]
         assert encoder is not None, "open_parts gives an encoder where a cache has no features"
         with torch.autocast(batch["image"].device.type, enabled=False):
-            return encoder(to_unit(batch["image"]), self.model.pyramid.last)
+            return encoder(scale_to_unit(batch["image"]), self.model.pyramid.last)
 
     def _per_scale(self, values_BL: Tensor) -> Tensor:
         return torch.stack([values_BL[:, start:end].mean() for start, end in self.model.pyramid.spans])
+
+    def fast_modules(self) -> list[nn.Module]:
+        return [self.model]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
@@ -125,7 +128,7 @@ def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tens
     """Labels (B,), tokens (B, L) and the transformer's inputs (B, L - first scale, C) of a batch, tokens or images."""
     label_B = batch["label"]
     with torch.autocast(label_B.device.type, enabled=False):  # rounding would change tokens
-        tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(to_unit(batch["image"]))
+        tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
         return label_B, tokens_BL, tokenizer.teacher_inputs(tokens_BL)
 
 

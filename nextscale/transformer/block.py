@@ -1,59 +1,34 @@
-"""One transformer block: layers (mixers, then a feed-forward) behind adaLN modulation.
+"""One transformer block: mixers, then a feed-forward, each behind adaLN modulation.
 
-Letters: B batch, N tokens at hand, D width, S layers of the block (VAR: attention, feed-forward; M-VAR:
-attention within the scale, Mamba-2, feed-forward).
+Letters: B batch, N tokens at hand, D width, S layers of the block (VAR: attention, feed-forward; M-VAR: attention
+within the scale, Mamba-2, feed-forward).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.blocks import modulated
-from nextscale.backends.cpu.ops import Linear
+from nextscale.common.registry import FEED_FORWARDS, MIXERS
 from nextscale.config.transformer import TransformerConfig
-from nextscale.transformer.attention import Attention, ScaleAttention
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
-from nextscale.transformer.feed_forward.mixture import MixtureOfExperts
-from nextscale.transformer.mamba import Mamba2
-
-MIXERS: dict[str, type[Attention] | type[Mamba2]] = {
-    "attention": Attention,
-    "scale-attention": ScaleAttention,
-    "mamba": Mamba2,
-}
+from nextscale.transformer.feed_forward.interface import FeedForward, Record
+from nextscale.transformer.mixer import Mixer
 
 
-class FeedForward(nn.Module):
-    """Dense FFN: D to ffn_width to D with tanh-GELU."""
+class AdaLayerNorm(nn.Module):
+    """LN(x) (1 + scale) + shift, with a LayerNorm that has no weights of its own."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, eps: float):
         super().__init__()
-        self.fc1 = Linear(config.width, config.ffn_width)
-        self.fc2 = Linear(config.ffn_width, config.width)
+        self.eps = eps
 
-    @property
-    def outputs(self) -> list[Linear]:
-        """The last projection, which writes to the residual stream."""
-        return [self.fc2]
-
-    def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
-        return self.fc2(self.fc1(x_BND, gelu=True)), None
-
-
-def feed_forward(
-    config: TransformerConfig, scales: int, index: int
-) -> FeedForward | DynamicFeedForward | MixtureOfExperts:
-    """The feed-forward layer of block `index`, as the config says."""
-    if config.experts.router != "none":
-        return MixtureOfExperts(config, scales, index)
-    return DynamicFeedForward(config, scales) if config.dynamic.on else FeedForward(config)
+    def forward(self, x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:
+        return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=self.eps), 1 + scale_B1D)
 
 
 class AdaLN(nn.Module):
@@ -66,12 +41,13 @@ class AdaLN(nn.Module):
         super().__init__()
         self.shape = (-1, 3, layers, config.width)
         width = 3 * layers * config.width
-        self.linear = None if config.shared_adaln else Linear(config.width, width)
+        self.linear = None if config.shared_adaln else nn.Linear(config.width, width)
         offset = torch.empty(1, 1, 3 * layers, config.width)
         self.offset = nn.Parameter(offset) if config.shared_adaln else None
 
+    @property
     def rows(self) -> Tensor:
-        """The block's own parameters with gammas first, then scales, then shifts, along the first dimension."""
+        """The block's own parameters: gammas first, then scales, then shifts, along the first dimension."""
         if self.linear is not None:
             return self.linear.weight
         assert self.offset is not None, "adaLN has either a projection or an offset"
@@ -86,77 +62,56 @@ class AdaLN(nn.Module):
         return self.offset.view(self.shape) + shared_BW.view(self.shape)
 
 
-def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
-    """LN(x) (1 + scale) + shift, with a LayerNorm that has no weights of its own."""
-    y_BND = modulated(x_BND, scale_B1D, shift_B1D, eps)
-    return y_BND if y_BND is not None else by_operators(x_BND, scale_B1D, shift_B1D, eps)
-
-
-def by_operators(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
-    """`modulate` where there is no kernel for it."""
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps), 1 + scale_B1D)
-
-
 class Block(nn.Module):
     """x += gamma_s * layer_s(LN(x) (1 + scale_s) + shift_s) for every layer s: the mixers, then the feed-forward."""
 
-    mixers: Sequence[Attention | Mamba2]
+    mixers: Sequence[Mixer]
+    ffn: FeedForward
 
     def __init__(self, config: TransformerConfig, index: int, scales: int):
         super().__init__()
-        self.eps, self.index = config.norm_eps, index
+        self.index = index
+        self.norm = AdaLayerNorm(config.norm_eps)
         self.mixers = nn.ModuleList(  # type: ignore[assignment]
-            MIXERS[name](config) for name in config.block_mixers(index)
+            MIXERS.get(name)(config) for name in config.block_mixers(index)
         )
-        self.ffn = feed_forward(config, scales, index)
+        self.ffn = FEED_FORWARDS.get(config.resolved_feed_forward)(config, scales, index)
         self.adaln = AdaLN(config, len(self.layers))
 
     @property
-    def layers(self) -> tuple[Attention | Mamba2 | FeedForward | DynamicFeedForward | MixtureOfExperts, ...]:
+    def layers(self) -> tuple[Mixer | FeedForward, ...]:
         """The S layers in the order they run."""
         return *self.mixers, self.ffn
 
     def new_states(self, batch: int, length: int) -> list[Any]:
-        """A fresh state for each layer, None for those that keep none."""
-        return [mixer.new_state(batch, length) for mixer in self.mixers] + [None]
+        """A new state for each mixer, None for those that keep none."""
+        return [mixer.new_state(batch, length) for mixer in self.mixers]
 
     def forward(
         self,
         x_BND: Tensor,
         adaln_B3SD: Tensor,
         context: ScaleContext,
-        states: list[Any] | None,
-        previous: list[Any] | None = None,
-    ) -> tuple[Tensor, list[Any]]:
-        """The block's output and what each layer recorded.
+        states: list[Any] | None = None,
+        previous: Record | None = None,
+    ) -> tuple[Tensor, Record | None]:
+        """The block's output and its feed-forward's record.
 
-        `states` are the layers' own, None without a cache; `previous` is what the block before recorded.
+        `states`: the mixers' states in sampling, None in training. `previous`: the record of the block before.
         """
-        records = []
-        for s, layer in enumerate(self.layers):
+        record = None
+        for s in range(len(self.layers)):
             gamma, scale, shift = adaln_B3SD[:, :, s].unsqueeze(2).unbind(1)  # (B, 1, D) each
-            before = previous[-1] if previous and layer is self.ffn else None  # mixers leave no record
-            here = replace(context, state=states[s] if states else None, previous=before)
-            if context.pruning is None:
-                y, record = layer(modulate(x_BND, scale, shift, self.eps), here)
-                x_BND = torch.addcmul(x_BND, y, gamma)
-            else:
-                x_BND, record = self._pruned(x_BND, (gamma, scale, shift), here, s)
-            records.append(record)
-        return x_BND, records
+            y_BND, record = self.run_layer(s, x_BND, scale, shift, context, states, previous)
+            x_BND = torch.addcmul(x_BND, y_BND, gamma)
+        return x_BND, record
 
-    def _pruned(
-        self, x_BND: Tensor, adaln_3B1D: tuple[Tensor, Tensor, Tensor], context: ScaleContext, s: int
-    ) -> tuple[Tensor, Any]:
-        """x after layer s, which computes only the tokens that the pruning chooses."""
-        gamma, scale, shift = adaln_3B1D
-        pruning = context.pruning
-        assert pruning is not None, "called only under a pruning"
-        here = replace(context, span=pruning.span(context.k, self.index))
-
-        def branch(rows_BnD: Tensor) -> tuple[Tensor, Any]:
-            y, record = self.layers[s](modulate(rows_BnD, scale, shift, self.eps), here)
-            return y * gamma, record
-
-        added_BND, record = pruning.added(context.k, self.index, s, x_BND, branch)
-        return x_BND + added_BND, record
+    def run_layer(
+        self, s: int, x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, context: ScaleContext,
+        states: list[Any] | None, previous: Record | None,
+    ) -> tuple[Tensor, Record | None]:  # fmt: skip
+        """layer_s(LN(x) (1 + scale) + shift), and the record if it is the feed-forward."""
+        y_BND = self.norm(x_BND, scale_B1D, shift_B1D)
+        if s < len(self.mixers):
+            return self.mixers[s](y_BND, context, states[s] if states else None), None
+        return cast(tuple[Tensor, Record | None], self.ffn(y_BND, context, previous))

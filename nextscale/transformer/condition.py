@@ -1,46 +1,59 @@
-"""What an image is conditioned on. The transformer knows only the vector that comes out of here.
+"""What an image is conditioned on. The transformer knows only the vector that a condition gives.
 
-A condition turns the caller's values (class labels now; a vector or a sequence in models to come) into `cond_BD`,
-says what "no condition" is, for guidance and condition dropout, and refuses values it does not know.
+A condition turns the caller's values (class labels) into `cond_BD`, defines "no condition" for guidance and condition
+dropout, and refuses values that it does not know.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.ops import Embedding
+from nextscale.common.embedding import create_embedding
 from nextscale.common.errors import UserError
 from nextscale.config.transformer import ConditionConfig
 
 
-class Condition(Protocol):
-    """The seam between the transformer and whatever it is conditioned on."""
+class Condition(nn.Module, ABC):
+    """The interface of conditions. Subclass it for one of your own, and register it under a name:
 
-    def __call__(self, values: Any) -> Tensor:
+    @CONDITIONS.register("my-condition")    # from nextscale.common.registry import CONDITIONS
+    class MyCondition(Condition): ...
+    """
+
+    def __init__(self, config: ConditionConfig, width: int):
+        """`width`: the transformer's width D."""
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, values: Any) -> Tensor:
         """`cond_BD` of a batch of values."""
 
+    @abstractmethod
     def parse(self, values: Any) -> Any:
         """A caller's values as a batch; UserError when one is out of range."""
 
-    def with_none(self, values: Any) -> Any:
+    @abstractmethod
+    def add_unconditional(self, values: Any) -> Any:
         """The batch followed by as many values without any condition: the two halves of guidance."""
 
-    def select(self, drop_B: Tensor, values: Any) -> Any:
+    @abstractmethod
+    def drop(self, drop_B: Tensor, values: Any) -> Any:
         """`values`, without condition where `drop_B` is True."""
 
 
-class ClassCondition(nn.Module):
+class ClassCondition(Condition):
     """A learned vector per class; the row after the last one means "no label"."""
 
     def __init__(self, config: ConditionConfig, width: int):
-        super().__init__()
+        super().__init__(config, width)
         self.num_classes = config.num_classes
-        self.embedding = Embedding(config.num_classes + 1, width)
+        self.embedding = create_embedding(config.num_classes + 1, width)
 
     def forward(self, label_B: Tensor) -> Tensor:
         return self.embedding(label_B)
@@ -58,8 +71,8 @@ class ClassCondition(nn.Module):
         labels = [self.num_classes if value is None else int(value) for value in values]
         return torch.tensor(labels, dtype=torch.int64, device=self.embedding.weight.device)
 
-    def with_none(self, label_B: Tensor) -> Tensor:
+    def add_unconditional(self, label_B: Tensor) -> Tensor:
         return torch.cat([label_B, torch.full_like(label_B, self.num_classes)])
 
-    def select(self, drop_B: Tensor, label_B: Tensor) -> Tensor:
+    def drop(self, drop_B: Tensor, label_B: Tensor) -> Tensor:
         return torch.where(drop_B.to(label_B.device), self.num_classes, label_B)

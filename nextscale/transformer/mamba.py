@@ -1,7 +1,7 @@
 """Mamba-2 as a mixer (arXiv 2405.21060; from scale to scale in M-VAR, arXiv 2411.10433): a convolution and a scan.
 
-It runs over the packed sequence, scale after scale, each row by row. All that a token needs of those before it is a
-`ScanState`, so a scale costs what its own tokens cost, however many came before.
+It runs over the packed sequence, scale after scale, each row by row. A `ScanState` holds all that a token needs of
+those before it, so the cost of a scale does not depend on how many tokens came before.
 
 Letters: B sequences, N tokens at hand, D width, H heads, p head width, I = H p inner width, n state width,
 W = I + 2 n channels of the convolution, K its taps.
@@ -9,6 +9,7 @@ W = I + 2 n channels of the convolution, K its taps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.ops import Linear, full_precision
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.scan import fastest_scan
+from nextscale.transformer.mixer import Mixer
+from nextscale.transformer.precision import disable_autocast
+from nextscale.transformer.scan import count_scan_multiply_adds, scan
 
 _NORM_EPS = 1e-5
+_FIRST_STEPS = (1e-3, 0.1)
+"""Range of the initial steps dt."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class ScanState:
     sums_BHpn: Tensor
     """S of the recurrence."""
 
-    def keep(self, new: ScanState) -> None:
+    def copy_from(self, new: ScanState) -> None:
         """Take the values of another state, in place."""
         self.window_BkW.copy_(new.window_BkW)
         self.sums_BHpn.copy_(new.sums_BHpn)
@@ -44,34 +48,29 @@ class ScanState:
         return [ScanState(window, sums) for window, sums in parts]
 
     @staticmethod
-    def joined(states: Sequence[ScanState]) -> ScanState:
-        """What `split` took apart."""
+    def join(states: Sequence[ScanState]) -> ScanState:
+        """The inverse of `split`."""
         windows, sums = [s.window_BkW for s in states], [s.sums_BHpn for s in states]
         return ScanState(torch.cat(windows), torch.cat(sums))
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """y = W_out RMSNorm(silu(z) (scan(x) + D x)), with z, x, B, C and dt from one projection; x, B and C go through a
     depthwise causal convolution and SiLU first. Parameters and shapes are those of `mamba_ssm.Mamba2`."""
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
+        super().__init__(config)
         mamba = config.mamba
         self.inner, self.state = mamba.expand * config.width, mamba.state_width
         self.heads = self.inner // mamba.head_width
         channels = self.inner + 2 * self.state
-        self.in_proj = Linear(config.width, self.inner + channels + self.heads, bias=False)
+        self.in_proj = nn.Linear(config.width, self.inner + channels + self.heads, bias=False)
         self.conv1d = CausalConv(channels, mamba.conv_kernel)
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(self.inner, eps=_NORM_EPS)
-        self.out_proj = Linear(self.inner, config.width, bias=False)
-
-    @property
-    def outputs(self) -> list[Linear]:
-        """The last projection, which writes to the residual stream."""
-        return [self.out_proj]
+        self.out_proj = nn.Linear(self.inner, config.width, bias=False)
 
     def new_state(self, batch: int, length: int) -> ScanState:
         """The state before the first token, of `batch` sequences."""
@@ -80,38 +79,61 @@ class Mamba2(nn.Module):
         sums = like.new_zeros(batch, self.heads, self.inner // self.heads, self.state, dtype=torch.float32)
         return ScanState(window, sums)
 
-    def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
-        kept: ScanState | None = context.state
-        past = self.new_state(len(x_BND), 0) if kept is None or context.span[0] == 0 else kept
-        y_BND, state = self.continued(x_BND, past)
-        if kept is not None:
-            kept.keep(state)
-        return y_BND, None
+    def initialize(self, generator: torch.Generator) -> None:
+        """As `mamba_ssm` does; the convolution as VAR's layers."""
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16, generator=generator).log())
+        low, high = _FIRST_STEPS
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(low), math.log(high), generator=generator).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        self.D.fill_(1)
+        self.norm.weight.fill_(1)
+        nn.init.trunc_normal_(self.conv1d.weight, std=0.02, generator=generator)
+        self.conv1d.bias.zero_()
 
-    def continued(self, x_BND: Tensor, state: ScanState) -> tuple[Tensor, ScanState]:
-        """What the tokens give (B, N, D), after those that left `state`, and the state that they leave."""
+    def forward(self, x_BND: Tensor, context: ScaleContext, state: ScanState | None) -> Tensor:
+        start = self.new_state(len(x_BND), 0) if state is None or context.span[0] == 0 else state
+        y_BND, end = self.continue_from(start, x_BND)
+        if state is not None:
+            state.copy_from(end)
+        return y_BND
+
+    def continue_from(self, state: ScanState, x_BND: Tensor) -> tuple[Tensor, ScanState]:
+        """The output (B, N, D) for tokens that follow those which left `state`, and the state after them."""
         projected_BNJ = self.in_proj(x_BND)
-        with full_precision(x_BND):
-            if x_BND.device.type != "cpu" or torch.is_grad_enabled():
-                y_BNI, state = self._mixed(projected_BNJ.float(), state)
-            else:  # one sequence at a time: the same bits whatever shares the batch, and it stays in the cache
-                pairs = zip(projected_BNJ.float().split(1), state.split(), strict=True)
-                ys, states = zip(*(self._mixed(*pair) for pair in pairs), strict=True)
-                y_BNI, state = torch.cat(ys), ScanState.joined(states)
+        with disable_autocast(x_BND):
+            y_BNI, state = self.mix(projected_BNJ.float(), state)
         return self.out_proj(y_BNI.to(projected_BNJ.dtype)), state
 
-    def _mixed(self, projected_BNJ: Tensor, state: ScanState) -> tuple[Tensor, ScanState]:
-        """From the first projection to what the last one takes, float32."""
+    def mix(self, projected_BNJ: Tensor, state: ScanState) -> tuple[Tensor, ScanState]:
+        """Everything between the two projections, float32."""
         inner, n = self.inner, self.state
         z_BNI, raw_BNW, dt_BNH = projected_BNJ.split([inner, inner + 2 * n, self.heads], dim=-1)
         rows_BMW = torch.cat((state.window_BkW, raw_BNW), dim=1)
         x_BNI, B_BNn, C_BNn = F.silu(self.conv1d(rows_BMW)).split([inner, n, n], dim=-1)
         x_BNHp = x_BNI.unflatten(-1, (self.heads, -1))
         dt_BNH = F.softplus(dt_BNH + self.dt_bias.float())
-        y_BNHp, sums_BHpn = fastest_scan(x_BNHp, dt_BNH, -self.A_log.float().exp(), B_BNn, C_BNn, state.sums_BHpn)
+        y_BNHp, sums_BHpn = self.scan(x_BNHp, dt_BNH, -self.A_log.float().exp(), B_BNn, C_BNn, state.sums_BHpn)
         y_BNHp = torch.addcmul(y_BNHp, x_BNHp, self.D.float().unsqueeze(-1))
         y_BNI = F.rms_norm(y_BNHp.flatten(2) * F.silu(z_BNI), (inner,), self.norm.weight.float(), _NORM_EPS)
         return y_BNI, ScanState(rows_BMW[:, raw_BNW.shape[1] :], sums_BHpn)
+
+    def scan(
+        self, x_BNHp: Tensor, dt_BNH: Tensor, A_H: Tensor, B_BNn: Tensor, C_BNn: Tensor, state_BHpn: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence, see `nextscale.transformer.scan.scan`."""
+        return scan(x_BNHp, dt_BNH, A_H, B_BNn, C_BNn, state_BHpn)
+
+    @classmethod
+    def count_multiply_adds(cls, config: TransformerConfig, tokens: int, visible: int) -> int:
+        D, mamba = config.width, config.mamba
+        inner = mamba.expand * D
+        projections = D * (3 * inner + 2 * mamba.state_width + inner // mamba.head_width)  # in: z, x, B, C, dt; out
+        return tokens * projections + count_scan_multiply_adds(tokens, inner, mamba.state_width)
+
+    @classmethod
+    def count_state_values(cls, config: TransformerConfig, cached: int) -> int:
+        inner, n = config.mamba.expand * config.width, config.mamba.state_width
+        return (config.mamba.conv_kernel - 1) * (inner + 2 * n) + inner * n  # the window and the sums
 
 
 class CausalConv(nn.Module):

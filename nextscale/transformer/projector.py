@@ -1,4 +1,4 @@
-"""Semantic guidance (MEPA, Sec. 4.3): a middle block's features of the early scales, drawn towards an encoder's.
+"""Semantic guidance (MEPA, Sec. 4.3): aligns a middle block's features of the coarse scales with an encoder's.
 
 Letters: B images, N tokens of the first scales, D width, E width of the encoder's features, g x h its grid.
 """
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.ops import Linear, enlarge, full_precision
 from nextscale.common.errors import UserError
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
+from nextscale.transformer.precision import disable_autocast
 
 GROUPS = ("last", "large", "intermediate", "small")
 
@@ -23,15 +23,15 @@ class Projector(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         head = config.alignment
-        self.fc1 = Linear(config.width, head.hidden)
-        self.fc2 = Linear(head.hidden, head.hidden)
-        self.fc3 = Linear(head.hidden, head.width)
+        self.fc1 = nn.Linear(config.width, head.hidden)
+        self.fc2 = nn.Linear(head.hidden, head.hidden)
+        self.fc3 = nn.Linear(head.hidden, head.width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.fc3(F.silu(self.fc2(F.silu(self.fc1(x_BND)))))
 
 
-def group_scales(group: str, count: int) -> tuple[int, ...]:
+def parse_scale_group(group: str, count: int) -> tuple[int, ...]:
     """The scales of a group, from 0, in a pyramid of `count`.
 
     `group`: a name of Table 6, or numbers counted from 1 as the paper does: 5,6,7. Of ten scales `last` is 10, `large`
@@ -53,23 +53,25 @@ def group_scales(group: str, count: int) -> tuple[int, ...]:
     return tuple(sorted({int(n) - 1 for n in numbers}))
 
 
-def aggregated(projected_BNE: Tensor, pyramid: Pyramid, grid: tuple[int, int]) -> list[Tensor]:
+def aggregate_scales(projected_BNE: Tensor, pyramid: Pyramid, grid: tuple[int, int]) -> list[Tensor]:
     """z_j of Eq. 11 for every scale at hand, (B, E, g, h) each: projected maps enlarged to the grid and summed up."""
     sums: list[Tensor] = []
     for side, (start, end) in zip(pyramid.sides, pyramid.spans, strict=True):
         if end > projected_BNE.shape[1]:
             break
         map_BEhw = projected_BNE[:, start:end].transpose(1, 2).unflatten(2, side)
-        up_BEgh = enlarge(map_BEhw, grid)
+        up_BEgh = map_BEhw if side == grid else F.interpolate(map_BEhw, grid, mode="bicubic")
         sums.append(sums[-1] + up_BEgh if sums else up_BEgh)
     return sums
 
 
-def alignment_loss(projected_BNE: Tensor, features_BghE: Tensor, pyramid: Pyramid, scales: tuple[int, ...]) -> Tensor:
+def compute_alignment_loss(
+    projected_BNE: Tensor, features_BghE: Tensor, pyramid: Pyramid, scales: tuple[int, ...]
+) -> Tensor:
     """L_SG of Eq. 12, float32: minus the cosine of each patch's feature and its aggregate, averaged over patches and
     images, summed over `scales`; so from -len(scales) to len(scales)."""
     _, g, h, _ = features_BghE.shape
-    with full_precision(projected_BNE):
+    with disable_autocast(projected_BNE):
         target_BEgh = features_BghE.float().permute(0, 3, 1, 2)
-        z = aggregated(projected_BNE.float(), pyramid, (g, h))
+        z = aggregate_scales(projected_BNE.float(), pyramid, (g, h))
         return -sum((F.cosine_similarity(target_BEgh, z[j], dim=1).mean() for j in scales), torch.zeros(()))

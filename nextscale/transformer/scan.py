@@ -11,21 +11,12 @@ Letters: B sequences, N tokens, H heads, p head width, I = H p inner width, n st
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.backends.cpu import ops
-
 CHUNK = 64
 """Tokens of a chunk: about a head's width, where the product within a chunk costs as much as those with the state."""
-
-_KERNEL_CHUNK = 256
 
 
 def scan_by_token(
@@ -52,18 +43,18 @@ def scan(
     Q = min(chunk, N)
     short = -N % Q
     if short:  # tokens with dt = 0 leave the state as it is
-        x_BNHp, B_BNn, C_BNn, dt_BNH = (_longer(t, short) for t in (x_BNHp, B_BNn, C_BNn, dt_BNH))
+        x_BNHp, B_BNn, C_BNn, dt_BNH = (_pad_tokens(t, short) for t in (x_BNHp, B_BNn, C_BNn, dt_BNH))
     B_BGQn, C_BGQn = B_BNn.unflatten(1, (-1, Q)), C_BNn.unflatten(1, (-1, Q))
     x_BGQHp = (x_BNHp * dt_BNH.unsqueeze(-1)).unflatten(1, (-1, Q))
     # Log of the decay since the chunk began, in float64: what counts are small differences of sums that may be large.
     log_BGQH = (dt_BNH.double() * A_H.double()).unflatten(1, (-1, Q)).cumsum(dim=2)
     end_BGH = log_BGQH[:, :, -1]
 
-    y_BGQHp = _within(x_BGQHp, log_BGQH, C_BGQn @ B_BGQn.transpose(2, 3))
+    y_BGQHp = _mix_within_chunks(x_BGQHp, log_BGQH, C_BGQn @ B_BGQn.transpose(2, 3))
     left_BGQH = (end_BGH.unsqueeze(2) - log_BGQH[:, :, :-1]).float().exp()  # of earlier tokens when the last comes
     left_BGQHp = x_BGQHp * F.pad(left_BGQH, (0, 0, 0, 1), value=1.0).unsqueeze(-1)
     added_BGIn = left_BGQHp.flatten(3).transpose(2, 3) @ B_BGQn
-    start_BGIn, state_BIn = _passed_on(
+    start_BGIn, state_BIn = _carry_states(
         added_BGIn, end_BGH.float().exp().repeat_interleave(p, dim=2), state_BHpn.flatten(1, 2)
     )
     carried_BGQHp = (C_BGQn @ start_BGIn.transpose(2, 3)).view_as(x_BGQHp)
@@ -71,52 +62,19 @@ def scan(
     return y_BGQHp.flatten(1, 2)[:, :N], state_BIn.view(B, H, p, -1)
 
 
-def fastest_scan(
-    x_BNHp: Tensor, dt_BNH: Tensor, A_H: Tensor, B_BNn: Tensor, C_BNn: Tensor, state_BHpn: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`scan`, or on a GPU the kernel of `mamba_ssm` where that is installed."""
-    kernel = fused_kernel() if ops.fast and x_BNHp.device.type == "cuda" else None
-    if kernel is None:
-        return scan(x_BNHp, dt_BNH, A_H, B_BNn, C_BNn, state_BHpn)
-    return scan_by_kernel(kernel, x_BNHp, dt_BNH, A_H, B_BNn, C_BNn, state_BHpn)
-
-
-@lru_cache(maxsize=1)
-def fused_kernel() -> Callable[..., Any] | None:
-    """`mamba_chunk_scan_combined`, None where `mamba_ssm` is not installed. It needs CUDA and Triton."""
-    try:
-        module = import_module("mamba_ssm.ops.triton.ssd_combined")
-    except ImportError:
-        return None
-    found: Callable[..., Any] = module.mamba_chunk_scan_combined
-    return found
-
-
-def scan_by_kernel(
-    kernel: Callable[..., Any], x_BNHp: Tensor, dt_BNH: Tensor, A_H: Tensor, B_BNn: Tensor, C_BNn: Tensor,
-    state_BHpn: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`scan` by a function with the signature of `mamba_ssm`'s kernel, which knows groups of heads: here one."""
-    y_BNHp, state_BHpn = kernel(
-        x_BNHp, dt_BNH, A_H, B_BNn.unsqueeze(2), C_BNn.unsqueeze(2), _KERNEL_CHUNK,
-        initial_states=state_BHpn, return_final_states=True,
-    )  # fmt: skip
-    return y_BNHp, state_BHpn.float()
-
-
-def multiply_adds(tokens: int, inner: int, state: int, chunk: int = CHUNK) -> int:
+def count_scan_multiply_adds(tokens: int, inner: int, state: int, chunk: int = CHUNK) -> int:
     """Of `scan`'s products, for one sequence: with the state, and within chunks, whose masked half is computed too."""
     Q = min(chunk, tokens)
     computed = tokens + -tokens % Q
     return computed * (2 * inner * state + Q * (inner + state))
 
 
-def _longer(t: Tensor, count: int) -> Tensor:
+def _pad_tokens(t: Tensor, count: int) -> Tensor:
     """`count` zeros at the end of the second dimension."""
     return F.pad(t, (0, 0) * (t.ndim - 2) + (0, count))
 
 
-def _within(x_BGQHp: Tensor, log_BGQH: Tensor, scores_BGQQ: Tensor) -> Tensor:
+def _mix_within_chunks(x_BGQHp: Tensor, log_BGQH: Tensor, scores_BGQQ: Tensor) -> Tensor:
     """What the tokens of each chunk receive from one another and from themselves.
 
     A token's own part has no decay. Were it computed as exp(log - log), the two gradients, which are equal, would leave
@@ -130,7 +88,7 @@ def _within(x_BGQHp: Tensor, log_BGQH: Tensor, scores_BGQQ: Tensor) -> Tensor:
     return torch.addcmul(earlier_BGHQp.transpose(2, 3), x_BGQHp, own_BGQ[..., None, None])
 
 
-def _passed_on(added_BGIn: Tensor, decay_BGI: Tensor, state_BIn: Tensor) -> tuple[Tensor, Tensor]:
+def _carry_states(added_BGIn: Tensor, decay_BGI: Tensor, state_BIn: Tensor) -> tuple[Tensor, Tensor]:
     """The states at the start of each chunk, and the last one's end."""
     starts = []
     for added_BIn, decay_BI in zip(added_BGIn.unbind(1), decay_BGI.unbind(1), strict=True):

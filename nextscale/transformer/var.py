@@ -1,32 +1,34 @@
 """The VAR transformer: embeds what each scale may see, runs the blocks, predicts a token for every position.
 
 Letters: B batch, N tokens at hand, L tokens of all scales, D width, C code width, V codes, S layers of a block.
-`forward` runs all scales at once under the block-causal mask; `step` runs one scale against a cache. Both go
-through `_run`, so they are one function in two portions.
+`forward` runs all scales at once under the block-causal mask; `step` runs one scale with a cache of the ones before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.ops import Embedding, Linear
+from nextscale.common.embedding import create_embedding
 from nextscale.common.errors import UserError
+from nextscale.common.registry import CONDITIONS
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.pruning import Pruning
-from nextscale.transformer.block import Block, modulate
-from nextscale.transformer.condition import ClassCondition
-from nextscale.transformer.context import ScaleContext, scale_indices
-from nextscale.transformer.feed_forward.thresholds import Thresholds
-from nextscale.transformer.projector import Projector
+from nextscale.transformer.block import AdaLayerNorm, Block
+from nextscale.transformer.condition import Condition
+from nextscale.transformer.context import ScaleContext, index_scales
+from nextscale.transformer.feed_forward.interface import Record
+
+if TYPE_CHECKING:
+    from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 Cache = list[list[Any]]
+"""For each block the states of its mixers."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,20 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Output:
-    """What a pass through the transformer gives."""
+    """The result of a pass through the transformer."""
 
     logits_BNV: Tensor
     """float32."""
-    records: list[list[Any]]
-    """What each layer of each block recorded (routing, in mixtures of experts); None for dense layers."""
+    records: list[Record | None]
+    """What the feed-forward of each block reports; None for dense ones."""
     projected_BNE: Tensor | None = None
-    """The alignment head's output, of the first scales, where it was asked for."""
+    """The alignment head's output for the first scales, if `aligned_scales` asks for it."""
     hidden_BND: Tensor | None = None
-    """The output of the block that was asked for."""
+    """The output of the block that `hidden_block` asks for."""
 
 
 class VAR(nn.Module):
-    """Next-scale prediction transformer (VAR, arXiv 2404.02905, Eq. 4 of MEPA)."""
+    """Next-scale prediction transformer (VAR, arXiv 2404.02905; MEPA, Eq. 4)."""
 
     blocks: Sequence[Block]
 
@@ -63,20 +65,96 @@ class VAR(nn.Module):
         super().__init__()
         self.config, self.pyramid = config, pyramid
         D = config.width
-        self.condition = ClassCondition(config.condition, D)
-        self.word_embed = Linear(code_width, D)
+        self.condition: Condition = CONDITIONS.get(config.condition.kind)(config.condition, D)
+        self.word_embed = nn.Linear(code_width, D)
         self.pos_start = nn.Parameter(torch.empty(1, pyramid.counts[0], D))
         self.pos_embed = nn.Parameter(torch.empty(1, pyramid.length, D))
-        self.level_embed = Embedding(len(pyramid), D)
+        self.level_embed = create_embedding(len(pyramid), D)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             Block(config, i, len(pyramid)) for i in range(config.depth)
         )
-        self.shared_adaln = Linear(D, 3 * len(self.blocks[0].layers) * D) if config.shared_adaln else None
-        self.head_adaln = Linear(D, 2 * D)
-        self.head = Linear(D, vocab_size)
-        self.projector = Projector(config) if config.alignment.width else None
+        self.shared_adaln = nn.Linear(D, 3 * len(self.blocks[0].layers) * D) if config.shared_adaln else None
+        self.head_norm = AdaLayerNorm(config.norm_eps)
+        self.head_adaln = nn.Linear(D, 2 * D)
+        self.head = nn.Linear(D, vocab_size)
+        self.projector = None
+        if config.alignment.width:
+            from nextscale.transformer.projector import Projector  # training alone uses it
 
-    def conditioning(self, values: Any) -> Conditioning:
+            self.projector = Projector(config)
+
+    def forward(
+        self, values: Any, x_BLC: Tensor, *, drop_path: Tensor | None = None, aligned_scales: int = 0,
+        hidden_block: int = 0, thresholds: Thresholds | None = None,
+    ) -> Output:  # fmt: skip
+        """Logits (B, L, V) of all scales at once (teacher forcing).
+
+        `values`: the condition (labels, int64 (B,)). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
+        (B, L - N of scale 0, C). `drop_path`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
+        `aligned_scales`: how many scales the alignment head projects, for semantic guidance. `hidden_block`: the
+        block, counted from 1, whose output is returned too. `thresholds`: of dynamic experts.
+        """
+        expected = self.pyramid.length - self.pyramid.counts[0]
+        if x_BLC.ndim != 3 or x_BLC.shape[1] != expected:
+            raise UserError(f"teacher inputs must be (B, {expected}, {self.word_embed.in_features}); got {x_BLC.shape}")
+        conditioning = self.embed_condition(values)
+        x_BND = self.embed_start(conditioning)
+        if expected:
+            span = (self.pyramid.counts[0], self.pyramid.length)
+            x_BND = torch.cat([x_BND, self.embed_inputs(x_BLC, span)], dim=1)
+        context = ScaleContext(
+            self.pyramid, (0, self.pyramid.length), True, k=len(self.pyramid) - 1, thresholds=thresholds
+        )
+        records: list[Record | None] = []
+        projected_BNE = hidden_BND = None
+        for i, block in enumerate(self.blocks):
+            adaln_B3SD = conditioning.blocks_B3SD[i]
+            if drop_path is not None:
+                adaln_B3SD = scale_gammas(adaln_B3SD, drop_path[i])
+            x_BND, record = block(x_BND, adaln_B3SD, context, None, records[-1] if records else None)
+            records.append(record)
+            if i + 1 == hidden_block:
+                hidden_BND = x_BND
+            if aligned_scales and self.projector is not None and i + 1 == self.config.aligned_block:
+                projected_BNE = self.projector(x_BND[:, : self.pyramid.spans[aligned_scales - 1][1]])
+        return Output(self.predict_logits(x_BND, conditioning), records, projected_BNE, hidden_BND)
+
+    def step(
+        self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, *,
+        thresholds: Thresholds | None = None,
+    ) -> Output:  # fmt: skip
+        """Logits (B, N, V) of scale k. `x_BNC` is the tokenizer's next input, None at scale 0."""
+        context = ScaleContext(self.pyramid, self.pyramid.spans[k], k=k, thresholds=thresholds)
+        return self._run_cached(self.embed_scale(conditioning, x_BNC, k), conditioning, context, cache)
+
+    def prefill(
+        self, conditioning: Conditioning, x_BLC: Tensor, k: int, cache: Cache, *, thresholds: Thresholds | None = None
+    ) -> Output:
+        """As `step` for scale k, by a model that has not seen the scales before: all of them in one pass.
+
+        `x_BLC`: the tokenizer's inputs of scales 1 to k. Fills the cache; later scales continue with `step`.
+        """
+        first, (start, end) = self.pyramid.counts[0], self.pyramid.spans[k]
+        x_BND = torch.cat([self.embed_start(conditioning), self.embed_inputs(x_BLC, (first, end))], dim=1)
+        context = ScaleContext(self.pyramid, (0, end), True, k=k, thresholds=thresholds)
+        return self._run_cached(x_BND, conditioning, context, cache, start)
+
+    def _run_cached(
+        self, x_BND: Tensor, conditioning: Conditioning, context: ScaleContext, cache: Cache, first_predicted: int = 0
+    ) -> Output:
+        """Through the blocks, which read and fill the cache, to the logits of the tokens from `first_predicted` on."""
+        records: list[Record | None] = []
+        for block, adaln_B3SD, states in zip(self.blocks, conditioning.blocks_B3SD, cache, strict=True):
+            x_BND, record = block(x_BND, adaln_B3SD, context, states, records[-1] if records else None)
+            records.append(record)
+        return Output(self.predict_logits(x_BND[:, first_predicted:], conditioning), records)
+
+    def new_cache(self, batch: int) -> Cache:
+        """The states of all mixers for `batch` sequences, allocated once."""
+        length = self.pyramid.spans[-1][0]  # nothing looks at the last scale but itself
+        return [block.new_states(batch, length) for block in self.blocks]
+
+    def embed_condition(self, values: Any) -> Conditioning:
         """Everything derived from a batch of condition values (labels)."""
         cond_BD = self.condition(values)
         active_BD = F.silu(cond_BD)
@@ -87,98 +165,34 @@ class VAR(nn.Module):
             self.head_adaln(active_BD).view(len(cond_BD), 2, -1),
         )
 
-    def forward(
-        self, values: Any, x_BLC: Tensor, branch_keep: Tensor | None = None, guided: int = 0, hidden: int = 0,
-        thresholds: Thresholds | None = None,
-    ) -> Output:  # fmt: skip
-        """Logits (B, L, V) of all scales at once.
+    def embed_scale(self, conditioning: Conditioning, x_BNC: Tensor | None, k: int) -> Tensor:
+        """What enters the blocks at scale k, (B, N, D)."""
+        if k == 0 or x_BNC is None:
+            return self.embed_start(conditioning)
+        return self.embed_inputs(x_BNC, self.pyramid.spans[k])
 
-        `values`: the condition (labels, int64 (B,)). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
-        (B, L - N of scale 0, C). `branch_keep`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
-        `guided`: how many scales the alignment head projects, for semantic guidance. `hidden`: the block, counted from
-        1, whose output is wanted too, to be looked at. `thresholds`: of dynamic experts.
-        """
-        expected = self.pyramid.length - self.pyramid.counts[0]
-        if x_BLC.ndim != 3 or x_BLC.shape[1] != expected:
-            raise UserError(f"teacher inputs must be (B, {expected}, {self.word_embed.in_features}); got {x_BLC.shape}")
-        conditioning = self.conditioning(values)
-        x_BND = self.start(conditioning)
-        if expected:
-            x_BND = torch.cat([x_BND, self._embed(x_BLC, (self.pyramid.counts[0], self.pyramid.length))], dim=1)
-        context = ScaleContext(
-            self.pyramid, (0, self.pyramid.length), True, k=len(self.pyramid) - 1, thresholds=thresholds
-        )
-        return self._run(x_BND, conditioning, context, None, branch_keep, guided=guided, hidden=hidden)
-
-    def step(
-        self, conditioning: Conditioning, x_BNC: Tensor | None, k: int, cache: Cache, pruning: Pruning | None = None,
-        thresholds: Thresholds | None = None,
-    ) -> Output:  # fmt: skip
-        """Logits (B, N, V) of scale k. `x_BNC` is the tokenizer's next input, None at scale 0, which starts anew."""
-        span = self.pyramid.spans[k]
-        x_BND = self.start(conditioning) if k == 0 or x_BNC is None else self._embed(x_BNC, span)
-        context = ScaleContext(self.pyramid, span, k=k, pruning=pruning, thresholds=thresholds)
-        return self._run(x_BND, conditioning, context, cache)
-
-    def catch_up(
-        self, conditioning: Conditioning, x_BLC: Tensor, k: int, cache: Cache, thresholds: Thresholds | None = None
-    ) -> Output:
-        """As `step` for scale k, by a model that has not seen the scales before: all of them in one pass.
-
-        `x_BLC`: the tokenizer's inputs of scales 1 to k. Fills the cache; later scales go on by `step`.
-        """
-        first, (start, end) = self.pyramid.counts[0], self.pyramid.spans[k]
-        x_BND = torch.cat([self.start(conditioning), self._embed(x_BLC, (first, end))], dim=1)
-        context = ScaleContext(self.pyramid, (0, end), True, k=k, thresholds=thresholds)
-        return self._run(x_BND, conditioning, context, cache, wanted=start)
-
-    def new_cache(self, batch: int) -> Cache:
-        """State of every layer of every block for `batch` sequences, allocated once."""
-        length = self.pyramid.spans[-1][0]  # nothing looks at the last scale but itself
-        return [block.new_states(batch, length) for block in self.blocks]
-
-    def start(self, conditioning: Conditioning) -> Tensor:
+    def embed_start(self, conditioning: Conditioning) -> Tensor:
         """Embedding of scale 0 (B, N, D): the condition itself, plus positions."""
-        start, end = self.pyramid.spans[0]
-        return conditioning.cond_BD.unsqueeze(1) + self.pos_start + self._place((start, end))
+        return conditioning.cond_BD.unsqueeze(1) + self.pos_start + self._embed_positions(self.pyramid.spans[0])
 
-    def _embed(self, x_BNC: Tensor, span: tuple[int, int]) -> Tensor:
-        return self.word_embed(x_BNC.to(self.word_embed.weight.dtype)) + self._place(span)
+    def embed_inputs(self, x_BNC: Tensor, span: tuple[int, int]) -> Tensor:
+        """Embedding of the tokenizer's inputs at the positions of a span, (B, N, D)."""
+        return self.word_embed(x_BNC.to(self.word_embed.weight.dtype)) + self._embed_positions(span)
 
-    def _place(self, span: tuple[int, int]) -> Tensor:
-        """Level and position embeddings of a span (1, N, D)."""
+    def _embed_positions(self, span: tuple[int, int]) -> Tensor:
+        """Level and position embeddings of a span, (1, N, D)."""
         start, end = span
-        scales_L = scale_indices(self.pyramid, self.pos_embed.device)
+        scales_L = index_scales(self.pyramid, self.pos_embed.device)
         return self.level_embed(scales_L[start:end]) + self.pos_embed[:, start:end]
 
-    def _run(
-        self,
-        x_BND: Tensor,
-        conditioning: Conditioning,
-        context: ScaleContext,
-        cache: Cache | None,
-        branch_keep: Tensor | None = None,
-        wanted: int = 0,
-        guided: int = 0,
-        hidden: int = 0,
-    ) -> Output:
-        """Through the blocks to logits, of the tokens from `wanted` on."""
-        projected_BNE = hidden_BND = None
-        records: list[list[Any]] = []
-        for i, block in enumerate(self.blocks):
-            adaln_B3SD = conditioning.blocks_B3SD[i]
-            if branch_keep is not None:  # dropping a branch is a gamma of zero
-                keep_SB = branch_keep[i, : adaln_B3SD.shape[2]]
-                gamma_B1SD = adaln_B3SD[:, :1] * keep_SB.T[:, None, :, None]
-                adaln_B3SD = torch.cat([gamma_B1SD, adaln_B3SD[:, 1:]], dim=1)
-            x_BND, record = block(
-                x_BND, adaln_B3SD, context, cache[i] if cache else None, records[-1] if records else None
-            )
-            records.append(record)
-            if i + 1 == hidden:
-                hidden_BND = x_BND
-            if guided and self.projector is not None and i + 1 == self.config.aligned_block:
-                projected_BNE = self.projector(x_BND[:, : self.pyramid.spans[guided - 1][1]])
+    def predict_logits(self, x_BND: Tensor, conditioning: Conditioning) -> Tensor:
+        """Logits (B, N, V), float32, from the last block's output."""
         scale, shift = conditioning.head_B2D.unsqueeze(2).unbind(1)
-        x_BND = modulate(x_BND[:, wanted:], scale, shift, self.config.norm_eps)
-        return Output(self.head(x_BND).float(), records, projected_BNE, hidden_BND)
+        return self.head(self.head_norm(x_BND, scale, shift)).float()
+
+
+def scale_gammas(adaln_B3SD: Tensor, drop_path_SB: Tensor) -> Tensor:
+    """adaLN values with the gammas of dropped branches set to zero, and the others divided by the keep probability."""
+    factor_BS = drop_path_SB[: adaln_B3SD.shape[2]].T
+    gamma_B1SD = adaln_B3SD[:, :1] * factor_BS[:, None, :, None]
+    return torch.cat([gamma_B1SD, adaln_B3SD[:, 1:]], dim=1)

@@ -1,1 +1,1 @@
-"""What the machine's C compiler builds at its first use, each beside a plain way to the same function."""
+"""Fast twins for CPUs: oneDNN products, packed weights, compiled kernels."""

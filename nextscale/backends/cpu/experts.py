@@ -1,115 +1,167 @@
-"""Experts on a CPU in float32 by the compiled kernels (experts.c), and their weights as those read them.
+"""Fast twins of the experts of a mixture.
 
-Letters: T rows, D width, F hidden units, E experts, S hidden units of one, R pairs of row and expert.
+Training takes the loop over experts with its backward pass written out (`nextscale.backends.experts`). Inference in
+float32 takes a compiled kernel over packed weights; elsewhere each expert's products are packed as a linear layer's.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nextscale.backends.cpu.build import pointers
-
-_LANES = 16
-_SLICE_ROWS, _EXPERT_ROWS = 12, 56
-"""Rows that the kernels take at once, at most."""
-TILE_VALUES = 2**19
-"""Input values of the rows that pass over all slices together: 512 rows of width 1,024. These, as many outputs and one
-slice's weights fill a second cache of 2 MiB in part; more would not save much, as weights are read once for so many."""
-_TILE_ROWS = 1024
-"""At most, where rows are short: weights are read seldom enough (at width 192 tiles of 2,730 rows take 8 % longer)."""
-
-_SHARES = 4
-"""Tiles of each thread where all weights fit the second cache, so that tiles may be small: rows that follow one another
-have like numbers of experts, and threads would not be done together."""
+from nextscale.backends.cpu.kernels import build
+from nextscale.backends.cpu.kernels.experts import add_experts_by_kernel, from_panels, to_panels
+from nextscale.backends.cpu.products import NO_GRADIENTS, NOT_TRAINABLE, PACK_ROWS, can_pack, linear, pack_weight
+from nextscale.backends.experts import run_experts
+from nextscale.common.errors import UserError
+from nextscale.transformer.feed_forward.experts import Dispatch, Experts, StackedLinear
+from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts
 
 
-def vectors_for(size: int) -> int:
-    """How many vectors of outputs a kernel takes at once for experts of this size: none should be padding."""
-    return 4 if size % (4 * _LANES) == 0 else 2
+def create_dispatch(selected_TM: Tensor, max_pairs: int) -> Dispatch:
+    """`Dispatch.create` without a sort, on a CPU; no pair is padding."""
+    if selected_TM.device.type != "cpu":
+        return Dispatch.create(selected_TM, max_pairs)
+    expert_R, row_R = selected_TM.T.nonzero().unbind(1)
+    return Dispatch(row_R, expert_R, selected_TM.sum(dim=0).cumsum(0).to(torch.int32))
 
 
-def to_panels(weight_EOI: Tensor, vectors: int = 4) -> Tensor:
-    """(E, out, in) as (E, out / panel, in, panel), outputs padded with zeros: one step after another, `vectors` vectors
-    of 16 outputs in each."""
-    panel = vectors * _LANES
-    padded = F.pad(weight_EOI.detach(), (0, 0, 0, -weight_EOI.shape[1] % panel))
-    return padded.unflatten(1, (-1, panel)).transpose(2, 3).contiguous()
+class CpuStackedLinear(StackedLinear):
+    """StackedLinear by `products.linear`."""
+
+    plain = StackedLinear
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return self.multiply(x, expert)
+
+    def multiply(self, x: Tensor, expert: int, gelu: bool = False) -> Tensor:
+        """The layer of one expert, then tanh-GELU if `gelu`."""
+        return linear(x, self.weight[expert], self.bias[expert], gelu)
 
 
-def from_panels(panels: Tensor, out: int) -> Tensor:
-    """(E, out, in) of `to_panels`."""
-    return panels.transpose(2, 3).flatten(1, 2)[:, :out].contiguous()
+class PackedStackedLinear(CpuStackedLinear):
+    """For inference: the weights of each expert packed as `PackedLinear` does, or laid out for the compiled kernels.
 
-
-def _padded(bias_ES: Tensor, vectors: int) -> Tensor:
-    return F.pad(bias_ES.detach(), (0, -bias_ES.shape[1] % (vectors * _LANES))).contiguous()
-
-
-class SlicePanels:
-    """The weights of experts that are slices of one FFN.
-
-    `w1_FD`, `b1_F`, `w2_DF`, `b2_D`: those of the whole FFN, float32, hidden units expert by expert.
+    A weight of no size stands in for packed ones. It is saved, moved and converted as the original, bit for bit.
     """
 
-    def __init__(self, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, experts: int):
-        self.experts, self.width, self.size = experts, w1_FD.shape[1], w1_FD.shape[0] // experts
-        vectors = vectors_for(self.size)
-        self.w1 = to_panels(w1_FD.unflatten(0, (experts, -1)), vectors)
-        self.w2 = to_panels(w2_DF.unflatten(1, (experts, -1)).transpose(0, 1), vectors)
-        self.b1, self.b2 = _padded(b1_F.unflatten(0, (experts, -1)), vectors), b2_D.detach().contiguous()
+    packed: list[Tensor] | None = None
+    panels: Tensor | None = None
 
-    def output(self, kernels: ctypes.CDLL, x_TD: Tensor, chosen_TE: Tensor, relu: bool) -> Tensor:
-        """The sum of the chosen experts' outputs and of the last bias, (T, D); all contiguous, float32 and bool."""
-        count, threads = len(x_TD), torch.get_num_threads()
-        shares = 1 if threads == 1 or self.w1.numel() + self.w2.numel() > TILE_VALUES else _SHARES
-        tile = max(1, min(TILE_VALUES // self.width, _TILE_ROWS, -(-count // (shares * threads))))
-        rows = torch.empty(count, dtype=torch.int64)
-        hidden = torch.empty(threads * _SLICE_ROWS * self.b1.shape[1])
-        y_TD = torch.empty_like(x_TD)
-        tensors = pointers(x_TD, chosen_TE, y_TD, self.w1, self.b1, self.w2, self.b2)
-        kernels.run_slices(
-            *tensors, count, tile, self.experts, self.width, self.size, int(relu), threads, *pointers(rows, hidden)
-        )
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are packed, in either layout."""
+        return self.packed is not None or self.panels is not None
+
+    def multiply(self, x: Tensor, expert: int, gelu: bool = False) -> Tensor:
+        if not self.is_packed and x.numel() >= PACK_ROWS * x.shape[-1]:
+            self.pack()
+        return linear(x, self._get_weight(expert, x), self.bias[expert], gelu)
+
+    def _get_weight(self, expert: int, x: Tensor) -> Tensor:
+        if self.panels is None:
+            return self.packed[expert] if self.packed is not None else self.weight[expert]
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise UserError(NO_GRADIENTS)
+        return from_panels(self.panels[expert : expert + 1], self.bias.shape[1])[0]
+
+    def pack(self) -> None:
+        """Pack the weights where that is possible."""
+        if not self.is_packed and can_pack(self.weight):
+            self.packed = [pack_weight(weight) for weight in self.weight.detach()]
+            self._release()
+
+    def pack_panels(self) -> None:
+        """Lay the weights out for the compiled kernels, float32."""
+        if not self.is_packed:
+            self.panels = to_panels(self.weight.detach())
+            self._release()
+
+    def _release(self) -> None:
+        self.weight = nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
+
+    def _unpack(self) -> Tensor:
+        if self.panels is not None:
+            return from_panels(self.panels, self.bias.shape[1])
+        assert self.packed is not None, "one of the two layouts"
+        return torch.stack([weight.to_dense() for weight in self.packed])
+
+    def train(self, mode: bool = True) -> PackedStackedLinear:
+        if mode:
+            raise UserError(NOT_TRAINABLE)
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        if self.is_packed:
+            self.weight = nn.Parameter(self._unpack(), requires_grad=False)
+            self.packed = self.panels = None
+        return super()._apply(*arguments, **options)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_packed:
+            destination[f"{prefix}weight"] = self._unpack()
+
+
+class CpuExperts(Experts):
+    """Experts for training, and for inference without packing."""
+
+    plain = Experts
+    fc1: CpuStackedLinear
+    fc2: CpuStackedLinear
+
+    def forward(self, x_TD: Tensor, gates_TM: Tensor, selected_TM: Tensor, max_pairs: int) -> Tensor:
+        dispatch = create_dispatch(selected_TM, max_pairs)
+        return self.run(x_TD, gates_TM[dispatch.row_R, dispatch.expert_R], dispatch)
+
+    def run(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+        gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *self.weights))
+        if gradient:
+            return run_experts(x_TD, gate_R, dispatch, self.weights)
+        return super().run(x_TD, gate_R, dispatch)
+
+    def run_expert(self, expert: int, x_rD: Tensor) -> Tensor:
+        return self.fc2(self.fc1.multiply(x_rD, expert, gelu=True), expert)
+
+
+class PackedExperts(CpuExperts):
+    """Experts for inference, by the compiled kernel where there is one."""
+
+    fc1: PackedStackedLinear
+    fc2: PackedStackedLinear
+
+    def run(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+        kernels = self._load_kernels(x_TD)
+        if kernels is not None:
+            return self._run_kernels(kernels, x_TD, gate_R, dispatch)
+        return Experts.run(self, x_TD, gate_R, dispatch)
+
+    def _load_kernels(self, x_TD: Tensor) -> ctypes.CDLL | None:
+        """The compiled kernels, where they can compute x; lays the weights out for them at the first use."""
+        if self.fc1.packed is not None or not build.can_use_kernels(x_TD, self.fc1.bias):
+            return None
+        kernels = build.load_kernels("experts")
+        if kernels is not None:
+            self.fc1.pack_panels()
+            self.fc2.pack_panels()
+        return kernels
+
+    def _run_kernels(self, kernels: ctypes.CDLL, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+        assert self.fc1.panels is not None, "laid out together"
+        assert self.fc2.panels is not None, "laid out together"
+        y_TD, pairs = torch.zeros_like(x_TD), (dispatch.row_R.contiguous(), gate_R, dispatch.ends_M)
+        weights = self.fc1.panels, self.fc1.bias, self.fc2.panels, self.fc2.bias
+        add_experts_by_kernel(kernels, x_TD.contiguous(), pairs, weights, into=y_TD)
         return y_TD
 
 
-class RouterPanels:
-    """The weights of a router, Linear-GELU-Linear without biases: (H, D) and (E, H), float32."""
+class CpuZeroComputationExperts(ZeroComputationExperts):
+    """MoE++'s zero-computation experts with a batch-independent product."""
 
-    vectors = 2
+    plain = ZeroComputationExperts
 
-    def __init__(self, w1_HD: Tensor, w2_EH: Tensor):
-        (self.hidden, self.width), self.experts = w1_HD.shape, len(w2_EH)
-        self.w1, self.w2 = (to_panels(w.unsqueeze(0), self.vectors) for w in (w1_HD, w2_EH))
-
-    def chosen(self, kernels: ctypes.CDLL, x_TD: Tensor, tau: float) -> Tensor:
-        """(T, E) bool: where p >= (1 - tau) max p, p = |W2 gelu(W1 x)|, with tanh-GELU."""
-        threads, panel = torch.get_num_threads(), self.vectors * _LANES
-        chosen_TE = torch.empty(len(x_TD), self.experts, dtype=torch.bool)
-        columns = sum(-(-n // panel) * panel for n in (self.hidden, self.experts))
-        scratch = torch.empty(threads * _SLICE_ROWS * columns)
-        kernels.choose_slices(
-            *pointers(x_TD, chosen_TE, self.w1, self.w2), len(x_TD), self.experts, self.width, self.hidden,
-            1 - tau, threads, *pointers(scratch),
-        )  # fmt: skip
-        return chosen_TE
-
-
-def add_experts(
-    kernels: ctypes.CDLL, x_TD: Tensor, pairs: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, ...], into: Tensor
-) -> None:
-    """Add to `into` (T, D) the gated outputs of whole experts, FFNs with tanh-GELU.
-
-    `pairs`: row (R,) int64, gate (R,) float32 and where each expert's pairs end (E,) int32, sorted by expert.
-    `weights`: fc1's panels, its bias (E, F), fc2's panels, its bias (E, D); panels of four vectors. All contiguous.
-    """
-    w1, b1_EF, w2, b2_ED = weights
-    (experts, size), width, threads = b1_EF.shape, b2_ED.shape[1], torch.get_num_threads()
-    b1 = _padded(b1_EF, 4)
-    hidden, sums = torch.empty(2 * _EXPERT_ROWS * b1.shape[1]), torch.empty(threads * _EXPERT_ROWS * 4 * _LANES)
-    tensors = pointers(x_TD, *pairs, into, w1, b1, w2, b2_ED)
-    kernels.run_experts(*tensors, experts, width, size, threads, *pointers(hidden, sums))
+    def sum_constants(self, weight_BNc: Tensor, constant_cD: Tensor) -> Tensor:
+        return linear(weight_BNc, constant_cD.T.contiguous())

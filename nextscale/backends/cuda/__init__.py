@@ -1,0 +1,1 @@
+"""Fast twins for NVIDIA GPUs."""

@@ -21,7 +21,7 @@ class _CapturedSteps:
     """The steps of one model for a fixed number of sequences: inputs, conditioning, caches and logits stay in place."""
 
     def __init__(self, model: VAR, values: Any):
-        self.model, self.conditioning = model, model.conditioning(values)
+        self.model, self.conditioning = model, model.embed_condition(values)
         self.cache = model.new_cache(len(values))
         self.inputs_BNC: list[Tensor | None] = [None]
         width, device = model.word_embed.in_features, self.conditioning.cond_BD.device
@@ -52,7 +52,7 @@ class _CapturedSteps:
 
     def set_condition(self, values: Any) -> None:
         """Take a new batch of the same size."""
-        for target, source in zip(_tensors(self.conditioning), _tensors(self.model.conditioning(values)), strict=True):
+        for target, source in zip(_tensors(self.conditioning), _tensors(self.model.embed_condition(values)), strict=True):
             target.copy_(source)
 
     def predict(self, x_BNC: Tensor | None, k: int) -> Tensor:

@@ -137,7 +137,7 @@ class _Lab:
             up_to_L = torch.arange(self.pyramid.length, device=wrong_BL.device) < self.pyramid.spans[s][1]
             drawn = self._draw(values, first, Edit(wrong_BL, up_to_L.expand_as(wrong_BL)))
             self._compare(self.errors[s], clean, image, drawn)
-            self._compare(self.kept[s], clean, image, _Drawn(wrong_BL, list(self.tokenizer.canvases(wrong_BL))))
+            self._compare(self.kept[s], clean, image, _Drawn(wrong_BL, list(self.tokenizer.build_canvases(wrong_BL))))
             rows.append(self._grown(drawn, shown, [f"error at {scale_names(self.pyramid)[s]}"] * shown, s))
         self._compare(self.another, clean, image, self._draw(values, first + self.config.num))
         self.rows += [row for of_image in zip(*rows, strict=True) for row in of_image]
@@ -175,7 +175,7 @@ class _Lab:
         distances.image.append((painted - image_B3HW).square().flatten(1).mean(dim=1).sqrt().cpu())
 
     def _painted(self, canvas_BChw: Tensor) -> Tensor:
-        return (self.tokenizer.paint(canvas_BChw) + 1) / 2
+        return (self.tokenizer.decode_canvas(canvas_BChw) + 1) / 2
 
     def _grown(
         self, drawn: _Drawn, shown: int, captions: list[str], error: int | None = None

@@ -16,8 +16,8 @@ from nextscale.common.files import write_json
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.figures import loads
 from nextscale.research.analysis.subject import Subject, about, subjects
-from nextscale.transformer.feed_forward.balance import normalised_load
-from nextscale.transformer.feed_forward.routers import Routing
+from nextscale.transformer.feed_forward.balance import normalise_load
+from nextscale.transformer.feed_forward.interface import collect
 
 
 def analyse_load(
@@ -45,18 +45,11 @@ def choices(subject: Subject) -> Tensor:
     spans = subject.model.pyramid.spans
     total: Tensor | int = 0
     for output in subject.outputs():
-        chosen = [routing_of(records).chosen_BNM.sum(dim=0) for records in output.records]
+        chosen = [routing.selected_BNM.sum(dim=0) for routing in collect(output.records, "routing")]
         chosen_SLM = torch.stack(chosen)
         total = total + torch.stack([chosen_SLM[:, start:end].sum(dim=1) for start, end in spans], dim=1)
     assert isinstance(total, Tensor), "a subject has at least one image"
     return total.cpu()
-
-
-def routing_of(records: list[Any]) -> Routing:
-    """What the router of a block decided."""
-    routing = records[-1]
-    assert isinstance(routing, Routing), "the subject is a mixture of experts"
-    return routing
 
 
 def _report(subject: Subject, experts: list[str], counts_SKM: Tensor) -> dict[str, Any]:
@@ -72,7 +65,7 @@ def _report(subject: Subject, experts: list[str], counts_SKM: Tensor) -> dict[st
     }
     parts = {"load": counts.sum((0, 1)), "load_per_block": counts.sum(1), "load_per_scale": counts.sum(0)}
     for name, count in parts.items():
-        load = normalised_load(count)
+        load = normalise_load(count)
         report[name] = load.tolist()
         report[name.replace("load", "load_variance", 1)] = load.var(dim=-1, correction=1).tolist()
     return report

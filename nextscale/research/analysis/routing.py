@@ -17,8 +17,8 @@ from nextscale.common.files import write_json
 from nextscale.common.pictures import to_pil
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.figures import map_grids
-from nextscale.research.analysis.load import routing_of
 from nextscale.research.analysis.subject import Subject, about, subjects
+from nextscale.transformer.feed_forward.interface import collect
 
 
 def analyse_routing(
@@ -66,7 +66,7 @@ def shares(subject: Subject, block: int) -> Tensor:
     """Share of the images that chose each expert at each position, float64 (L, M), on the CPU."""
     total: Tensor | int = 0
     for output in subject.outputs():
-        total = total + routing_of(output.records[block - 1]).chosen_BNM.sum(dim=0)
+        total = total + collect(output.records, "routing")[block - 1].selected_BNM.sum(dim=0)
     assert isinstance(total, Tensor), "a subject has at least one image"
     return total.cpu().double() / len(subject.rows)
 
@@ -76,7 +76,9 @@ def _painted(subject: Subject) -> list[Image.Image]:
     """What is painted of the subject's one image up to each scale."""
     tokenizer = subject.pipeline.tokenizer
     _, tokens_1L = subject.tokens(subject.rows)
-    return to_pil(torch.cat([(tokenizer.paint(canvas) + 1) / 2 for canvas in tokenizer.canvases(tokens_1L)]))
+    return to_pil(
+        torch.cat([(tokenizer.decode_canvas(canvas) + 1) / 2 for canvas in tokenizer.build_canvases(tokens_1L)])
+    )
 
 
 def _report(subject: Subject, block: int, experts: list[str]) -> dict[str, Any]:

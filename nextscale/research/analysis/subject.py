@@ -20,7 +20,7 @@ from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Examples, check_unreadable
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.tokenizer.tokenizer import to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.transformer.var import VAR, Output
 
 _SHOWN_FROM = 20
@@ -59,7 +59,7 @@ class Subject:
         device = self.pipeline.device
         if "tokens" in batch:
             return batch["label"].to(device), batch["tokens"].to(device).long()
-        return batch["label"].to(device), self.pipeline.tokenizer.encode(to_unit(batch["image"].to(device)))
+        return batch["label"].to(device), self.pipeline.tokenizer.encode(scale_to_unit(batch["image"].to(device)))
 
     @torch.no_grad()
     def outputs(self, hidden: int = 0) -> Iterator[Output]:
@@ -68,7 +68,7 @@ class Subject:
         batches = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
         for rows in tqdm(batches, desc=self.name, unit="batch", disable=len(batches) < _SHOWN_FROM):
             labels_B, tokens_BL = self.tokens(rows)
-            yield self.model(labels_B, self.pipeline.tokenizer.teacher_inputs(tokens_BL), hidden=hidden)
+            yield self.model(labels_B, self.pipeline.tokenizer.teacher_inputs(tokens_BL), hidden_block=hidden)
 
     def block(self, number: int, default: int) -> int:
         """A block's number counted from 1, `default` for 0; UserError when the model has no such block."""

@@ -39,6 +39,10 @@ class Task(nn.Module):
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Update what does not learn by gradients, from the batch of this step over all processes."""
 
+    def fast_modules(self) -> list[nn.Module]:
+        """The models whose modules the trainer swaps for fast twins (`nextscale.backends.optimize`)."""
+        return []
+
     def blocks(self) -> list[nn.Module]:
         """The repeated parts of the model, which are sharded, recomputed and compiled one by one."""
         return []

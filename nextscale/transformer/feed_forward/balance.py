@@ -1,4 +1,4 @@
-"""How evenly experts are used: the loss that evens them, and the figures that tell (MEPA, Eq. 10 and Table 1).
+"""How evenly experts are used: the load-balance loss and the load (MEPA, Eq. 10 and Table 1).
 
 Letters: B images, N tokens, M experts.
 """
@@ -11,25 +11,25 @@ from torch import Tensor
 from nextscale.transformer.feed_forward.routers import Routing
 
 
-def balance_loss(routing: Routing, idle: int = 0, idle_weight: float = 0.75) -> Tensor:
+def compute_balance_loss(routing: Routing, zero_computation: int = 0, zero_weight: float = 0.75) -> Tensor:
     """L_b of Eq. 10, M sum_j f_j P_j, a scalar: f_j the share of an image's tokens that chose j, P_j j's mean score.
 
     The mean over images, each by itself: an image's loss then depends on no other. With even use it is m, the number of
-    experts for each token. The last `idle` experts count `idle_weight` (MoE++, arXiv 2410.07348, Eq. 7).
+    experts for each token. The last `zero_computation` experts count `zero_weight` (MoE++, arXiv 2410.07348, Eq. 7).
     """
-    share_BM = routing.chosen_BNM.float().mean(dim=1)
+    share_BM = routing.selected_BNM.float().mean(dim=1)
     score_BM = routing.scores_BNM.mean(dim=1)
     M = score_BM.shape[1]
     weight_M = torch.ones(M, device=score_BM.device)
-    weight_M[M - idle :] = idle_weight
+    weight_M[M - zero_computation :] = zero_weight
     return M * (share_BM * score_BM * weight_M).sum(dim=1).mean()
 
 
-def expert_load(chosen_BNM: Tensor, total: float = 64.0) -> Tensor:
+def compute_expert_load(selected_BNM: Tensor, total: float = 64.0) -> Tensor:
     """How often each expert was chosen, (M,) float32, normalised to a sum of `total` (64 in Table 1)."""
-    return normalised_load(chosen_BNM.flatten(0, -2).float().sum(dim=0), total)
+    return normalise_load(selected_BNM.flatten(0, -2).float().sum(dim=0), total)
 
 
-def normalised_load(count_M: Tensor, total: float = 64.0) -> Tensor:
+def normalise_load(count_M: Tensor, total: float = 64.0) -> Tensor:
     """Counts of choices (..., M), normalised to a sum of `total`; zeros where nothing was chosen."""
     return total * count_M / count_M.sum(dim=-1, keepdim=True).clamp_min(1)

@@ -1,6 +1,7 @@
-"""Routers: who decides which experts work on which tokens. Each is one class, and each gives a `Routing`.
+"""Routers: the layers that choose which experts work on which tokens. Each is one class, and each gives a `Routing`.
 
-Letters: B sequences, N tokens at hand, D width, K scales, M experts (those with an FFN first, then the idle ones).
+Letters: B sequences, N tokens at hand, D width, K scales, M experts (those with an FFN first, then the
+zero-computation ones).
 """
 
 from __future__ import annotations
@@ -10,136 +11,178 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nextscale.backends.cpu.ops import Embedding, Linear, full_precision, linear
+from nextscale.common.embedding import create_embedding
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward.interface import Record
+from nextscale.transformer.precision import Float32Linear, disable_autocast
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided, and the record that a mixture leaves of a pass."""
+    """Router output: logits, scores, selected experts and gates."""
 
     logits_BNM: Tensor
-    """float32: what the softmax is taken of."""
+    """float32: the softmax's input."""
     scores_BNM: Tensor
     """float32: softmax over the experts, S of Eq. 8-10."""
-    chosen_BNM: Tensor
+    selected_BNM: Tensor
     """bool: which experts work on which tokens."""
     gates_BNM: Tensor
-    """float32: what an expert's output is multiplied by, G of Eq. 7; 0 where it was not chosen."""
+    """float32: the factors of the experts' outputs, G of Eq. 7; 0 where an expert was not selected."""
 
 
-def largest(scores: Tensor, count: int, dim: int) -> Tensor:
-    """True for the `count` largest along `dim`; of equal ones the first, whatever the machine."""
+def select_largest(scores: Tensor, count: int, dim: int) -> Tensor:
+    """True for the `count` largest along `dim`; of equal ones the first, on every machine."""
     order = scores.argsort(dim=dim, descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, order.narrow(dim, 0, count), True)
 
 
 class Router(nn.Module):
-    """What all routers share: a float32 softmax over scores, and the gates of those that are chosen."""
+    """Each token selects its m best experts by a float32 softmax. Subclass it for a router of your own:
+
+    @ROUTERS.register("my-router")          # from nextscale.common.registry import ROUTERS
+    class MyRouter(Router):
+        def score_tokens(self, x_BND, context): ...     # logits (B, N, M)
+        def select(self, scores_BNM, context): ...      # mask (B, N, M)
+    """
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
+        """`scales`: number of scales of the pyramid. `block`: index of the block, from 0."""
         super().__init__()
         self.config: ExpertsConfig = config.experts
         self.experts = config.experts.count + config.experts.zero_computation
-        self.score = Linear(config.width, self.experts, bias=False)
-        self.scale_embed: Embedding | None = None
+        self.score = Float32Linear(config.width, self.experts, bias=False)
+        self.scale_embed: nn.Embedding | None = None
 
-    def forward(self, x_BND: Tensor, context: ScaleContext) -> Routing:
-        with full_precision(x_BND):  # rounded scores would choose other experts
-            logits_BNM = self.logits(x_BND, context)
+    def finish_initialization(self, spread: float) -> None:
+        """Make scale embeddings as large as the normalised tokens beside them. `spread`: their standard deviation."""
+        if self.scale_embed is not None:
+            self.scale_embed.weight.div_(spread)
+
+    def forward(self, x_BND: Tensor, context: ScaleContext, previous: Record | None = None) -> Routing:
+        """`previous`: the record of the block before."""
+        with disable_autocast(x_BND):  # rounded scores would select other experts
+            logits_BNM = self.score_tokens(x_BND, context)
+            logits_BNM = self.add_previous(logits_BNM, previous)
             scores_BNM = logits_BNM.softmax(dim=-1)
-            chosen_BNM = self.choose(scores_BNM.detach(), context)
-            gates_BNM = torch.where(chosen_BNM, scores_BNM, 0)
+            selected_BNM = self.select(scores_BNM.detach(), context)
+            gates_BNM = torch.where(selected_BNM, scores_BNM, 0)
             if self.config.renormalise:
                 gates_BNM = gates_BNM / gates_BNM.sum(dim=-1, keepdim=True).clamp_min(1e-9)
-        return Routing(logits_BNM, scores_BNM, chosen_BNM, gates_BNM)
+        return Routing(logits_BNM, scores_BNM, selected_BNM, gates_BNM)
 
-    def logits(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
-        """Scores of every token for every expert (B, N, M), float32."""
-        return self._scored(x_BND)
+    def score_tokens(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
+        """Logits of every token for every expert (B, N, M), float32."""
+        return self.score(x_BND)
 
-    def choose(self, scores_BNM: Tensor, context: ScaleContext) -> Tensor:
-        """Each token takes its m best experts (Eq. 7)."""
-        return largest(scores_BNM, self.config.active, dim=-1)
+    def add_previous(self, logits_BNM: Tensor, previous: Record | None) -> Tensor:
+        """The logits with what the block before contributes: nothing."""
+        return logits_BNM
 
-    def pairs(self, shape: tuple[int, int], context: ScaleContext) -> int:
-        """How many pairs of a token and an FFN expert `shape` (B, N) tokens make, at most."""
+    def select(self, scores_BNM: Tensor, context: ScaleContext) -> Tensor:
+        """Which experts work on which tokens, bool (B, N, M): the m best of each token (Eq. 7)."""
+        return select_largest(scores_BNM, self.config.active, dim=-1)
+
+    def count_pairs(self, shape: tuple[int, int], context: ScaleContext) -> int:
+        """Largest possible number of pairs of a token and an FFN expert for `shape` (B, N) tokens."""
         batch, count = shape
         return batch * count * self.config.active
 
-    def _scored(self, x: Tensor) -> Tensor:
-        """x (..., D) times the routing matrix W."""
-        return linear(x.float(), self.score.weight.float())
+    @classmethod
+    def count_expert_calls(cls, config: ExpertsConfig, tokens: int) -> int:
+        """FFN experts that work on `tokens` tokens of one scale of a sequence, at most."""
+        return tokens * min(config.active, config.count)
+
+    @classmethod
+    def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
+        """Multiply-adds of the router for `tokens` tokens of one scale in the block of this index."""
+        experts = config.experts
+        return tokens * config.width * (experts.count + experts.zero_computation)
 
 
 class ScaleTokenRouter(Router):
-    """STMoE (MEPA, Eq. 9): S = softmax((SE(scale(x)) + x) W). Each token asks for experts, knowing its scale."""
+    """STMoE (MEPA, Eq. 9): S = softmax((SE(scale(x)) + x) W). Each token selects experts, knowing its scale."""
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__(config, scales, block)
         if config.experts.scale_embedding:
-            self.scale_embed = Embedding(scales, config.width)
+            self.scale_embed = create_embedding(scales, config.width)
 
-    def logits(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
-        logits_BNM = self._scored(x_BND)
+    def score_tokens(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
+        logits_BNM = self.score(x_BND)
         if self.scale_embed is None:
             return logits_BNM
-        return logits_BNM + self._scored(self.scale_embed.weight)[context.scales(x_BND.device)]
+        return logits_BNM + self.score(self.scale_embed.weight)[context.index_scales(x_BND.device)]
+
+    @classmethod
+    def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
+        scored = tokens + scales * config.experts.scale_embedding
+        return super().count_multiply_adds(config, scales, scored, block)
 
 
 class ScaleRouter(Router):
-    """SMoE (MEPA, Eq. 8): S = softmax(SE(scale(x)) W). Each scale asks once for all its tokens."""
+    """SMoE (MEPA, Eq. 8): S = softmax(SE(scale(x)) W). Each scale selects experts for all its tokens."""
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__(config, scales, block)
-        self.scale_embed = Embedding(scales, config.width)
+        self.scale_embed = create_embedding(scales, config.width)
 
-    def logits(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
+    def score_tokens(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
         assert self.scale_embed is not None, "made with the router"
-        logits_KM = self._scored(self.scale_embed.weight)
-        return logits_KM[context.scales(x_BND.device)].expand(*x_BND.shape[:2], -1)
+        logits_KM = self.score(self.scale_embed.weight)
+        return logits_KM[context.index_scales(x_BND.device)].expand(*x_BND.shape[:2], -1)
+
+    @classmethod
+    def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
+        return super().count_multiply_adds(config, scales, scales, block)
 
 
 class ExpertChoiceRouter(Router):
-    """Expert choice (arXiv 2202.09368): each expert takes the tokens that want it most, within an image and a scale.
+    """Expert choice (arXiv 2202.09368): each expert selects its best tokens, within an image and a scale.
 
     So no image depends on another and no scale on a later one. Of N tokens an expert takes max(1, ceil(N m / M)); a
     token may have none or all of the experts. The load is even by construction.
     """
 
-    def choose(self, scores_BNM: Tensor, context: ScaleContext) -> Tensor:
-        segments = context.segments(scores_BNM.shape[1])
-        return torch.cat([largest(scores_BNM[:, i:j], self._taken(j - i), dim=1) for i, j in segments], dim=1)
+    def select(self, scores_BNM: Tensor, context: ScaleContext) -> Tensor:
+        spans = context.list_spans(scores_BNM.shape[1])
+        capacities = [compute_capacity(self.config, j - i) for i, j in spans]
+        masks = [select_largest(scores_BNM[:, i:j], n, dim=1) for (i, j), n in zip(spans, capacities, strict=True)]
+        return torch.cat(masks, dim=1)
 
-    def pairs(self, shape: tuple[int, int], context: ScaleContext) -> int:
+    def count_pairs(self, shape: tuple[int, int], context: ScaleContext) -> int:
         batch, count = shape
-        return batch * self.experts * sum(self._taken(j - i) for i, j in context.segments(count))
+        return batch * self.experts * sum(compute_capacity(self.config, j - i) for i, j in context.list_spans(count))
 
-    def _taken(self, count: int) -> int:
-        """How many of `count` tokens an expert takes."""
-        return -(-count * self.config.active // self.experts)
+    @classmethod
+    def count_expert_calls(cls, config: ExpertsConfig, tokens: int) -> int:
+        return config.count * compute_capacity(config, tokens)
+
+
+def compute_capacity(config: ExpertsConfig, tokens: int) -> int:
+    """How many of `tokens` tokens each expert takes with expert choice."""
+    return -(-tokens * config.active // config.count)
 
 
 class ZeroComputationRouter(Router):
-    """MoE++ (arXiv 2410.07348): tokens also choose among idle experts, and see what the block before scored."""
+    """MoE++ (arXiv 2410.07348): zero-computation experts can be selected too, and a router adds the logits of the block
+    before (gating residual)."""
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__(config, scales, block)
         residual = config.experts.gating_residual and block > 0
-        self.residual = Linear(self.experts, self.experts, bias=False) if residual else None
+        self.residual = Float32Linear(self.experts, self.experts, bias=False) if residual else None
 
-    def logits(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
-        logits_BNM = self._scored(x_BND)
-        if self.residual is None or context.previous is None:
+    def add_previous(self, logits_BNM: Tensor, previous: Record | None) -> Tensor:
+        if self.residual is None or previous is None or previous.routing is None:
             return logits_BNM
-        return logits_BNM + linear(context.previous.logits_BNM, self.residual.weight.float())
+        return logits_BNM + self.residual(previous.routing.logits_BNM)
 
-
-ROUTERS: dict[str, type[Router]] = {
-    "stmoe": ScaleTokenRouter,
-    "smoe": ScaleRouter,
-    "expert-choice": ExpertChoiceRouter,
-    "moe++": ZeroComputationRouter,
-}
+    @classmethod
+    def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
+        total = super().count_multiply_adds(config, scales, tokens, block)
+        if config.experts.gating_residual and block > 0:
+            total += tokens * (config.experts.count + config.experts.zero_computation) ** 2
+        return total

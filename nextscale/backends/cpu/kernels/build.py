@@ -1,7 +1,7 @@
 """Building experts.c and blocks.c with the machine's own C compiler, if it has one, at their first use.
 
-Without a compiler, without AVX-512 or with NEXTSCALE_PLAIN=1, `load` gives None and callers go another way to the same
-function. The library is kept in the user's cache folder (XDG_CACHE_HOME or ~/.cache), named after all that decides it.
+Without a compiler or without AVX-512 `load_kernels` gives None, and callers compute the same function in another way.
+The library is kept in the user's cache folder (XDG_CACHE_HOME or ~/.cache), named after all that decides it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu.products import wide_vectors
 from nextscale.common.files import write_atomically
 
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fPIC", "-fopenmp")
@@ -41,41 +41,41 @@ _ARGUMENTS: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels may compute a product of these: in inference, on a CPU, in float32."""
+def can_use_kernels(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels can compute with these: in inference, on a CPU, in float32."""
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if gradient or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
-    return ops.fast and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 @lru_cache(maxsize=8)
-def load(name: str, vectors: int = 4) -> ctypes.CDLL | None:
+def load_kernels(name: str, vectors: int = 4) -> ctypes.CDLL | None:
     """The kernels of a source file, `vectors` of 16 values at once, built at the first call; None where they cannot be
-    built or would not be fast."""
+    built or the CPU has no AVX-512."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not (ops.fast and ops.wide_vectors and compiler):
+    if not (wide_vectors and compiler):
         return None
     source, shared = (Path(__file__).with_name(file) for file in (f"{name}.c", "products.h"))
     flags = (*_FLAGS, f"-DVECTORS={vectors}")
-    about = (compiler, flags, platform.machine(), platform.system(), _processor())
+    about = (compiler, flags, platform.machine(), platform.system(), _read_processor())
     key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextscale" / "kernels"
     library = folder / f"{name}-{key}.so"
     try:
         if not library.exists():
             _build(compiler, flags, source, library)
-        found = ctypes.CDLL(str(library), mode=_NOW)
+        kernels = ctypes.CDLL(str(library), mode=_NOW)
         for function, arguments in _ARGUMENTS[name].items():
-            getattr(found, function).argtypes, getattr(found, function).restype = arguments, None
+            getattr(kernels, function).argtypes, getattr(kernels, function).restype = arguments, None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
-        return None  # the other way is slower, and as good
-    return found
+        return None  # the callers' other way is slower and gives the same function
+    return kernels
 
 
-def pointers(*tensors: Tensor) -> list[int]:
-    """Where the values of contiguous tensors lie."""
-    assert all(t.is_contiguous() for t in tensors), "the kernels read values that follow one another"
+def get_pointers(*tensors: Tensor) -> list[int]:
+    """Addresses of the values of contiguous tensors."""
+    assert all(t.is_contiguous() for t in tensors), "the kernels read contiguous tensors"
     return [t.data_ptr() for t in tensors]
 
 
@@ -90,7 +90,7 @@ def _build(compiler: str, flags: tuple[str, ...], source: Path, library: Path) -
             part.unlink(missing_ok=True)
 
 
-def _processor() -> str:
+def _read_processor() -> str:
     """What the processor calls itself: a cache folder may be shared by machines that differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-/* Feed-forward experts on a CPU, float32. Compiled by nextscale/kernels/build.py.
+/* Feed-forward experts on a CPU, float32. Compiled by nextscale/backends/cpu/kernels/build.py.
 
    run_slices: y[t] = b2 + the sum over chosen experts e of W2_e act(W1_e x[t] + b1_e), experts being slices of one FFN.
    A block of up to ROWS rows of one expert goes through both products before the next: its inputs are read where they

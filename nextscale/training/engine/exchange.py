@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nextscale.backends.experts import find_low_precision, run_experts
+from nextscale.transformer.feed_forward.experts import Dispatch, Experts
+
 
 class Exchange:
     """Sends rows to the processes of their experts and brings the results back.
@@ -56,7 +59,7 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(dy_SD, receive, send, group), None, None, None
 
 
-def local_part(parameter: Tensor, processes: int) -> Tensor:
+def get_local_part(parameter: Tensor, processes: int) -> Tensor:
     """This process's experts of a parameter that is divided among the processes.
 
     Its gradient is divided by their number: every process's loss is a mean over its own examples, and the gradients of
@@ -66,3 +69,33 @@ def local_part(parameter: Tensor, processes: int) -> Tensor:
     if local.requires_grad:
         local.register_hook(lambda gradient: gradient / processes)
     return local
+
+
+class ParallelExperts(Experts):
+    """The experts of a mixture, of which each process holds a part: the rows of an expert are computed by its process,
+    and gates are applied where the rows come from."""
+
+    exchange: Exchange
+
+    @classmethod
+    def create(cls, experts: Experts, exchange: Exchange) -> ParallelExperts:
+        """The same parameters, already divided among the processes."""
+        parallel = cls.__new__(cls)
+        parallel.__dict__.update(experts.__dict__)
+        parallel.exchange = exchange
+        return parallel
+
+    def run(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
+        parts = [get_local_part(weight, self.exchange.processes) for weight in self.weights]
+        local_E = torch.arange(len(parts[0]), device=x_TD.device)
+
+        def work(rows_SD: Tensor, expert_S: Tensor) -> Tensor:
+            local = Dispatch.create(expert_S.unsqueeze(1) == local_E, len(expert_S))
+            return run_experts(rows_SD, torch.ones_like(expert_S, dtype=torch.float32), local, parts)
+
+        pairs = int(dispatch.ends_M[-1])  # without padding
+        count_M = dispatch.ends_M.diff(prepend=dispatch.ends_M.new_zeros(1))
+        rows_RD = x_TD[dispatch.row_R[:pairs]].to(find_low_precision(x_TD) or x_TD.dtype)  # sent as they are computed
+        out_RD = self.exchange(rows_RD, count_M, work)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        return y_TD.index_add(0, dispatch.row_R[:pairs], out_RD * gate_R[:pairs, None]).to(x_TD.dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nextscale.backends.cpu import build
+from nextscale.backends.cpu.kernels import build
 
 _LANES = 16
 _HEADS = (32, 64)
@@ -30,7 +30,11 @@ def attend(
     before. `lengths_H`: what multiplies queries, float32; with `normalise` queries and keys have length 1 before.
     """
     B, N, _, H, d = qkv_BN3Hd.shape
-    kernels = build.load("blocks", d // _LANES) if d in _HEADS and build.usable(qkv_BN3Hd, lengths_H) else None
+    kernels = (
+        build.load_kernels("blocks", d // _LANES)
+        if d in _HEADS and build.can_use_kernels(qkv_BN3Hd, lengths_H)
+        else None
+    )
     if kernels is None or not qkv_BN3Hd.is_contiguous():
         return None
     k_BHLd, v_BHLd = caches if caches is not None else (qkv_BN3Hd.new_empty(B, H, 0, d),) * 2
@@ -38,19 +42,19 @@ def attend(
     scratch = torch.empty(threads * (d + AT_ONCE + N) * d)
     pointers = torch.empty(threads * seen, dtype=torch.int64)
     kernels.attend(
-        *build.pointers(qkv_BN3Hd, k_BHLd, v_BHLd, lengths_H.contiguous(), y_BND),
-        B, H, N, start, k_BHLd.shape[2], AT_ONCE, int(normalise), threads, *build.pointers(scratch, pointers),
+        *build.get_pointers(qkv_BN3Hd, k_BHLd, v_BHLd, lengths_H.contiguous(), y_BND),
+        B, H, N, start, k_BHLd.shape[2], AT_ONCE, int(normalise), threads, *build.get_pointers(scratch, pointers),
     )  # fmt: skip
     return y_BND
 
 
-def modulated(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor | None:
+def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor | None:
     """LN(x) (1 + scale) + shift in one pass, with a LayerNorm that has no weights of its own, (B, N, D)."""
     B, N, D = x_BND.shape
     laid_out = x_BND.is_contiguous() and scale_B1D.stride() == shift_B1D.stride() and scale_B1D.stride(2) == 1
-    if D % _LANES or not laid_out or len(scale_B1D) != B or not build.usable(x_BND, scale_B1D):
+    if D % _LANES or not laid_out or len(scale_B1D) != B or not build.can_use_kernels(x_BND, scale_B1D):
         return None
-    kernels = build.load("blocks")
+    kernels = build.load_kernels("blocks")
     if kernels is None:
         return None
     y_BND = torch.empty_like(x_BND)
