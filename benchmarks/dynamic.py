@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nextscale.transformer.feed_forward.execute import execute
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu import products
 from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.config.feed_forward import DynamicConfig
 from nextscale.config.sampling import SampleConfig
@@ -39,7 +40,6 @@ from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
 from nextscale.transformer.block import FeedForward
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
-from nextscale.transformer.feed_forward.execute import execute
 
 _LAST, _GUIDED = 256, 2
 _T95 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}

@@ -46,7 +46,7 @@ def measure(point: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
         for parameter in module.parameters():
             torch.nn.init.uniform_(parameter, -0.03, 0.03)
     tokenizer.set_compute_dtype(getattr(torch, dtype))
-    pipeline = Pipeline(config_of(point), tokenizer, transformer).pack()
+    pipeline = Pipeline(config_of(point), tokenizer, transformer).optimize()
     settings = SampleConfig()
     if point["batch"] == 1:
         time_batch(pipeline, 1, settings)  # packs the weights

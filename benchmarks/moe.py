@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu import products
 from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset

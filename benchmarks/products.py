@@ -1,5 +1,5 @@
 """The matrix products of a training step on a CPU, one by one: torch's own and oneDNN's, forward and backward. Which
-of them training takes is decided by `ops.trains_by_onednn`.
+of them training takes is decided by `products.trains_by_onednn`.
 
     python -m benchmarks.products [--model var-d12] [--batch 4] [--rounds 9]
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu import products
 from nextscale.common.devices import describe_machine
 from nextscale.config.presets import preset
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    taken, ops.trains_by_onednn = ops.trains_by_onednn, ops.has_onednn
+    taken, products.trains_by_onednn = products.trains_by_onednn, products.has_onednn
     config = preset(options.model)
     model = config.transformer
     assert model is not None, "presets of generators have a transformer"
@@ -69,7 +69,7 @@ def timed(rows: int, width: int, out: int, rounds: int) -> dict[str, tuple[int, 
     x = torch.randn(rows, width, requires_grad=True)
     weight, bias = torch.randn(out, width, requires_grad=True), torch.randn(out, requires_grad=True)
     gradient = torch.randn(rows, out)
-    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": F.linear, "oneDNN": ops.linear}
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": F.linear, "oneDNN": products.linear}
     times: dict[str, tuple[int, list[float]]] = {
         f"{who} {way}": (products, []) for who in ways for way, products in (("forward", 1), ("backward", 2))
     }

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextscale.backends.cpu import build
+from nextscale.backends.cpu.kernels import build
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer import TokenizerConfig
@@ -43,7 +43,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def needs_kernels(name):
     """Marks a test of the compiled kernels of this file."""
     reason = "there is no C compiler, or no AVX-512, and the plain way has tests of its own"
-    return pytest.mark.skipif(build.load(name) is None, reason=reason)
+    return pytest.mark.skipif(build.load_kernels(name) is None, reason=reason)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.pruning import Pruning, enlarged, farthest
+from nextscale.sampling.pruning import PruningPlan, enlarged, farthest
 from tests.conftest import randomised, tiny_config
 
 SCALES = "1,2,3,4"
@@ -116,7 +116,7 @@ def test_pruned_scales_against_brute_force():
     ratios, first_block = (0.4, 0.5), 1
     values = torch.tensor([2])
     conditioning, cache = model.embed_condition(values), model.new_cache(1)
-    pruning = Pruning(pyramid, ratios, first_block)
+    pruning = PruningPlan(pyramid, ratios, first_block)
     inputs = pipeline.tokenizer.teacher_inputs(torch.randint(0, 32, (1, pyramid.length)))
     empty = np.zeros((0, model.config.heads, model.config.width // model.config.heads))
     past = [(empty, empty) for _ in model.blocks]
@@ -179,7 +179,7 @@ def test_pruning_that_does_not_fit(tiny):
             tiny.sample([0], prune=ratios)
     with pytest.raises(UserError, match="cannot be combined"):
         SampleConfig(prune=(0.5,), draft_scales=1)
-    assert Pruning(Pyramid.parse(SCALES), (0.99,), 0).computed[-1] == 1
+    assert PruningPlan(Pyramid.parse(SCALES), (0.99,), 0).computed[-1] == 1
 
 
 @pytest.mark.parametrize("cfg", [0.0, 1.5])

@@ -74,7 +74,7 @@ def test_another_aspect_trains_a_step_and_samples(tmp_path, tiny_folder):
     target = tmp_path / "wide"
     arguments = ["adapt", tiny_folder, "--classes", "cat=2,dog", "--scales", "1,1x2,2x4,3x6", "--out", target]
     assert main([str(a) for a in arguments]) == 0
-    pipeline = Pipeline.from_pretrained(target, pack=False)
+    pipeline = Pipeline.from_pretrained(target, backend="plain")
     assert pipeline.config.image_size == (6, 12)
     assert pipeline.sample(["dog"]).tensor.shape == (1, 3, 6, 12)
     tokens = pipeline.encode(torch.rand(8, 3, 6, 12))

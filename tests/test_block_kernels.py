@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nextscale.backends.cpu.kernels.blocks import attend, modulate
 
-from nextscale.backends.cpu import blocks, ops
-from nextscale.backends.cpu.blocks import attend, modulated
+from nextscale.backends.cpu import products
+from nextscale.backends.cpu.kernels import blocks
 from nextscale.config.transformer import ConditionConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.block import modulate

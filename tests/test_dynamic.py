@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nextscale.transformer.feed_forward.execute import Slices, execute, masked
 from scipy.optimize import linear_sum_assignment
 
-from nextscale.backends.cpu import build, ops
-from nextscale.backends.cpu import experts as kernels
+from nextscale.backends.cpu import products
+from nextscale.backends.cpu.kernels import build
+from nextscale.backends.cpu.kernels import experts as kernels
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.common.errors import UserError
 from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
@@ -24,7 +26,6 @@ from nextscale.sparsify.convert import identity, replace_gelu, split_ffns
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import execute as execution
 from nextscale.transformer.feed_forward.dynamic import expert_norms
-from nextscale.transformer.feed_forward.execute import Slices, execute, masked
 from nextscale.transformer.feed_forward.experts import Dispatch, grouped
 from nextscale.transformer.feed_forward.records import Activity, Norms, Sparsity, UnitContribution, recorded
 from nextscale.transformer.feed_forward.selection import choose, kept_units
@@ -173,7 +174,7 @@ WAYS = ("whole weights", "packed", "compiled")
 def by(way, *modules):
     """Go this way of the three that a CPU has; the compiled one needs a compiler and AVX-512."""
     with pytest.MonkeyPatch.context() as patch:
-        if way == "compiled" and build.load("experts") is None:
+        if way == "compiled" and build.load_kernels("experts") is None:
             pytest.skip("there is no C compiler, or no AVX-512")
         if way != "compiled":
             patch.setattr(build, "load", lambda *name: None)
@@ -245,7 +246,7 @@ def test_without_a_compiler_another_way_is_gone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for compiler in ("/nowhere/cc", "/bin/false"):
         monkeypatch.setenv("CC", compiler)
-        assert build.load.__wrapped__("experts") is None
+        assert build.load_kernels.__wrapped__("experts") is None
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -348,7 +349,7 @@ def test_every_token_counts_alike_in_the_penalty():
 @pytest.mark.parametrize("kind", [*KINDS, "pruned"])
 @pytest.mark.parametrize("own", [False, True])
 def test_an_image_does_not_depend_on_its_batch_and_tau_1_is_the_dense_model(kind, own):
-    pipeline = dynamic_pipeline(activation="relu", own=own).pack()
+    pipeline = dynamic_pipeline(activation="relu", own=own).optimize()
     whole = pipeline.sample([0, 1, 2], tau=(0.6, 0.3), selection=kind)
     alone = pipeline.sample([1], tau=(0.6, 0.3), selection=kind, first_image=1)
     assert torch.equal(whole.tokens[1:2], alone.tokens)

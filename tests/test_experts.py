@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu import products
 from nextscale.transformer.feed_forward.experts import Dispatch, Experts, _Differentiated, grouped
 from tests.test_packed import needs_onednn
 
@@ -125,7 +125,7 @@ def by_groups(experts, dispatch):
 )  # fmt: skip
 def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, width, seed, padding):
     """The loop, the written-out backward pass and the grouped product; also with padding, as a GPU has it."""
-    before, ops.trains_by_onednn, least, ops._PRODUCT_ROWS = ops.trains_by_onednn, onednn, ops._PRODUCT_ROWS, 8
+    before, products.trains_by_onednn, least, products._PRODUCT_ROWS = products.trains_by_onednn, onednn, products._PRODUCT_ROWS, 8
     try:
         experts, mask = made(count, width, 2 * width, seed), masks(rows, count, kind, seed)
         x, gates = inputs(rows, count, width, seed)
@@ -147,7 +147,7 @@ def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, wid
             y = experts(x, gates, mask, int(mask.sum()))
         assert (y.double() - exact[0]).abs().max() <= 1e-5 * exact[0].abs().max().clamp_min(1)
     finally:
-        ops.trains_by_onednn, ops._PRODUCT_ROWS = before, least
+        products.trains_by_onednn, products._PRODUCT_ROWS = before, least
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu import products
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
 from nextscale.transformer.context import attention_segments, block_causal_mask
 from tests.conftest import randomised, tiny_config
@@ -34,7 +34,7 @@ def test_linear_against_float64(batch, rows, width, out, biased, fast):
             for shape in ((batch, rows, width), (out, width), (out,), (batch, rows, out))
         )
         given_bias = b if biased else None
-        y = ops.linear(x, w, given_bias)
+        y = products.linear(x, w, given_bias)
         y.backward(g.detach())
         ours = [y, x.grad, w.grad] + ([b.grad] if biased else [])
         x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
@@ -52,8 +52,8 @@ def test_inference_keeps_to_the_road_that_does_not_depend_on_the_batch():
     """Without a gradient to come, the product is F.linear's own, bit for bit."""
     x, w = torch.randn(400, 32), torch.randn(16, 32, requires_grad=True)
     with torch.no_grad():
-        assert torch.equal(ops.linear(x, w), F.linear(x, w))
-    assert torch.allclose(ops.linear(x, w), F.linear(x, w), atol=1e-5)
+        assert torch.equal(products.linear(x, w), F.linear(x, w))
+    assert torch.allclose(products.linear(x, w), F.linear(x, w), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from nextscale.data.examples import MemoryExamples
 from nextscale.pyramid import PYRAMID_256, Pyramid
 from nextscale.training.transformer_task import TransformerTask
 from nextscale.transformer.feed_forward.routers import Routing
-from nextscale.transformer.projector import GROUPS, Projector, aggregated, compute_alignment_loss, parse_scale_group
+from nextscale.transformer.projector import GROUPS, Projector, compute_alignment_loss, parse_scale_group
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
 from tests.test_transformer import softmax

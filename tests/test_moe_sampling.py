@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nextscale.transformer.feed_forward.stacked import StackedLinear
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu import products
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
 from nextscale.transformer.feed_forward.experts import Experts
 from nextscale.transformer.feed_forward.routers import ROUTERS
-from nextscale.transformer.feed_forward.stacked import StackedLinear
 from tests.conftest import randomised, tiny_config
 from tests.test_moe_model import moe_config, saved
 from tests.test_packed import DTYPES, needs_onednn
@@ -52,7 +52,7 @@ def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set,
     inputs = [torch.randn(6, n, 4, generator=rng) for n in pipeline.config.pyramid.counts[1:]]
     for dtype in (torch.float32, torch.bfloat16):
         pipeline.to("cpu", dtype)
-        model = pipeline.pack().transformer if packed else pipeline.transformer
+        model = pipeline.optimize().transformer if packed else pipeline.transformer
 
         def run(images, model=model):
             conditioning, cache = model.embed_condition(values[images]), model.new_cache(len(values[images]))
@@ -70,7 +70,7 @@ def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path, monke
     packed = Pipeline.from_pretrained(folder)
     a = packed.sample([0, 1, 2], seed=3)
     stacks = [m for m in packed.transformer.modules() if isinstance(m, StackedLinear)]
-    assert all(m.packed for m in stacks) or not ops.has_onednn
+    assert all(m.packed for m in stacks) or not products.has_onednn
     packed.save_pretrained(tmp_path / "again")
     for name in ("transformer.safetensors", "tokenizer.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -205,14 +205,14 @@ def test_a_stack_is_packed_at_the_first_product_that_gains_by_it():
 @needs_onednn
 def test_a_packed_mixture_refuses_to_be_trained(tmp_path):
     pipeline = Pipeline.from_pretrained(saved(moe_config("stmoe"), tmp_path / "m"))
-    with pytest.raises(UserError, match="pack=False"):
+    with pytest.raises(UserError, match="backend="plain""):
         pipeline.transformer.train()
     experts = Experts(3, 8, 16)
     ops.pack(experts)
-    with pytest.raises(UserError, match="pack=False"):
+    with pytest.raises(UserError, match="backend="plain""):
         experts.train()
     x, gates, mask = torch.randn(64, 8), torch.rand(64, 3), torch.ones(64, 3, dtype=torch.bool)
     experts(x, gates, mask, 192)  # packs
-    with pytest.raises(UserError, match="pack=False"):
+    with pytest.raises(UserError, match="backend="plain""):
         experts(x.requires_grad_(), gates, mask, 192)
-    Pipeline.from_pretrained(tmp_path / "m", pack=False).transformer.train()
+    Pipeline.from_pretrained(tmp_path / "m", backend="plain").transformer.train()

@@ -207,7 +207,7 @@ def test_from_pictures_and_from_a_cache_with_features(place, capsys):
     capsys.readouterr()
     tune = "train c.json --data photos --start run --out tuned --device cpu"
     assert run(tune) == 0
-    old, new = (Pipeline.from_pretrained(place / n, pack=False).transformer.state_dict() for n in ("run", "tuned"))
+    old, new = (Pipeline.from_pretrained(place / n, backend="plain").transformer.state_dict() for n in ("run", "tuned"))
     assert all(torch.equal(new[n], t) for n, t in old.items() if n.startswith("projector."))
     assert any(not torch.equal(new[n], t) for n, t in old.items())
 
@@ -250,7 +250,7 @@ def test_the_target_s_width_is_that_of_the_features(place, capsys):
     assert run(f"{tune} start0 --out run --dry-run") == 0
     foreseen = capsys.readouterr().out
     assert run(f"{tune} start0 --out run") == 0
-    trained = Pipeline.from_pretrained(place / "run", pack=False).transformer
+    trained = Pipeline.from_pretrained(place / "run", backend="plain").transformer
     assert trained.config.alignment.width == 12
     assert f" {sum(p.numel() for p in trained.parameters()):,} parameters" in foreseen, "with the head's"
     for guide in ("--data cache --loss.encoder cache", "--data photos --loss.encoder encoder"):

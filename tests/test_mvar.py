@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nextscale.backends.cpu import ops
+from nextscale.backends.cpu import products
 from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_config import Hints
 from nextscale.cli.parser import main
@@ -218,7 +218,7 @@ def test_an_image_does_not_depend_on_its_batch(threads, width, threads_set):
     for dtype in (torch.float32, torch.bfloat16):
         pipeline.to("cpu", dtype)
         for packed in (False, True):
-            used = pipeline.pack() if packed else pipeline
+            used = pipeline.optimize() if packed else pipeline
             together = used.sample([3, 1, 4, 1, 0], top_k=8, seed=5)
             assert torch.equal(used.sample([4], top_k=8, seed=5, first_image=2).tensor[0], together.tensor[2])
             parts = used.sample([3, 1, 4, 1, 0], top_k=8, seed=5, batch_size=2)

@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from nextscale.backends.cpu import ops
 from nextscale.backends.cpu.ops import Conv2d, Linear
+
+from nextscale.backends.cpu import products
 from nextscale.common.errors import UserError
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
 
 needs_onednn = pytest.mark.skipif(
-    not ops.has_onednn, reason="no oneDNN products on this CPU: there the plain path runs"
+    not products.has_onednn, reason="no oneDNN products on this CPU: there the plain path runs"
 )
-DTYPES = [d for d in (torch.float32, torch.bfloat16) if d in ops._computed()]
+DTYPES = [d for d in (torch.float32, torch.bfloat16) if d in products.list_onednn_dtypes()]
 
 
 @needs_onednn
@@ -70,13 +70,13 @@ def test_packed_weights_are_saved_moved_and_converted_bit_for_bit():
 @needs_onednn
 def test_packed_weights_refuse_to_be_trained(tiny_folder):
     pipeline = Pipeline.from_pretrained(tiny_folder)
-    with pytest.raises(UserError, match="pack=False"):
+    with pytest.raises(UserError, match="backend="plain""):
         pipeline.transformer.train()
     layer = Linear(24, 40)
     layer.pack()
-    with pytest.raises(UserError, match="pack=False"):
+    with pytest.raises(UserError, match="backend="plain""):
         layer(torch.randn(3, 24, requires_grad=True))
-    Pipeline.from_pretrained(tiny_folder, pack=False).transformer.train()
+    Pipeline.from_pretrained(tiny_folder, backend="plain").transformer.train()
 
 
 def folder_of(pipeline, path):
@@ -177,10 +177,10 @@ def test_products_of_training_by_onednn_whatever_this_cpu_gains(monkeypatch):
     x, weight, bias, dy = (torch.randn(s, generator=rng) for s in ((200, 64), (96, 64), (96,), (200, 96)))
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
-    y, plain = ops.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    y, plain = products.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
     assert (y - plain).abs().max() < 1e-5 * plain.abs().max()
     exact = torch.autograd.grad(plain, (x, weight, bias), dy.double())
     found = [*torch.autograd.grad(y, (x, weight, bias), dy), torch.zeros(96, 64)]
-    ops.weight_gradient(dy, x.detach(), weight.detach(), out=found[-1])
+    products.compute_weight_gradient(dy, x.detach(), weight.detach(), out=found[-1])
     for gradient, wanted in zip(found, [*exact, exact[1]], strict=True):
         assert (gradient - wanted).abs().max() < 1e-5 * wanted.abs().max()

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nextscale.tokenizer.quantizer import downsample, upsample
 
-from nextscale.backends.cpu.ops import enlarge, shrink
 from nextscale.common.errors import UserError
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid

@@ -174,7 +174,7 @@ def test_an_upcycled_model_samples_and_is_trained_on(tmp_path, monkeypatch, caps
     logs = [[r for r in read_log(tmp_path / f"from-{n}" / "log.jsonl") if "loss" in r] for n in ("dense", "experts")]
     assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)
     assert len(logs[1][0]["expert_load"]) == 4
-    tuned = Pipeline.from_pretrained("from-experts", pack=False)
+    tuned = Pipeline.from_pretrained("from-experts", backend="plain")
     assert tuned.config.transformer.experts == ExpertsConfig(router="stmoe", count=4, active=2, renormalise=True)
     for block in tuned.transformer.blocks:
         weights = block.ffn.experts.fc1.weight

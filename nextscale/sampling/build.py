@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.config.transformer import TransformerConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.sampling.draw import OfficialRandom, PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
 from nextscale.sampling.guidance import GuidedPredictor, schedule_guidance

@@ -16,7 +16,8 @@ from nextscale.transformer.var import Output
 class GuidedPredictor:
     """Runs `predict` on the batch and its unconditional copy at once, and combines both logits.
 
-    `predict` must have been made for `condition.add_unconditional(values)`, 2 B sequences. `strengths`: one for each scale.
+    `predict` must have been made for `condition.add_unconditional(values)`, 2 B sequences. `strengths`: one for each
+    scale.
     """
 
     def __init__(self, predict: Predictor, strengths: Sequence[float]):

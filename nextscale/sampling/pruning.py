@@ -75,7 +75,7 @@ class PrunedPredictor(ModelPredictor):
         return Output(model.predict_logits(x_BND, self.conditioning), records)
 
     def _run_pruned(self, run: Any, x_BND: Tensor, k: int, block: int, layer: int) -> tuple[Tensor, Record | None]:
-        """What a layer adds to x (B, N, D): computed for all tokens or, at a pruned scale, for those that differ most."""
+        """What a layer adds to x (B, N, D), computed at a pruned scale for the tokens that differ most."""
         if not self.plan.applies(k, block):
             y_BND, record = run(x_BND)
             if k == self.plan.first_scale - 1:

@@ -52,7 +52,9 @@ class _CapturedSteps:
 
     def set_condition(self, values: Any) -> None:
         """Take a new batch of the same size."""
-        for target, source in zip(_tensors(self.conditioning), _tensors(self.model.embed_condition(values)), strict=True):
+        for target, source in zip(
+            _tensors(self.conditioning), _tensors(self.model.embed_condition(values)), strict=True
+        ):
             target.copy_(source)
 
     def predict(self, x_BNC: Tensor | None, k: int) -> Tensor:
