@@ -24,7 +24,7 @@ from nextscale.info import condition_flops
 from nextscale.sampling.thresholds import Budget
 from nextscale.sparsify.flops import count_dense_flops, count_step_flops, select_scale
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.transformer.feed_forward.records import Activity, recorded
+from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output
 
@@ -89,13 +89,13 @@ def _add_measurement(
     kl_BL = F.kl_div(log_p_BLV, dense_BLV, reduction="none", log_target=True).sum(dim=-1)
     agree_BL = (log_p_BLV.argmax(dim=-1) == dense_BLV.argmax(dim=-1)).double()
     nats_BL = -log_p_BLV[:images].gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
-    activities = recorded(output.records, Activity)
+    activities = collect(output.records, "activity")
     for k, span in enumerate(config.pyramid.spans):
         columns = slice(*span)
         at_scale = [select_scale(activity, span) for activity in activities]
         active = torch.stack([a.share_BN(config.transformer.ffn_width).mean() for a in at_scale]).mean()
         total_5K[:, k] += torch.tensor([
-            count_step_flops(config, k, [at_scale], sequences) / 2,
+            count_step_flops(config, k, at_scale, sequences) / 2,
             float(kl_BL[:, columns].double().sum()) / 2,
             float(nats_BL[:, columns].double().mean()) * images,
             float(agree_BL[:, columns].mean()) * images,

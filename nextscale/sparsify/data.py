@@ -76,7 +76,7 @@ def _draw_samples(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, 
         record_settings(folder / "samples.json", settings)
         missing = [start for start in range(0, config.samples, _SHARD_SIZE) if not _shard_path(folder, start).exists()]
         if missing:
-            pipeline = Pipeline.from_checkpoint(checkpoint, device=world.device).pack()
+            pipeline = Pipeline.from_checkpoint(checkpoint, device=world.device).optimize()
             classes = pipeline.transformer.config.condition.num_classes
         for start in tqdm(missing, desc="drawing samples", unit="file"):
             labels = [i % classes for i in range(start, min(start + _SHARD_SIZE, config.samples))]

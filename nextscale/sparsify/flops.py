@@ -8,19 +8,18 @@ FlopCounterMode.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from nextscale.config.model import ModelConfig
 from nextscale.info import condition_flops, scale_flops
-from nextscale.transformer.feed_forward.records import Activity, recorded
+from nextscale.transformer.feed_forward.records import Activity
 
 
-def count_step_flops(config: ModelConfig, k: int, records: Sequence[Sequence[Any]], sequences: int) -> int:
-    """FLOPs of scale k for so many sequences (guidance makes two of an image), given what its layers recorded."""
+def count_step_flops(config: ModelConfig, k: int, activities: Sequence[Activity], sequences: int) -> int:
+    """FLOPs of scale k for so many sequences (guidance makes two of an image), given the activity of each block."""
     model = config.transformer
     assert model is not None, "a tokenizer alone has no transformer to count"
     total, D, dynamic = sequences * scale_flops(config, k), model.width, model.dynamic
-    for activity in recorded(records, Activity):
+    for activity in activities:
         idle = sequences * config.pyramid.counts[k] * model.ffn_width - int(activity.units_BN.sum())
         router = D * dynamic.router_width + dynamic.router_width * dynamic.experts
         total += 2 * (int(activity.routed_BN.sum()) * router - 2 * D * idle)

@@ -36,7 +36,7 @@ from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.state import check_settings
 from nextscale.training.engine.task import Task
 from nextscale.training.transformer_run import validate
-from nextscale.transformer.feed_forward.records import UnitContribution, recorded
+from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 _VALIDATION_IMAGES = 500
@@ -62,9 +62,10 @@ class Job:
         assert self.data is not None, "sparsify opens data for the stages that need them"
         return self.data
 
-    def load_pipeline(self, checkpoint: Checkpoint) -> Pipeline:
-        """The checkpoint's modules in float32, on this process's device."""
-        return Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=self.world.device)
+    def load_pipeline(self, checkpoint: Checkpoint, *, training: bool = True) -> Pipeline:
+        """The checkpoint's modules in float32, on this process's device, for training or for inference."""
+        pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=self.world.device)
+        return pipeline.optimize(training=training)
 
     def load_held_out(self, pipeline: Pipeline) -> Batches:
         """Held-out images for calibration."""
@@ -128,7 +129,7 @@ def _measure_importance(job: Job, pipeline: Pipeline) -> None:
     for label_B, tokens_BL in batches:
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         output = model(model.condition.add_unconditional(label_B), inputs_BLC, thresholds=thresholds)
-        found = [record.contribution_F for record in recorded(output.records, UnitContribution)]
+        found = [record.contribution_F for record in collect(output.records, "contribution")]
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         images += len(label_B)
     for ffn, sum_F in zip(list_ffns(model), sums, strict=True):
@@ -142,7 +143,7 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     settings = {**about, "train": to_dict(config.adapting)}
     check_settings(job.folder / "adapt", settings, job.accept_changes)  # before the calibration, which takes long
     if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
-        packed = job.load_pipeline(checkpoint).pack()
+        packed = job.load_pipeline(checkpoint, training=False)
         batches = job.load_held_out(packed)
         calibration = calibrate_thresholds(
             checkpoint.config, packed.tokenizer, packed.transformer, batches, [config.budget]
@@ -159,7 +160,7 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
 
 def find_thresholds(job: Job, checkpoint: Checkpoint) -> Result:
     """Calibrate the thresholds for all budgets, and store them in the checkpoint."""
-    config, pipeline = job.config, job.load_pipeline(checkpoint).pack()
+    config, pipeline = job.config, job.load_pipeline(checkpoint, training=False)
     batches = job.load_held_out(pipeline)
     shares = sorted({*config.budgets, *([config.budget] if config.budget else [])}, reverse=True)
     calibration = calibrate_thresholds(

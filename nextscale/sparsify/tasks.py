@@ -13,7 +13,8 @@ from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.engine.task import Task
 from nextscale.training.transformer_task import TransformerTask, read_batch
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
-from nextscale.transformer.feed_forward.records import Norms, Sparsity, recorded
+from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward.records import Norms
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output
 
@@ -38,7 +39,7 @@ class TuneTask(TransformerTask):
 
     def _whole_loss(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, scalars = super()._whole_loss(loss, output, batch)
-        sparsities = recorded(output.records, Sparsity)
+        sparsities = collect(output.records, "sparsity")
         hoyer = torch.stack([sparsity.hoyer for sparsity in sparsities]).mean()
         zeros = torch.stack([sparsity.zeros for sparsity in sparsities]).mean().detach()
         return loss + self.hoyer * hoyer, {**scalars, "hoyer": hoyer.detach(), "zeros": zeros}
@@ -92,6 +93,9 @@ class RouterTask(Task):
         self.thresholds = Thresholds((1.0,) * len(model.pyramid), record="norms")
         self.tokens_per_example = model.pyramid.length
 
+    def fast_modules(self) -> list[nn.Module]:
+        return [self.model]
+
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         return {"drop": torch.rand(count, generator=rng) < self.config.label_drop}
 
@@ -99,7 +103,7 @@ class RouterTask(Task):
         label_B, _, inputs_BLC = read_batch(batch, self._frozen[0])
         values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
         output = self.model(values, inputs_BLC, thresholds=self.thresholds)
-        norms = recorded(output.records, Norms)
+        norms = collect(output.records, "norms")
         errors = [(n.predicted_BNE - n.true_BNE).square().mean() / n.true_BNE.square().mean() for n in norms]
         loss = torch.stack(errors).mean()
         with torch.no_grad():

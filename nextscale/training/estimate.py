@@ -158,7 +158,7 @@ def activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: 
     x_BLC = torch.empty(1, length, transformer.word_embed.in_features, device="meta")
     labels = torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        transformer(labels, x_BLC, guided=guided)
+        transformer(labels, x_BLC, aligned_scales=guided)
     own = {p.untyped_storage()._cdata for p in transformer.parameters()}
     total = sum(size for number, size in seen.items() if number not in own)
     if train.activation_checkpointing:

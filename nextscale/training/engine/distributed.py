@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from nextscale.backends import optimize
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.training import TrainConfig
@@ -27,6 +28,8 @@ class DistributedModel:
 
     def __init__(self, task: Task, config: TrainConfig, world: World):
         self.task, self.world = task.to(world.device), world
+        for model in task.fast_modules():
+            optimize(model, config.backend, training=True)
         self.dtype = _DTYPES[config.precision]
         self.fully_sharded = config.sharding == "full" and world.size > 1
         self.module: nn.Module = task
