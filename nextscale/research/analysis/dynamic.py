@@ -24,7 +24,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.figures import map_grids
 from nextscale.research.analysis.subject import scale_names
 from nextscale.sparsify.flops import count_dense_flops, count_step_flops
-from nextscale.transformer.feed_forward.records import Activity, recorded
+from nextscale.transformer.feed_forward.interface import collect
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def count_sampled_flops(
         total = sequences * condition_flops(model)
         share_K = torch.ones(len(config.pyramid), dtype=torch.float64)
         for step in pipeline.sample_scales(batch, settings, first_image=start):
-            total += count_step_flops(config, step.k, step.records, sequences)
-            shares = [activity.share_BN(model.ffn_width).mean() for activity in recorded(step.records, Activity)]
+            total += count_step_flops(config, step.k, collect(step.records, "activity"), sequences)
+            shares = [activity.share_BN(model.ffn_width).mean() for activity in collect(step.records, "activity")]
             if shares:
                 share_K[step.k] = torch.stack(shares).mean()
         flops.append(total)
@@ -111,7 +111,7 @@ def map_experts(pipeline: Pipeline, label: int | None, settings: SampleConfig, f
     pyramid, width = pipeline.config.pyramid, pipeline.transformer.config.ffn_width
     names = scale_names(pyramid)
     for step in pipeline.sample_scales([label], settings, first_image=first_image):
-        activities = recorded(step.records, Activity)
+        activities = collect(step.records, "activity")
         if not activities:
             continue
         share_N = torch.stack([activity.share_BN(width).mean(dim=0) for activity in activities]).mean(dim=0)
@@ -119,7 +119,7 @@ def map_experts(pipeline: Pipeline, label: int | None, settings: SampleConfig, f
             continue
         found.scales.append(names[step.k])
         found.maps.append(share_N.view(pyramid.sides[step.k]).tolist())
-        found.pictures.append(to_pil((pipeline.tokenizer.paint(step.canvas_BChw) + 1) / 2)[0])
+        found.pictures.append(to_pil((pipeline.tokenizer.decode_canvas(step.canvas_BChw) + 1) / 2)[0])
     if not found.maps:
         raise UserError("with these settings no scale is sparse: give a tau below 1")
     return found
