@@ -25,6 +25,9 @@ from tqdm import tqdm
 
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_atomically, write_json
+from nextscale.config.data import DataConfig
+from nextscale.config.model import ModelConfig
+from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
@@ -241,3 +244,19 @@ class CachedExamples:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+
+def open_examples(
+    data: str, model: ModelConfig, tokenizer: Tokenizer, config: DataConfig, seed: int
+) -> tuple[Examples, Examples, tuple[str, ...]]:
+    """(training, held-out) examples of a token cache or of a data set of images, and the names of their classes.
+
+    Raises UserError when a cache was made by another tokenizer than the model's, when data are images and the model's
+    are not square, and in the same cases as `open_dataset`.
+    """
+    if is_token_cache(Path(data)):
+        cache = TokenCache(Path(data))
+        cache.check_tokenizer(tokenizer)
+        return cache.load_examples("train"), cache.load_examples("held_out"), cache.class_names
+    train, held_out, source = open_dataset(data, model.square_side, config, seed)
+    return train, held_out, source.class_names

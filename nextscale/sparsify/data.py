@@ -11,15 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints.checkpoint import Checkpoint, load_tokenizer
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import record_settings, write_atomically
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
-from nextscale.data.cache import TokenCache, is_token_cache
-from nextscale.data.datasets import open_dataset
+from nextscale.data.cache import open_examples
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
@@ -48,16 +47,8 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
     if not config.data:
         _draw_samples(source, checkpoint, config, samples, world)
         return _load_samples(samples, config.samples)
-    train: Examples
-    held_out: Examples
-    if is_token_cache(Path(config.data)):
-        cache = TokenCache(Path(config.data))
-        cache.check_tokenizer(Pipeline.from_checkpoint(checkpoint, dtype=torch.float32).tokenizer)
-        train, held_out, names = cache.load_examples("train"), cache.load_examples("held_out"), cache.class_names
-    else:
-        side = checkpoint.config.square_side
-        train, held_out, dataset = open_dataset(config.data, side, config.images, config.seed)
-        names = dataset.class_names
+    tokenizer = load_tokenizer(checkpoint, checkpoint.config)
+    train, held_out, names = open_examples(config.data, checkpoint.config, tokenizer, config.images, config.seed)
     classes = checkpoint.config.transformer.condition.num_classes
     if len(names) != classes:
         raise UserError(
@@ -111,7 +102,7 @@ def _shard_path(folder: Path, start: int) -> Path:
 
 
 @torch.no_grad()
-def load_batches(examples: Examples, tokenizer: Tokenizer, limit: int, size: int) -> list[tuple[Tensor, Tensor]]:
+def load_token_batches(examples: Examples, tokenizer: Tokenizer, limit: int, size: int) -> list[tuple[Tensor, Tensor]]:
     """(labels (B,), tokens (B, L)) of the first `limit` examples, at most `size` a batch, on the tokenizer's device."""
     batches: list[tuple[Tensor, Tensor]] = []
     count, device = min(len(examples), limit), tokenizer.quantizer.codebook.weight.device

@@ -27,7 +27,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.sampling.thresholds import interpolate_tau
 from nextscale.sparsify.calibrate import Batches, calibrate_thresholds
 from nextscale.sparsify.convert import check_dense, identity, replace_dynamic, replace_gelu, split_ffns
-from nextscale.sparsify.data import Data, load_batches
+from nextscale.sparsify.data import Data, load_token_batches
 from nextscale.sparsify.report import list_grid, list_table
 from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask, list_ffns
 from nextscale.training.engine.distributed import gather_weights
@@ -70,7 +70,9 @@ class Job:
     def load_held_out(self, pipeline: Pipeline) -> Batches:
         """Held-out images for calibration."""
         config = self.config
-        return load_batches(self.examples.held_out, pipeline.tokenizer, config.calibration_images, config.batch_size)
+        return load_token_batches(
+            self.examples.held_out, pipeline.tokenizer, config.calibration_images, config.batch_size
+        )
 
 
 def tune_model(job: Job, checkpoint: Checkpoint) -> Result:
@@ -123,7 +125,7 @@ def _measure_importance(job: Job, pipeline: Pipeline) -> None:
     """Set how much each hidden unit contributes at the sparse scales, for static pruning."""
     model, config, sums, images = pipeline.transformer, job.config, list[Tensor](), 0
     thresholds = Thresholds((1.0,) * len(model.pyramid), record="contribution")
-    batches = load_batches(
+    batches = load_token_batches(
         job.examples.train, pipeline.tokenizer, config.calibration_images, config.batch_size
     )  # fmt: skip
     for label_B, tokens_BL in batches:

@@ -23,8 +23,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import CachedExamples, TokenCache, is_token_cache
-from nextscale.data.datasets import open_dataset
+from nextscale.data.cache import CachedExamples, open_examples
 from nextscale.data.examples import Examples
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
@@ -130,16 +129,7 @@ def open_parts(config: RunConfig, world: World) -> Parts:
         checkpoint.config = dataclasses.replace(checkpoint.config, pyramid=Pyramid.parse(config.scales))
     tokenizer = load_tokenizer(checkpoint, checkpoint.config)
     weights = checkpoint.tokenizer | {"quantizer.usage_KV": tokenizer.quantizer.usage_KV}
-    if is_token_cache(Path(config.data)):
-        cache = TokenCache(Path(config.data))
-        cache.check_tokenizer(tokenizer)
-        train: Examples = cache.load_examples("train")
-        held_out: Examples = cache.load_examples("held_out")
-        names = cache.class_names
-    else:
-        side = checkpoint.config.square_side
-        train, held_out, source = open_dataset(config.data, side, config.images, config.train.seed)
-        names = source.class_names
+    train, held_out, names = open_examples(config.data, checkpoint.config, tokenizer, config.images, config.train.seed)
     encoder, width = _target(config, train, world)
     model = _model(config, checkpoint, names, width)
     transformer = _transformer(config, model, checkpoint.transformer)

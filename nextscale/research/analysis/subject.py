@@ -15,8 +15,7 @@ from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.config.feed_forward import ExpertsConfig
-from nextscale.data.cache import TokenCache, is_token_cache
-from nextscale.data.datasets import open_dataset
+from nextscale.data.cache import open_examples
 from nextscale.data.examples import Examples, check_unreadable
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
@@ -129,14 +128,7 @@ def distinct(names: list[str]) -> list[str]:
 
 def _open(data: str, pipeline: Pipeline, name: str, config: AnalysisConfig) -> Examples:
     """The held-out images of `data`, or UserError when they are not of the model's kind."""
-    held_out: Examples
-    if is_token_cache(Path(data)):
-        cache = TokenCache(Path(data))
-        cache.check_tokenizer(pipeline.tokenizer)
-        held_out, classes = cache.load_examples("held_out"), cache.class_names
-    else:
-        _, held_out, source = open_dataset(data, pipeline.config.square_side, config.images, config.seed)
-        classes = source.class_names
+    _, held_out, classes = open_examples(data, pipeline.config, pipeline.tokenizer, config.images, config.seed)
     own, number = pipeline.config.class_names, pipeline.transformer.config.condition.num_classes
     if len(classes) != number or (own and number > 1 and own != classes):
         raise UserError(
