@@ -28,9 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nextscale.transformer.feed_forward.execute import execute
 
-from nextscale.backends.cpu import products
 from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.config.feed_forward import DynamicConfig
 from nextscale.config.sampling import SampleConfig

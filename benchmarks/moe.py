@@ -24,14 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nextscale.backends.cpu import products
 from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import summarize_spread
-from nextscale.info import active_parameters, condition_flops, scale_flops
+from nextscale.info import condition_flops, count_active_parameters, scale_flops
 from nextscale.training.engine.optimizer import build_optimizer
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.experts import Dispatch, Experts
@@ -158,7 +157,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     names = {options.model: mixture, "dense, equally active": dense}
     whole = {name: dataclasses.replace(config, transformer=t) for name, t in names.items()}
     models = {name: build(c, options.device).train() for name, c in whole.items()}
-    active = {n: active_parameters(c, sum(p.numel() for p in models[n].parameters())) for n, c in whole.items()}
+    active = {n: count_active_parameters(c, sum(p.numel() for p in models[n].parameters())) for n, c in whole.items()}
     print("; ".join(f"{name}: {count / 1e6:.1f} M active parameters" for name, count in active.items()))
     seconds: dict[str, list[float]] = {name: [] for name in models}
     optimizer_seconds = {}

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.moe import build
-from nextscale.backends.cpu import products
 from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import MVAR_MIXERS, TransformerConfig

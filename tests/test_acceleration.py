@@ -8,7 +8,7 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.pruning import PruningPlan, enlarged, farthest
+from nextscale.sampling.pruning import PruningPlan, resize_map
 from tests.conftest import randomised, tiny_config
 
 SCALES = "1,2,3,4"
@@ -168,9 +168,9 @@ def area(map_ND, side, row, column):
 def test_the_farthest_tokens_and_a_map_enlarged():
     x = torch.zeros(1, 5, 2)
     x[0, 3], x[0, 1] = torch.tensor([9.0, 0.0]), torch.tensor([0.0, -5.0])
-    assert sorted(farthest(x, 2).flatten().tolist()) == [1, 3]
+    assert sorted(find_farthest(x, 2).flatten().tolist()) == [1, 3]
     small = torch.arange(4.0).view(1, 4, 1)
-    assert enlarged(small, (2, 2), (4, 4)).flatten().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert resize_map(small, (2, 2), (4, 4)).flatten().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
 
 
 def test_pruning_that_does_not_fit(tiny):

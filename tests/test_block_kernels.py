@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextscale.backends.cpu.kernels.blocks import attend, modulate
 
-from nextscale.backends.cpu import products
 from nextscale.backends.cpu.kernels import blocks
+from nextscale.backends.cpu.kernels.blocks import attend, modulate
 from nextscale.config.transformer import ConditionConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.block import modulate

@@ -8,10 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextscale.transformer.feed_forward.execute import Slices, execute, masked
 from scipy.optimize import linear_sum_assignment
 
-from nextscale.backends.cpu import products
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels import experts as kernels
 from nextscale.checkpoints.upcycle import upcycle
@@ -25,10 +23,9 @@ from nextscale.sparsify.cluster import assign_balanced, run_balanced_kmeans
 from nextscale.sparsify.convert import identity, replace_gelu, split_ffns
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import execute as execution
-from nextscale.transformer.feed_forward.dynamic import expert_norms
-from nextscale.transformer.feed_forward.experts import Dispatch, grouped
+from nextscale.transformer.feed_forward.experts import Dispatch
 from nextscale.transformer.feed_forward.records import Activity, Norms, Sparsity, UnitContribution, recorded
-from nextscale.transformer.feed_forward.selection import choose, kept_units
+from nextscale.transformer.feed_forward.selection import choose, select_units
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import randomised, tiny_config
 from tests.test_moe_model import moe_config
@@ -161,8 +158,8 @@ def test_the_published_convention_and_the_share_of_top_k():
     p = torch.tensor([[1.0, 0.5, 0.2, 0.19]])
     assert choose(p, 0.8).tolist() == [[True, True, True, False]]  # at least 0.2 of the largest
     assert choose(p, 0.5, "top-k").tolist() == [[True, True, False, False]]
-    assert kept_units(torch.tensor([0.1, 3.0, 2.0, 0.2]), 0.5).tolist() == [1, 2]
-    assert kept_units(torch.tensor([0.1, 3.0]), 0.0).tolist() == [1]
+    assert select_units(torch.tensor([0.1, 3.0, 2.0, 0.2]), 0.5).tolist() == [1, 2]
+    assert select_units(torch.tensor([0.1, 3.0]), 0.0).tolist() == [1]
 
 
 # ---- execution
@@ -259,7 +256,7 @@ def test_the_grouped_product_equals_the_loop():
         w1, b1 = (t.unflatten(0, (4, -1)) for t in (layer.fc1.weight, layer.fc1.bias))
         w2 = layer.fc2.weight.unflatten(1, (4, -1)).permute(1, 0, 2)
         for relu in (True, False):
-            found = grouped(x, None, Dispatch.create(chosen, 0), w1, b1, w2, None, relu=relu) + layer.fc2.bias
+            found = run_grouped(x, None, Dispatch.create(chosen, 0), w1, b1, w2, None, relu=relu) + layer.fc2.bias
             assert difference(found.float(), masked(x, chosen, (layer.fc1, layer.fc2), relu).float()) < 0.02
 
 
@@ -297,7 +294,7 @@ def test_an_oracle_knows_the_norms_and_pruning_keeps_the_same_units_for_all():
         a = layer.fc1(torch.randn(20, 32)).relu()
         outs = torch.stack([a[:, i : i + 16] @ layer.fc2.weight[:, i : i + 16].T for i in range(0, 128, 16)], dim=1)
         torch.testing.assert_close(
-            expert_norms(a, layer.fc2.weight, 8, at_once=7), outs.norm(dim=-1), rtol=1e-4, atol=1e-4
+            compute_expert_norms(a, layer.fc2.weight, 8, at_once=7), outs.norm(dim=-1), rtol=1e-4, atol=1e-4
         )
         layer.importance_F.copy_(torch.arange(128).flip(0))
         x = torch.randn(2, 16, 32)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from nextscale.backends.cpu import products
 from nextscale.config.sampling import SampleConfig
 from nextscale.info import sample_flops
 from nextscale.research.analysis.dynamic import count_sampled_flops

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.backends.cpu import products
-from nextscale.transformer.feed_forward.experts import Dispatch, Experts, _Differentiated, grouped
+from nextscale.transformer.feed_forward.experts import DifferentiableExperts, Dispatch, Experts
 from tests.test_packed import needs_onednn
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -97,11 +97,11 @@ def by_loop(experts, mask_TM):
 
 
 def by_hand(experts, dispatch):
-    """`_Differentiated`, which Experts takes on a CPU to train."""
+    """`DifferentiableExperts`, which Experts takes on a CPU to train."""
 
     def compute(x, gates):
         gate_R = gates[dispatch.row_R, dispatch.expert_R]
-        return _Differentiated.apply(
+        return DifferentiableExperts.apply(
             x, gate_R.to(x.dtype), dispatch.row_R, dispatch.list_slices(),
             *(t.to(x.dtype) for t in leaves(experts, x, gates)[2:]),
         )  # fmt: skip
@@ -112,7 +112,7 @@ def by_hand(experts, dispatch):
 def by_groups(experts, dispatch):
     def compute(x, gates):
         gate_R = gates[dispatch.row_R, dispatch.expert_R]
-        return grouped(x, gate_R, dispatch, *(t.to(x.dtype) for t in leaves(experts, x, gates)[2:]))
+        return run_grouped(x, gate_R, dispatch, *(t.to(x.dtype) for t in leaves(experts, x, gates)[2:]))
 
     return compute
 
@@ -125,7 +125,12 @@ def by_groups(experts, dispatch):
 )  # fmt: skip
 def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, width, seed, padding):
     """The loop, the written-out backward pass and the grouped product; also with padding, as a GPU has it."""
-    before, products.trains_by_onednn, least, products._PRODUCT_ROWS = products.trains_by_onednn, onednn, products._PRODUCT_ROWS, 8
+    before, products.trains_by_onednn, least, products._PRODUCT_ROWS = (
+        products.trains_by_onednn,
+        onednn,
+        products._PRODUCT_ROWS,
+        8,
+    )
     try:
         experts, mask = made(count, width, 2 * width, seed), masks(rows, count, kind, seed)
         x, gates = inputs(rows, count, width, seed)
@@ -204,7 +209,7 @@ def test_a_step_of_the_loss_agrees_with_finite_differences():
 
     def compute(x, gates, *weights):
         gate_R = gates[dispatch.row_R, dispatch.expert_R]
-        return _Differentiated.apply(x, gate_R, dispatch.row_R, dispatch.list_slices(), *weights)
+        return DifferentiableExperts.apply(x, gate_R, dispatch.row_R, dispatch.list_slices(), *weights)
 
     assert torch.autograd.gradcheck(compute, arguments)
 
@@ -249,7 +254,7 @@ def test_a_row_does_not_depend_on_the_others():
 # ---- memory
 
 
-def kept(count, rows, active, width=16, hidden=64):
+def kept(count, rows, active, width=16, hidden_block=64):
     """Bytes that the graph keeps for the backward pass, the parameters apart."""
     experts = made(count, width, hidden)
     x, gates = inputs(rows, count, width)
@@ -270,7 +275,7 @@ def kept(count, rows, active, width=16, hidden=64):
     dispatch = Dispatch.create(mask, rows * active)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         weights = leaves(experts, x, gates)[2:]
-        _Differentiated.apply(x.requires_grad_(), gate_R, dispatch.row_R, dispatch.list_slices(), *weights)
+        DifferentiableExperts.apply(x.requires_grad_(), gate_R, dispatch.row_R, dispatch.list_slices(), *weights)
     return sum(sizes.values())
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nextscale.backends.cpu import products
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
-from nextscale.transformer.context import attention_segments, block_causal_mask
+from nextscale.transformer.context import block_causal_mask, list_segments
 from tests.conftest import randomised, tiny_config
 
 
@@ -62,7 +62,7 @@ def test_inference_keeps_to_the_road_that_does_not_depend_on_the_batch():
 def test_segments_are_the_block_causal_mask(pyramid):
     mask = block_causal_mask(pyramid, torch.device("cpu"))
     rebuilt = torch.zeros_like(mask)
-    for start, end, piece in attention_segments(pyramid, pyramid.length, torch.device("cpu")):
+    for start, end, piece in list_segments(pyramid, pyramid.length, torch.device("cpu")):
         rebuilt[start:end, :end] = True if piece is None else piece
     assert torch.equal(rebuilt, mask)
 

@@ -56,7 +56,7 @@ def test_groups_that_there_are_not_are_named(group):
         parse_scale_group(group, 4)
 
 
-def enlarged(map_hwE, grid):
+def resize_map(map_hwE, grid):
     """Bicubic up-sampling by matrices; itself where the side is the same."""
     h, w, _ = map_hwE.shape
     rows = cubic_matrix(h, grid[0]) if h != grid[0] or w != grid[1] else np.eye(h)
@@ -68,7 +68,7 @@ def sums_of(projected_NE, pyramid, grid):
     """z_j of Eq. 11, from the definition: for each j the sum over all i up to j anew."""
     maps = [projected_NE[start:end].reshape(*side, -1) for side, (start, end) in zip(
         pyramid.sides, pyramid.spans, strict=True) if end <= len(projected_NE)]  # fmt: skip
-    return [sum(enlarged(maps[i], grid) for i in range(j + 1)) for j in range(len(maps))]
+    return [sum(resize_map(maps[i], grid) for i in range(j + 1)) for j in range(len(maps))]
 
 
 def guidance_by_hand(projected, features, pyramid, scales):
@@ -136,7 +136,7 @@ def test_autocast_and_half_features_are_compared_in_float32():
 
 @torch.no_grad()
 def test_projector_against_the_formula():
-    config = TransformerConfig(depth=1, width=6, heads=1, alignment=AlignmentConfig(width=5, hidden=7))
+    config = TransformerConfig(depth=1, width=6, heads=1, alignment=AlignmentConfig(width=5, hidden_block=7))
     module = Projector(config)
     p = {n: t.double().numpy() for n, t in module.state_dict().items()}
     assert {n: t.shape for n, t in p.items() if n.endswith("weight")} == {
@@ -157,7 +157,7 @@ def test_projector_against_the_formula():
 @torch.no_grad()
 def test_the_projector_sees_the_output_of_its_block(depth, block, expected):
     """Of the first scales alone; what follows that block does not matter, what stands before does."""
-    config = tiny_config(depth=depth, alignment=AlignmentConfig(width=6, hidden=8, block=block))
+    config = tiny_config(depth=depth, alignment=AlignmentConfig(width=6, hidden_block=8, block=block))
     model = randomised(config).transformer
     assert config.transformer.aligned_block == expected
     values, x = torch.tensor([1, 2]), torch.randn(2, 29, 4)
@@ -167,7 +167,7 @@ def test_the_projector_sees_the_output_of_its_block(depth, block, expected):
         for i, b in enumerate(model.blocks)
     ]
     for guided in range(1, 5):
-        projected = model(values, x, guided=guided).projected_BNE
+        projected = model(values, x, aligned_scales=guided).projected_BNE
         end = model.pyramid.spans[guided - 1][1]
         assert projected.shape == (2, end, 6)
         assert torch.allclose(projected, model.projector(seen[expected][:, :end]), atol=1e-5)
@@ -175,7 +175,7 @@ def test_the_projector_sees_the_output_of_its_block(depth, block, expected):
         handle.remove()
     plain = model(values, x)
     assert plain.projected_BNE is None
-    assert torch.equal(plain.logits_BNV, model(values, x, guided=2).logits_BNV)
+    assert torch.equal(plain.logits_BNV, model(values, x, aligned_scales=2).logits_BNV)
 
 
 def test_a_block_beyond_the_depth_is_named():
@@ -191,7 +191,9 @@ EXPERTS = {"none": {}, "stmoe": {}, "moe++": {"zero": 1, "copy": 2, "constant": 
 def task_of(router="stmoe", loss=None, features=True, config=None, **transformer):
     """A task on random tokens with features, whose model has an alignment head and perhaps experts."""
     experts = ExpertsConfig(router=router, count=4, active=2, **EXPERTS.get(router, {}))
-    pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=8), **transformer))
+    pipeline = randomised(
+        tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden_block=8), **transformer)
+    )
     rng = torch.Generator().manual_seed(0)
     parts = {
         "tokens": torch.randint(0, 32, (20, 30), generator=rng),
@@ -215,7 +217,7 @@ def test_the_whole_loss_by_hand(router, group):
     loss, scalars = task(batch, noise, 0)
     pyramid, scales = task.model.pyramid, parse_scale_group(group, 4)
     inputs = task.tokenizer.teacher_inputs(batch["tokens"])
-    output = task.model(batch["label"], inputs, guided=max(scales) + 1)
+    output = task.model(batch["label"], inputs, aligned_scales=max(scales) + 1)
 
     likely = softmax(output.logits_BNV.double().numpy())
     tokens = batch["tokens"].numpy()

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nextscale.backends.cpu import products
 from nextscale.backends.cpu.kernels.experts import from_panels, to_panels
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.feed_forward.experts import Experts

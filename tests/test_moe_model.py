@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextscale.backends.cpu import products
 from nextscale.checkpoints.adapt import adapt, scale_sources
 from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
+from nextscale.common.registry import ROUTERS
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
@@ -21,7 +21,7 @@ from nextscale.info import as_text, describe_config, sample_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.optimizer import build_optimizer
-from nextscale.transformer.feed_forward.routers import ROUTERS, Routing
+from nextscale.transformer.feed_forward.routers import Routing
 from nextscale.transformer.initialization import initialize_transformer
 from tests.conftest import check_flops, randomised, tiny_config
 from tests.test_routers import chosen_by_loops
@@ -29,7 +29,7 @@ from tests.test_transformer import gelu, reference_forward, softmax
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-HEAD = AlignmentConfig(width=6, hidden=8)
+HEAD = AlignmentConfig(width=6, hidden_block=8)
 
 
 def moe_config(router, scales="1,2,3,4", *, count=6, active=2, renormalise=False, residual=True, **transformer):
@@ -79,7 +79,7 @@ class MixtureByHand:
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @torch.no_grad()
 def test_forward_against_the_formula(router, renormalise):
     """The whole model, in NumPy, image by image."""
@@ -96,7 +96,7 @@ def test_forward_against_the_formula(router, renormalise):
 # ---- in portions
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @pytest.mark.parametrize("scales", ["1,2,3,4", "4", "2x1,3x2,4x3", "1,1,2,4"])
 @torch.no_grad()
 def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
@@ -122,7 +122,7 @@ def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
                 assert torch.equal(ours[-1].selected_BNM, whole[-1].selected_BNM[:, at:end])
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @torch.no_grad()
 def test_no_scale_sees_a_finer_one(router):
     """Nor do a token's experts depend on what comes later."""
@@ -161,7 +161,7 @@ def test_records_come_back_per_block(router):
         assert first.records[2][1].gates_BNM.shape == (2, 1, experts.count + experts.zero_computation)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_fast_and_plain_gradients_are_equal(router, monkeypatch):
     """A whole model, forward and backward; recomputed blocks too."""
     model = randomised(moe_config(router, "1,2,4,8")).transformer
@@ -170,7 +170,7 @@ def test_fast_and_plain_gradients_are_equal(router, monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(ops, "fast", fast)
         model.zero_grad()
-        output = model(values, x, guided=2)
+        output = model(values, x, aligned_scales=2)
         balance = sum(r[-1].scores_BNM.square().mean() for r in output.records)
         (output.logits_BNV.square().mean() + output.projected_BNE.square().mean() + balance).backward()
         grads[fast] = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -183,7 +183,7 @@ def test_fast_and_plain_gradients_are_equal(router, monkeypatch):
 # ---- at rest
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_checkpoints_go_round(router, tmp_path):
     """With their alignment head; and the same bytes again."""
     pipeline = randomised(moe_config(router))
@@ -200,7 +200,7 @@ def test_checkpoints_go_round(router, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_export_official_says_that_there_is_no_such_form(router, tmp_path, capsys):
     folder = saved(moe_config(router), tmp_path / "m")
     arguments = ["export-official", str(folder), "--var", str(tmp_path / "v.pth"), "--vae", str(tmp_path / "t.pth")]
@@ -220,7 +220,7 @@ def test_export_official_leaves_the_alignment_head_out(tmp_path):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @pytest.mark.parametrize("scales", ["1,2,3,4,6", "1,4", "1,2,3,4"])
 def test_adapted_to_other_scales_routers_keep_what_they_know_of_each(router, scales, tmp_path):
     checkpoint = randomised(moe_config(router)).to_checkpoint()
@@ -244,7 +244,7 @@ COSTS = [
 ]
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @pytest.mark.parametrize("experts", COSTS)
 @torch.no_grad()
 def test_structural_count_equals_torch_s_counter(router, experts):
@@ -302,7 +302,7 @@ def test_active_parameters_are_all_but_the_experts_at_rest(router):
 # ---- beginnings
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_experts_begin_as_dense_layers_do_and_apart(router):
     model = randomised(moe_config(router, depth=4, width=64)).transformer
     initialize_transformer(model, InitConfig(), torch.Generator().manual_seed(1))
@@ -318,7 +318,7 @@ def test_experts_begin_as_dense_layers_do_and_apart(router):
             assert abs(block.ffn.router.scale_embed.weight.std().item() - 1) < 0.2
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_weight_decay_reaches_matrices_alone(router):
     """A stack's biases and a constant expert's vector have two dimensions, and are none."""
     model = randomised(moe_config(router)).transformer

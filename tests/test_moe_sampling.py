@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextscale.transformer.feed_forward.stacked import StackedLinear
 
 from nextscale.backends.cpu import products
 from nextscale.common.errors import UserError
+from nextscale.common.registry import ROUTERS
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
-from nextscale.transformer.feed_forward.experts import Experts
-from nextscale.transformer.feed_forward.routers import ROUTERS
+from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
 from tests.conftest import randomised, tiny_config
 from tests.test_moe_model import moe_config, saved
 from tests.test_packed import DTYPES, needs_onednn
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 ROADS = [(False, "float32"), (True, "float32"), (False, "bfloat16"), (True, "bfloat16")]
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_an_image_does_not_depend_on_its_batch(router, threads_set, tmp_path):
     """Bit for bit, alone or beside others, packed or not, in both precisions."""
     threads_set(1)
@@ -41,7 +40,7 @@ def test_an_image_does_not_depend_on_its_batch(router, threads_set, tmp_path):
 
 
 @pytest.mark.parametrize(("threads", "packed"), [(1, False), (1, True), (2, False), (2, True)])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @torch.no_grad()
 def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set, tmp_path):
     """The transformer by itself, step by step, bit for bit, at widths at which kernels change how they go."""
@@ -64,7 +63,7 @@ def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set,
             assert torch.equal(run(images), together[images]), f"{images} in {dtype}"
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path, monkeypatch):
     folder = saved(moe_config(router, "1,2,4,8"), tmp_path / "model")
     packed = Pipeline.from_pretrained(folder)
@@ -80,7 +79,7 @@ def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path, monke
     assert (a.tensor - b.tensor).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_captured_steps_edits_and_other_precisions(router):
     plain = randomised(moe_config(router))
     checkpoint = plain.to_checkpoint()
@@ -94,7 +93,7 @@ def test_captured_steps_edits_and_other_precisions(router):
         assert Pipeline.from_checkpoint(checkpoint, dtype=dtype).sample([1]).tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_likelihoods_of_a_batch_are_those_of_its_images(router):
     pipeline = randomised(moe_config(router))
     images = torch.rand(3, 3, 8, 8)
@@ -104,7 +103,7 @@ def test_likelihoods_of_a_batch_are_those_of_its_images(router):
 
 
 @pytest.mark.parametrize("first_block", [0, 1, 2])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_token_pruning(router, first_block):
     """Works, but where a router wants what the block before scored of the same tokens; sharing a batch or not."""
     settings_ = SampleConfig(prune=(0.4, 0.5), prune_first_block=first_block, seed=2)
@@ -140,7 +139,7 @@ def test_the_whole_share_pruned_is_nothing_pruned():
         assert torch.equal(pruned.tokens, pipeline.sample([1, 2], seed=2).tokens), router
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_a_mixture_refines_and_is_refined(router, tmp_path):
     """CoDe: it catches up with all scales that another model drew; with itself it changes nothing."""
     dense = randomised(tiny_config(depth=3), seed=1)
@@ -205,14 +204,14 @@ def test_a_stack_is_packed_at_the_first_product_that_gains_by_it():
 @needs_onednn
 def test_a_packed_mixture_refuses_to_be_trained(tmp_path):
     pipeline = Pipeline.from_pretrained(saved(moe_config("stmoe"), tmp_path / "m"))
-    with pytest.raises(UserError, match="backend="plain""):
+    with pytest.raises(UserError, match='backend="plain"'):
         pipeline.transformer.train()
     experts = Experts(3, 8, 16)
     ops.pack(experts)
-    with pytest.raises(UserError, match="backend="plain""):
+    with pytest.raises(UserError, match='backend="plain"'):
         experts.train()
     x, gates, mask = torch.randn(64, 8), torch.rand(64, 3), torch.ones(64, 3, dtype=torch.bool)
     experts(x, gates, mask, 192)  # packs
-    with pytest.raises(UserError, match="backend="plain""):
+    with pytest.raises(UserError, match='backend="plain"'):
         experts(x.requires_grad_(), gates, mask, 192)
     Pipeline.from_pretrained(tmp_path / "m", backend="plain").transformer.train()

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.common.registry import ROUTERS
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ConditionConfig, MambaConfig
@@ -21,7 +22,6 @@ from nextscale.pipeline import Pipeline
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from nextscale.training.transformer_run import _target
-from nextscale.transformer.feed_forward.routers import ROUTERS
 from tests.conftest import losses_by_precision, randomised, tiny_config
 from tests.test_data import write_folder
 from tests.test_guidance import task_of
@@ -41,7 +41,7 @@ def tensors(task):
 MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
 
 
-@pytest.mark.parametrize(("router", "mixers"), [*((router, {}) for router in ROUTERS), ("stmoe", MVAR)])
+@pytest.mark.parametrize(("router", "mixers"), [*((router, {}) for router in ROUTERS.names), ("stmoe", MVAR)])
 def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
     """Bit for bit with experts, guidance and averages, in the middle of an epoch, with a fresh process's modules."""
     whole = task_of(router, LOSS, config=SETTINGS, **mixers)
@@ -70,7 +70,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
     assert {"cross_entropy", "guidance", "balance", "expert_load", "loss_per_scale"} <= logs[0][0].keys()
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_micro_batches_sum_up_to_the_whole_batch(router, micro_batch, tmp_path):
     """Gradients and logged values; also where micro-batches differ in size (6 = 4 + 2)."""
@@ -97,7 +97,7 @@ def test_micro_batches_sum_up_to_the_whole_batch(router, micro_batch, tmp_path):
         assert found[micro_batch][1][name] == pytest.approx(whole, rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_lower_precision_stays_near_and_recomputation_changes_nothing(router, tmp_path):
     settings = replace(SETTINGS, steps=4)
     losses = losses_by_precision(lambda config: task_of(router, LOSS, config=config), settings, tmp_path)
@@ -241,7 +241,7 @@ def test_the_target_s_width_is_that_of_the_features(place, capsys):
     assert _target(RunConfig(data="cache", loss=LossConfig(encoder="cache")), examples, World()) == (None, 12)
     experts = ExpertsConfig(router="smoe", count=2, active=1)
     for width in (0, 5):
-        head = AlignmentConfig(width=width, hidden=4)
+        head = AlignmentConfig(width=width, hidden_block=4)
         config = tiny_config(experts=experts, alignment=head, condition=ConditionConfig(num_classes=2))
         randomised(replace(config, class_names=("cat", "dog"))).save_pretrained(place / f"start{width}")
         shutil.copy(place / "tokenizer" / "tokenizer.safetensors", place / f"start{width}")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nextscale.backends.cpu import products
 from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_config import Hints
 from nextscale.cli.parser import main
@@ -18,7 +17,7 @@ from nextscale.config.transformer import MVAR_MIXERS, InitConfig, MambaConfig, T
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.build import build_sampler
 from nextscale.sampling.sampler import sample_scales
-from nextscale.transformer.context import attention_segments, block_causal_mask
+from nextscale.transformer.context import block_causal_mask, list_segments
 from nextscale.transformer.initialization import initialize_transformer
 from tests.conftest import GOLDEN, randomised, tiny_config
 from tests.test_official import assert_same_tensors, close
@@ -192,7 +191,7 @@ def test_a_scale_sees_no_later_one_and_training_is_the_same_function():
 def test_attention_within_a_scale_makes_no_mask(fast, monkeypatch):
     monkeypatch.setattr(ops, "fast", fast)
     for config, masks in ((mvar_config(), 0), (mvar_config(mixers=("attention",)), 1)):
-        block_causal_mask.cache_clear(), attention_segments.cache_clear()
+        block_causal_mask.cache_clear(), list_segments.cache_clear()
         model = randomised(config).transformer
         model(torch.tensor([1]), torch.zeros(1, model.pyramid.length - 1, 4))
         assert block_causal_mask.cache_info().misses == masks

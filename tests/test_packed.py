@@ -70,11 +70,11 @@ def test_packed_weights_are_saved_moved_and_converted_bit_for_bit():
 @needs_onednn
 def test_packed_weights_refuse_to_be_trained(tiny_folder):
     pipeline = Pipeline.from_pretrained(tiny_folder)
-    with pytest.raises(UserError, match="backend="plain""):
+    with pytest.raises(UserError, match='backend="plain"'):
         pipeline.transformer.train()
     layer = Linear(24, 40)
     layer.pack()
-    with pytest.raises(UserError, match="backend="plain""):
+    with pytest.raises(UserError, match='backend="plain"'):
         layer(torch.randn(3, 24, requires_grad=True))
     Pipeline.from_pretrained(tiny_folder, backend="plain").transformer.train()
 

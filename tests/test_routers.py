@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
+from nextscale.common.registry import ROUTERS
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
-from nextscale.transformer.feed_forward.mixture import IdleExperts, MixtureOfExperts
-from nextscale.transformer.feed_forward.routers import ROUTERS, Routing, largest
+from nextscale.transformer.feed_forward.mixture import MixtureOfExperts, ZeroComputationExperts
+from nextscale.transformer.feed_forward.routers import Routing, select_largest
 from tests.test_transformer import softmax
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -46,7 +47,9 @@ def whole(pyramid):
 def made(config, pyramid, block=1, seed=0):
     """A router with random weights, large enough for scores to differ."""
     rng = torch.Generator().manual_seed(seed)
-    router = ROUTERS[config.router](TransformerConfig(depth=2, width=D, heads=2, experts=config), len(pyramid), block)
+    router = ROUTERS.get(config.router)(
+        TransformerConfig(depth=2, width=D, heads=2, experts=config), len(pyramid), block
+    )
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng))
@@ -115,7 +118,7 @@ def with_previous(pyramid, previous):
 
 @st.composite
 def experts(draw):
-    router = draw(st.sampled_from(list(ROUTERS)))
+    router = draw(st.sampled_from(sorted(ROUTERS.names)))
     count = draw(st.integers(1, 9))
     idle = {n: draw(st.integers(0, 2)) for n in ("zero", "copy", "constant")}
     most = count + (sum(idle.values()) if router == "moe++" else 0)
@@ -158,7 +161,7 @@ def test_ties_go_to_the_first(config, pyramid, seed, levels):
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=40), st.integers(1, 40))
 def test_largest_against_a_walk(values, count):
     count = min(count, len(values))
-    found = largest(torch.tensor(values), count, dim=0)
+    found = select_largest(torch.tensor(values), count, dim=0)
     assert found.nonzero().flatten().tolist() == sorted(first_largest(values, count))
 
 
@@ -195,7 +198,7 @@ def test_smoe_gives_all_tokens_of_a_scale_the_same_experts():
     assert len(sets) > 1, "random embeddings of scales differ"
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 @torch.no_grad()
 def test_a_scale_alone_is_routed_as_within_the_sequence(router):
     """The contexts of `step` and of `catch_up` know their scales."""
@@ -218,7 +221,7 @@ def test_a_scale_alone_is_routed_as_within_the_sequence(router):
             assert alone.gates_BNM.shape == (2, end - begin, config.count + config.zero_computation)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_gates_hand_gradients_to_the_router(router):
     """Through the gates alone, as Eq. 6 has it, and not through the choice; written out for the softmax in float64."""
     config = ExpertsConfig(router=router)
@@ -236,7 +239,7 @@ def test_gates_hand_gradients_to_the_router(router):
     assert torch.allclose(module.score.weight.grad.double(), expected, atol=1e-5 * expected.abs().max())
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ROUTERS.names)
 def test_scores_are_computed_in_float32_whatever_surrounds_them(router):
     """Under autocast, and in a model of 16 bits: rounding would choose other experts."""
     module, x_BND = made(ExpertsConfig(router=router), PYRAMID), torch.randn(2, PYRAMID.length, D)
@@ -258,7 +261,7 @@ def test_idle_experts_against_their_formulas(zero, copy, constant, count, seed):
     if zero + copy + constant == 0:
         return
     rng = torch.Generator().manual_seed(seed)
-    module = IdleExperts(ExpertsConfig(router="moe++", zero=zero, copy=copy, constant=constant), D)
+    module = ZeroComputationExperts(ExpertsConfig(router="moe++", zero=zero, copy=copy, constant=constant), D)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng))
@@ -334,7 +337,7 @@ def test_even_use_is_worth_m_and_collapse_costs_more():
 def test_balance_loss_teaches_through_the_scores_alone():
     logits = torch.randn(2, 5, 4, requires_grad=True)
     scores = logits.softmax(-1)
-    chosen = largest(scores.detach(), 2, -1)
+    chosen = select_largest(scores.detach(), 2, -1)
     compute_balance_loss(routing_of(scores, chosen)).backward()
     share = chosen.float().mean(1, keepdim=True)
     s = scores.detach()

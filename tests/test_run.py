@@ -255,12 +255,16 @@ def test_dry_run_counts_the_alignment_head(place, capsys):
 
 
 def test_flops_of_the_alignment_head_equal_torch_s_counter():
-    config = tiny_config(alignment=AlignmentConfig(width=6, hidden=8))
+    config = tiny_config(alignment=AlignmentConfig(width=6, hidden_block=8))
     _, model = build_on_meta(config)
     totals = []
     for guided in (0, 2, 4):
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, dtype=torch.int64, device="meta"), torch.empty(1, 29, 4, device="meta"), guided=guided)
+            model(
+                torch.zeros(1, dtype=torch.int64, device="meta"),
+                torch.empty(1, 29, 4, device="meta"),
+                aligned_scales=guided,
+            )
         totals.append(counter.get_total_flops() - head_flops(model, guided))
     assert len(set(totals)) == 1
     assert head_flops(model, 2) == 2 * 5 * (32 * 8 + 8 * 8 + 8 * 6)
@@ -279,7 +283,7 @@ def test_recipes_say_what_was_published():
 @pytest.mark.parametrize("guided", [0, 3])
 def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
     """On real tensors: the distinct storages that the graph saves, without the weights."""
-    model = randomised(tiny_config("1,2,3,4", depth=3, alignment=AlignmentConfig(width=6, hidden=64))).transformer
+    model = randomised(tiny_config("1,2,3,4", depth=3, alignment=AlignmentConfig(width=6, hidden_block=64))).transformer
     found, alive = {}, []
 
     def keep(tensor):
@@ -288,7 +292,7 @@ def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 29, 4), guided=guided)
+        model(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 29, 4), aligned_scales=guided)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = sum(size for pointer, size in found.items() if pointer not in weights)
     with torch.device("meta"):

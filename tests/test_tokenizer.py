@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextscale.tokenizer.quantizer import downsample, upsample
 
 from nextscale.common.errors import UserError
 from nextscale.config.tokenizer import TokenizerConfig

@@ -15,7 +15,7 @@ from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import AlignmentConfig
-from nextscale.info import active_parameters
+from nextscale.info import count_active_parameters
 from nextscale.pipeline import Pipeline
 from nextscale.training.engine.log import read_log
 from tests.conftest import randomised, tiny_config
@@ -54,7 +54,7 @@ def test_outputs_equal_the_dense_model_s(router, count, data, embedded, seed):
     routers = sum(p.numel() for n, p in mixture.transformer.named_parameters() if ".router." in n)
     dense_size = sum(p.numel() for p in dense.transformer.parameters())
     assert total == dense_size + 3 * (count - 1) * ffn + routers
-    assert active_parameters(after.config, total) == dense_size + 3 * (active - 1) * ffn + routers
+    assert count_active_parameters(after.config, total) == dense_size + 3 * (active - 1) * ffn + routers
 
 
 def test_samples_and_likelihoods_equal_the_dense_model_s(official):
@@ -69,7 +69,7 @@ def test_samples_and_likelihoods_equal_the_dense_model_s(official):
 
 
 def test_everything_else_is_kept_and_experts_are_copies():
-    before = randomised(tiny_config(alignment=AlignmentConfig(width=6, hidden=8))).to_checkpoint()
+    before = randomised(tiny_config(alignment=AlignmentConfig(width=6, hidden_block=8))).to_checkpoint()
     after = upcycle(before, ExpertsConfig(router="smoe", count=4, active=2))
     copied = 0
     for name, tensor in before.transformer.items():
