@@ -18,7 +18,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
-from nextscale.training.transformer_task import TransformerTask
+from nextscale.training.transformer import TransformerTask
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
 

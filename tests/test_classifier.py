@@ -14,19 +14,18 @@ from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.data.datasets import load_images
 from nextscale.encoders.classifier import Classifier, load_classifier
-from nextscale.training.classifier_run import evaluate_classifier
-from nextscale.training.classifier_task import moved
+from nextscale.training.classifier import evaluate_classifier, shift_images
 
 
 def test_moved_images_against_padding_and_cutting():
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (6, 3, 8, 10), generator=rng, dtype=torch.uint8)
     shift = torch.randint(7, (6, 2), generator=rng)
-    found = moved(images, shift, 3)
+    found = shift_images(images, shift, 3)
     for image, (row, column), result in zip(images, shift.tolist(), found, strict=True):
         padded = np.pad(image.numpy(), ((0, 0), (3, 3), (3, 3)), mode="reflect")
         assert np.array_equal(result.numpy(), padded[:, row : row + 8, column : column + 10])
-    assert torch.equal(moved(images, torch.full((6, 2), 3), 3), images), "the middle is the image itself"
+    assert torch.equal(shift_images(images, torch.full((6, 2), 3), 3), images), "the middle is the image itself"
 
 
 def test_training_learns_digits_and_goes_on_to_the_same_weights(tmp_path, capsys):

@@ -23,11 +23,11 @@ from nextscale.encoders.load import load_encoder
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.evaluation.metrics.neighbours import knn_accuracy, knn_classes
 from nextscale.tokenizer.tokenizer import scale_to_unit
-from nextscale.training.encoder_run import evaluate_encoder
+from nextscale.training.encoder import evaluate_encoder
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from nextscale.training.moco import Moco, info_nce
-from nextscale.training.views import DRAWS, cut, recoloured, view
+from nextscale.training.views import DRAWS, change_colours, crop_images, make_view
 from tests.test_train import SETTINGS, encoder_task
 
 RNG = np.random.default_rng(0)
@@ -83,14 +83,14 @@ def test_keys_enter_the_queue_in_order_and_the_key_branch_follows():
     for part in batches[0].split([1, 3]):  # two portions of a step
         moco(part, part)
     assert torch.equal(moco.queue_QD, before), "a loss is told from the queue as it was before the step"
-    moco.learn(World())
+    moco.update(World())
     assert torch.allclose(moco.queue_QD, torch.cat([keys[0], before[4:]]), atol=1e-6)
     slow, fast = (branch.head[0].weight for branch in (moco.key, moco.query))
     with torch.no_grad():
         fast.add_(1.0)
     expected = 0.9 * slow + 0.1 * fast
     moco(batches[1], batches[1])
-    moco.learn(World())
+    moco.update(World())
     ring = torch.cat([keys[1][3:], keys[0][1:4], keys[1][:3]])
     assert torch.allclose(moco.queue_QD, ring, atol=1e-6)
     assert int(moco.next) == 1
@@ -126,14 +126,14 @@ def bilinear(image_3HW, top, left, height, width, mirrored):
 
 def test_cuts_against_loops():
     images, draws, config = torch.rand(4, 3, 6, 8), torch.rand(4, 5), ViewConfig(smallest_crop=0.3)
-    found = cut(images, draws, config)
+    found = crop_images(images, draws, config)
     for image, (area, aspect, row, column, flip), result in zip(images, draws.tolist(), found, strict=True):
         area, ratio = 0.3 + 0.7 * area, (4 / 3) ** (2 * aspect - 1)
         height, width = min(1, (area / ratio) ** 0.5), min(1, (area * ratio) ** 0.5)
         expected = bilinear(image.numpy(), row * (1 - height), column * (1 - width), height, width, flip < 0.5)
         assert np.allclose(result.numpy(), expected, atol=1e-5)
     whole = torch.tensor([[0.3, 0.5, 0.1, 0.9, 0.7]]).expand(4, 5)
-    assert torch.allclose(cut(images, whole, ViewConfig(smallest_crop=1.0)), images, atol=1e-5)
+    assert torch.allclose(crop_images(images, whole, ViewConfig(smallest_crop=1.0)), images, atol=1e-5)
 
 
 def test_colours_against_steps_one_by_one():
@@ -141,7 +141,7 @@ def test_colours_against_steps_one_by_one():
     config = ViewConfig(jitter=0.3, hue=0.1, jitter_share=0.6, grey_share=0.3)
     images, draws = 0.4 + 0.2 * torch.rand(12, 3, 4, 4, dtype=torch.float64), torch.rand(12, 6, dtype=torch.float64)
     draws[:, 0], draws[:, 5] = torch.tensor([0.1, 0.9] * 6), torch.tensor([0.1, 0.1, 0.9, 0.9] * 3)  # every case
-    found, luma = recoloured(images, draws, config).numpy(), np.array([0.299, 0.587, 0.114])
+    found, luma = change_colours(images, draws, config).numpy(), np.array([0.299, 0.587, 0.114])
     to_yiq = np.array([luma, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     for image, (change, b, c, s, h, grey), result in zip(images.numpy(), draws.tolist(), found, strict=True):
         x = image.copy()
@@ -160,12 +160,12 @@ def test_colours_against_steps_one_by_one():
 
 def test_a_view_does_not_depend_on_its_batch():
     images, draws = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8), torch.rand(5, DRAWS)
-    views = view(images, draws, ViewConfig())
+    views = make_view(images, draws, ViewConfig())
     assert views.shape == images.shape
     assert views.dtype == torch.float32
     assert -1 <= views.min() < views.max() <= 1
     for i in range(5):
-        assert torch.allclose(view(images[i : i + 1], draws[i : i + 1], ViewConfig())[0], views[i], atol=1e-6)
+        assert torch.allclose(make_view(images[i : i + 1], draws[i : i + 1], ViewConfig())[0], views[i], atol=1e-6)
 
 
 CONFIG = (

@@ -13,7 +13,7 @@ from nextscale.config.transformer import AlignmentConfig, TransformerConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pyramid import PYRAMID_256, Pyramid
-from nextscale.training.transformer_task import TransformerTask
+from nextscale.training.transformer import TransformerTask
 from nextscale.transformer.feed_forward.routers import Routing
 from nextscale.transformer.projector import GROUPS, Projector, compute_alignment_loss, parse_scale_group
 from tests.conftest import randomised, tiny_config
@@ -216,7 +216,7 @@ def test_the_whole_loss_by_hand(router, group):
     noise = task.draw_noise(3, torch.Generator().manual_seed(0))
     loss, scalars = task(batch, noise, 0)
     pyramid, scales = task.model.pyramid, parse_scale_group(group, 4)
-    inputs = task.tokenizer.teacher_inputs(batch["tokens"])
+    inputs = task.frozen.tokenizer.teacher_inputs(batch["tokens"])
     output = task.model(batch["label"], inputs, aligned_scales=max(scales) + 1)
 
     likely = softmax(output.logits_BNV.double().numpy())

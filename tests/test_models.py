@@ -14,8 +14,8 @@ from nextscale.evaluation.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.sampler import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import scale_to_unit
-from nextscale.training.encoder_run import pooled
-from nextscale.training.tokenizer_run import evaluate_tokenizer
+from nextscale.training.encoder import encode_images
+from nextscale.training.tokenizer import evaluate_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-test.parquet"
@@ -54,7 +54,7 @@ def test_the_cifar10_encoder():
     assert 0.3 < features.std() < 3, "standardised, on photographs of another kind than it was trained on"
     if CIFAR.exists():
         images = load_images(str(CIFAR), 32, 1500, 0).to_examples()
-        pool, label = pooled(encoder, images, 1500, [])
+        pool, label = encode_images(encoder, images, 1500, [])
         accuracy = knn_accuracy(pool[:500], label[:500], pool[500:], label[500:])
         assert accuracy > 0.3, "chance is 0.1; with a bank of 50,000 images it is 0.52"
 

@@ -19,9 +19,9 @@ from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, Condition
 from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline
+from nextscale.training.components import _load_guidance
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
-from nextscale.training.transformer_run import _target
 from tests.conftest import losses_by_precision, randomised, tiny_config
 from tests.test_data import write_folder
 from tests.test_guidance import task_of
@@ -237,8 +237,8 @@ def test_the_target_s_width_is_that_of_the_features(place, capsys):
     """And a start whose head is of another width is refused; one without a head gets a new one."""
     assert run("tokenize photos --tokenizer tokenizer --device cpu --out cache --encoder encoder") == 0
     examples = TokenCache(place / "cache").load_examples("train")
-    assert _target(RunConfig(), examples, World()) == (None, 0)
-    assert _target(RunConfig(data="cache", loss=LossConfig(encoder="cache")), examples, World()) == (None, 12)
+    assert _load_guidance(RunConfig(), examples, World()) == (None, 0)
+    assert _load_guidance(RunConfig(data="cache", loss=LossConfig(encoder="cache")), examples, World()) == (None, 12)
     experts = ExpertsConfig(router="smoe", count=2, active=1)
     for width in (0, 5):
         head = AlignmentConfig(width=width, hidden_block=4)

@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from nextscale.cli.training import draw_routing
 from nextscale.common.errors import UserError
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import load_images
 from nextscale.encoders.load import load_encoder
 from nextscale.pipeline import Pipeline
-from nextscale.quickstart.measure import measure
-from nextscale.quickstart.run import features_of, run_quickstart
+from nextscale.quickstart.measure import measure_samples
+from nextscale.quickstart.run import encode_features, run_quickstart
 from nextscale.training.engine.log import read_log
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ OUTPUTS = {
 
 
 def test_a_folder_of_images(folder, tmp_path):
-    metrics = run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run")
+    metrics = run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run", draw_routing)
     assert {p.name for p in (tmp_path / "run").iterdir()} == OUTPUTS
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
     assert len(metrics["unreadable_images"]) == 1
@@ -84,7 +85,7 @@ def test_a_folder_of_images(folder, tmp_path):
     encoder = load_encoder(str(tmp_path / "run" / "encoder"))
     assert encoder.kind == "moco_v2"
     train, _ = load_images(str(folder), 8, 20000, 0).split(0.2, 0)
-    features_RC = features_of(train, encoder, encoder.grid).flatten(0, 2)
+    features_RC = encode_features(train, encoder, encoder.grid).flatten(0, 2)
     assert features_RC.mean(dim=0).abs().max() < 1e-4, "standardised, as `encoder train` does it"
     assert torch.allclose(features_RC.std(dim=0, correction=0), torch.ones(16), atol=0.02)
     assert pipeline.config.class_names == ("day", "night")
@@ -92,7 +93,7 @@ def test_a_folder_of_images(folder, tmp_path):
     # a finished run is not repeated
     (state,) = (tmp_path / "run" / "training").glob("transformer-*.pt")
     before = state.stat().st_mtime_ns
-    run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run")
+    run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run", draw_routing)
     assert state.stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"run with other settings \(seed\)"):
         run_quickstart(tiny_settings(data=str(folder), seed=3), tmp_path / "run")
@@ -134,16 +135,16 @@ def test_split_holds_out_a_share_of_every_class():
 def test_measures_tell_a_good_generator_from_a_collapsed_and_a_copying_one():
     train, held = load_images("digits", 8, 10**6, 0).split(0.2, seed=0)
     labels = train.labels_B[:1000]
-    good = measure(train, held, train.images_B3HW[:1000] / 255, labels)
+    good = measure_samples(train, held, train.images_B3HW[:1000] / 255, labels)
     assert good["generated_read_as_asked"] > 0.95
     assert good["held_out_read_by_generated_fit"] > 0.9
     assert good["distance_to_nearest_training_image"]["generated"] < 1e-3  # copies
     assert good["distance_to_nearest_training_image"]["held_out_real"] > 0.05
     first = [int((train.labels_B == c).nonzero()[0]) for c in range(10)]
-    collapsed = measure(train, held, train.images_B3HW[first][labels] / 255, labels)
+    collapsed = measure_samples(train, held, train.images_B3HW[first][labels] / 255, labels)
     assert collapsed["generated_read_as_asked"] > 0.9  # the first measure alone cannot see it
     assert collapsed["held_out_read_by_generated_fit"] < 0.85
-    wrong = measure(train, held, train.images_B3HW[:1000] / 255, (labels + 1) % 10)
+    wrong = measure_samples(train, held, train.images_B3HW[:1000] / 255, (labels + 1) % 10)
     assert wrong["generated_read_as_asked"] < 0.05
 
 
@@ -164,7 +165,9 @@ def test_bad_data_is_named(tmp_path):
 def test_a_dense_model_without_guidance(folder, tmp_path):
     """No encoder, no routing picture."""
     transformer = {**TINY["transformer"], "experts": {"router": "none"}}
-    run_quickstart(tiny_settings(data=str(folder), transformer=transformer, loss={"encoder": ""}), tmp_path / "run")
+    run_quickstart(
+        tiny_settings(data=str(folder), transformer=transformer, loss={"encoder": ""}), tmp_path / "run", draw_routing
+    )
     assert {p.name for p in (tmp_path / "run").iterdir()} == OUTPUTS - {"encoder", "routing.json", "routing.png"}
     assert Pipeline.from_pretrained(tmp_path / "run").transformer.projector is None
 

@@ -26,7 +26,7 @@ from nextscale.tokenizer.discriminator import PatchDiscriminator, compute_adapti
 from nextscale.tokenizer.quantizer import Quantized
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
-from nextscale.training.tokenizer_task import TokenizerTask
+from nextscale.training.tokenizer import TokenizerTask
 from tests.conftest import randomised, read_fixture, tiny_config
 
 
@@ -43,7 +43,7 @@ def test_moving_averages_against_a_loop():
         x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
         quantized = tokenizer(x)[1]
         learner.observe(quantized, count_codes(quantized.tokens_BL, tokenizer.pyramid, 32))
-        learner.learn(World(), None)
+        learner.update(World(), None)
         seen, summed = np.zeros(32), np.zeros((32, 4))
         for token, vector in zip(quantized.tokens_BL.flatten(), quantized.residual_BLC.flatten(0, 1), strict=True):
             seen[token] += 1
@@ -72,7 +72,7 @@ def test_dead_codes_move_to_vectors_of_the_batch_and_living_ones_stay():
     def learn():
         seen = Quantized(wanted, torch.zeros(()), alive, wanted)
         learner.observe(seen, count_codes(alive, quantizer.pyramid, 32))
-        learner.learn(World(), torch.Generator().manual_seed(0))
+        learner.update(World(), torch.Generator().manual_seed(0))
 
     learn()
     assert learner.revived == 22

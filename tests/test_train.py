@@ -23,12 +23,12 @@ from nextscale.config.transformer import AlignmentConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import BatchDataset, MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder
-from nextscale.training.encoder_task import EncoderTask
+from nextscale.training.encoder import EncoderTask
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.optimizer import build_optimizer, compute_learning_rate, compute_weight_decay
-from nextscale.training.tokenizer_task import TokenizerTask
-from nextscale.training.transformer_task import TransformerTask
+from nextscale.training.tokenizer import TokenizerTask
+from nextscale.training.transformer import TransformerTask
 from tests.conftest import losses_by_precision, randomised, tiny_config
 
 SETTINGS = TrainConfig(steps=8, batch_size=6, warmup_steps=2, log_every=1, save_every=3, drop_path=0.2)

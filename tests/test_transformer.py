@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nextscale.common.errors import UserError
-from nextscale.training.transformer_task import branch_keep
+from nextscale.training.transformer import draw_drop_path
 from nextscale.transformer.initialization import InitConfig, initialize_transformer
 from tests.conftest import randomised, tiny_config
 
@@ -189,11 +189,11 @@ def test_a_dropped_branch_contributes_nothing():
 
 def test_stochastic_depth_keeps_the_mean_and_grows_with_depth():
     model = randomised(tiny_config(depth=5)).transformer
-    keep = branch_keep(model, 4000, 0.4, torch.Generator().manual_seed(0))
+    keep = draw_drop_path(model, 4000, 0.4, torch.Generator().manual_seed(0))
     assert keep.shape == (4000, 5, 2)
     assert torch.allclose(keep.mean(dim=0), torch.ones(5, 2), atol=0.05)
     assert torch.allclose((keep == 0).float().mean(dim=(0, 2)), torch.linspace(0, 0.4, 5), atol=0.02)
-    assert branch_keep(model, 4, 0.0, torch.Generator()) is None
+    assert draw_drop_path(model, 4, 0.0, torch.Generator()) is None
 
 
 @pytest.mark.parametrize("shared", [False, True])

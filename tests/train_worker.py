@@ -22,7 +22,7 @@ from nextscale.training.engine.checks import Interrupted
 from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.loop import train
 from nextscale.training.engine.task import Task
-from nextscale.training.tokenizer_task import TokenizerTask
+from nextscale.training.tokenizer import TokenizerTask
 from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, mixture_task, tasks
 

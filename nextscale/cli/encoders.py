@@ -37,7 +37,7 @@ class EncoderTrain:
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
-        from nextscale.training.encoder_run import train_encoder
+        from nextscale.training.encoder import train_encoder
         from nextscale.training.report import report_interruption
 
         with report_interruption(self.out), init_distributed(self.device) as world:
@@ -70,7 +70,7 @@ class EncoderEvaluate:
     """JSON file to write."""
 
     def run(self) -> None:
-        from nextscale.training.encoder_run import evaluate_encoder
+        from nextscale.training.encoder import evaluate_encoder
 
         report = evaluate_encoder(self.encoder, self.data, self.test, self.size, self.out)
         print(

@@ -249,7 +249,7 @@ class ClassifierTrain:
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
-        from nextscale.training.classifier_run import train_classifier
+        from nextscale.training.classifier import train_classifier
         from nextscale.training.report import report_interruption
 
         with report_interruption(self.out), init_distributed(self.device) as world:
@@ -271,7 +271,7 @@ class ClassifierEvaluate:
     """JSON file to write."""
 
     def run(self) -> None:
-        from nextscale.training.classifier_run import evaluate_classifier
+        from nextscale.training.classifier import evaluate_classifier
 
         report = evaluate_classifier(self.model, self.data, self.out)
         print(f"{report['images']} images: accuracy {report['accuracy']:.2%}, cross-entropy {report['loss']:.3f} nats")

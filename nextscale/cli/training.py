@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -13,6 +13,10 @@ from nextscale.config.data import DataConfig
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.transformer_training import RunConfig
+
+if TYPE_CHECKING:
+    from nextscale.data.datasets import ImageSet
+    from nextscale.pipeline import Pipeline
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Quickstart:
         from nextscale.training.report import quickstart_report, report_interruption
 
         with report_interruption(self.out):
-            metrics = run_quickstart(self.settings, self.out)
+            metrics = run_quickstart(self.settings, self.out, draw_routing)
         print("\n" + quickstart_report(metrics, self.out))
 
 
@@ -63,7 +67,7 @@ class TokenizerTrain:
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.training.report import report_interruption, tokenizer_report
-        from nextscale.training.tokenizer_run import train_tokenizer
+        from nextscale.training.tokenizer import train_tokenizer
 
         with report_interruption(self.out), init_distributed(self.device) as world:
             report = train_tokenizer(self.settings, self.data, self.out, world, accept_changes=self.accept_changes)
@@ -86,7 +90,7 @@ class TokenizerEvaluate:
 
     def run(self) -> None:
         from nextscale.training.report import tokenizer_report
-        from nextscale.training.tokenizer_run import evaluate_folder
+        from nextscale.training.tokenizer import evaluate_folder
 
         print(tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out)))
 
@@ -173,17 +177,28 @@ class Resume:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
-        from nextscale.training.transformer_run import read_run
+        from nextscale.training.transformer import read_run_config
 
-        _train(read_run(self.out), self.out, self.device, extend=False, accept_changes=False)
+        _train(read_run_config(self.out), self.out, self.device, extend=False, accept_changes=False)
 
 
 def _train(settings: RunConfig, out: Path, device: str, extend: bool, accept_changes: bool) -> None:
     from nextscale.common.distributed import init_distributed
     from nextscale.training.report import report_interruption, training_report
-    from nextscale.training.transformer_run import train_transformer
+    from nextscale.training.transformer import train_transformer
 
     with report_interruption(out), init_distributed(device) as world:
         values = train_transformer(settings, out, world, extend=extend, accept_changes=accept_changes)
     if world.main:
         print(training_report(values, out))
+
+
+def draw_routing(pipeline: Pipeline, held_out: ImageSet, config: QuickstartConfig, folder: Path) -> None:
+    """Write routing.png and routing.json of the quickstart's mixture of experts."""
+    from nextscale.config.analysis import AnalysisConfig
+    from nextscale.research.analysis.routing import write_routing
+    from nextscale.research.analysis.subject import Subject, about
+
+    analysis, shown = AnalysisConfig(seed=config.seed), range(min(len(held_out), 500))
+    subject = Subject("model", pipeline, held_out.to_examples(), shown, analysis)
+    write_routing([subject], about(config.data, analysis, pipeline.device), folder)

@@ -1,4 +1,4 @@
-"""How good the quickstart's samples are, judged by plain classifiers on pixels and by distances to real images."""
+"""The quality of the quickstart's samples, by classifiers on pixels and by distances to real images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nextscale.common.errors import UserError
 from nextscale.data.datasets import ImageSet
 
 _MAX_FIT = 4000
-_READ = 500
+_TESTED = 500
 _COMPONENTS = 64
 
 
-def measure(train: ImageSet, held_out: ImageSet, images_B3HW: Tensor, labels_B: Tensor) -> dict[str, Any]:
-    """Measures of generated images (float in [0, 1]) and the labels they were asked for, against real ones.
+def measure_samples(train: ImageSet, held_out: ImageSet, images_B3HW: Tensor, labels_B: Tensor) -> dict[str, Any]:
+    """Compare generated images (float in [0, 1]), and the labels they were asked for, with real ones.
 
     - `generated_read_as_asked`: share of the first 500 that a classifier fitted on real training images reads as the
       label asked for. `real_held_out_read_right` is the same classifier on held-out real images: its ceiling.
@@ -26,23 +26,23 @@ def measure(train: ImageSet, held_out: ImageSet, images_B3HW: Tensor, labels_B: 
     - `distance_to_nearest_training_image`: mean root-mean-square pixel distance, of generated and of held-out real
       images: a model that copies its training set has distances far below the real ones'.
     """
-    generated = _pixels((images_B3HW * 255).round().to(torch.uint8))
-    real, other = _pixels(train.images_B3HW[:_MAX_FIT]), _pixels(held_out.images_B3HW[:_MAX_FIT])
+    generated = _flatten_pixels((images_B3HW * 255).round().to(torch.uint8))
+    real, other = _flatten_pixels(train.images_B3HW[:_MAX_FIT]), _flatten_pixels(held_out.images_B3HW[:_MAX_FIT])
     asked, labels = labels_B.numpy(), train.labels_B[:_MAX_FIT].numpy()
     answers = held_out.labels_B[:_MAX_FIT].numpy()
     result: dict[str, Any] = {
         "distance_to_nearest_training_image": {
-            "generated": _nearest(generated[:_READ], real),
-            "held_out_real": _nearest(other[:_READ], real),
+            "generated": _compute_nearest_distance(generated[:_TESTED], real),
+            "held_out_real": _compute_nearest_distance(other[:_TESTED], real),
         },
         "generated_images": len(generated),
     }
     if len(set(labels.tolist())) > 1 and len(set(asked.tolist())) > 1:
-        judge, student = _classifier(real, labels), _classifier(generated, asked)
+        on_real, on_generated = _fit_classifier(real, labels), _fit_classifier(generated, asked)
         result |= {
-            "generated_read_as_asked": float(judge.score(generated[:_READ], asked[:_READ])),
-            "real_held_out_read_right": float(judge.score(other, answers)),
-            "held_out_read_by_generated_fit": float(student.score(other, answers)),
+            "generated_read_as_asked": float(on_real.score(generated[:_TESTED], asked[:_TESTED])),
+            "real_held_out_read_right": float(on_real.score(other, answers)),
+            "held_out_read_by_generated_fit": float(on_generated.score(other, answers)),
         }
     return result
 
@@ -56,12 +56,12 @@ def check_available() -> None:
         raise UserError(f"the quickstart needs {error.name}: pip install 'nextscale[quickstart]'") from None
 
 
-def _pixels(images_B3HW: Tensor) -> np.ndarray:
+def _flatten_pixels(images_B3HW: Tensor) -> np.ndarray:
     """uint8 images as rows of floats in [0, 1]."""
     return images_B3HW.flatten(1).numpy().astype(np.float32) / 255
 
 
-def _classifier(rows: np.ndarray, labels: np.ndarray) -> Any:
+def _fit_classifier(rows: np.ndarray, labels: np.ndarray) -> Any:
     from sklearn.decomposition import PCA
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import SVC
@@ -69,6 +69,6 @@ def _classifier(rows: np.ndarray, labels: np.ndarray) -> Any:
     return make_pipeline(PCA(min(_COMPONENTS, *rows.shape), random_state=0), SVC(C=10)).fit(rows, labels)
 
 
-def _nearest(rows: np.ndarray, real: np.ndarray) -> float:
+def _compute_nearest_distance(rows: np.ndarray, real: np.ndarray) -> float:
     distance = torch.cdist(torch.from_numpy(rows), torch.from_numpy(real)).amin(dim=1)
     return float(distance.mean() / rows.shape[1] ** 0.5)

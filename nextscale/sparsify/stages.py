@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from nextscale.training.engine.log import Values
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.state import check_settings
 from nextscale.training.engine.task import Task
-from nextscale.training.transformer_run import validate
+from nextscale.training.transformer import validate
 from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 
@@ -201,7 +201,7 @@ class _Callbacks(Callbacks):
         self.task, self.data, self.world = task, data, world
 
     def validate(self, step: int) -> Values:
-        return validate(cast(Any, self.task), self.data.held_out, _VALIDATION_IMAGES, self.world)
+        return validate(self.task, self.data.held_out, _VALIDATION_IMAGES, self.world)
 
 
 def _train(job: Job, name: Stage, task: Task, config: TrainConfig, settings: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _train(job: Job, name: Stage, task: Task, config: TrainConfig, settings: dic
         accept_changes=True,  # they were compared with run.json, which may be newer than the last state
         max_unreadable=job.config.images.max_unreadable,
     )  # fmt: skip
-    values = validate(cast(Any, task), job.examples.held_out, _VALIDATION_IMAGES, job.world)
+    values = validate(task, job.examples.held_out, _VALIDATION_IMAGES, job.world)
     values.pop("unreadable", None)
     return dict(values)
 

@@ -11,7 +11,7 @@ from nextscale.config.training import TrainConfig
 from nextscale.data.examples import Batch, Examples
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.engine.task import Task
-from nextscale.training.transformer_task import TransformerTask, read_batch
+from nextscale.training.transformer import FrozenNetworks, TransformerTask, read_batch
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
 from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.records import Norms
@@ -37,8 +37,8 @@ class TuneTask(TransformerTask):
         self.hoyer, self.thresholds = hoyer, Thresholds((1.0,) * len(model.pyramid), record="sparsity")
         _freeze_other_parameters(model)
 
-    def _whole_loss(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, scalars = super()._whole_loss(loss, output, batch)
+    def add_losses(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, scalars = super().add_losses(loss, output, batch)
         sparsities = collect(output.records, "sparsity")
         hoyer = torch.stack([sparsity.hoyer for sparsity in sparsities]).mean()
         zeros = torch.stack([sparsity.zeros for sparsity in sparsities]).mean().detach()
@@ -86,7 +86,7 @@ class RouterTask(Task):
     def __init__(self, model: VAR, tokenizer: Tokenizer, examples: Examples, config: TrainConfig):
         super().__init__()
         self.model, self.config, self.examples = model, config, examples
-        self._frozen = (tokenizer,)  # in a tuple, so that it is no submodule: not trained, moved or saved
+        self.frozen = FrozenNetworks(tokenizer)
         model.requires_grad_(False)
         self.trained = nn.ModuleList([cast(nn.Module, ffn.router) for ffn in list_ffns(model)])
         self.trained.requires_grad_(True)
@@ -100,7 +100,7 @@ class RouterTask(Task):
         return {"drop": torch.rand(count, generator=rng) < self.config.label_drop}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        label_B, _, inputs_BLC = read_batch(batch, self._frozen[0])
+        label_B, _, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
         values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
         output = self.model(values, inputs_BLC, thresholds=self.thresholds)
         norms = collect(output.records, "norms")

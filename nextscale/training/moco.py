@@ -1,4 +1,4 @@
-"""MoCo v2: a view of an image should be told from a queue of other images by another view of it.
+"""MoCo v2: another view of the same image should be recognised among a queue of other images.
 
 Momentum Contrast (He et al. 2020, arXiv 1911.05722) with the head and the views of MoCo v2 (Chen et al. 2020, arXiv
 2003.04297). Letters: B batch, D width of a key, Q keys in the queue.
@@ -7,21 +7,14 @@ Momentum Contrast (He et al. 2020, arXiv 1911.05722) with the head and the views
 from __future__ import annotations
 
 import copy
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.common.distributed import World
 from nextscale.config.encoder import MocoConfig
 from nextscale.encoders.self_supervised import SmallEncoder
-
-
-class Gatherer(Protocol):
-    """The processes that train together."""
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in their order."""
 
 
 class Branch(nn.Module):
@@ -39,12 +32,12 @@ class Branch(nn.Module):
 
 
 class Moco(nn.Module):
-    """The branch that is trained, the one that follows it and gives keys, and the queue. All of it is a run's state."""
+    """The trained branch, the momentum branch that computes keys, and the queue; a training state holds all three."""
 
     queue_QD: Tensor
     """Latest keys, unit vectors; a ring."""
     next: Tensor
-    """Where in the queue the next key goes."""
+    """Position in the queue of the next key."""
 
     def __init__(self, encoder: SmallEncoder, config: MocoConfig):
         super().__init__()
@@ -53,33 +46,33 @@ class Moco(nn.Module):
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         self.register_buffer("queue_QD", F.normalize(torch.randn(config.queue, config.key_width), dim=1))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))
-        self._seen: list[Tensor] = []
+        self._keys: list[Tensor] = []
 
     def forward(self, query_B3HW: Tensor, key_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE in nats, a mean over the batch, and the share of images whose own key is nearer than the queue's.
 
-        The keys are remembered until `learn`.
+        The keys are kept until `update`.
         """
         query_BD = self.query(query_B3HW)
         with torch.no_grad():
             key_BD = self.key(key_B3HW)
-        self._seen.append(key_BD)
+        self._keys.append(key_BD)
         return info_nce(query_BD, key_BD, self.queue_QD, self.config.temperature)
 
     @torch.no_grad()
-    def learn(self, world: Gatherer) -> None:
-        """After a step of the optimizer: the keys of its whole batch enter the queue, and the key branch follows."""
-        keys_BD = world.gather(torch.cat(self._seen))
-        self._seen.clear()
-        places_B = (self.next + torch.arange(len(keys_BD), device=keys_BD.device)) % len(self.queue_QD)
-        self.queue_QD[places_B] = keys_BD
+    def update(self, world: World) -> None:
+        """After an optimizer step: put the keys of the complete batch into the queue, and move the key branch."""
+        keys_BD = world.gather(torch.cat(self._keys))
+        self._keys.clear()
+        positions_B = (self.next + torch.arange(len(keys_BD), device=keys_BD.device)) % len(self.queue_QD)
+        self.queue_QD[positions_B] = keys_BD
         self.next.copy_((self.next + len(keys_BD)) % len(self.queue_QD))
         for slow, fast in zip(self.key.parameters(), self.query.parameters(), strict=True):
             slow.lerp_(fast, 1 - self.config.momentum)
 
 
 def info_nce(query_BD: Tensor, key_BD: Tensor, queue_QD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(loss, accuracy) of telling each query's own key from the queue (van den Oord et al. 2018, arXiv 1807.03748).
+    """(loss, accuracy) of finding each query's own key among the queue (van den Oord et al. 2018, arXiv 1807.03748).
 
     Loss: -log(exp(q k / T) / (exp(q k / T) + sum over the queue exp(q k' / T))), a mean over the batch, float32.
     """

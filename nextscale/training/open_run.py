@@ -1,33 +1,160 @@
-"""How a run that trains on images begins."""
+"""What all runs share: the record of their settings, their data, training, and what they write at their end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.common.plots import plot_curves
 from nextscale.config.data import DataConfig
-from nextscale.data.datasets import ImageExamples, open_dataset
+from nextscale.config.training import TrainConfig
+from nextscale.data.datasets import ImageExamples, ImageSet, load_images, open_dataset
+from nextscale.data.examples import Batch, Examples
 from nextscale.data.sources import Source
+from nextscale.training.engine.log import Values, read_log
+from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.state import check_settings
+from nextscale.training.engine.task import Task
 
 
-def open_run(
+@dataclass(frozen=True)
+class Run:
+    """A training run in a folder, whose settings are recorded in run.json."""
+
+    folder: Path
+    settings: dict[str, Any]
+    world: World
+
+    def check_settings(self, accept_changes: bool, free: tuple[str, ...] = ()) -> None:
+        """Raise UserError naming what differs from an earlier run in the folder, unless `accept_changes`.
+
+        Settings in `free` may differ.
+        """
+        check_settings(self.folder, self.settings, accept_changes, free)
+
+    def record_settings(self) -> None:
+        """Write run.json, after all processes have checked it. All of them must call this."""
+        self.world.wait()
+        if self.world.main:
+            write_json(self.folder / "run.json", self.settings)
+
+    def train(self, task: Task, config: TrainConfig, callbacks: Callbacks, max_unreadable: float) -> None:
+        """Train `task` from where the run stopped; raises what `engine.loop.train` raises.
+
+        Changes are accepted: settings were compared with run.json, which may be newer than the last state.
+        """
+        train(
+            task, config, self.folder, callbacks, world=self.world, settings=self.settings, accept_changes=True,
+            max_unreadable=max_unreadable,
+        )  # fmt: skip
+
+    def read_last(self, name: str) -> Values:
+        """The last record of the log that has this value, written by this call or an earlier one; or nothing."""
+        records = read_log(self.folder / "log.jsonl")
+        return next((record for record in reversed(records) if name in record), {})
+
+
+def open_image_run(
     folder: Path, settings: dict[str, Any], size: int, images: DataConfig, seed: int, world: World, *,
     accept_changes: bool, about: str = "",
-) -> tuple[ImageExamples, ImageExamples, Source]:  # fmt: skip
-    """(training, held-out) examples of settings["data"] at `size` x `size`, and their source. Writes `folder`/run.json.
+) -> tuple[Run, ImageExamples, ImageExamples, Source]:  # fmt: skip
+    """A run that trains on images: (run, training examples, held-out examples, source) of settings["data"].
 
-    `about`: what is said of the run beside the number of images; the number of classes, if empty. Raises UserError
-    naming what differs from an earlier run's settings, unless `accept_changes`, and as `open_dataset`.
+    Images have `size` x `size` pixels. `about`: text that is printed beside the number of images; the number of
+    classes, if empty. Raises UserError naming what differs from an earlier run's settings, unless `accept_changes`, and
+    as `open_dataset`.
     """
-    check_settings(folder, settings, accept_changes)
-    data = settings["data"]
-    train, held_out, source = open_dataset(data, size, images, seed)
-    world.wait()  # all have looked before one writes
+    run, data = Run(folder, settings, world), settings["data"]
+    run.check_settings(accept_changes)
+    examples, held_out, source = open_dataset(data, size, images, seed)
+    run.record_settings()
     if world.main:
-        write_json(folder / "run.json", settings)
         about = about or f"{len(source.class_names)} classes"
-        print(f"{data}: {len(train)} images to train on, {len(held_out)} held out; {about}")
-    return train, held_out, source
+        print(f"{data}: {len(examples)} images to train on, {len(held_out)} held out; {about}")
+    return run, examples, held_out, source
+
+
+class MainProcessCallbacks(Callbacks):
+    """Callbacks of a model that only the main process validates and writes."""
+
+    def __init__(self, folder: Path, world: World):
+        self.folder, self.world = folder, world
+
+    def validate(self, step: int) -> Values:
+        return self.measure_model() if self.world.main else {}
+
+    def save_model(self, step: int, best: bool) -> None:
+        if self.world.main:
+            for folder in list_model_folders(self.folder, best):
+                self.write_model(folder, step)
+
+    def measure_model(self) -> Values:
+        """Measure the model on held-out examples."""
+        raise NotImplementedError
+
+    def write_model(self, folder: Path, step: int) -> None:
+        """Write the model's files to a folder."""
+        raise NotImplementedError
+
+
+def list_model_folders(folder: Path, best: bool) -> list[Path]:
+    """Where the files of a model are written: the run folder, and best/ in it for the best model so far."""
+    return [folder, folder / "best"] if best else [folder]
+
+
+def load_test_images(data: str, size: int, limit: int = 10**9) -> ImageSet:
+    """Images of a data set, to evaluate a model on, at most `limit`; notes about them are printed."""
+    images = load_images(data, size, limit)
+    images.print_notes()
+    return images
+
+
+def check_class_names(data: str, names: tuple[str, ...], other: str, expected: tuple[str, ...], verb: str) -> None:
+    """Raise UserError unless a data set has the class names that are expected by `other`."""
+    if names != expected:
+        raise UserError(
+            f"{data} has the classes {', '.join(names[:5])}, ...; {other} {verb} {', '.join(expected[:5])}, ..."
+        )
+
+
+def read_batches(
+    examples: Examples, count: int, size: int, device: torch.device, unreadable: list[str] | None = None
+) -> Iterator[Batch]:
+    """The first `count` examples in batches of `size` on a device, without random changes.
+
+    Names of examples that cannot be read are added to `unreadable`.
+    """
+    for start in range(0, count, size):
+        batch = examples.fetch(range(start, min(start + size, count)), None)
+        names = batch.pop("unreadable", ())
+        if unreadable is not None:
+            unreadable += names
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+LogName = str | tuple[str, int]
+"""A value of a log: its name, or (name, k) for scale k of a list of values."""
+
+
+def plot_log(folder: Path, task: str, panels: Mapping[str, Mapping[str, LogName]]) -> None:
+    """Write curves.png: values of log.jsonl over the steps, {panel: {line: name}}.
+
+    Lines without points are left out, and so are panels without lines.
+    """
+    log = [record for record in read_log(folder / "log.jsonl") if record["task"] == task]
+    series = {panel: {line: list_points(log, name) for line, name in lines.items()} for panel, lines in panels.items()}
+    series = {panel: {line: points for line, points in lines.items() if points} for panel, lines in series.items()}
+    plot_curves({panel: lines for panel, lines in series.items() if lines}, folder / "curves.png")
+
+
+def list_points(log: list[dict], name: LogName) -> list[tuple[int, float]]:
+    """(step, value) of every record that has this value."""
+    key, *index = (name,) if isinstance(name, str) else name
+    return [(r["step"], r[key][index[0]] if index else r[key]) for r in log if key in r]

@@ -13,7 +13,7 @@ from nextscale.common.files import write_json
 from nextscale.research.analysis.figures import Band, bands
 from nextscale.research.analysis.subject import scale_names, titles
 from nextscale.training.engine.log import read_log
-from nextscale.training.transformer_task import TransformerTask
+from nextscale.training.transformer import TransformerTask
 
 
 def analyse_convergence(runs: Sequence[str], out: Path, names: Sequence[str] = ()) -> dict[str, Any]:

@@ -31,11 +31,11 @@ from nextscale.research.experiments.dynamic import collect_figures, match_flops,
 from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.keys import decides, key
 from nextscale.research.experiments.pictures import Shown, draw
-from nextscale.training.classifier_run import train_classifier
-from nextscale.training.encoder_run import train_encoder
+from nextscale.training.classifier import train_classifier
+from nextscale.training.encoder import train_encoder
 from nextscale.training.tokenize import tokenize
-from nextscale.training.tokenizer_run import evaluate_folder, train_tokenizer
-from nextscale.training.transformer_run import train_transformer
+from nextscale.training.tokenizer import evaluate_folder, train_tokenizer
+from nextscale.training.transformer import train_transformer
 
 _ROOT = Path(__file__).parents[2]
 

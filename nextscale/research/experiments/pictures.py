@@ -17,7 +17,7 @@ from nextscale.research.analysis.dynamic import analyse_dynamic
 from nextscale.research.analysis.errors import analyse_errors
 from nextscale.research.analysis.features import analyse_features
 from nextscale.research.analysis.routing import analyse_routing
-from nextscale.training.transformer_run import read_run
+from nextscale.training.transformer import read_run_config
 
 _COLUMNS, _CLASSES = 8, 4
 
@@ -47,7 +47,7 @@ def draw(picture: str, models: Sequence[Shown], out: Path, device: str) -> None:
     if picture == "errors":
         analyse_errors(folders, out, ErrorsConfig(device=device), models[0].sampling, names)
         return
-    run = read_run(models[0].folder)
+    run = read_run_config(models[0].folder)
     config = AnalysisConfig(images=run.images, seed=run.train.seed, device=device)
     if picture == "features":
         analyse_features(folders, run.data, out, config, names)

@@ -1,0 +1,236 @@
+"""`nextscale tokenizer train` and `nextscale tokenizer evaluate`.
+
+The losses are VQGAN's, around VAR's residual quantizer: VAR published the quantizer's class but not its training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nextscale.backends import optimize
+from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
+from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.common.distributed import World
+from nextscale.common.files import write_json
+from nextscale.common.pictures import save_grid
+from nextscale.common.rng import fold_seed
+from nextscale.config.model import ModelConfig
+from nextscale.config.parse import to_dict
+from nextscale.config.tokenizer_training import (
+    CodebookConfig,
+    TokenizerLossConfig,
+    TokenizerRunConfig,
+    derive_pyramid,
+)
+from nextscale.data.examples import Batch, Examples
+from nextscale.evaluation.metrics.codebook import CodebookUsage, count_codes
+from nextscale.evaluation.metrics.lpips import Lpips
+from nextscale.evaluation.metrics.reconstruction import psnr, ssim
+from nextscale.pyramid import Pyramid
+from nextscale.tokenizer.codebook import CodebookLearner
+from nextscale.tokenizer.discriminator import PatchDiscriminator, compute_adaptive_weight, compute_hinge_loss
+from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
+from nextscale.training.engine.log import Values
+from nextscale.training.engine.task import Task
+from nextscale.training.open_run import MainProcessCallbacks, load_test_images, open_image_run, plot_log, read_batches
+
+_BATCH, _SHOWN_IMAGES, _VALIDATION_IMAGES = 100, 8, 500
+_SSIM_WINDOW = 11
+
+
+class TokenizerTask(Task):
+    """Reconstruction, codebook, commitment, and optional perceptual and adversarial losses on uint8 images.
+
+    The adversarial loss is weighted by gradients of the micro-batch (as in VQGAN), so with it the result depends on
+    how a batch is divided.
+    """
+
+    name = "tokenizer"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        examples: Examples,
+        losses: TokenizerLossConfig | None = None,
+        codebook: CodebookConfig | None = None,
+    ):
+        super().__init__()
+        self.tokenizer, self.examples = tokenizer, examples
+        self.losses, self.codebook = losses or TokenizerLossConfig(), codebook or CodebookConfig()
+        self.tokens_per_example = tokenizer.pyramid.length
+        # a phi may serve no scale of this pyramid
+        self.leaves_parameters_unused = len(set(tokenizer.quantizer.phi_of_scale)) < len(tokenizer.quantizer.phi)
+        decay = self.codebook.ema_decay if self.codebook.update == "ema" else None
+        self.learner = CodebookLearner(tokenizer.quantizer, decay, self.codebook.revive_below)
+        self.lpips = None
+        if self.losses.lpips > 0:
+            self.lpips = Lpips.from_files(Path(self.losses.lpips_vgg), Path(self.losses.lpips_linear))
+        self.trained: nn.Module = nn.ModuleDict({"tokenizer": tokenizer, "learner": self.learner})
+        self.discriminator = None
+        if self.losses.adversarial > 0:
+            self.discriminator = PatchDiscriminator(
+                self.losses.discriminator_channels, self.losses.discriminator_layers
+            )
+            self.trained["discriminator"] = self.discriminator
+
+    def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image_B3HW = scale_to_unit(batch["image"])
+        decoded_B3HW, quantized = self.tokenizer(image_B3HW)
+        l1, l2 = F.l1_loss(decoded_B3HW, image_B3HW), F.mse_loss(decoded_B3HW, image_B3HW)
+        loss = self.losses.l1 * l1 + self.losses.l2 * l2
+        scalars = {"l1": l1.detach(), "vq": quantized.loss.detach()}
+        if self.lpips is not None:
+            perceptual = self.lpips(decoded_B3HW, image_B3HW).mean()
+            loss, scalars["lpips"] = loss + self.losses.lpips * perceptual, perceptual.detach()
+        if self.discriminator is not None:
+            adversarial, scalars["discriminator"] = self._compute_adversarial_loss(
+                self.discriminator, loss, image_B3HW, decoded_B3HW, step
+            )
+            loss = loss + adversarial
+        config = self.tokenizer.config
+        counts_KV = count_codes(quantized.tokens_BL, self.tokenizer.pyramid, config.vocab_size)
+        self.learner.observe(quantized, counts_KV)
+        scalars["codes used"] = (counts_KV.sum(dim=0) > 0).float().mean()
+        return loss + quantized.loss, scalars
+
+    def _compute_adversarial_loss(
+        self, discriminator: PatchDiscriminator, reconstruction: Tensor, image_B3HW: Tensor, decoded_B3HW: Tensor,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The sum of both adversarial losses, and the discriminator's alone.
+
+        The discriminator's loss has no gradient to the decoder, and the decoder's none to the discriminator.
+        """
+        own = compute_hinge_loss(discriminator(image_B3HW), discriminator(decoded_B3HW.detach()))
+        if step < self.losses.adversarial_start:
+            return own, own.detach()
+        discriminator.requires_grad_(False)
+        decoder_loss = -discriminator(decoded_B3HW).mean()
+        discriminator.requires_grad_(True)
+        last_layer = self.tokenizer.decoder.conv_out.weight
+        weight = self.losses.adversarial * compute_adaptive_weight(reconstruction, decoder_loss, last_layer)
+        return own + weight * decoder_loss, own.detach()
+
+    def fast_modules(self) -> list[nn.Module]:
+        return [self.tokenizer]
+
+    def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
+        """Update the codebook's moving averages and revive codes, from the complete batch of this step."""
+        revive = self.codebook.revive_every and (step + 1) % self.codebook.revive_every == 0
+        self.learner.update(world, rng if revive else None)
+
+
+def train_tokenizer(
+    config: TokenizerRunConfig, data: str, folder: Path, world: World | None = None, *, accept_changes: bool = False
+) -> dict[str, Any]:
+    """Train a tokenizer on `data` into `folder`, a checkpoint of a tokenizer alone; return its final evaluation.
+
+    Beside the checkpoint: best/ (the one with the highest held-out PSNR), reconstructions.png (new at every save),
+    curves.png, evaluation.json, log.jsonl. A second call with the same folder resumes an interrupted run. Raises
+    UserError and Interrupted as `engine.loop.train` does, and UserError naming what differs from an earlier run's
+    settings, unless `accept_changes`.
+    """
+    world = world or World()
+    start = read_checkpoint(Path(config.start)) if config.start else None
+    codes = start.config.tokenizer if start else config.tokenizer
+    model = ModelConfig(_choose_pyramid(config, start), codes, None)
+    run, examples, held_out, _ = open_image_run(
+        folder, {"data": data, **to_dict(config)}, model.square_side, config.images, config.train.seed, world,
+        accept_changes=accept_changes, about=model.summary(),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(start, model) if start else _create_tokenizer(model, config.train.seed)
+    task = TokenizerTask(tokenizer, examples, config.losses, config.codebook)
+    run.train(task, config.train, _Callbacks(model, task, held_out, folder, world), config.images.max_unreadable)
+    if not world.main:
+        return {}
+    report = evaluate_tokenizer(tokenizer, held_out)
+    write_json(folder / "evaluation.json", report)
+    plot_log(folder, task.name, {name: {name: name} for name in ("loss", "psnr_db", "perplexity", "usage")})
+    return report
+
+
+class _Callbacks(MainProcessCallbacks):
+    def __init__(self, model: ModelConfig, task: TokenizerTask, held_out: Examples, folder: Path, world: World):
+        super().__init__(folder, world)
+        self.model, self.task, self.held_out = model, task, held_out
+
+    def measure_model(self) -> Values:
+        report = evaluate_tokenizer(self.task.tokenizer, self.held_out, _VALIDATION_IMAGES)
+        values: Values = {name: report[name] for name in ("psnr_db", "perplexity", "usage")}
+        return values | {"revived": int(self.task.learner.revived), "validation_loss": -report["psnr_db"]}
+
+    def write_model(self, folder: Path, step: int) -> None:
+        write_checkpoint(folder, Checkpoint(self.model, dict(self.task.tokenizer.state_dict()), {}))
+        if folder == self.folder:
+            draw_reconstructions(self.task.tokenizer, self.held_out, folder / "reconstructions.png")
+
+
+def _choose_pyramid(config: TokenizerRunConfig, start: Checkpoint | None) -> Pyramid:
+    """The start checkpoint's pyramid, unless the config asks for another one."""
+    if start is None:
+        return derive_pyramid(config.image_size or 32, config.tokenizer.downsampling, config.scales)
+    side = start.config.square_side
+    if not config.scales and config.image_size in (0, side):
+        return start.config.pyramid
+    return derive_pyramid(config.image_size or side, start.config.tokenizer.downsampling, config.scales)
+
+
+def _create_tokenizer(model: ModelConfig, seed: int) -> Tokenizer:
+    """A new tokenizer, whose weights follow from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold_seed(seed, "tokenizer"))
+        return build_modules(model)[0]
+
+
+@torch.no_grad()
+def evaluate_tokenizer(tokenizer: Tokenizer, examples: Examples, limit: int = 10**9) -> dict[str, Any]:
+    """PSNR and SSIM (means of per-image values), codebook usage and perplexity, over all scales and per scale."""
+    use = CodebookUsage.empty(tokenizer.pyramid, tokenizer.config.vocab_size)
+    psnrs, ssims, count = [], [], min(len(examples), limit)
+    batches = read_batches(examples, count, _BATCH, tokenizer.quantizer.codebook.weight.device)
+    total = -(-count // _BATCH)
+    for batch in tqdm(batches, desc="evaluating", unit="batch", total=total, disable=total < 20):
+        image_B3HW = scale_to_unit(batch["image"])
+        tokens_BL = tokenizer.encode(image_B3HW)
+        use.add(tokens_BL, tokenizer.pyramid)
+        pair = (tokenizer.decode(tokens_BL) + 1) / 2, (image_B3HW + 1) / 2
+        psnrs.append(psnr(*pair))
+        if min(image_B3HW.shape[-2:]) >= _SSIM_WINDOW:
+            ssims.append(ssim(*pair))
+    report: dict[str, Any] = {"images": count, "psnr_db": float(torch.cat(psnrs).mean())}
+    if ssims:
+        report["ssim"] = float(torch.cat(ssims).mean())
+    return report | use.report() | {"scales": str(tokenizer.pyramid)}
+
+
+@torch.no_grad()
+def draw_reconstructions(tokenizer: Tokenizer, examples: Examples, path: Path) -> None:
+    """A picture: some images, and below each its reconstructions from the scales up to k, coarse to fine."""
+    images = examples.fetch(range(min(len(examples), _SHOWN_IMAGES)), None)["image"]
+    image_B3HW = scale_to_unit(images).to(tokenizer.quantizer.codebook.weight.device)
+    rows: list[Tensor] = [image_B3HW]
+    rows += [tokenizer.decode_canvas(canvas) for canvas in tokenizer.build_canvases(tokenizer.encode(image_B3HW))]
+    names = ["image"] + [f"to {h}x{w}" for h, w in tokenizer.pyramid.sides]
+    captions = [name for name in names for _ in range(len(image_B3HW))]
+    save_grid((torch.cat(rows).cpu() + 1) / 2, captions, path, columns=len(image_B3HW))
+
+
+def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> dict[str, Any]:
+    """Evaluate the tokenizer of a checkpoint folder on a data set; write report.json and a picture to `out`."""
+    checkpoint = read_checkpoint(folder)
+    model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
+    tokenizer = load_tokenizer(checkpoint, model).eval()
+    optimize(tokenizer)
+    images = load_test_images(data, model.square_side, limit)
+    report = evaluate_tokenizer(tokenizer, images.to_examples())
+    if out is not None:
+        write_json(out / "report.json", report)
+        draw_reconstructions(tokenizer, images.to_examples(), out / "reconstructions.png")
+    return report

@@ -1,0 +1,293 @@
+"""`nextscale train` and `nextscale resume`: train a transformer on tokens, from images or a token cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.backends import optimize
+from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints.native import write_checkpoint
+from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
+from nextscale.common.files import read_json, write_json
+from nextscale.common.pictures import save_grid
+from nextscale.config.parse import from_dict, to_dict
+from nextscale.config.training import TrainConfig
+from nextscale.config.transformer_training import LossConfig, RunConfig
+from nextscale.data.cache import CachedExamples
+from nextscale.data.examples import Batch, Examples
+from nextscale.encoders.patches import PatchEncoder
+from nextscale.evaluation.metrics.frequencies import frequency_loss
+from nextscale.pipeline import Pipeline
+from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
+from nextscale.training.components import Components, load_components
+from nextscale.training.engine.distributed import gather_weights
+from nextscale.training.engine.log import Values
+from nextscale.training.engine.loop import Callbacks
+from nextscale.training.engine.task import Task
+from nextscale.training.open_run import LogName, Run, list_model_folders, plot_log
+from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
+from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward.thresholds import Thresholds
+from nextscale.transformer.projector import compute_alignment_loss, parse_scale_group
+from nextscale.transformer.var import VAR, Output
+
+_SAMPLES_PER_CLASS, _SHOWN_CLASSES, _BATCH = 8, 10, 64
+
+
+@dataclass(frozen=True)
+class FrozenNetworks:
+    """Networks that compute the inputs and targets of a task and are not trained.
+
+    A task holds them in this dataclass because `nn.Module` would make them submodules: moved, sharded and switched to
+    training with the task. They must be on the task's device.
+    """
+
+    tokenizer: Tokenizer
+    encoder: PatchEncoder | None = None
+    """The encoder of semantic guidance, where the examples hold no features."""
+
+
+class TransformerTask(Task):
+    """Cross-entropy of the tokens of all scales, given condition and coarser scales (MEPA Eq. 4-5), with the losses of
+    mixtures of experts (Eq. 10) and of semantic guidance (Eq. 12-13) where the model has them.
+
+    Batches hold `label` and either `tokens` (B, L), from a cache, or `image` (uint8), which is encoded first. The
+    targets of guidance are the batch's `features` (B, h, w, E), or else those of `frozen.encoder`.
+    """
+
+    name = "transformer"
+    thresholds: Thresholds | None = None
+    """Of dynamic experts, where a subclass sets them; without them all experts run."""
+
+    def __init__(
+        self,
+        model: VAR,
+        tokenizer: Tokenizer,
+        examples: Examples,
+        config: TrainConfig,
+        loss: LossConfig | None = None,
+        encoder: PatchEncoder | None = None,
+    ):
+        super().__init__()
+        self.model, self.config, self.loss = model, config, loss or LossConfig()
+        self.frozen = FrozenNetworks(tokenizer, encoder)
+        self.examples, self.trained = examples, model
+        self.tokens_per_example = model.pyramid.length
+        scales = parse_scale_group(self.loss.group, len(model.pyramid))
+        self.guided_scales = scales if self.loss.encoder else ()
+
+    def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        drop_B = torch.rand(count, generator=rng) < self.config.label_drop
+        drop_path = draw_drop_path(self.model, count, self.config.drop_path, rng)
+        return {"drop": drop_B} if drop_path is None else {"drop": drop_B, "drop_path": drop_path}
+
+    def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        label_B, tokens_BL, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
+        values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
+        drop_path = noise["drop_path"].permute(1, 2, 0) if "drop_path" in noise else None
+        guided = max(self.guided_scales, default=-1) + 1
+        output = self.model(values, inputs_BLC, drop_path=drop_path, aligned_scales=guided, thresholds=self.thresholds)
+        smoothing = self.config.label_smoothing if noise else 0.0
+        nats_R = F.cross_entropy(
+            output.logits_BNV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing
+        )
+        nats_BL, correct_BL = nats_R.view_as(tokens_BL), output.logits_BNV.detach().argmax(-1) == tokens_BL
+        loss, others = self.add_losses(nats_BL.mean(), output, batch)
+        scalars = {
+            "cross_entropy": nats_BL.detach().mean(),
+            "accuracy": correct_BL.float().mean(),
+            "loss_per_scale": self._average_scales(nats_BL.detach()),
+            "accuracy_per_scale": self._average_scales(correct_BL.float()),
+        }
+        return loss if noise else nats_BL.mean(), scalars | others
+
+    def add_losses(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy `loss` with the other losses added, and each of these by name."""
+        others: dict[str, Tensor] = {}
+        if output.projected_BNE is not None:
+            guidance = compute_alignment_loss(
+                output.projected_BNE, self._get_features(batch), self.model.pyramid, self.guided_scales
+            )
+            loss = guidance + self.loss.cross_entropy * loss
+            others["guidance"] = guidance.detach()
+        routings = collect(output.records, "routing")
+        if routings:
+            idle = self.model.config.experts.zero_computation
+            balance = sum(compute_balance_loss(r, idle, self.loss.idle_balance) for r in routings)
+            assert isinstance(balance, Tensor), "a sum of losses"
+            loss = loss + self.loss.balance * balance
+            others["balance"] = balance.detach() / len(routings)
+            others["expert_load"] = torch.stack([compute_expert_load(r.selected_BNM) for r in routings]).mean(dim=0)
+        return loss, others
+
+    @torch.no_grad()
+    def _get_features(self, batch: Batch) -> Tensor:
+        """The targets of guidance, (B, h, w, E)."""
+        if "features" in batch:
+            return batch["features"]
+        encoder = self.frozen.encoder
+        assert encoder is not None, "load_components gives an encoder where a cache has no features"
+        with torch.autocast(batch["image"].device.type, enabled=False):
+            return encoder(scale_to_unit(batch["image"]), self.model.pyramid.last)
+
+    def _average_scales(self, values_BL: Tensor) -> Tensor:
+        return torch.stack([values_BL[:, start:end].mean() for start, end in self.model.pyramid.spans])
+
+    def fast_modules(self) -> list[nn.Module]:
+        return [self.model]
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def describe_faulty_scales(self, scalars: dict[str, Any]) -> str:
+        finite = scalars["loss_per_scale"].isfinite().tolist()
+        sides = [f"{h}x{w}" for (h, w), good in zip(self.model.pyramid.sides, finite, strict=True) if not good]
+        return "all scales" if not any(finite) else f"scale {', '.join(sides)}" if sides else ""
+
+
+def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (B,), tokens (B, L) and teacher-forced inputs (B, L - first scale, C) of a batch of tokens or images."""
+    label_B = batch["label"]
+    with torch.autocast(label_B.device.type, enabled=False):  # rounding would change tokens
+        tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
+        return label_B, tokens_BL, tokenizer.teacher_inputs(tokens_BL)
+
+
+def draw_drop_path(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Tensor | None:
+    """Stochastic depth (B, blocks, S): 0 where a branch is dropped, else 1 / keep probability. None when off."""
+    if rate == 0:
+        return None
+    depth, layers = len(model.blocks), max(len(block.layers) for block in model.blocks)
+    keep_D1 = 1 - torch.linspace(0, rate, depth).view(-1, 1)
+    return (torch.rand(batch, depth, layers, generator=rng) < keep_D1) / keep_D1
+
+
+def train_transformer(
+    config: RunConfig, folder: Path, world: World, *, extend: bool = False, accept_changes: bool = False
+) -> dict[str, Any]:
+    """Train a generator into `folder`, which `nextscale sample` takes; return its last validation.
+
+    Beside the checkpoint: best/ (lowest validation loss), samples.png, curves.png, log.jsonl, run.json, training/. An
+    unfinished run in `folder` is resumed; a finished one is refused unless `extend`, which allows more steps. Raises
+    UserError naming what differs from an earlier run's settings, unless `accept_changes`.
+    """
+    config = config.complete()
+    run = Run(folder, to_dict(config), world)
+    run.check_settings(accept_changes, free=("train.steps", "train.epochs") if extend else ())
+    if (folder / "finished.json").exists() and not extend:
+        raise UserError(
+            f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
+        )
+    components = load_components(config, world)
+    run.record_settings()
+    if world.main:
+        (folder / "finished.json").unlink(missing_ok=True)
+    tokenizer = components.tokenizer.to(world.device)
+    optimize(tokenizer, config.train.backend)
+    task = TransformerTask(
+        components.transformer, tokenizer, components.examples, config.train, config.loss, components.encoder
+    )
+    run.train(task, config.train, _Callbacks(config, components, task, run), config.images.max_unreadable)
+    if not world.main:
+        return {}
+    values = {n: v for n, v in run.read_last("validation_loss").items() if n.startswith("validation_")}
+    _plot_curves(folder, scales=len(values.get("validation_loss_per_scale", ())))
+    values |= _compute_frequency_loss(components)
+    write_json(folder / "finished.json", {"settings": to_dict(config), **values})
+    return values
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The settings of the run in `folder`."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} holds no run: it has no run.json")
+    return from_dict(RunConfig, read_json(folder / "run.json"), f"{folder}/run.json")
+
+
+class _Callbacks(Callbacks):
+    """At every save: validate, write the model, and draw a grid of samples."""
+
+    def __init__(self, config: RunConfig, components: Components, task: TransformerTask, run: Run):
+        self.config, self.components, self.task, self.run = config, components, task, run
+
+    def validate(self, step: int) -> Values:
+        return validate(self.task, self.components.held_out, self.config.validation_images, self.run.world)
+
+    def save_model(self, step: int, best: bool) -> None:
+        weights, config = gather_weights(self.task.model), self.config
+        if not self.run.world.main:
+            return
+        checkpoint = Checkpoint(self.components.model, self.components.tokenizer_weights, weights)
+        for folder in list_model_folders(self.run.folder, best):
+            write_checkpoint(folder, checkpoint)
+        steps, every = config.train.schedule_steps(len(self.task.examples))[0], config.train.sample_every
+        if step == steps or (every and step % every == 0):
+            pipeline = Pipeline.from_checkpoint(checkpoint, device=self.run.world.device, dtype=torch.float32)
+            pipeline.optimize(config.train.backend)
+            for name in (f"samples/step-{step:08d}.png", "samples.png"):
+                draw_samples(pipeline, config, self.run.folder / name)
+
+
+@torch.no_grad()
+def validate(task: Task, held_out: Examples, limit: int, world: World) -> Values:
+    """Averages of a task's loss and scalars over at most `limit` held-out examples.
+
+    The processes share the work; all must call it.
+    """
+    count = min(len(held_out), limit)
+    starts = list(range(0, count, _BATCH))
+    sums: dict[str, Tensor] = {}
+    unreadable: list[str] = []
+    for turn in range(0, len(starts), world.size):
+        index = turn + world.rank
+        start = starts[min(index, len(starts) - 1)]  # all processes compute in every turn: sharded models need it
+        rows = range(start, min(start + _BATCH, count))
+        weight = len(rows) / count if index < len(starts) else 0.0
+        batch = held_out.fetch(rows, None)
+        unreadable += batch.pop("unreadable", [])
+        loss, scalars = task({n: t.to(world.device) for n, t in batch.items()}, {}, 0)
+        for name, value in {"loss": loss, **scalars}.items():
+            sums[name] = sums.get(name, 0) + value.double() * weight
+    values: Values = {f"validation_{name}": world.sum(value).tolist() for name, value in sums.items()}
+    return values | {"unreadable": unreadable} if unreadable else values
+
+
+def draw_samples(pipeline: Pipeline, config: RunConfig, path: Path) -> None:
+    """A grid of samples, a row for each of the first classes."""
+    classes = range(min(pipeline.transformer.config.condition.num_classes, _SHOWN_CLASSES))
+    images = pipeline.sample([c for c in classes for _ in range(_SAMPLES_PER_CLASS)], config.sampling)
+    save_grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
+
+
+def _plot_curves(folder: Path, scales: int) -> None:
+    """Loss over training, and the validation loss of every scale."""
+    per_scale: dict[str, LogName] = {f"scale {k}": ("validation_loss_per_scale", k) for k in range(scales)}
+    panels: dict[str, dict[str, LogName]] = {
+        "nats per token": {"training": "cross_entropy", "validation": "validation_loss"},
+        "validation, nats per token of each scale": per_scale,
+    }
+    plot_log(folder, TransformerTask.name, panels)
+
+
+def _compute_frequency_loss(components: Components) -> Values:
+    """The loss of predicting tokens by their frequencies, where all tokens are at hand."""
+    examples, held_out = components.examples, components.held_out
+    if not isinstance(examples, CachedExamples) or not isinstance(held_out, CachedExamples):
+        return {}
+    views = examples.tokens_NVL.shape[1]
+    loss = frequency_loss(
+        examples.tokens_NVL.flatten(0, 1),
+        examples.labels_N.repeat_interleave(views),
+        held_out.tokens_NVL[:, 0],
+        held_out.labels_N,
+        len(components.model.class_names),
+        components.model.tokenizer.vocab_size,
+    )
+    return {} if loss is None else {"frequency_loss": loss}
