@@ -33,7 +33,7 @@ FIRST_SCALE = """
 import os, sys, time
 sys.argv = ["nextscale", "sample", sys.argv[1], "--labels", "1", "--out", "first-scale.png"]
 from nextscale import cli
-from nextscale.sampling.predictor import ModelPredictor
+from nextscale.sampling.sampler import ModelPredictor
 step = ModelPredictor.__call__
 def stop(*given):
     step(*given)

@@ -7,7 +7,6 @@ pipeline.sample([3, 7], cfg=1.5, seed=0).save("grid.png")
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import read_modules, write_checkpoint
-from nextscale.common.devices import find_device
+from nextscale.common.devices import find_device, find_dtype
 from nextscale.common.errors import UserError
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
@@ -28,11 +27,12 @@ from nextscale.config.transformer import InitConfig
 from nextscale.sampling.build import CreatePredictor, build_sampler
 from nextscale.sampling.sampler import (
     LogitsProcessor,
+    Sampler,
     ScaleStep,
     compute_log_likelihood,
     sample_images,
     sample_scales,
-)
+)  # fmt: skip
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from nextscale.backends.twins import Backend
     from nextscale.data.images import ImageLike
+    from nextscale.sampling.editing import Edit
 
 Labels = Tensor | Sequence["int | str | None"]
 
@@ -82,11 +83,9 @@ class Pipeline:
         self._refiner_source = ""
         self._captured: CreatePredictor | None = None
 
-    # making and loading
-
     @classmethod
     def from_config(cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None) -> Pipeline:
-        """A fresh, untrained generator, initialised from `seed`."""
+        """An untrained generator, initialised from `seed`."""
         with torch.random.fork_rng(devices=[]):  # convolutions draw from the global generator
             torch.manual_seed(fold_seed(seed, "tokenizer"))
             tokenizer, transformer = build_modules(config)
@@ -109,15 +108,15 @@ class Pipeline:
     ) -> Pipeline:
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
-        `dtype`: what the networks compute in. By default float32 on a CPU, whatever is stored, and the stored dtype
+        `dtype`: what the networks compute in; by default float32 on a CPU, whatever is stored, and the stored dtype
         elsewhere. `revision` (branch, tag or commit) and `token` are for the hub. `backend`: "auto" swaps modules for
         fast ones (`Pipeline.optimize`), for inference alone; "plain" leaves plain PyTorch modules, which can be
-        trained. Raises UserError naming the file and tensor when something is amiss.
+        trained. UserError names the file and tensor at fault.
         """
         checkpoint, modules = read_modules(_find_folder(source, revision, token))
         _check_routers(source, checkpoint)
         device = find_device(device)
-        computes = _compute_dtype(dtype, device, checkpoint)
+        computes = _choose_dtype(dtype, device, checkpoint)
         pipeline = cls._around(checkpoint, modules)
         del checkpoint  # from here on a tensor that is converted or packed frees the original
         pipeline.to(device, computes)
@@ -130,7 +129,7 @@ class Pipeline:
         """Build the modules around a checkpoint's tensors. Arguments as in `from_pretrained`."""
         device = find_device(device)
         return cls._around(checkpoint, build_on_meta(checkpoint.config)).to(
-            device, _compute_dtype(dtype, device, checkpoint)
+            device, _choose_dtype(dtype, device, checkpoint)
         )
 
     @classmethod
@@ -151,6 +150,8 @@ class Pipeline:
         self.tokenizer.to(device).set_compute_dtype(dtype)
         if self._transformer is not None:
             self._transformer.to(device, dtype)
+        if self._refiner is not None:
+            self._refiner.to(device, dtype)
         return self
 
     def optimize(self, backend: Backend = "auto", *, training: bool = False) -> Pipeline:
@@ -172,12 +173,9 @@ class Pipeline:
 
         Both must share the tokenizer, the scales and the classes; UserError otherwise.
         """
-        mine, other = self.config, refiner.config
-        same = other.pyramid == mine.pyramid and other.tokenizer == mine.tokenizer
-        if not same or refiner.transformer.config.condition != self.transformer.config.condition:
-            raise UserError("a refiner must have this model's scales, tokenizer and classes; its config differs")
-        if not torch.equal(refiner.tokenizer.quantizer.codebook.weight, self.tokenizer.quantizer.codebook.weight):
-            raise UserError("a refiner must have been trained with this model's tokenizer; its codebook differs")
+        from nextscale.sampling.collaborative import check_refiner
+
+        check_refiner(self.config, self.tokenizer, refiner.config, refiner.tokenizer)
         self._refiner = refiner.transformer
         return self
 
@@ -196,17 +194,15 @@ class Pipeline:
         self._captured = GraphPool().create_predictor
         return self
 
-    # saving
-
     def to_checkpoint(self) -> Checkpoint:
-        """The generator at rest. A tensor widened to compute goes back to its stored dtype if nothing is lost."""
+        """The checkpoint to save. Tensors that were widened to compute get their stored dtype if nothing is lost."""
         tokenizer, transformer = self.tokenizer.state_dict(), {}
         if self._transformer is not None:
             transformer = self._transformer.state_dict()
-        parts = [{n: self._as_stored(n, t) for n, t in part.items()} for part in (tokenizer, transformer)]
-        return Checkpoint(self.config, parts[0], parts[1], self._origin, self._extras)
+        stored = [{n: self._restore_dtype(n, t) for n, t in part.items()} for part in (tokenizer, transformer)]
+        return Checkpoint(self.config, *stored, self._origin, self._extras)
 
-    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
+    def _restore_dtype(self, name: str, tensor: Tensor) -> Tensor:
         dtype = self._stored.get(name, tensor.dtype)
         if dtype.itemsize >= tensor.dtype.itemsize:
             return tensor
@@ -230,8 +226,6 @@ class Pipeline:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(Path(folder), repo_id, private=private, token=token)
-
-    # use
 
     @property
     def transformer(self) -> VAR:
@@ -264,35 +258,17 @@ class Pipeline:
         `batch_size`; official seeding runs everything in one batch, because there an image depends on its batch.
 
         cfg, temperature, top_k and top_p also take a list with one number per scale, or a function from the scale to
-        the number. `logits_processors`: functions (logits_BNV, k) -> logits_BNV of your own. They are applied in order
-        after guidance, before temperature and top-k and top-p.
-
-        >>> def forbid_token_0(logits_BNV, k):
-        ...     out = logits_BNV.clone()
-        ...     out[..., 0] = -torch.inf
-        ...     return out
-        >>> scales = len(pipeline.config.pyramid)
-        >>> images = pipeline.sample(
-        ...     [1, 2],
-        ...     cfg=lambda k: 0.0 if k == 0 else 1.5,           # no guidance at the first scale
-        ...     temperature=[1.0] * (scales - 1) + [0.9],       # a colder last scale
-        ...     logits_processors=[forbid_token_0],
-        ... )
-        >>> bool((images.tokens == 0).any())
-        False
+        the number. `logits_processors`: your own functions (logits_BNV, k) -> logits_BNV, applied in order after
+        guidance and before temperature, top-k and top-p. `nextscale.sampling.filters` has an example.
         """
         settings = self._parse_settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices(labels))
         size = len(values) if settings.official_seeding else max(batch_size, 1)
         if not len(values):
             raise UserError("sampling needs at least one label; got none")
-        refiner = self._load_refiner(settings)
         batches = []
         for i in tqdm(range(0, len(values), size), desc="sampling", unit="batch", disable=not progress):
-            sampler = build_sampler(
-                self.tokenizer, self.transformer, values[i : i + size], settings, first_image=first_image + i,
-                refiner=refiner, logits_processors=logits_processors, captured=self._captured,
-            )  # fmt: skip
+            sampler = self._build_sampler(values[i : i + size], settings, first_image + i, logits_processors)
             batches.append(sample_images(sampler))
         tokens, images = torch.cat([b.tokens_BL for b in batches]), torch.cat([b.images_B3HW for b in batches])
         return Images(tokens.cpu(), images.cpu(), tuple(self.caption(int(v)) for v in values))
@@ -309,11 +285,7 @@ class Pipeline:
         """As `sample` for one batch, yielding each scale as it is done; `pipeline.tokenizer.paint` shows its canvas."""
         values = self.transformer.condition.parse(self.label_indices(labels))
         settings = self._parse_settings(config, overrides)
-        sampler = build_sampler(
-            self.tokenizer, self.transformer, values, settings, first_image=first_image,
-            refiner=self._load_refiner(settings), logits_processors=logits_processors, captured=self._captured,
-        )  # fmt: skip
-        return sample_scales(sampler)
+        return sample_scales(self._build_sampler(values, settings, first_image, logits_processors))
 
     def reconstruct(self, images: Sequence[ImageLike] | Tensor) -> Images:
         """Encode and decode images: paths, PIL images, or a tensor (B, 3, H, W) in [0, 1].
@@ -354,12 +326,8 @@ class Pipeline:
         if mask_HW.shape != (height, width):
             raise UserError(f"a mask tensor must be ({height}, {width}); got {tuple(mask_HW.shape)}")
         keep_1L = select_kept_cells(mask_HW.to(self.device), self.config.pyramid)[None]
-        sampler = build_sampler(
-            self.tokenizer, self.transformer, values, settings, first_image=first_image,
-            edit=Edit(self.encode([image]).to(self.device), keep_1L), refiner=self._load_refiner(settings),
-            logits_processors=logits_processors, captured=self._captured,
-        )  # fmt: skip
-        edited = sample_images(sampler)
+        edit = Edit(self.encode([image]).to(self.device), keep_1L)
+        edited = sample_images(self._build_sampler(values, settings, first_image, logits_processors, edit))
         return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(int(values[0])),))
 
     def encode(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
@@ -376,27 +344,12 @@ class Pipeline:
         return compute_log_likelihood(self.tokenizer, self.transformer, tokens, values).cpu()
 
     def label_indices(self, labels: Labels) -> list[int | None]:
-        """Labels as indices: a text is a class name or else an index; numbers and None pass."""
-        names = self.config.class_names
-        out: list[int | None] = []
-        for label in labels.tolist() if isinstance(labels, Tensor) else labels:
-            if label is None:
-                out.append(None)
-            elif not isinstance(label, str):
-                out.append(label)
-            elif label in names:
-                out.append(names.index(label))
-            elif re.fullmatch(r"-?[0-9]{1,18}", label):
-                out.append(int(label))
-            else:
-                hint = (
-                    suggest_name(label, list(names)) if names else "; this checkpoint has no class names, use numbers"
-                )
-                raise UserError(f"there is no class named '{label}'{hint}")
-        return out
+        """Labels as indices: a string is a class name or else an index; numbers and None stay."""
+        given = labels.tolist() if isinstance(labels, Tensor) else labels
+        return [self.config.find_class(label) if isinstance(label, str) else label for label in given]
 
     def caption(self, label: int) -> str:
-        """What to write below an image of this label."""
+        """The caption of an image of this label."""
         if label >= self.transformer.config.condition.num_classes:
             return "no label"
         return self.config.class_names[label] if self.config.class_names else str(label)
@@ -415,6 +368,15 @@ class Pipeline:
         from nextscale.sampling.thresholds import resolve_budget
 
         return resolve_budget(settings, self._origin)
+
+    def _build_sampler(
+        self, values: Any, settings: SampleConfig, first_image: int, processors: Sequence[LogitsProcessor],
+        edit: Edit | None = None,
+    ) -> Sampler:  # fmt: skip
+        return build_sampler(
+            self.tokenizer, self.transformer, values, settings, first_image=first_image, edit=edit,
+            refiner=self._load_refiner(settings), logits_processors=processors, captured=self._captured,
+        )  # fmt: skip
 
     def _load_images(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, tuple[str, ...]]:
         """Images in [-1, 1] (B, 3, H, W) and a caption for each."""
@@ -446,12 +408,7 @@ def _check_routers(source: object, checkpoint: Checkpoint) -> None:
         check_identity(source, checkpoint)
 
 
-def _compute_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise UserError(f"'{dtype}' is no floating-point dtype; use float32, bfloat16 or float16")
-        return named
+def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     if dtype is not None:
-        return dtype
+        return find_dtype(dtype)
     return torch.float32 if device.type == "cpu" else checkpoint.tokenizer["quant_conv.weight"].dtype

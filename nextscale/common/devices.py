@@ -24,6 +24,14 @@ def find_device(name: torch.device | str) -> torch.device:
         raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def find_dtype(name: torch.dtype | str) -> torch.dtype:
+    """The floating-point dtype of this name; UserError for anything else."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"'{name}' is no floating-point dtype; use float32, bfloat16 or float16")
+    return dtype
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads, versions and today's date, as JSON values."""
     cuda = device.type == "cuda"

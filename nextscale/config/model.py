@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from nextscale.common.errors import UserError
+from nextscale.config.parse import suggest_name
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import PYRAMID_256, Pyramid
@@ -38,6 +40,16 @@ class ModelConfig:
         if height != width:
             raise UserError(f"images of data sets are square; this model's images have {height} x {width} pixels")
         return height
+
+    def find_class(self, label: str) -> int:
+        """The index of a class name, or of an index as text; UserError when there is no such class name."""
+        if label in self.class_names:
+            return self.class_names.index(label)
+        if re.fullmatch(r"-?[0-9]{1,18}", label):
+            return int(label)
+        names = list(self.class_names)
+        hint = suggest_name(label, names) if names else "; this checkpoint has no class names, use numbers"
+        raise UserError(f"there is no class named '{label}'{hint}")
 
     def summary(self) -> str:
         """One line of text: classes, scales, image size."""

@@ -16,8 +16,7 @@ from nextscale.config.transformer import TransformerConfig
 from nextscale.sampling.draw import OfficialRandom, PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
 from nextscale.sampling.guidance import GuidedPredictor, schedule_guidance
-from nextscale.sampling.predictor import ModelPredictor
-from nextscale.sampling.sampler import DrawTokens, EmbedTokens, LogitsProcessor, Predictor, Sampler
+from nextscale.sampling.sampler import DrawTokens, EmbedTokens, LogitsProcessor, ModelPredictor, Predictor, Sampler
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 

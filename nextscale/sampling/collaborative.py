@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
-from nextscale.sampling.predictor import ModelPredictor
-from nextscale.sampling.sampler import Predictor
+from nextscale.sampling.sampler import ModelPredictor, Predictor
+from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import Output
 
 
@@ -45,3 +46,13 @@ def check_draft_scales(settings: SampleConfig, scales: int) -> None:
             f"with a refiner draft_scales must be 1 to {scales - 1}, the scales that are generated before it takes "
             f"over; got {settings.draft_scales}"
         )
+
+
+def check_refiner(config: ModelConfig, tokenizer: Tokenizer, refiner: ModelConfig, other: Tokenizer) -> None:
+    """UserError unless the refiner's config and tokenizer, `refiner` and `other`, fit those of the main model."""
+    assert config.transformer is not None, "a tokenizer alone is not refined"
+    fits = refiner.pyramid == config.pyramid and refiner.tokenizer == config.tokenizer
+    if not fits or refiner.transformer is None or refiner.transformer.condition != config.transformer.condition:
+        raise UserError("a refiner must have this model's scales, tokenizer and classes; its config differs")
+    if not torch.equal(other.quantizer.codebook.weight, tokenizer.quantizer.codebook.weight):
+        raise UserError("a refiner must have been trained with this model's tokenizer; its codebook differs")

@@ -1,5 +1,21 @@
 """Logits processors: temperature, top-k and top-p. No host synchronisation, no change in place.
 
+Your own processor is any function of the logits and the scale. It is applied after guidance and before the filters of
+this file, whose values may differ from scale to scale (a list, or a function of the scale):
+
+    >>> def forbid_token_0(logits_BNV, k):
+    ...     logits_BNV = logits_BNV.clone()
+    ...     logits_BNV[..., 0] = -torch.inf
+    ...     return logits_BNV
+    >>> images = pipeline.sample(
+    ...     [1, 2],
+    ...     cfg=lambda k: 0.0 if k == 0 else 1.5,
+    ...     temperature=[1.0, 1.0, 1.0, 0.9],
+    ...     logits_processors=[forbid_token_0],
+    ... )
+    >>> bool((images.tokens == 0).any())
+    False
+
 Letters: B batch, N tokens of one scale, V codes.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.predictor import ModelPredictor
+from nextscale.sampling.sampler import ModelPredictor
 from nextscale.transformer.block import Block
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward.interface import Record

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from nextscale.common.errors import UserError
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.feed_forward.interface import Record
 from nextscale.transformer.var import VAR, Output
+
+if TYPE_CHECKING:
+    from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 Predictor = Callable[[Tensor | None, int], Output]
 """(x_BNC, k) to logits and records of scale k, called once for each scale in order. `x_BNC`: the tokenizer's next
@@ -30,6 +33,23 @@ DrawTokens = Callable[[Tensor, int], Tensor]
 
 EmbedTokens = Callable[[Tensor, Tensor, int], Tensor]
 """(tokens_BN, logits_BNV, k) to codes (B, N, C), which are added to the canvas."""
+
+
+class ModelPredictor:
+    """A transformer's steps for one batch of condition values, with a KV cache. `thresholds`: of dynamic experts."""
+
+    @torch.no_grad()
+    def __init__(self, model: VAR, values: Any, thresholds: Thresholds | None = None):
+        self.model, self.thresholds = model, thresholds
+        self.conditioning = model.embed_condition(values)
+        self.cache = model.new_cache(len(values))
+
+    def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
+        return self.model.step(self.conditioning, x_BNC, k, self.cache, thresholds=self.thresholds)
+
+    def prefill(self, x_BLC: Tensor, k: int) -> Output:
+        """As a call for scale k, by a model that has not seen earlier scales. `x_BLC`: the inputs of scales 1 to k."""
+        return self.model.prefill(self.conditioning, x_BLC, k, self.cache, thresholds=self.thresholds)
 
 
 @dataclass(frozen=True)
