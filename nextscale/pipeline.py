@@ -200,7 +200,7 @@ class Pipeline:
         if self._transformer is not None:
             transformer = self._transformer.state_dict()
         stored = [{n: self._restore_dtype(n, t) for n, t in part.items()} for part in (tokenizer, transformer)]
-        return Checkpoint(self.config, *stored, self._origin, self._extras)
+        return Checkpoint(self.config, stored[0], stored[1], self._origin, self._extras)
 
     def _restore_dtype(self, name: str, tensor: Tensor) -> Tensor:
         dtype = self._stored.get(name, tensor.dtype)

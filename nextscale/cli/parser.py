@@ -26,6 +26,10 @@ commands:
 """
 
 
+_LIST_OPTIONS = {"cfg", "temperature", "top-k", "top-p", "tau", "prune"}
+"""Options that take one number or several, as words or separated by commas."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status is 0; 2 for what the user can mend; 1 for a defect; 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -70,7 +74,7 @@ def parse(arguments: list[str]) -> Any:
     if name not in COMMANDS:
         name = " ".join(arguments[:2]) if any(c.startswith(f"{name} ") for c in COMMANDS) else name
         raise UserError(f"there is no command '{name}'{suggest_name(name, list(COMMANDS))}")
-    kind, rest = COMMANDS[name], _spread(rest)
+    kind, rest = COMMANDS[name], _move_lists_last(rest)
     return tyro.cli(
         kind,
         prog=f"nextscale {name}",
@@ -81,16 +85,32 @@ def parse(arguments: list[str]) -> Any:
     )
 
 
-def _spread(arguments: list[str]) -> list[str]:
-    """The arguments with the list after --tau in words of its own: 0.82,0.81 is as good as 0.82 0.81."""
-    out: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        option, equals, value = argument.partition("=")
-        if option == "--tau" and equals:
-            out += [option, *value.split(",")]
-        else:
-            out += [n for n in argument.split(",") if n] if before == "--tau" else [argument]
-    return out
+def _move_lists_last(arguments: list[str]) -> list[str]:
+    """The arguments with options that take lists of numbers at the end, one number a word.
+
+    So 0.82,0.81 means the same as 0.82 0.81, and a list does not swallow a positional word that follows it.
+    """
+    others: list[str] = []
+    lists: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option.split(".")[-1].lstrip("-").replace("_", "-") not in _LIST_OPTIONS:
+            others.append(word)
+            continue
+        values = [value] if equals else []
+        while rest and not equals and (_is_number_list(rest[0]) or not (values or rest[0].startswith("-"))):
+            values.append(rest.pop(0))
+        lists += [option, *(number for value in values for number in value.split(",") if number)]
+    return others + lists
+
+
+def _is_number_list(word: str) -> bool:
+    try:
+        return bool([float(number) for number in word.split(",") if number])
+    except ValueError:
+        return False
 
 
 def defaults(kind: type, arguments: list[str]) -> Any:
