@@ -1,4 +1,4 @@
-"""Commands that use a model: draw, reconstruct, edit, describe."""
+"""Commands that use a model: sample, reconstruct, edit, info."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Sample:
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
     labels: str
-    """Classes to draw, separated by commas: indices or names, or 'none' for no label. One image for each."""
+    """Classes, separated by commas: indices or names, or 'none' for no label. One image for each."""
     out: Path
     """The grid, a PNG file."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
-    """YAML or JSON file with settings (cfg, top_k, top_p, temperature, seed, smooth, official_seeding); options on the
-    command line win."""
+    """YAML or JSON file with sampling settings (cfg, top_k, top_p, temperature, seed, ...); options on the command line
+    override it."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine) and `images`
     (float32, B x 3 x H x W in 0 to 1)."""
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 16
-    """Images at once, 1 or more. It does not change an image; --official-seeding makes one batch of all."""
+    """Batch size, 1 or more. Results do not depend on it; --official-seeding makes one batch of all images."""
     dtype: Dtype | None = None
-    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
 
@@ -55,9 +55,9 @@ class Sample:
 
 @dataclass
 class Reconstruct:
-    """Send images through the tokenizer and back, to see what it keeps.
+    """Encode and decode images, to judge the tokenizer's quality.
 
-    An image of the model's size is used as it is; another is resized on its short side and centre-cropped.
+    Images of another size than the model's are resized on the short side and centre-cropped.
     """
 
     model: Positional[str]
@@ -71,7 +71,7 @@ class Reconstruct:
     images_out: Path | None = None
     """Also write each reconstruction into this folder."""
     dtype: Dtype | None = None
-    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
 
@@ -79,7 +79,7 @@ class Reconstruct:
         from nextscale.pipeline import Pipeline
 
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
-        _say_enlarged(self.images, pipeline.config.image_size)
+        _note_small_images(self.images, pipeline.config.image_size)
         images = pipeline.reconstruct(self.images)
         _write_outputs(images, self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(self.images)} reconstructions to {self.out}")
@@ -87,25 +87,25 @@ class Reconstruct:
 
 @dataclass
 class Edit:
-    """Repaint part of an image: in-painting, out-painting, or another class inside the mask."""
+    """Generate part of an image anew: in-painting, out-painting, or another class inside the mask."""
 
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
     image: Positional[Path]
     """Image file; one of another size than the model's is resized on its short side and centre-cropped."""
     mask: Path
-    """Picture of the image's size: white stays, black is repainted."""
+    """Image of the same size: white stays, black is generated anew."""
     out: Path
     """The edited image, a PNG file."""
     label: str = "none"
-    """Class to paint, index or name; 'none' continues the image."""
+    """Class to generate, index or name; 'none' continues the image."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
-    """YAML or JSON file with sampling settings; options on the command line win."""
+    """YAML or JSON file with sampling settings; options on the command line override it."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     dtype: Dtype | None = None
-    """What to compute in; default float32 on a CPU, the stored type elsewhere."""
+    """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
 
@@ -117,7 +117,7 @@ class Edit:
         if len(labels) != 1:
             raise UserError(f"--label takes one class; got '{self.label}'")
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
-        _say_enlarged([self.image], pipeline.config.image_size)
+        _note_small_images([self.image], pipeline.config.image_size)
         mask, resized = load_mask(self.mask, self.image, pipeline.config.image_size)
         if resized:
             print(f"note: {self.mask} is not of the size of {self.image} and was resized to it")
@@ -156,8 +156,8 @@ def parse_labels(text: str) -> list[str | None]:
     return [None if part == "none" else part for part in parts]
 
 
-def _say_enlarged(images: Sequence[Path], size: tuple[int, int]) -> None:
-    """One line for each image that is smaller than the model's size (height, width)."""
+def _note_small_images(images: Sequence[Path], size: tuple[int, int]) -> None:
+    """Print a line for each image that is smaller than the model's size (height, width)."""
     from nextscale.data.images import load_image
 
     for path in images:
@@ -169,7 +169,7 @@ def _say_enlarged(images: Sequence[Path], size: tuple[int, int]) -> None:
 def _write_outputs(  # type: ignore[no-untyped-def]
     images, out: Path, tokens_out: Path | None, images_out: Path | None, *, as_grid: bool = True
 ) -> None:
-    """Write the picture and what --tokens-out and --images-out ask for; all replace older files together, or none."""
+    """Write `out` and what --tokens-out and --images-out ask for. Older files are replaced together, or none."""
     from safetensors.torch import save_file
 
     from nextscale.common.files import write_atomically
