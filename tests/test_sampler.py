@@ -16,6 +16,7 @@ from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
+from nextscale.pipeline import Pipeline
 from nextscale.sampling.build import REFUSED, Request, check_combinations
 from tests.conftest import randomised, tiny_config
 
@@ -283,6 +284,13 @@ def test_captured_steps_are_reused_and_given_back():
     assert {count: len(steps) for count, steps in pool._free.items()} == {4: 1}
     pipeline.sample([1])
     assert {count: len(steps) for count, steps in pool._free.items()} == {4: 1, 2: 1}
+
+
+def test_captured_steps_of_a_model_on_the_fast_backend(tiny_folder):
+    plain, captured = (Pipeline.from_pretrained(tiny_folder) for _ in range(2))
+    for seed in range(2):
+        expected = plain.sample([1, 2], seed=seed)
+        assert torch.equal(captured.capture().sample([1, 2], seed=seed).tensor, expected.tensor)
 
 
 def test_captured_steps_follow_the_weights():

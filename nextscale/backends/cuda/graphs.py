@@ -110,6 +110,6 @@ class GraphPool:
 
 
 def _locate_weights(model: VAR) -> tuple[Any, ...]:
-    """Where the model's weights are, and what they are."""
+    """Which tensors the model's weights are, their dtypes and, on a GPU, their addresses."""
     tensors = (*model.parameters(), *model.buffers())
-    return id(model), *((t.data_ptr(), t.dtype, t.device) for t in tensors)
+    return id(model), *((id(t), t.dtype, t.device, t.data_ptr() if t.is_cuda else 0) for t in tensors)
