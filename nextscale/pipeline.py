@@ -241,16 +241,9 @@ class Pipeline:
         return self.tokenizer.quantizer.codebook.weight.device
 
     def sample(
-        self,
-        labels: Labels,
-        config: SampleConfig | None = None,
-        *,
-        batch_size: int = 16,
-        first_image: int = 0,
-        progress: bool = False,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        **overrides: Any,
-    ) -> Images:
+        self, labels: Labels, config: SampleConfig | None = None, *, batch_size: int = 16, first_image: int = 0,
+        progress: bool = False, logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
+    ) -> Images:  # fmt: skip
         """Generate one image per label.
 
         `labels`: class indices, class names, or None for no label. Settings come from `config` and from keywords, the
@@ -271,17 +264,12 @@ class Pipeline:
             sampler = self._build_sampler(values[i : i + size], settings, first_image + i, logits_processors)
             batches.append(sample_images(sampler))
         tokens, images = torch.cat([b.tokens_BL for b in batches]), torch.cat([b.images_B3HW for b in batches])
-        return Images(tokens.cpu(), images.cpu(), tuple(self.caption(int(v)) for v in values))
+        return Images(tokens.cpu(), images.cpu(), tuple(self.caption(v) for v in values))
 
     def sample_scales(
-        self,
-        labels: Labels,
-        config: SampleConfig | None = None,
-        first_image: int = 0,
-        *,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        **overrides: Any,
-    ) -> Iterator[ScaleStep]:
+        self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, *,
+        logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
+    ) -> Iterator[ScaleStep]:  # fmt: skip
         """As `sample` for one batch, yielding each scale as it is done; `pipeline.tokenizer.paint` shows its canvas."""
         values = self.transformer.condition.parse(self.label_indices(labels))
         settings = self._parse_settings(config, overrides)
@@ -299,16 +287,10 @@ class Pipeline:
         return Images(tokens.cpu(), (decoded.cpu() + 1) / 2, captions)
 
     def edit(
-        self,
-        image: ImageLike,
-        mask: Tensor | ImageLike,
-        label: int | str | None = None,
-        config: SampleConfig | None = None,
-        *,
-        first_image: int = 0,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        **overrides: Any,
-    ) -> Images:
+        self, image: ImageLike, mask: Tensor | ImageLike, label: int | str | None = None,
+        config: SampleConfig | None = None, *, first_image: int = 0,
+        logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
+    ) -> Images:  # fmt: skip
         """Generate the part of an image that `mask` does not keep.
 
         `mask`: an image, white where the image stays and black where it is generated anew, or a tensor (H, W) of the
@@ -328,7 +310,7 @@ class Pipeline:
         keep_1L = select_kept_cells(mask_HW.to(self.device), self.config.pyramid)[None]
         edit = Edit(self.encode([image]).to(self.device), keep_1L)
         edited = sample_images(self._build_sampler(values, settings, first_image, logits_processors, edit))
-        return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(int(values[0])),))
+        return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(values[0]),))
 
     def encode(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
         """Tokens (B, L) of images, given as in `reconstruct`."""
@@ -348,11 +330,14 @@ class Pipeline:
         given = labels.tolist() if isinstance(labels, Tensor) else labels
         return [self.config.find_class(label) if isinstance(label, str) else label for label in given]
 
-    def caption(self, label: int) -> str:
-        """The caption of an image of this label."""
-        if label >= self.transformer.config.condition.num_classes:
+    def caption(self, value: Any) -> str:
+        """The caption of an image of this class index; empty where images are not conditioned on classes."""
+        condition = self.transformer.config.condition
+        if condition.kind != "class":
+            return ""
+        if value >= condition.num_classes:
             return "no label"
-        return self.config.class_names[label] if self.config.class_names else str(label)
+        return self.config.class_names[value] if self.config.class_names else str(int(value))
 
     def _parse_settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
         """The settings, with functions of the scale as lists and thresholds in place of a budget."""

@@ -135,6 +135,14 @@ def _sets_thresholds(settings: SampleConfig) -> bool:
     return bool(settings.tau or settings.budget) or settings.selection != "threshold"
 
 
+def _has_unprunable_layers(model: TransformerConfig) -> bool:
+    """Whether a layer may need all tokens of a scale, or the record that the block before made of the same tokens."""
+    mixers, feed_forwards = {"attention", "scale-attention"}, {"dense", "mixture", "dynamic"}
+    routers = {"none", "smoe", "stmoe", "moe++", "expert-choice"}
+    known = mixers >= set(model.mixers) and model.resolved_feed_forward in feed_forwards
+    return not known or model.experts.router not in routers
+
+
 def _prunes_scored_tokens(request: Request) -> bool:
     """Whether a block that MoE++'s gating residual reaches is pruned."""
     experts, first_block = request.model.experts, max(request.settings.prune_first_block, 1)
@@ -149,9 +157,9 @@ def _runs_few_experts(request: Request) -> bool:
 
 REFUSED: tuple[tuple[Callable[[Request], bool], str], ...] = (
     (
-        lambda r: bool(r.settings.prune) and not {"attention", "scale-attention"} >= set(r.model.mixers),
-        "prune cannot work with mamba or another mixer than attention, whose state runs through every token; sample "
-        "without prune",
+        lambda r: bool(r.settings.prune) and _has_unprunable_layers(r.model),
+        "prune cannot work with mamba, whose state runs through every token, and is not known to work with layers of "
+        "your own; sample without prune",
     ),
     (
         _prunes_scored_tokens,
