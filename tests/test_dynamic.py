@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from nextscale.backends import dynamic as execution
+from nextscale.backends import optimize
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels import experts as kernels
+from nextscale.backends.experts import run_grouped
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.common.errors import UserError
 from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
@@ -22,20 +26,20 @@ from nextscale.pipeline import Pipeline
 from nextscale.sparsify.cluster import assign_balanced, run_balanced_kmeans
 from nextscale.sparsify.convert import identity, replace_gelu, split_ffns
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward import execute as execution
+from nextscale.transformer.feed_forward.dynamic import compute_expert_norms
 from nextscale.transformer.feed_forward.experts import Dispatch
-from nextscale.transformer.feed_forward.records import Activity, Norms, Sparsity, UnitContribution, recorded
-from nextscale.transformer.feed_forward.selection import choose, select_units
+from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward.records import Norms, Sparsity, UnitContribution
+from nextscale.transformer.feed_forward.selection import select_experts, select_units
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import randomised, tiny_config
-from tests.test_moe_model import moe_config
 
 KINDS = ("threshold", "oracle", "top-k")
 
 
-def dynamic_pipeline(seed=0, **settings_):
+def dynamic_pipeline(seed=0, depth=2, **settings_):
     made = {"experts": 8, "scales": 2, "router_width": 8, "identity": "trained", **settings_}
-    return randomised(tiny_config(dynamic=DynamicConfig(**made)), seed)
+    return randomised(tiny_config(depth=depth, dynamic=DynamicConfig(**made)), seed)
 
 
 def inputs(batch=3):
@@ -142,11 +146,11 @@ def test_a_smaller_tau_never_runs_more_experts(rows, experts, seed, kind, data):
     p = torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed)).abs()
     p = p * (torch.rand(rows, experts, generator=torch.Generator().manual_seed(seed + 1)) < 0.7)  # zeros, as of ReLU
     a, b = sorted(data.draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
-    fewer, more = choose(p, a, kind), choose(p, b, kind)
+    fewer, more = select_experts(p, a, kind), select_experts(p, b, kind)
     assert (fewer <= more).all()
     assert fewer.any(dim=1).all()
-    assert choose(p, 1.0, kind).all()
-    only = choose(p, 0.0, kind)
+    assert select_experts(p, 1.0, kind).all()
+    only = select_experts(p, 0.0, kind)
     assert (only.sum(dim=1) == 1).all()
     assert torch.equal(p[only], p.amax(dim=1))
     if kind == "threshold":
@@ -156,8 +160,8 @@ def test_a_smaller_tau_never_runs_more_experts(rows, experts, seed, kind, data):
 
 def test_the_published_convention_and_the_share_of_top_k():
     p = torch.tensor([[1.0, 0.5, 0.2, 0.19]])
-    assert choose(p, 0.8).tolist() == [[True, True, True, False]]  # at least 0.2 of the largest
-    assert choose(p, 0.5, "top-k").tolist() == [[True, True, False, False]]
+    assert select_experts(p, 0.8).tolist() == [[True, True, True, False]]  # at least 0.2 of the largest
+    assert select_experts(p, 0.5, "top-k").tolist() == [[True, True, False, False]]
     assert select_units(torch.tensor([0.1, 3.0, 2.0, 0.2]), 0.5).tolist() == [1, 2]
     assert select_units(torch.tensor([0.1, 3.0]), 0.0).tolist() == [1]
 
@@ -167,18 +171,23 @@ def test_the_published_convention_and_the_share_of_top_k():
 WAYS = ("whole weights", "packed", "compiled")
 
 
+def make_layer(experts, relu=False, seed=0):
+    """A dynamic feed-forward of plain PyTorch."""
+    activation = "relu" if relu else "gelu"
+    return dynamic_pipeline(seed, experts=experts, activation=activation, depth=1).transformer.blocks[0].ffn
+
+
 @contextmanager
-def by(way, *modules):
-    """Go this way of the three that a CPU has; the compiled one needs a compiler and AVX-512."""
+def fast_twin(layer, way):
+    """Its twin for a CPU, in one of three ways; the compiled one needs a compiler and AVX-512."""
     with pytest.MonkeyPatch.context() as patch:
         if way == "compiled" and build.load_kernels("experts") is None:
             pytest.skip("there is no C compiler, or no AVX-512")
         if way != "compiled":
-            patch.setattr(build, "load", lambda *name: None)
-        if way != "whole weights":
-            for module in modules:
-                ops.pack(module)
-        yield
+            patch.setattr(build, "load_kernels", lambda *name: None)
+        (twin,) = optimize(torch.nn.ModuleList([deepcopy(layer)]), training=way == "whole weights")
+        assert type(twin) is not type(layer)
+        yield twin
 
 
 @settings(deadline=None, max_examples=30)
@@ -192,9 +201,8 @@ def by(way, *modules):
 )
 def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, way, density, seed):
     rng = torch.Generator().manual_seed(seed)
-    layer = randomised(tiny_config(depth=1), seed).transformer.blocks[0].ffn
-    slices, x = Slices(), torch.randn(rows, 32, generator=rng)
-    chosen = torch.rand(rows, experts, generator=rng) < density
+    layer, x = make_layer(experts, relu, seed), torch.randn(rows, 32, generator=rng)
+    selected = torch.rand(rows, experts, generator=rng) < density
     w1, b1, w2, b2 = (
         t.detach().double().numpy() for t in (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias)
     )
@@ -202,7 +210,7 @@ def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, wa
     expected = np.tile(b2, (rows, 1))
     for t in range(rows):
         for e in range(experts):
-            if chosen[t, e]:
+            if selected[t, e]:
                 part = slice(e * S, (e + 1) * S)
                 h = w1[part] @ x[t].double().numpy() + b1[part]
                 a = (
@@ -212,9 +220,9 @@ def test_execution_equals_a_loop_over_tokens_and_experts(rows, experts, relu, wa
                 )
                 expected[t] += w2[:, part] @ a
     with torch.no_grad():
-        reference = masked(x, chosen, (layer.fc1, layer.fc2), relu)
-        with by(way, layer, slices):
-            found = execute(x, chosen, (layer.fc1, layer.fc2), relu, slices)
+        reference = layer.run_experts(x, selected, relu)
+        with fast_twin(layer, way) as twin:
+            found = twin.run_experts(x, selected, relu)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(reference.numpy(), expected, rtol=1e-4, atol=1e-4)
 
@@ -227,15 +235,14 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch, way, experts, 
     monkeypatch.setattr(execution, "_MIN_TILE", 16)
     monkeypatch.setattr(execution, "TILE_VALUES", 16 * 32)
     rng = torch.Generator().manual_seed(0)
-    layer, slices = randomised(tiny_config(depth=1)).transformer.blocks[0].ffn, Slices()
-    x, chosen = torch.randn(75, 32, generator=rng), torch.rand(75, experts, generator=rng) < 0.6
-    with torch.no_grad(), by(way, layer, slices):
-        whole = execute(x, chosen, (layer.fc1, layer.fc2), False, slices)
+    x, selected = torch.randn(75, 32, generator=rng), torch.rand(75, experts, generator=rng) < 0.6
+    with torch.no_grad(), fast_twin(make_layer(experts), way) as layer:
+        whole = layer.run_experts(x, selected, False)
         for rows in (slice(0, 1), slice(3, 20), slice(40, 75), slice(16, 33), *(slice(0, n) for n in range(2, 15))):
-            part = execute(x[rows], chosen[rows], (layer.fc1, layer.fc2), False, slices)
+            part = layer.run_experts(x[rows], selected[rows], False)
             assert torch.equal(part, whole[rows]), rows
         threads_set(2)
-        assert torch.equal(execute(x, chosen, (layer.fc1, layer.fc2), False, slices), whole)
+        assert torch.equal(layer.run_experts(x, selected, False), whole)
 
 
 def test_without_a_compiler_another_way_is_gone(monkeypatch, tmp_path):
@@ -250,14 +257,15 @@ def test_without_a_compiler_another_way_is_gone(monkeypatch, tmp_path):
 def test_the_grouped_product_equals_the_loop():
     """What a GPU runs in 16 bits: torch's grouped product, here on the CPU in bfloat16."""
     rng = torch.Generator().manual_seed(0)
-    layer = randomised(tiny_config(depth=1)).transformer.blocks[0].ffn.to(torch.bfloat16)
+    layer = make_layer(4).to(torch.bfloat16)
     x, chosen = torch.randn(40, 32, generator=rng).bfloat16(), torch.rand(40, 4, generator=rng) < 0.5
     with torch.no_grad():
+        dispatch = Dispatch.create(chosen, int(chosen.sum()))
         w1, b1 = (t.unflatten(0, (4, -1)) for t in (layer.fc1.weight, layer.fc1.bias))
         w2 = layer.fc2.weight.unflatten(1, (4, -1)).permute(1, 0, 2)
         for relu in (True, False):
-            found = run_grouped(x, None, Dispatch.create(chosen, 0), w1, b1, w2, None, relu=relu) + layer.fc2.bias
-            assert difference(found.float(), masked(x, chosen, (layer.fc1, layer.fc2), relu).float()) < 0.02
+            found = run_grouped(x, None, dispatch, w1, b1, w2, None, relu=relu) + layer.fc2.bias
+            assert difference(found.float(), layer.run_experts(x, chosen, relu).float()) < 0.02
 
 
 # ---- the layer
@@ -266,14 +274,14 @@ def test_the_grouped_product_equals_the_loop():
 def test_records_say_who_ran_at_which_scale():
     pipeline = dynamic_pipeline(activation="relu")
     output = run(pipeline, Thresholds((1.0, 1.0, 0.6, 0.0)))
-    found = recorded(output.records, Activity)
+    found = collect(output.records, "activity")
     assert len(found) == len(output.records)
     for record in found:
         assert (record.units_BN[:, :5] == 128).all()
         assert (record.units_BN[:, 14:] == 16).all()
         assert not (record.units_BN % 16).any()
         assert record.routed_BN.tolist() == [[0] * 5 + [1] * 25] * 3
-    assert [record for _, record in run(pipeline).records] == [None, None]
+    assert run(pipeline).records == [None, None]
 
 
 def test_steps_and_the_whole_sequence_agree_under_thresholds():
@@ -294,15 +302,15 @@ def test_an_oracle_knows_the_norms_and_pruning_keeps_the_same_units_for_all():
         a = layer.fc1(torch.randn(20, 32)).relu()
         outs = torch.stack([a[:, i : i + 16] @ layer.fc2.weight[:, i : i + 16].T for i in range(0, 128, 16)], dim=1)
         torch.testing.assert_close(
-            compute_expert_norms(a, layer.fc2.weight, 8, at_once=7), outs.norm(dim=-1), rtol=1e-4, atol=1e-4
+            compute_expert_norms(a, layer.fc2.weight, 8, chunk=7), outs.norm(dim=-1), rtol=1e-4, atol=1e-4
         )
         layer.importance_F.copy_(torch.arange(128).flip(0))
         x = torch.randn(2, 16, 32)
         y, record = layer(x, _context(pipeline, 3, Thresholds((1.0, 1.0, 1.0, 0.25), "pruned")))
         kept = layer.fc1(x)[..., :32].relu() @ layer.fc2.weight[:, :32].T + layer.fc2.bias
     torch.testing.assert_close(y, kept, rtol=1e-4, atol=1e-4)
-    assert (record.activity().units_BN == 32).all()
-    assert not record.activity().routed_BN.any()
+    assert (record.activity.units_BN == 32).all()
+    assert not record.activity.routed_BN.any()
 
 
 def test_what_thresholds_record_is_what_the_formulas_say():
@@ -311,7 +319,8 @@ def test_what_thresholds_record_is_what_the_formulas_say():
 
     def record_of(what):
         with torch.no_grad():
-            return layer(x, _context(pipeline, 2, Thresholds((1.0,) * 4, record=what)))[1]
+            record = layer(x, _context(pipeline, 2, Thresholds((1.0,) * 4, record=what)))[1]
+            return getattr(record, what)
 
     a = np.maximum(x.numpy() @ layer.fc1.weight.detach().numpy().T + layer.fc1.bias.detach().numpy(), 0)
     sparsity, norms, contribution = (record_of(what) for what in ("sparsity", "norms", "contribution"))
@@ -340,7 +349,7 @@ def test_every_token_counts_alike_in_the_penalty():
         x = torch.randn(2, pyramid.length, 32)
         a = layer.fc1(x).relu()
         _, record = layer(x, context)
-    assert record.hoyer.item() == pytest.approx((a.sum(-1) ** 2 / a.square().sum(-1)).mean().item(), rel=1e-5)
+    assert record.sparsity.hoyer.item() == pytest.approx((a.sum(-1) ** 2 / a.square().sum(-1)).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "pruned"])
@@ -377,7 +386,7 @@ def test_settings_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="128 hidden units cannot be divided into 3 experts"):
         tiny_config(dynamic=DynamicConfig(experts=3))
     with pytest.raises(UserError, match=r"inside a mixture of experts \(smoe\) are not supported, as their quality"):
-        moe_config("smoe", dynamic=DynamicConfig(experts=8))
+        tiny_config(experts=ExpertsConfig(router="smoe"), dynamic=DynamicConfig(experts=8))
     with pytest.raises(UserError, match="FFNs are dynamic ones"):
         upcycle(pipeline.to_checkpoint(), ExpertsConfig(router="smoe"))
     assert from_dict(TransformerConfig, to_dict(pipeline.config.transformer)) == pipeline.config.transformer

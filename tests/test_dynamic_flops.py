@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from nextscale.backends.cpu import products
 from nextscale.config.sampling import SampleConfig
 from nextscale.info import sample_flops
 from nextscale.research.analysis.dynamic import count_sampled_flops
 from nextscale.sparsify.flops import count_dense_flops, count_step_flops
+from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.test_dynamic import dynamic_pipeline
 
@@ -25,9 +27,9 @@ def counting():
 @pytest.mark.parametrize("own", [False, True])
 @torch.no_grad()
 def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, own):
-    monkeypatch.setattr(ops, "_MIN_ROWS", 1)  # rows of padding are executed too, but only here to keep a promise
-    monkeypatch.setattr(ops, "_by_onednn", lambda x, weight: False)  # whose products torch's counter does not know
-    pipeline = dynamic_pipeline(activation="relu", own=own)
+    monkeypatch.setattr(products, "_MIN_ROWS", 1)  # rows of padding are executed too, for independence of the batch
+    monkeypatch.setattr(products, "_use_onednn", lambda x, weight: False)  # torch's counter does not know its products
+    pipeline = dynamic_pipeline(activation="relu", own=own).optimize(training=True)
     model, config = pipeline.transformer, pipeline.config
     conditioning, cache = model.embed_condition(torch.tensor([0, 1, 5])), model.new_cache(3)
     seen = []
@@ -35,7 +37,7 @@ def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, ow
         x = torch.randn(3, count, 4) if k else None
         with counting() as counter:
             output = model.step(conditioning, x, k, cache, thresholds=Thresholds((1.0, 1.0, 0.8, 0.5), selection))
-        assert counter.get_total_flops() == count_step_flops(config, k, output.records, 3)
+        assert counter.get_total_flops() == count_step_flops(config, k, collect(output.records, "activity"), 3)
         seen.append(counter.get_total_flops())
         with counting() as counter:
             model.step(conditioning, x, k, cache)

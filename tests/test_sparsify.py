@@ -13,6 +13,7 @@ import torch
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
+from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.training import TrainConfig
@@ -28,7 +29,6 @@ from nextscale.training.engine.log import read_log
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline
-from tests.test_moe_model import moe_config
 
 FAST = (
     "--samples 40 --scales 2 --expert-size 16 --router-width 8 --calibration-images 4 --batch-size 4 --device cpu "
@@ -213,7 +213,7 @@ def test_what_cannot_be_sparsified_is_named(made, tmp_path, capsys):
 
 @pytest.mark.parametrize("stage", ["tune", "split"])
 def test_a_mixture_is_refused_before_anything_is_done(stage, tmp_path, capsys):
-    randomised(moe_config("stmoe")).save_pretrained(tmp_path / "mixture")
+    randomised(tiny_config(experts=ExpertsConfig(router="stmoe"))).save_pretrained(tmp_path / "mixture")
     message = fails(f"sparsify {tmp_path}/mixture --out {tmp_path}/out --stages {stage} {FAST}", capsys)
     assert "this model is a mixture of experts (stmoe)" in message
     assert "sparsify a dense model instead" in message
@@ -221,7 +221,7 @@ def test_a_mixture_is_refused_before_anything_is_done(stage, tmp_path, capsys):
 
 
 def test_an_old_checkpoint_with_dynamic_experts_inside_a_mixture_is_refused(tmp_path, capsys):
-    randomised(moe_config("stmoe")).save_pretrained(tmp_path / "old")
+    randomised(tiny_config(experts=ExpertsConfig(router="stmoe"))).save_pretrained(tmp_path / "old")
     head = json.loads((tmp_path / "old" / "config.json").read_text())
     head["model"]["transformer"]["dynamic"] |= {"experts": 8, "scales": 2}
     (tmp_path / "old" / "config.json").write_text(json.dumps(head))
