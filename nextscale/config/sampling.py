@@ -80,6 +80,11 @@ class SampleConfig:
         """Whether the model also runs without the condition, which doubles its work."""
         return any(cfg > 0 for cfg in _list_values(self.cfg))
 
+    @property
+    def sets_thresholds(self) -> bool:
+        """Whether thresholds of dynamic experts replace the model's own."""
+        return bool(self.tau or self.budget) or self.selection != "threshold"
+
 
 def list_per_scale(name: str, value: Number | tuple[Number, ...], scales: int) -> tuple[Number, ...]:
     """The setting `name` as one number per scale. UserError for a list of another length than `scales`."""
