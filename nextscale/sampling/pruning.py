@@ -8,6 +8,7 @@ Letters: B sequences, N tokens of the scale, n of them computed, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,15 @@ from nextscale.transformer.feed_forward.interface import Record
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output
 
+RunBranch = Callable[[Tensor], tuple[Tensor, Record | None]]
+"""Tokens (B, n, D) to what a layer adds to them, and its record."""
+
 
 class PruningPlan:
     """How many tokens of each scale are computed.
 
     `ratios`: share of tokens left out at each of the last scales, coarse to fine, 0 to below 1. `first_block`: blocks
-    before it compute every token, as they mark where detail is to come.
+    before it compute every token, because they find where the details are.
     """
 
     def __init__(self, pyramid: Pyramid, ratios: tuple[float, ...], first_block: int):
@@ -74,11 +78,13 @@ class PrunedPredictor(ModelPredictor):
             records.append(record)
         return Output(model.predict_logits(x_BND, self.conditioning), records)
 
-    def _run_pruned(self, run: Any, x_BND: Tensor, k: int, block: int, layer: int) -> tuple[Tensor, Record | None]:
-        """What a layer adds to x (B, N, D), computed at a pruned scale for the tokens that differ most."""
+    def _run_pruned(
+        self, run: RunBranch, x_BND: Tensor, k: int, block: int, layer: int
+    ) -> tuple[Tensor, Record | None]:
+        """What a layer adds to x (B, N, D). At a pruned scale it is computed for the tokens that differ most."""
         if not self.plan.applies(k, block):
             y_BND, record = run(x_BND)
-            if k == self.plan.first_scale - 1:
+            if k == self.plan.first_scale - 1 and block >= self.plan.first_block:
                 self._added[block, layer] = y_BND
             return y_BND, record
         index_Bn1 = find_farthest(x_BND, self.plan.computed[k])
@@ -105,7 +111,7 @@ def find_farthest(x_BND: Tensor, count: int) -> Tensor:
     return distance_BN.topk(count, dim=1).indices.unsqueeze(-1)
 
 
-def resize_map(x_BND: Tensor, side: tuple[int, int], larger: tuple[int, int]) -> Tensor:
-    """A map of tokens resampled by area to a larger side."""
+def resize_map(x_BND: Tensor, side: tuple[int, int], new_side: tuple[int, int]) -> Tensor:
+    """A map of tokens resampled by area to a new side."""
     x_BDhw = x_BND.transpose(1, 2).unflatten(2, side)
-    return F.interpolate(x_BDhw, larger, mode="area").flatten(2).transpose(1, 2).contiguous()
+    return F.interpolate(x_BDhw, new_side, mode="area").flatten(2).transpose(1, 2).contiguous()
