@@ -8,7 +8,7 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.pruning import PruningPlan, resize_map
+from nextscale.sampling.pruning import PrunedPredictor, PruningPlan, find_farthest, resize_map
 from tests.conftest import randomised, tiny_config
 
 SCALES = "1,2,3,4"
@@ -26,7 +26,7 @@ def test_a_model_that_refines_itself_draws_what_it_would_have_drawn(scales, cfg)
 
 
 @torch.no_grad()
-def test_catching_up_equals_the_full_forward():
+def test_prefilling_equals_the_full_forward():
     pipeline = randomised(tiny_config("1,2,5,13"))
     model = pipeline.transformer
     values = torch.tensor([0, 4])
@@ -37,7 +37,7 @@ def test_catching_up_equals_the_full_forward():
         for k in range(begin, len(model.pyramid)):
             start, end = model.pyramid.spans[k]
             x = inputs[:, : end - first] if k == begin else inputs[:, start - first : end - first]
-            step = model.catch_up if k == begin else model.step
+            step = model.prefill if k == begin else model.step
             logits = step(conditioning, x, k, cache).logits_BNV
             assert (logits - full[:, start:end]).abs().max() <= 1e-5 * full.abs().max()
 
@@ -115,16 +115,16 @@ def test_pruned_scales_against_brute_force():
     model, pyramid = pipeline.transformer, pipeline.config.pyramid
     ratios, first_block = (0.4, 0.5), 1
     values = torch.tensor([2])
-    conditioning, cache = model.embed_condition(values), model.new_cache(1)
-    pruning = PruningPlan(pyramid, ratios, first_block)
+    predict = PrunedPredictor(model, values, PruningPlan(pyramid, ratios, first_block))
+    conditioning = predict.conditioning
     inputs = pipeline.tokenizer.teacher_inputs(torch.randint(0, 32, (1, pyramid.length)))
     empty = np.zeros((0, model.config.heads, model.config.width // model.config.heads))
     past = [(empty, empty) for _ in model.blocks]
     added: dict[tuple[int, int], np.ndarray] = {}
     for k, (start, end) in enumerate(pyramid.spans):
         x_BNC = inputs[:, start - 1 : end - 1] if k else None
-        ours = model.step(conditioning, x_BNC, k, cache, pruning).logits_BNV[0].numpy()
-        x = (model.start(conditioning) if k == 0 else model._embed(x_BNC, (start, end)))[0].double().numpy()
+        ours = predict(x_BNC, k).logits_BNV[0].numpy()
+        x = model.embed_scale(conditioning, x_BNC, k)[0].double().numpy()
         keep = {2: 9 - int(9 * 0.4), 3: 16 - int(16 * 0.5)}.get(k, end - start)
         for i, block in enumerate(model.blocks):
             for s in range(2):
