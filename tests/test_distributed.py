@@ -38,6 +38,10 @@ LOW = {
     "experts, smoe": "1 sharding=experts router=smoe",
 }
 LOW = {f"bf16 {name}": f"{words} precision=bf16 steps=3" for name, words in LOW.items()}
+VALIDATED = {
+    f"validated {name}": f"1 sharding=full {words} precision=bf16 ema=0.9 steps=2 save_every=1 validate=1"
+    for name, words in (("dense", ""), ("stmoe", "router=stmoe"))
+}
 BACK = {"none": "1 sharding=none", "full": "1 sharding=full router=stmoe", "experts": "1 sharding=experts router=smoe"}
 BACK = {
     # the same learning rate throughout, however many steps there are
@@ -76,7 +80,7 @@ def one_thread():
 def two(tmp_path_factory, one_thread) -> Path:
     """A folder of what two processes have trained."""
     root = tmp_path_factory.mktemp("two")
-    cases = {root / name: words for name, words in (EQUAL | LOW).items()}
+    cases = {root / name: words for name, words in (EQUAL | LOW | VALIDATED).items()}
     cases |= {root / name: f"{words} steps=2" for name, words in BACK.items()}
     cases |= {root / "whole": RESUMED, root / "resumed": f"{RESUMED} save_every=3 stop=4"}
     by_two(cases)
@@ -116,8 +120,8 @@ def difference(a: dict, b: dict) -> float:
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_equal_one_that_accumulates(name, two, tmp_path):
-    """Steps of six examples in portions of two, by one process and by two: label drop, stochastic depth, the codebook's
-    moving averages and revival, an encoder's queue of keys, and experts that are not trained included."""
+    """Steps of six examples in micro-batches of two, by one process and by two: label drop, stochastic depth, the
+    codebook's moving averages and revival, an encoder's queue of keys, and experts that are not trained included."""
     rounding = 1e-5 if name == "encoder" else 1e-6
     assert difference(final(alone(tmp_path, EQUAL[name])), final(two / name)) < rounding
 
@@ -132,6 +136,17 @@ def test_in_bfloat16_two_processes_stay_near_one_in_float32(name, two, tmp_path)
         assert low[0][key] != one[0][key]
     if "smoe" in name:
         assert low[0]["balance"] == pytest.approx(one[0]["balance"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_a_sharded_model_is_validated_in_bfloat16(name, two, tmp_path):
+    """FSDP2 gives its blocks rounded weights in validation too, so products need the rounded inputs of autocast."""
+    words = VALIDATED[name].replace("precision=bf16", "")
+    folders = alone(tmp_path, words), two / name
+    one, low = ([r for r in read_log(folder / "log.jsonl") if "validation_loss" in r] for folder in folders)
+    for key in ("validation_loss", "validation_loss_per_scale"):
+        assert [r[key] for r in low] == [pytest.approx(r[key], rel=0.03) for r in one]
+        assert low[0][key] != one[0][key]
 
 
 @pytest.mark.parametrize("name", BACK)

@@ -80,7 +80,7 @@ def test_keys_enter_the_queue_in_order_and_the_key_branch_follows():
     moco = tiny_moco(queue=7)
     before, batches = moco.queue_QD.clone(), [torch.randn(4, 3, 8, 8) for _ in range(2)]
     keys = [moco.key(b).clone() for b in batches]
-    for part in batches[0].split([1, 3]):  # two portions of a step
+    for part in batches[0].split([1, 3]):  # two micro-batches of a step
         moco(part, part)
     assert torch.equal(moco.queue_QD, before), "a loss is told from the queue as it was before the step"
     moco.update(World())
@@ -98,7 +98,7 @@ def test_keys_enter_the_queue_in_order_and_the_key_branch_follows():
     assert not any(p.requires_grad for p in moco.key.parameters())
 
 
-def test_portions_of_a_batch_change_rounding_alone(tmp_path):
+def test_micro_batches_change_rounding_alone(tmp_path):
     images = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     ends = []
     for micro in (0, 2):

@@ -22,7 +22,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.engine.log import read_log
-from nextscale.training.estimate import activation_bytes, head_flops
+from nextscale.training.estimate import count_activation_bytes, count_head_flops
 from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder
 
@@ -265,9 +265,9 @@ def test_flops_of_the_alignment_head_equal_torch_s_counter():
                 torch.empty(1, 29, 4, device="meta"),
                 aligned_scales=guided,
             )
-        totals.append(counter.get_total_flops() - head_flops(model, guided))
+        totals.append(counter.get_total_flops() - count_head_flops(model, guided))
     assert len(set(totals)) == 1
-    assert head_flops(model, 2) == 2 * 5 * (32 * 8 + 8 * 8 + 8 * 6)
+    assert count_head_flops(model, 2) == 2 * 5 * (32 * 8 + 8 * 8 + 8 * 6)
 
 
 def test_recipes_say_what_was_published():
@@ -299,7 +299,7 @@ def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
         from nextscale.transformer.var import VAR
 
         shadow = VAR(model.config, Pyramid.parse("1,2,3,4"), 32, 4)
-    estimate = activation_bytes(shadow, 4, TrainConfig(), guided)
+    estimate = count_activation_bytes(shadow, 4, TrainConfig(), guided)
     assert estimate == pytest.approx(kept, rel=0.15)
 
 

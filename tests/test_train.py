@@ -314,7 +314,7 @@ def test_lower_precision_stays_near(which, tmp_path):
 
 
 def test_averaged_weights_are_the_moving_average(tmp_path):
-    """What is watched and kept is the average of the weights after each step, written out."""
+    """What is validated and saved is the average of the weights after each step, written out."""
     config, seen, kept = replace(SETTINGS, ema=0.8, save_every=1), [], []
 
     class Watch(Callbacks):

@@ -20,9 +20,10 @@ from nextscale.config.tokenizer_training import CodebookConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.training.engine.checks import Interrupted
 from nextscale.training.engine.distributed import gather_weights
-from nextscale.training.engine.loop import train
+from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.task import Task
 from nextscale.training.tokenizer import TokenizerTask
+from nextscale.training.transformer import validate
 from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, mixture_task, tasks
 
@@ -46,7 +47,8 @@ def main(arguments: list[str]) -> int:
 
 
 def train_case(folder: Path, which: int, changes: dict, world: World) -> None:
-    """One case. stop=STEP breaks off in the middle of that step; frozen=NAME trains all but what is named so."""
+    """One case. stop=STEP breaks off in the middle of that step; frozen=NAME trains all but what is named so;
+    validate=1 validates on the training examples at every save."""
     task = build(which, changes)
     stop, frozen = changes.pop("stop", None), changes.pop("frozen", None)
     for name, parameter in task.trained.named_parameters():
@@ -54,9 +56,9 @@ def train_case(folder: Path, which: int, changes: dict, world: World) -> None:
             parameter.requires_grad_(False)
     if stop is not None:
         break_off(task, stop)
-    accept = bool(changes.pop("accept", 0))
+    accept, callbacks = bool(changes.pop("accept", 0)), Validating(task, world) if changes.pop("validate", 0) else None
     try:
-        train(task, replace(SETTINGS, **changes), folder, world=world, accept_changes=accept)
+        train(task, replace(SETTINGS, **changes), folder, callbacks, world=world, accept_changes=accept)
     except KeyboardInterrupt:
         return
     held = dict(shares(task))
@@ -64,6 +66,16 @@ def train_case(folder: Path, which: int, changes: dict, world: World) -> None:
     weights = gather_weights(task.trained)
     if world.main:
         torch.save(weights, folder / "final.pt")
+
+
+class Validating(Callbacks):
+    """Measures a transformer on its training examples."""
+
+    def __init__(self, task: Task, world: World):
+        self.task, self.world = task, world
+
+    def validate(self, step):
+        return validate(self.task, self.task.examples, 100, self.world)
 
 
 def build(which: int, changes: dict) -> Task:

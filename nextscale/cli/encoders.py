@@ -13,12 +13,11 @@ from nextscale.config.encoder import EncoderRunConfig
 
 @dataclass
 class EncoderTrain:
-    """Train a small encoder on your own images without labels (MoCo v2), to guide a generator where DINO does not fit.
+    """Train a small encoder on your own images without labels (MoCo v2), to guide generators of small images.
 
     CONFIG is a YAML or JSON file, or the name of a recipe (encoder-cifar10, encoder-digits); options on the command
-    line win. Running the same command again goes on where an interrupted run stopped. Labels, where there are any,
-    measure how well it does (k-NN accuracy) and nothing else. Under torchrun or accelerate launch the processes share
-    the work.
+    line take precedence. Run the same command again to resume an interrupted run. Labels, where there are any, only
+    measure the encoder (k-NN accuracy). Start it with torchrun or accelerate launch to train on several processes.
     """
 
     config: Positional[Path]
@@ -29,9 +28,9 @@ class EncoderTrain:
     """Folder to write: config.json, model.safetensors, curves.png, log.jsonl."""
     settings: Annotated[EncoderRunConfig, arg(name="")] = field(default_factory=EncoderRunConfig)
     untrained: bool = False
-    """Write the network as it would start, to compare with."""
+    """Write the network with its initial weights, as a baseline."""
     accept_changes: bool = False
-    """Go on although settings have changed."""
+    """Resume even though settings have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 

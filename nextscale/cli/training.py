@@ -1,4 +1,4 @@
-"""Commands that make a model: quickstart, tokenizer, token cache, generator."""
+"""Commands that train: quickstart, tokenizer, token cache, generator."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Quickstart:
-    """Train a small tokenizer and model on images, sample, and measure: the whole road in minutes.
+    """Train a small tokenizer and a small model on images, sample, and measure, in minutes.
 
     Without options it uses scikit-learn's bundled digits. Give your own images with --data. Settings can also
-    come from a YAML or JSON file (--config FILE); options on the command line win. Running the same command again
-    goes on where an interrupted run stopped.
+    come from a YAML or JSON file (--config FILE); options on the command line take precedence. Run the same command
+    again to resume an interrupted run.
     """
 
     settings: Annotated[QuickstartConfig, arg(name="")] = field(default_factory=QuickstartConfig)
@@ -36,20 +36,20 @@ class Quickstart:
 
     def run(self) -> None:
         from nextscale.quickstart.run import run_quickstart
-        from nextscale.training.report import quickstart_report, report_interruption
+        from nextscale.training.report import format_quickstart_report, report_interruption
 
         with report_interruption(self.out):
             metrics = run_quickstart(self.settings, self.out, draw_routing)
-        print("\n" + quickstart_report(metrics, self.out))
+        print("\n" + format_quickstart_report(metrics, self.out))
 
 
 @dataclass
 class TokenizerTrain:
     """Train a tokenizer on your own images, from scratch or from an imported one.
 
-    CONFIG is a YAML or JSON file, or the name of a recipe (tokenizer-cifar10); options on the command line win.
-    Running the same command again goes on where an interrupted run stopped. Under torchrun or accelerate launch the
-    processes share the work.
+    CONFIG is a YAML or JSON file, or the name of a recipe (tokenizer-cifar10); options on the command line take
+    precedence. Run the same command again to resume an interrupted run. Start it with torchrun or accelerate launch to
+    train on several processes.
     """
 
     config: Positional[Path]
@@ -60,24 +60,24 @@ class TokenizerTrain:
     """Folder to write: a checkpoint, reconstructions.png, curves.png, evaluation.json, log.jsonl."""
     settings: Annotated[TokenizerRunConfig, arg(name="")] = field(default_factory=TokenizerRunConfig)
     accept_changes: bool = False
-    """Go on although settings have changed."""
+    """Resume even though settings have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
-        from nextscale.training.report import report_interruption, tokenizer_report
+        from nextscale.training.report import format_tokenizer_report, report_interruption
         from nextscale.training.tokenizer import train_tokenizer
 
         with report_interruption(self.out), init_distributed(self.device) as world:
             report = train_tokenizer(self.settings, self.data, self.out, world, accept_changes=self.accept_changes)
         if report:
-            print(tokenizer_report(report))
+            print(format_tokenizer_report(report))
 
 
 @dataclass
 class TokenizerEvaluate:
-    """Measure a tokenizer: PSNR, SSIM, codebook usage and perplexity, and a picture of each scale's share."""
+    """Measure a tokenizer: PSNR, SSIM, codebook usage and perplexity, with a picture of reconstructions by scale."""
 
     model: Positional[Path]
     """Checkpoint folder."""
@@ -89,17 +89,17 @@ class TokenizerEvaluate:
     """Use at most this many images, chosen at random."""
 
     def run(self) -> None:
-        from nextscale.training.report import tokenizer_report
+        from nextscale.training.report import format_tokenizer_report
         from nextscale.training.tokenizer import evaluate_folder
 
-        print(tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out)))
+        print(format_tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out)))
 
 
 @dataclass
 class Tokenize:
-    """Encode a data set once, into a cache of tokens that `nextscale train` reads instead of pictures.
+    """Encode a data set once, into a cache of tokens that `nextscale train` reads instead of images.
 
-    Running the same command again goes on where it was stopped. Under torchrun the processes share the shards.
+    Run the same command again to resume. Start it with torchrun to share the work among processes.
     """
 
     data: Positional[str]
@@ -110,15 +110,15 @@ class Tokenize:
     """Folder of the cache."""
     images: DataConfig = field(default_factory=DataConfig)
     views: int = 1
-    """Encode each training image this often, cut and mirrored anew each time."""
+    """Encode each training image this many times, with another random crop and mirroring each time."""
     encoder: str = ""
-    """Also keep the features of a self-supervised encoder (DINOv2, DINOv3): its folder, or its name on the hub."""
+    """Store the features of a self-supervised encoder too (DINOv2, DINOv3): its folder, or its name on the hub."""
     shard: int = 8192
     """Images per file."""
     batch_size: int = 64
-    """Images encoded at once. It does not change a token."""
+    """Batch size. Tokens do not depend on it."""
     seed: int = 0
-    """Of the split, the cuts and the mirroring."""
+    """Seed of the split, the crops and the mirroring."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -139,37 +139,37 @@ class Tokenize:
 class Train:
     """Train a generator on your own images, from scratch or from a checkpoint.
 
-    CONFIG is a YAML or JSON file, or the name of a recipe (var-d16, cifar10); options on the command line win. An
-    unfinished run in --out goes on where it was stopped. Under torchrun or accelerate launch the processes share the
-    work.
+    CONFIG is a YAML or JSON file, or the name of a recipe (var-d16, cifar10); options on the command line take
+    precedence. An unfinished run in --out is resumed. Start it with torchrun or accelerate launch to train on several
+    processes.
     """
 
     config: Positional[Path]
     """File with settings, or a recipe's name."""
     out: Path
-    """Run folder: what `nextscale sample` takes, best/, samples, curves.png, log.jsonl, training states."""
+    """Run folder: the checkpoint for `nextscale sample`, best/, samples, curves.png, log.jsonl, training states."""
     settings: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
     extend: bool = False
-    """Go on with a finished run: give more --train.steps."""
+    """Train a finished run further: give more --train.steps."""
     accept_changes: bool = False
-    """Go on although settings have changed."""
+    """Resume even though settings have changed."""
     dry_run: bool = False
-    """Only print parameters, memory, arithmetic and time."""
+    """Print parameters, memory, arithmetic and time, and do not train."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
         if self.dry_run:
-            from nextscale.training.estimate import estimate
+            from nextscale.training.estimate import estimate_cost
 
-            print(estimate(self.settings))
+            print(estimate_cost(self.settings))
             return
         _train(self.settings, self.out, self.device, self.extend, self.accept_changes)
 
 
 @dataclass
 class Resume:
-    """Go on with a run of `nextscale train` that was stopped, with the settings it was started with."""
+    """Resume an interrupted run of `nextscale train`, with the settings of its run.json."""
 
     out: Positional[Path]
     """Run folder."""
@@ -184,13 +184,13 @@ class Resume:
 
 def _train(settings: RunConfig, out: Path, device: str, extend: bool, accept_changes: bool) -> None:
     from nextscale.common.distributed import init_distributed
-    from nextscale.training.report import report_interruption, training_report
+    from nextscale.training.report import format_training_report, report_interruption
     from nextscale.training.transformer import train_transformer
 
     with report_interruption(out), init_distributed(device) as world:
         values = train_transformer(settings, out, world, extend=extend, accept_changes=accept_changes)
     if world.main:
-        print(training_report(values, out))
+        print(format_training_report(values, out))
 
 
 def draw_routing(pipeline: Pipeline, held_out: ImageSet, config: QuickstartConfig, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""The processes that train together: torch.distributed as torchrun or accelerate launch set it up, or one alone.
+"""The processes of a run: torch.distributed as torchrun or accelerate launch sets it up, or a single process.
 
-Plain torch.distributed and not Accelerate: what the loop needs, DDP, FSDP2 and states that do not depend on the number
-of processes, is torch's own, and both launchers set what it reads: RANK, WORLD_SIZE, LOCAL_RANK, the master's address.
+The library Accelerate is not needed: DDP, FSDP2 and states that do not depend on the number of processes are part of
+torch. Both launchers set what torch reads: RANK, WORLD_SIZE, LOCAL_RANK and the address of the first process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class World:
         return tensor
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in their order; each gives equally many."""
+        """The rows of all processes, in the order of their ranks; each process has the same number of rows."""
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.size)]
@@ -46,33 +46,33 @@ class World:
         return torch.cat(parts)
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag whether it is set in some process."""
+        """For each flag, whether it is set in at least one process."""
         if self.size == 1:
             return list(flags)
         return self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)).gt(0).tolist()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def init_distributed(device: str = "auto") -> Iterator[World]:
-    """The world that the launcher's environment describes. `device`: cpu, cuda, cuda:1, or auto for what there is."""
+    """Join the processes that the launcher has started. `device`: cpu, cuda, cuda:1, or auto: cuda if available."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if size == 1:
-        yield World(0, 1, place)
+        yield World(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, chosen)
     finally:
         dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _choose_device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

@@ -12,12 +12,12 @@ from nextscale.config.parse import check_fields
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage of training: AdamW, linear warm-up, then down to the final learning rate."""
+    """Training of one model: AdamW, a linear warm-up, then a decay to the final learning rate."""
 
     steps: int = 1000
     """Optimizer steps in all."""
     epochs: float = 0.0
-    """Passes over the training examples, in place of steps; 0 = as `steps` says."""
+    """Passes over the training examples, instead of steps; 0 = use `steps`."""
     batch_size: int = 64
     """Examples per optimizer step, over all processes."""
     micro_batch: int = 0
@@ -30,7 +30,7 @@ class TrainConfig:
     """Linear schedule: share of the steps after the warm-up at the full learning rate."""
     warmup_steps: int = 50
     warmup_epochs: float = 0.0
-    """Warm-up in place of warmup_steps when above 0."""
+    """Warm-up in epochs, instead of warmup_steps, when above 0."""
     warmup_start: float = 0.005
     """Share of the learning rate that the warm-up starts from."""
     weight_decay: float = 0.05
@@ -41,29 +41,29 @@ class TrainConfig:
     clip: float = 2.0
     """Largest norm of the gradient; 0 = off."""
     ema: float = 0.0
-    """Decay of a moving average of the weights, which is then what is evaluated and saved as the model; 0 = off."""
+    """Decay of a moving average of the weights, which is evaluated and saved as the model; 0 = off."""
     label_drop: float = 0.1
     """Share of labels replaced by "no label", so that guidance has an unconditional model."""
     label_smoothing: float = 0.0
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks have proportionally less."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What matrix products and convolutions compute in; weights, quantiser and optimizer stay in float32."""
+    """Precision of matrix products and convolutions; weights, quantizer and optimizer stay in float32."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
     """torch.compile every block."""
     sharding: Literal["none", "full", "experts"] = "none"
-    """Over several processes: each holds the whole model (DDP); or a part of all weights and of the optimizer (FSDP2);
-    or all but a part of the experts, to which tokens travel (expert parallelism)."""
+    """Over several processes. none: each holds the complete model (DDP). full: each holds a part of all weights and of
+    the optimizer (FSDP2). experts: each holds a part of the experts, to which tokens are sent (expert parallelism)."""
     backend: Literal["auto", "plain"] = "auto"
     """auto: fast modules of this machine; plain: plain PyTorch modules, whose results differ by rounding."""
     workers: int = 0
-    """Processes per process that read and decode examples ahead; 0 = in the training process."""
+    """Data workers per training process, which read and decode examples ahead; 0 = none."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep: int = 2
-    """Training states to keep beside the best: a damaged one is passed over for the one before it."""
+    """Training states to keep beside the best one. If the last one is damaged, the one before it is used."""
     log_every: int = 10
     """Steps between log lines."""
     sample_every: int = 0
@@ -87,22 +87,24 @@ class TrainConfig:
             "betas must be two numbers in 0 to below 1": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "final_weight_decay must be 0 or more": self.final_weight_decay is None or self.final_weight_decay >= 0,
             "precision fp16 does not go with sharding experts, use bf16": self.precision != "fp16"
-            or self.sharding != "experts",  # its loss scale knows no gradients that are whole beside divided ones
+            or self.sharding != "experts",  # GradScaler cannot unscale sharded and other gradients together
             "loggers must be tensorboard or wandb": set(self.loggers) <= {"tensorboard", "wandb"},
         }
         check_fields("training", self, rules)
 
     def split_batch(self, processes: int) -> list[list[slice]]:
-        """Which examples of a batch each process takes, and in which portions: shares[process] = slices.
+        """The micro-batches of each process, as slices of the batch: [process][micro-batch].
 
         Raises UserError when the batch cannot be divided evenly.
         """
         if self.batch_size % processes:
             raise UserError(f"batch_size {self.batch_size} cannot be divided among {processes} processes")
-        own = self.batch_size // processes
-        micro = min(self.micro_batch or own, own)
-        starts = range(0, self.batch_size, own)
-        return [[slice(i, min(i + micro, s + own)) for i in range(s, s + own, micro)] for s in starts]
+        per_process = self.batch_size // processes
+        micro = min(self.micro_batch or per_process, per_process)
+        return [
+            [slice(i, min(i + micro, start + per_process)) for i in range(start, start + per_process, micro)]
+            for start in range(0, self.batch_size, per_process)
+        ]
 
     def schedule_steps(self, examples: int) -> tuple[int, int]:
         """(steps, warm-up steps) for this many training examples."""

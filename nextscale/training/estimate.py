@@ -1,4 +1,4 @@
-"""What a run will cost, before it is started: `nextscale train --dry-run`."""
+"""The cost of a run before it is started: `nextscale train --dry-run`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from nextscale.transformer.projector import parse_scale_group
 from nextscale.transformer.var import VAR
 
 IMAGENET = 1_281_167
-_GPUS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by their data sheets
-_SHARE = 0.4  # of the peak; what well-run training of transformers reaches
-_VIT_B = 768  # width of the features of the papers' encoders
+_PEAK_FLOPS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by their data sheets
+_PEAK_SHARE = 0.4  # share of the peak that efficient training of transformers reaches
+_VIT_B_WIDTH = 768  # features of the papers' encoders
 
 
-def estimate(config: RunConfig) -> str:
+def estimate_cost(config: RunConfig) -> str:
     """Parameters, memory per device, arithmetic and time of a run, as text.
 
     Reads the tokenizer's config, the cache's size and the encoder where they exist; else it assumes the official
     tokenizer, 1,000 classes, ImageNet's 1,281,167 images and features of a ViT-B, and says so.
     """
-    model, notes = _model(config)
+    model, notes = _build_config(config)
     examples = IMAGENET
     if config.data and is_token_cache(Path(config.data)):
         examples = TokenCache(Path(config.data)).head["examples"]["train"]
@@ -46,7 +46,7 @@ def estimate(config: RunConfig) -> str:
     steps, warmup = config.train.schedule_steps(examples)
     guided = max(parse_scale_group(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
     forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
-    forward += head_flops(transformer, guided)
+    forward += count_head_flops(transformer, guided)
     per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards
     epoch = per_image * examples
     lines = [
@@ -56,17 +56,17 @@ def estimate(config: RunConfig) -> str:
         f"arithmetic  {per_image / 1e12:,.3f} TFLOP per image, {epoch / 1e15:,.1f} PFLOP per epoch, "
         f"{per_image * config.train.batch_size * steps / 1e18:,.2f} EFLOP in all",
     ]
-    for name, peak in _GPUS.items():
-        hours = epoch / (peak * _SHARE) / 3600
-        total = per_image * config.train.batch_size * steps / (peak * _SHARE) / 3600
+    for name, peak in _PEAK_FLOPS.items():
+        hours = epoch / (peak * _PEAK_SHARE) / 3600
+        total = per_image * config.train.batch_size * steps / (peak * _PEAK_SHARE) / 3600
         lines.append(
-            f"time        {name} at {_SHARE:.0%} of its peak: {hours:,.2f} h per epoch, {total:,.1f} GPU-hours"
+            f"time        {name} at {_PEAK_SHARE:.0%} of its peak: {hours:,.2f} h per epoch, {total:,.1f} GPU-hours"
         )
-    lines += _memory(config.train, transformer, parameters, guided)
+    lines += _describe_memory(config.train, transformer, parameters, guided)
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
-def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
+def _build_config(config: RunConfig) -> tuple[ModelConfig, list[str]]:
     folder, notes = Path(config.start or config.tokenizer), []
     if (config.start or config.tokenizer) and folder.is_dir():
         base, _ = read_config(folder)
@@ -75,7 +75,7 @@ def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
         notes.append("assumed the official tokenizer: give --tokenizer or --start")
     if config.scales:
         base = dataclasses.replace(base, pyramid=Pyramid.parse(config.scales))
-    width = _feature_width(config, notes)
+    width = _find_feature_width(config, notes)
     if config.start and base.transformer:
         if width and not base.transformer.alignment.width:  # training gives it a new head
             head = dataclasses.replace(config.transformer.alignment, width=width)
@@ -89,8 +89,8 @@ def _model(config: RunConfig) -> tuple[ModelConfig, list[str]]:
     return dataclasses.replace(base, transformer=config.with_classes(classes, width), class_names=()), notes
 
 
-def _feature_width(config: RunConfig, notes: list[str]) -> int:
-    """Width of what semantic guidance aims at, 0 without it. What is not on this machine is not fetched."""
+def _find_feature_width(config: RunConfig, notes: list[str]) -> int:
+    """Width of the features of semantic guidance; 0 without it. Nothing is downloaded."""
     name = config.loss.encoder
     if not name:
         return 0
@@ -100,11 +100,11 @@ def _feature_width(config: RunConfig, notes: list[str]) -> int:
         notes.append(f"the encoder's own arithmetic and memory are not counted: {name} runs beside the model")
         if Path(name).exists():
             return load_encoder(name).width
-    notes.append(f"assumed features of width {_VIT_B} (a ViT-B): loss.encoder names none that is here")
-    return _VIT_B
+    notes.append(f"assumed features of width {_VIT_B_WIDTH} (a ViT-B): loss.encoder names none that is here")
+    return _VIT_B_WIDTH
 
 
-def head_flops(transformer: VAR, guided: int) -> int:
+def count_head_flops(transformer: VAR, guided: int) -> int:
     """FLOPs of the alignment head for one image, on the tokens of the first `guided` scales."""
     if not guided or transformer.projector is None:
         return 0
@@ -112,25 +112,25 @@ def head_flops(transformer: VAR, guided: int) -> int:
     return 2 * transformer.pyramid.spans[guided - 1][1] * sum(m.weight.numel() for m in layers)
 
 
-def _memory(train: TrainConfig, transformer: VAR, parameters: int, guided: int) -> list[str]:
-    """Lines on the memory of one device, for the configured portion of the batch."""
-    own = train.micro_batch or train.batch_size
+def _describe_memory(train: TrainConfig, transformer: VAR, parameters: int, guided: int) -> list[str]:
+    """Lines on the memory of one device, for the configured micro-batch."""
+    micro_batch = train.micro_batch or train.batch_size
     copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, averages
-    kept = activation_bytes(transformer, own, train, guided)
+    activations = count_activation_bytes(transformer, micro_batch, train, guided)
     gib = 2**30
-    what = "weights, gradients, optimizer" + (", averages" if train.ema else "")
-    divided = {"none": 0, "full": parameters, "experts": _expert_parameters(train, transformer)}[train.sharding]
-    kinds = (("divided by the number of devices", divided), ("per device", parameters - divided))
-    sizes = [f"{4 * copies * count / gib:.2f} GiB {where}" for where, count in kinds if count]
+    tensors = "weights, gradients, optimizer" + (", averages" if train.ema else "")
+    divided = {"none": 0, "full": parameters, "experts": _count_expert_parameters(train, transformer)}[train.sharding]
+    parts = (("divided by the number of devices", divided), ("per device", parameters - divided))
+    sizes = [f"{4 * copies * count / gib:.2f} GiB {where}" for where, count in parts if count]
     recomputed = ", recomputed block by block" if train.activation_checkpointing else ""
     return [
-        f"memory      {what}: {' and '.join(sizes)}",
-        f"            activations of {own} images at once: about {kept / gib:.2f} GiB per device "
+        f"memory      {tensors}: {' and '.join(sizes)}",
+        f"            activations of {micro_batch} images at once: about {activations / gib:.2f} GiB per device "
         f"({train.precision}{recomputed})",
     ]
 
 
-def _expert_parameters(train: TrainConfig, transformer: VAR) -> int:
+def _count_expert_parameters(train: TrainConfig, transformer: VAR) -> int:
     """Parameters that sharding: experts divides. Raises UserError where that is asked for and there are none."""
     if train.sharding != "experts":
         return 0
@@ -138,7 +138,7 @@ def _expert_parameters(train: TrainConfig, transformer: VAR) -> int:
     return sum(p.numel() for experts in mixtures for p in experts.parameters())
 
 
-def activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: int = 0) -> int:
+def count_activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: int = 0) -> int:
     """Bytes that one forward pass keeps for the backward pass.
 
     Counted on tensors without storage in float32, for one image; half of it in 16-bit precision. `guided`: scales that
@@ -146,10 +146,10 @@ def activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: 
     """
     seen: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         seen[storage._cdata] = storage.nbytes()
-        alive.append(storage)  # so that no other tensor gets its number
+        alive.append(storage)  # so that no later tensor gets its number
         return tensor
 
     alive: list[torch.UntypedStorage] = []
@@ -157,10 +157,10 @@ def activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: 
     length = pyramid.length - pyramid.counts[0]
     x_BLC = torch.empty(1, length, transformer.word_embed.in_features, device="meta")
     labels = torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         transformer(labels, x_BLC, aligned_scales=guided)
-    own = {p.untyped_storage()._cdata for p in transformer.parameters()}
-    total = sum(size for number, size in seen.items() if number not in own)
+    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
+    total = sum(size for number, size in seen.items() if number not in weights)
     if train.activation_checkpointing:
         depth, width = transformer.config.depth, transformer.config.width
         total = total // depth + depth * pyramid.length * width * 4

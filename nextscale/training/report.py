@@ -1,4 +1,4 @@
-"""What runs say at their end, and how an interruption reads."""
+"""Texts that the commands print: results of runs, and interruptions."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from nextscale.training.engine.checks import Interrupted
 
 @contextmanager
 def report_interruption(folder: Path) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says what is kept in `folder` and how to go on."""
+    """Turn Ctrl-C into one line that says which states are in `folder` and how to resume."""
     try:
         yield
     except Interrupted as stop:
         where = f" while training the {stop.task}, at step {stop.step} of {stop.steps}"
-        raise Interruption(_how_to_go_on(where, folder)) from None
+        raise Interruption(_describe_states(where, folder)) from None
     except KeyboardInterrupt:
-        raise Interruption(_how_to_go_on("", folder)) from None
+        raise Interruption(_describe_states("", folder)) from None
 
 
-def _how_to_go_on(where: str, folder: Path) -> str:
+def _describe_states(where: str, folder: Path) -> str:
     states = sorted(p.name for p in (folder / "training").glob("*.pt"))
     kept = f"kept in {folder / 'training'}: {', '.join(states)}" if states else "nothing was trained yet"
     return f"interrupted{where}; {kept}; the same command goes on from there"
 
 
-def quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
-    """The quickstart's metrics for people."""
-    near = metrics["distance_to_nearest_training_image"]
+def format_quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
+    """The quickstart's metrics as text."""
+    distance = metrics["distance_to_nearest_training_image"]
     entropy = metrics["cross_entropy_nats_per_token"]
     lines = [
         f"reconstruction of held-out images: {metrics['reconstruction_psnr_db']:.1f} dB PSNR",
@@ -48,16 +48,16 @@ def quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
     pictures = "samples.png, scales.png, reconstructions.png, curves.png"
     pictures += ", routing.png (which expert works where)" if (folder / "routing.png").exists() else ""
     lines += [
-        f"distance to the nearest training image (RMS): generated {near['generated']:.4f}, "
-        f"held-out real {near['held_out_real']:.4f}",
+        f"distance to the nearest training image (RMS): generated {distance['generated']:.4f}, "
+        f"held-out real {distance['held_out_real']:.4f}",
         f"done in {metrics['seconds']:.0f} s; see {folder}/{pictures}",
         f"more: nextscale sample {folder} --labels {labels} --out grid.png",
     ]
     return "\n".join(lines)
 
 
-def tokenizer_report(report: dict[str, Any]) -> str:
-    """A tokenizer's evaluation for people."""
+def format_tokenizer_report(report: dict[str, Any]) -> str:
+    """A tokenizer's evaluation as text."""
     lines = [f"{report['images']} images: {report['psnr_db']:.2f} dB PSNR"]
     lines[0] += f", SSIM {report['ssim']:.3f}" if "ssim" in report else ""
     lines.append(
@@ -70,8 +70,8 @@ def tokenizer_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def training_report(values: dict[str, Any], folder: Path) -> str:
-    """A generator's last validation for people."""
+def format_training_report(values: dict[str, Any], folder: Path) -> str:
+    """A generator's last validation as text."""
     lines = [f"done: {folder}"]
     if values:
         loss, accuracy = values["validation_loss"], values["validation_accuracy"]

@@ -21,7 +21,7 @@ def tokenize(
     data: str, tokenizer_folder: Path, out: Path, images: DataConfig, seed: int, world: World,
     *, views: int = 1, shard: int = 8192, batch: int = 64, encoder: str = "",
 ) -> None:  # fmt: skip
-    """Encode both parts of `data` into the cache `out`, going on where an earlier call was stopped.
+    """Encode training and held-out images of `data` into the cache `out`; resumes what an earlier call began.
 
     Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings, or
     when more images are unreadable than `images` allows.
@@ -31,10 +31,10 @@ def tokenize(
     tokenizer = load_tokenizer(checkpoint, config).to(world.device)
     optimize(tokenizer)
     train, held_out, source = open_dataset(data, config.square_side, images, seed)
-    parts: dict[str, Examples] = {"train": train, "held_out": held_out}
-    eyes = load_encoder(encoder).to(world.device) if encoder else None
+    splits: dict[str, Examples] = {"train": train, "held_out": held_out}
+    feature_encoder = load_encoder(encoder).to(world.device) if encoder else None
     tokenizer.eval()
-    writer = CacheWriter(out, tokenizer, parts, views, shard, images.max_unreadable, eyes)
+    writer = CacheWriter(out, tokenizer, splits, views, shard, images.max_unreadable, feature_encoder)
     if world.main:
         writer.record_settings(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})
     world.wait()
