@@ -136,7 +136,7 @@ def test_autocast_and_half_features_are_compared_in_float32():
 
 @torch.no_grad()
 def test_projector_against_the_formula():
-    config = TransformerConfig(depth=1, width=6, heads=1, alignment=AlignmentConfig(width=5, hidden_block=7))
+    config = TransformerConfig(depth=1, width=6, heads=1, alignment=AlignmentConfig(width=5, hidden=7))
     module = Projector(config)
     p = {n: t.double().numpy() for n, t in module.state_dict().items()}
     assert {n: t.shape for n, t in p.items() if n.endswith("weight")} == {
@@ -157,7 +157,7 @@ def test_projector_against_the_formula():
 @torch.no_grad()
 def test_the_projector_sees_the_output_of_its_block(depth, block, expected):
     """Of the first scales alone; what follows that block does not matter, what stands before does."""
-    config = tiny_config(depth=depth, alignment=AlignmentConfig(width=6, hidden_block=8, block=block))
+    config = tiny_config(depth=depth, alignment=AlignmentConfig(width=6, hidden=8, block=block))
     model = randomised(config).transformer
     assert config.transformer.aligned_block == expected
     values, x = torch.tensor([1, 2]), torch.randn(2, 29, 4)
@@ -192,7 +192,7 @@ def task_of(router="stmoe", loss=None, features=True, config=None, **transformer
     """A task on random tokens with features, whose model has an alignment head and perhaps experts."""
     experts = ExpertsConfig(router=router, count=4, active=2, **EXPERTS.get(router, {}))
     pipeline = randomised(
-        tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden_block=8), **transformer)
+        tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=8), **transformer)
     )
     rng = torch.Generator().manual_seed(0)
     parts = {

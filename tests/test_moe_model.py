@@ -29,7 +29,7 @@ from tests.test_transformer import gelu, reference_forward, softmax
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-HEAD = AlignmentConfig(width=6, hidden_block=8)
+HEAD = AlignmentConfig(width=6, hidden=8)
 
 
 def moe_config(router, scales="1,2,3,4", *, count=6, active=2, renormalise=False, residual=True, **transformer):

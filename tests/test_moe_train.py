@@ -241,7 +241,7 @@ def test_the_target_s_width_is_that_of_the_features(place, capsys):
     assert _load_guidance(RunConfig(data="cache", loss=LossConfig(encoder="cache")), examples, World()) == (None, 12)
     experts = ExpertsConfig(router="smoe", count=2, active=1)
     for width in (0, 5):
-        head = AlignmentConfig(width=width, hidden_block=4)
+        head = AlignmentConfig(width=width, hidden=4)
         config = tiny_config(experts=experts, alignment=head, condition=ConditionConfig(num_classes=2))
         randomised(replace(config, class_names=("cat", "dog"))).save_pretrained(place / f"start{width}")
         shutil.copy(place / "tokenizer" / "tokenizer.safetensors", place / f"start{width}")

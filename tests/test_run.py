@@ -255,7 +255,7 @@ def test_dry_run_counts_the_alignment_head(place, capsys):
 
 
 def test_flops_of_the_alignment_head_equal_torch_s_counter():
-    config = tiny_config(alignment=AlignmentConfig(width=6, hidden_block=8))
+    config = tiny_config(alignment=AlignmentConfig(width=6, hidden=8))
     _, model = build_on_meta(config)
     totals = []
     for guided in (0, 2, 4):
@@ -283,7 +283,7 @@ def test_recipes_say_what_was_published():
 @pytest.mark.parametrize("guided", [0, 3])
 def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
     """On real tensors: the distinct storages that the graph saves, without the weights."""
-    model = randomised(tiny_config("1,2,3,4", depth=3, alignment=AlignmentConfig(width=6, hidden_block=64))).transformer
+    model = randomised(tiny_config("1,2,3,4", depth=3, alignment=AlignmentConfig(width=6, hidden=64))).transformer
     found, alive = {}, []
 
     def keep(tensor):

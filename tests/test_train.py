@@ -51,7 +51,7 @@ def tasks(pipeline):
 def mixture_task(router):
     """Experts by this router, guided by random features."""
     experts = ExpertsConfig(router=router, count=4, active=2)
-    pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden_block=16)))
+    pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=16)))
     rng = torch.Generator().manual_seed(0)
     examples = MemoryExamples(
         tokens=torch.randint(0, 32, (20, 30), generator=rng),

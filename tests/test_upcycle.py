@@ -69,7 +69,7 @@ def test_samples_and_likelihoods_equal_the_dense_model_s(official):
 
 
 def test_everything_else_is_kept_and_experts_are_copies():
-    before = randomised(tiny_config(alignment=AlignmentConfig(width=6, hidden_block=8))).to_checkpoint()
+    before = randomised(tiny_config(alignment=AlignmentConfig(width=6, hidden=8))).to_checkpoint()
     after = upcycle(before, ExpertsConfig(router="smoe", count=4, active=2))
     copied = 0
     for name, tensor in before.transformer.items():
