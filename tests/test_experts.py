@@ -254,7 +254,7 @@ def test_a_row_does_not_depend_on_the_others():
 # ---- memory
 
 
-def kept(count, rows, active, width=16, hidden_block=64):
+def kept(count, rows, active, width=16, hidden=64):
     """Bytes that the graph keeps for the backward pass, the parameters apart."""
     experts = made(count, width, hidden)
     x, gates = inputs(rows, count, width)

@@ -11,6 +11,7 @@ from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.research.experiments.entry import Experiment
 from nextscale.research.experiments.keys import key
+from nextscale.training.estimate import estimate_cost
 
 _estimate = functools.lru_cache(estimate_cost)
 
