@@ -110,7 +110,7 @@ def test_draws_follow_the_distribution():
 def test_an_image_does_not_depend_on_its_batch(scales, smooth, threads, threads_set):
     """Bit for bit: alone, in any batch size, beside any labels."""
     threads_set(threads)
-    pipeline = randomised(tiny_config(scales))
+    pipeline = randomised(tiny_config(scales)).optimize()
     labels = [3, 1, 4, 1, 0, 2, 2] + [1] * 11
     together = pipeline.sample(labels, top_k=8, seed=5, smooth=smooth, batch_size=18)
     for size in (1, 2, 3):
