@@ -82,6 +82,7 @@ class Pipeline:
         self._refiner: VAR | None = None
         self._refiner_source = ""
         self._captured: CreatePredictor | None = None
+        self._backend: Backend = "plain"
 
     @classmethod
     def from_config(cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None) -> Pipeline:
@@ -97,15 +98,9 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        token: str | None = None,
-        backend: Backend = "auto",
-    ) -> Pipeline:
+        cls, source: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu",
+        revision: str | None = None, token: str | None = None, backend: Backend = "auto",
+    ) -> Pipeline:  # fmt: skip
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
         `dtype`: what the networks compute in; by default float32 on a CPU, whatever is stored, and the stored dtype
@@ -160,6 +155,7 @@ class Pipeline:
         On a CPU sampling takes half the time or less. Without `training` the pipeline is for inference alone; it can
         still be saved, moved and converted.
         """
+        self._backend = backend
         if backend != "plain":
             from nextscale.backends import optimize
 
@@ -182,9 +178,9 @@ class Pipeline:
     def _load_refiner(self, settings: SampleConfig) -> VAR | None:
         """The refiner of these settings, loaded at its first use; or the one that `refine_with` was given."""
         if settings.refiner and settings.refiner != self._refiner_source:
-            dtype = next(self.transformer.parameters()).dtype
-            self.refine_with(Pipeline.from_pretrained(settings.refiner, dtype=dtype, device=self.device))
-            self._refiner_source = settings.refiner
+            source, dtype = settings.refiner, next(self.transformer.parameters()).dtype
+            self.refine_with(Pipeline.from_pretrained(source, dtype=dtype, device=self.device, backend=self._backend))
+            self._refiner_source = source
         return self._refiner if settings.draft_scales or settings.refiner else None
 
     def capture(self) -> Pipeline:

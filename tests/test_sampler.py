@@ -17,7 +17,9 @@ from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.pipeline import Pipeline
+from nextscale.sampling.build import build_sampler
 from nextscale.sampling.combinations import REFUSED, Request, check_combinations
+from nextscale.sampling.sampler import sample_images
 from tests.conftest import randomised, tiny_config
 
 K = 4
@@ -164,6 +166,13 @@ def test_processors_of_one_s_own_come_after_guidance_and_before_the_filters(tiny
     assert (tiny.sample([1, 2], **options).tokens == 3).all()
     edited = tiny.edit(tiny.sample([1]).pil()[0], torch.zeros(8, 8), 1, **options)
     assert (edited.tokens == 3).all()
+
+
+def test_a_part_of_the_sampler_is_exchanged(tiny):
+    values = tiny.transformer.condition.parse([1, 2])
+    sampler = build_sampler(tiny.tokenizer, tiny.transformer, values, SampleConfig())
+    greedy = sample_images(replace(sampler, draw=lambda logits_BNV, k: logits_BNV.argmax(dim=-1)))
+    assert torch.equal(greedy.tokens_BL, tiny.sample([1, 2], top_k=1).tokens)
 
 
 def test_the_example_of_the_documentation(tiny):

@@ -1,1 +1,1 @@
-"""From logits to tokens to an image, one scale at a time; and the likelihood of given images."""
+"""Sampling: from logits to tokens to an image, one scale at a time. `sampler.py` has the loop."""
