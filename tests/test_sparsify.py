@@ -293,8 +293,8 @@ def test_routers_learn_the_norms_and_nothing_else_changes():
     with torch.no_grad():
         output = model(values, inputs, thresholds=Thresholds((1.0,) * 4, record="norms"))
     errors = []
-    for _, record in output.records:
-        p, n = record.predicted_BNE.double().numpy(), record.true_BNE.double().numpy()
+    for record in output.records:
+        p, n = record.norms.predicted_BNE.double().numpy(), record.norms.true_BNE.double().numpy()
         errors.append(((p - n) ** 2).mean() / (n**2).mean())
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
     optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=0.02)

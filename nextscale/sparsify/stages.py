@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from nextscale.common.files import read_json, write_json
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig, Stage
 from nextscale.config.training import TrainConfig
+from nextscale.data.examples import Examples
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.thresholds import interpolate_tau
-from nextscale.sparsify.calibrate import Batches, calibrate_thresholds
+from nextscale.sparsify.calibrate import Batches, Calibration, calibrate_thresholds
 from nextscale.sparsify.convert import check_dense, identity, replace_dynamic, replace_gelu, split_ffns
 from nextscale.sparsify.data import Data, load_token_batches
 from nextscale.sparsify.report import list_grid, list_table
@@ -62,17 +63,16 @@ class Job:
         assert self.data is not None, "sparsify opens data for the stages that need them"
         return self.data
 
-    def load_pipeline(self, checkpoint: Checkpoint, *, training: bool = True) -> Pipeline:
-        """The checkpoint's modules in float32, on this process's device, for training or for inference."""
+    def load_pipeline(self, checkpoint: Checkpoint, train: TrainConfig) -> Pipeline:
+        """The checkpoint's modules for training: in float32, on this process's device, with `train`'s backend."""
         pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=self.world.device)
-        return pipeline.optimize(training=training)
+        return pipeline.optimize(train.backend, training=True)
 
-    def load_held_out(self, pipeline: Pipeline) -> Batches:
-        """Held-out images for calibration."""
-        config = self.config
+    def load_batches(self, examples: Examples, pipeline: Pipeline) -> Batches:
+        """As many examples as calibration uses, in batches."""
         return load_token_batches(
-            self.examples.held_out, pipeline.tokenizer, config.calibration_images, config.batch_size
-        )
+            examples, pipeline.tokenizer, self.config.calibration_images, self.config.batch_size
+        )  # fmt: skip
 
 
 def tune_model(job: Job, checkpoint: Checkpoint) -> Result:
@@ -81,7 +81,7 @@ def tune_model(job: Job, checkpoint: Checkpoint) -> Result:
     if config.tune == "none":
         return checkpoint, {"tuned": "nothing"}
     start = replace_gelu(checkpoint, config.scales, config.tune == "late")
-    pipeline = job.load_pipeline(start)
+    pipeline = job.load_pipeline(start, config.tuning)
     task = TuneTask(pipeline.transformer, pipeline.tokenizer, job.examples.train, config.tuning, config.hoyer)
     settings = {
         "tune": config.tune, "hoyer": config.hoyer, "train": to_dict(config.tuning), "from": _mark(checkpoint),
@@ -112,7 +112,8 @@ def split_experts(job: Job, checkpoint: Checkpoint) -> Result:
 
 def train_routers(job: Job, checkpoint: Checkpoint) -> Result:
     """Train the routers to predict the norms of the experts' outputs."""
-    config, pipeline = job.config, job.load_pipeline(checkpoint)
+    config = job.config
+    pipeline = job.load_pipeline(checkpoint, config.routers)
     task = RouterTask(pipeline.transformer, pipeline.tokenizer, job.examples.train, config.routers)
     settings = {"from": _mark(checkpoint), "data": job.examples.name, "train": to_dict(config.routers)}
     values = _train(job, "routers", task, config.routers, settings)
@@ -123,12 +124,9 @@ def train_routers(job: Job, checkpoint: Checkpoint) -> Result:
 @torch.no_grad()
 def _measure_importance(job: Job, pipeline: Pipeline) -> None:
     """Set how much each hidden unit contributes at the sparse scales, for static pruning."""
-    model, config, sums, images = pipeline.transformer, job.config, list[Tensor](), 0
+    model, sums, images = pipeline.transformer, list[Tensor](), 0
     thresholds = Thresholds((1.0,) * len(model.pyramid), record="contribution")
-    batches = load_token_batches(
-        job.examples.train, pipeline.tokenizer, config.calibration_images, config.batch_size
-    )  # fmt: skip
-    for label_B, tokens_BL in batches:
+    for label_B, tokens_BL in job.load_batches(job.examples.train, pipeline):
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         output = model(model.condition.add_unconditional(label_B), inputs_BLC, thresholds=thresholds)
         found = [record.contribution_F for record in collect(output.records, "contribution")]
@@ -145,14 +143,11 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     settings = {**about, "train": to_dict(config.adapting)}
     check_settings(job.folder / "adapt", settings, job.accept_changes)  # before the calibration, which takes long
     if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
-        packed = job.load_pipeline(checkpoint, training=False)
-        batches = job.load_held_out(packed)
-        calibration = calibrate_thresholds(
-            checkpoint.config, packed.tokenizer, packed.transformer, batches, [config.budget]
-        )
+        calibration, _ = _calibrate(job, checkpoint, [config.budget])
         write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})
     job.world.wait()
-    pipeline, tau = job.load_pipeline(checkpoint), tuple(read_json(tau_file)["tau"])
+    tau = tuple(read_json(tau_file)["tau"])
+    pipeline = job.load_pipeline(checkpoint, config.adapting)
     model = pipeline.transformer
     thresholds = Thresholds.create(model.config, len(model.pyramid), tau, "threshold")
     task = AdaptTask(model, pipeline.tokenizer, job.examples.train, config.adapting, thresholds)
@@ -162,15 +157,12 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
 
 def find_thresholds(job: Job, checkpoint: Checkpoint) -> Result:
     """Calibrate the thresholds for all budgets, and store them in the checkpoint."""
-    config, pipeline = job.config, job.load_pipeline(checkpoint, training=False)
-    batches = job.load_held_out(pipeline)
+    config = job.config
     shares = sorted({*config.budgets, *([config.budget] if config.budget else [])}, reverse=True)
-    calibration = calibrate_thresholds(
-        checkpoint.config, pipeline.tokenizer, pipeline.transformer, batches, shares
-    )  # fmt: skip
+    calibration, images = _calibrate(job, checkpoint, shares)
     table = calibration.table
     record = {
-        "calibrated_on": job.examples.name, "images": sum(len(labels_B) for labels_B, _ in batches),
+        "calibrated_on": job.examples.name, "images": images,
         "budgets": [{"share": row.share, "tau": list(row.tau)} for row in table],
     }  # fmt: skip
     tau = interpolate_tau({"dynamic": record}, max(config.budget, table[-1].share)) if config.budget else ()
@@ -180,6 +172,15 @@ def find_thresholds(job: Job, checkpoint: Checkpoint) -> Result:
         **record, "tau": list(tau), "budget": config.budget,
         "grid": list_grid(after.config, calibration), "table": list_table(after.config, calibration),
     }  # fmt: skip
+
+
+def _calibrate(job: Job, checkpoint: Checkpoint, shares: Sequence[float]) -> tuple[Calibration, int]:
+    """Thresholds for these shares of the dense FLOPs, and the number of held-out images that they were measured on."""
+    pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device).optimize()
+    batches = job.load_batches(job.examples.held_out, pipeline)
+    images = sum(len(labels_B) for labels_B, _ in batches)
+    calibration = calibrate_thresholds(checkpoint.config, pipeline.tokenizer, pipeline.transformer, batches, shares)
+    return calibration, images
 
 
 STAGES: dict[Stage, Callable[[Job, Checkpoint], Result]] = {
