@@ -179,7 +179,7 @@ def _restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
 
 FREE_SETTINGS = (
     "workers", "save_every", "keep", "log_every", "sample_every", "loggers",
-    "micro_batch", "sharding", "activation_checkpointing", "compile",
+    "micro_batch", "sharding", "activation_checkpointing", "compile", "backend",
 )  # fmt: skip
 """Settings that may change at any time: they decide how a run is computed or watched, not what it computes."""
 
