@@ -29,14 +29,17 @@ from typing import Any
 
 import torch
 
-from nextscale.common.devices import describe_machine, keep_freed_memory
+from nextscale.backends import keep_freed_memory, optimize
+from nextscale.common.devices import describe_machine
 from nextscale.config.feed_forward import DynamicConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.evaluation.latency import summarize_spread
 from nextscale.pipeline import Pipeline
+from nextscale.pyramid import PYRAMID_256
 from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
-from nextscale.transformer.block import FeedForward
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward.dense import DenseFeedForward
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
 
 _LAST, _GUIDED = 256, 2
@@ -107,10 +110,9 @@ def _make_clock(options: argparse.Namespace) -> Callable[[], float]:
 @torch.inference_mode()
 def measure_ffn(options: argparse.Namespace) -> dict[str, Any]:
     config = TransformerConfig(depth=16, dynamic=DynamicConfig(experts=32, activation="relu"))
-    dynamic, dense = DynamicFeedForward(config, 10), FeedForward(TransformerConfig(depth=16))
     dtype = getattr(torch, options.dtype)
-    for layer in (dynamic, dense):
-        ops.pack(layer.to(options.device, dtype))
+    plain = torch.nn.ModuleList([DynamicFeedForward(config, 10), DenseFeedForward(TransformerConfig(depth=16), 10, 0)])
+    dynamic, dense = optimize(plain.to(options.device, dtype))
     assert dynamic.router is not None, "divided FFNs have a router"
     router_share = sum(p.numel() for p in dynamic.router.parameters()) / (2 * config.width * config.ffn_width)
     print(f"{'rows':>6}{'active':>8}{'ms dense':>10}{'ms sparse':>11}{'router':>8}{'saved':>8}{'FLOPs':>8}{'ratio':>7}")
@@ -119,8 +121,8 @@ def measure_ffn(options: argparse.Namespace) -> dict[str, Any]:
         rng = torch.Generator().manual_seed(batch)
         x_TD = torch.randn(_GUIDED * batch * _LAST, config.width, generator=rng).to(options.device, dtype)
         for active in options.active:
-            chosen_TE = torch.rand(len(x_TD), 32, generator=rng).argsort(dim=1).argsort(dim=1) < round(active * 32)
-            cases.append(_time_ffn(dynamic, dense, x_TD, chosen_TE.to(options.device), options))
+            selected_TE = torch.rand(len(x_TD), 32, generator=rng).argsort(dim=1).argsort(dim=1) < round(active * 32)
+            cases.append(_time_ffn(dynamic, dense, x_TD, selected_TE.to(options.device), options))
             case = cases[-1]
             case["flops_saved"] = 1 - case["active"] - router_share
             ratio = case["saved"] / case["flops_saved"] if case["flops_saved"] > 0 else float("nan")
@@ -131,24 +133,24 @@ def measure_ffn(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time_ffn(
-    dynamic: DynamicFeedForward, dense: FeedForward, x_TD: torch.Tensor, chosen_TE: torch.Tensor,
+    dynamic: DynamicFeedForward, dense: DenseFeedForward, x_TD: torch.Tensor, selected_TE: torch.Tensor,
     options: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
-    router = dynamic.router
+    router, last_scale = dynamic.router, ScaleContext(PYRAMID_256, PYRAMID_256.spans[-1], k=len(PYRAMID_256) - 1)
     assert router is not None, "divided FFNs have a router"
 
     def sparse() -> torch.Tensor:
-        router.choose(x_TD, 0.8, "threshold")  # what routing costs; random experts then take the place of its choice
-        return execute(x_TD, chosen_TE, dynamic.divided, True, dynamic.slices)
+        router.select(x_TD, 0.8, "threshold")  # the cost of routing; random experts then replace its selection
+        return dynamic.run_experts(x_TD, selected_TE, relu=True)
 
     work = {
-        "dense": lambda: dense.fc2(dense.fc1(x_TD, gelu=True)),
+        "dense": lambda: dense(x_TD.unsqueeze(0), last_scale),
         "sparse": sparse,
-        "router": lambda: router.choose(x_TD, 0.8, "threshold"),
+        "router": lambda: router.select(x_TD, 0.8, "threshold"),
     }
     times = time_alternately(work, options.rounds, _make_clock(options))
     ratios = [b / a for a, b in zip(times["dense"], times["sparse"], strict=True)]
-    return {"rows": len(x_TD), "active": chosen_TE.float().mean().item(), "ratio": summarize_spread(ratios),
+    return {"rows": len(x_TD), "active": selected_TE.float().mean().item(), "ratio": summarize_spread(ratios),
             "saved": 1 - statistics.median(ratios),
             "seconds": {n: summarize_spread(t) for n, t in times.items()}}  # fmt: skip
 
@@ -161,7 +163,7 @@ class Timed:
 
     def __init__(self, pipeline: Pipeline, now: Callable[[], float]):
         self.pipeline, self.seconds = pipeline, 0.0
-        for name in ("step", "conditioning"):
+        for name in ("step", "embed_condition"):
             setattr(pipeline.transformer, name, self._timed(getattr(pipeline.transformer, name), now))
 
     def _timed(self, call: Callable[..., Any], now: Callable[[], float]) -> Callable[..., Any]:
