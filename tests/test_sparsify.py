@@ -244,6 +244,22 @@ def test_routers_of_another_checkpoint_are_refused(made, tmp_path, capsys):
     assert run(f"sample {tmp_path}/again --labels 0 --out {tmp_path}/a.png") == 0
 
 
+def test_stages_of_version_0_1_0_are_recognized():
+    """Their run.json has the fingerprint of a config with these settings."""
+    checkpoint = randomised(tiny_config()).to_checkpoint()
+    settings = stages._list_settings(checkpoint)["transformer"]
+    assert list(settings) == [
+        "depth", "width", "heads", "ffn_ratio", "qk_norm", "shared_adaln", "norm_eps", "mixers", "global_blocks",
+        "mamba", "condition", "experts", "alignment", "dynamic",
+    ]  # fmt: skip
+    assert list(settings["dynamic"]) == [
+        "experts", "scales", "activation", "own", "router_width", "tau", "identity"
+    ]  # fmt: skip
+    own = replace(checkpoint.config.transformer, options={"mine": 1})
+    changed = replace(checkpoint, config=replace(checkpoint.config, transformer=own))
+    assert stages._compute_fingerprint(changed) != stages._compute_fingerprint(checkpoint)
+
+
 def test_a_process_that_holds_no_weights_reads_them_back(made, monkeypatch):
     """Of several processes the first alone gathers a trained model: the others once went on without one."""
     _, dynamic = made

@@ -41,6 +41,8 @@ from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 _VALIDATION_IMAGES = 500
+_ADDED_SETTINGS: dict[str, Any] = {"feed_forward": "auto", "options": {}}
+"""Settings of transformers that version 0.1.0 did not have, with their defaults."""
 
 Result = tuple[Checkpoint, dict[str, Any]]
 """The checkpoint after a stage, and what the stage measured, for sparsify.json."""
@@ -84,8 +86,8 @@ def tune_model(job: Job, checkpoint: Checkpoint) -> Result:
     pipeline = job.load_pipeline(start, config.tuning)
     task = TuneTask(pipeline.transformer, pipeline.tokenizer, job.examples.train, config.tuning, config.hoyer)
     settings = {
-        "tune": config.tune, "hoyer": config.hoyer, "train": to_dict(config.tuning), "from": _mark(checkpoint),
-        "data": job.examples.name,
+        "tune": config.tune, "hoyer": config.hoyer, "train": to_dict(config.tuning),
+        "from": _compute_fingerprint(checkpoint), "data": job.examples.name,
     }  # fmt: skip
     values = _train(job, "tune", task, config.tuning, settings)
     return _save_model(job, "tune", start, task.model), values
@@ -95,7 +97,7 @@ def split_experts(job: Job, checkpoint: Checkpoint) -> Result:
     """Divide the FFNs into experts."""
     config, folder = job.config, job.folder / "split"
     settings = {
-        "from": _mark(checkpoint), "expert_size": config.expert_size, "scales": config.scales,
+        "from": _compute_fingerprint(checkpoint), "expert_size": config.expert_size, "scales": config.scales,
         "router_width": config.router_width, "seed": config.seed,
     }  # fmt: skip
     finished = folder / "finished.json"
@@ -115,7 +117,7 @@ def train_routers(job: Job, checkpoint: Checkpoint) -> Result:
     config = job.config
     pipeline = job.load_pipeline(checkpoint, config.routers)
     task = RouterTask(pipeline.transformer, pipeline.tokenizer, job.examples.train, config.routers)
-    settings = {"from": _mark(checkpoint), "data": job.examples.name, "train": to_dict(config.routers)}
+    settings = {"from": _compute_fingerprint(checkpoint), "data": job.examples.name, "train": to_dict(config.routers)}
     values = _train(job, "routers", task, config.routers, settings)
     _measure_importance(job, pipeline)
     return _save_model(job, "routers", checkpoint, pipeline.transformer), values
@@ -139,7 +141,7 @@ def _measure_importance(job: Job, pipeline: Pipeline) -> None:
 def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     """Train the model with only the experts that run at `budget`."""
     config, tau_file = job.config, job.folder / "adapt" / "tau.json"
-    about = {"from": _mark(checkpoint), "data": job.examples.name, "budget": config.budget}
+    about = {"from": _compute_fingerprint(checkpoint), "data": job.examples.name, "budget": config.budget}
     settings = {**about, "train": to_dict(config.adapting)}
     check_settings(job.folder / "adapt", settings, job.accept_changes)  # before the calibration, which takes long
     if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
@@ -237,10 +239,20 @@ def _save_model(job: Job, name: Stage, before: Checkpoint, model: nn.Module) -> 
     return read_checkpoint(job.folder / name)
 
 
-def _mark(checkpoint: Checkpoint) -> str:
-    """A checksum of a checkpoint's config and of a sample of its transformer's weights."""
-    digest = hashlib.sha256(json.dumps(to_dict(checkpoint.config), sort_keys=True).encode())
+def _compute_fingerprint(checkpoint: Checkpoint) -> str:
+    """Fingerprint of a checkpoint's config and of a sample of its transformer's weights."""
+    digest = hashlib.sha256(json.dumps(_list_settings(checkpoint), sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.transformer.items()):
         values = tensor.flatten()[:: max(1, tensor.numel() // 1000)]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _list_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config as JSON, without what version 0.1.0 did not have where it is at its default: so stages that were
+    finished by that version are recognized."""
+    settings = to_dict(checkpoint.config)
+    for name, default in _ADDED_SETTINGS.items():
+        if settings["transformer"][name] == default:
+            del settings["transformer"][name]
+    return settings
