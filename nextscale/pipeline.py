@@ -172,7 +172,7 @@ class Pipeline:
         from nextscale.sampling.collaborative import check_refiner
 
         check_refiner(self.config, self.tokenizer, refiner.config, refiner.tokenizer)
-        self._refiner = refiner.transformer
+        self._refiner, self._refiner_source = refiner.transformer, ""
         return self
 
     def _load_refiner(self, settings: SampleConfig) -> VAR | None:
@@ -244,7 +244,8 @@ class Pipeline:
 
         `labels`: class indices, class names, or None for no label. Settings come from `config` and from keywords, the
         fields of `SampleConfig`. Image i uses random stream (seed, first_image + i), so results do not depend on
-        `batch_size`; official seeding runs everything in one batch, because there an image depends on its batch.
+        `batch_size` (to the last bit on a CPU with the default backend). Official seeding runs everything in one batch,
+        because there an image depends on its batch.
 
         cfg, temperature, top_k and top_p also take a list with one number per scale, or a function from the scale to
         the number. `logits_processors`: your own functions (logits_BNV, k) -> logits_BNV, applied in order after

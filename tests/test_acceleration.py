@@ -52,6 +52,10 @@ def test_a_refiner_draws_the_late_scales_alone(tmp_path):
     assert torch.equal(both.tokens[:, :start], plain.tokens[:, :start])
     assert not torch.equal(both.tokens[:, start:], plain.tokens[:, start:])
     assert torch.equal(large.sample([1, 2], seed=0).tokens, plain.tokens), "a refiner stays where none was asked for"
+    large.refine_with(large)
+    assert torch.equal(large.sample([1, 2], seed=0, draft_scales=2).tokens, plain.tokens)
+    again = large.sample([1, 2], seed=0, refiner=str(tmp_path / "small"), draft_scales=2)
+    assert torch.equal(again.tokens, both.tokens), "the refiner of the settings, not the one given in between"
 
 
 def test_editing_takes_turns_as_well():
