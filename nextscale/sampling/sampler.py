@@ -1,7 +1,7 @@
 """The sampling loop: one step per scale, with the same model and the same canvas arithmetic as in training.
 
-The loop knows five plain callables and nothing of what they are made of. `build_sampler` in `build.py` assembles them
-from settings. Letters: B batch, N tokens of one scale, L of all scales, V codes, C code width.
+The loop calls plain functions: predict, processors, draw, embed. `build_sampler` in `build.py` assembles them from
+settings; guidance, editing and the other features wrap them. Letters: B batch, N tokens of one scale, L of all scales, V codes, C code width.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ScaleStep:
     canvas_BChw: Tensor
     """The canvas with this scale added; `tokenizer.decode_canvas(canvas)` is the image so far."""
     records: list[Record | None]
-    """What each layer of each block recorded at this scale, of all sequences; empty with captured graphs."""
+    """What the feed-forward of each block reports at this scale, of all sequences; empty with captured graphs."""
 
 
 @torch.no_grad()
@@ -87,9 +87,9 @@ def sample_scales(sampler: Sampler) -> Iterator[ScaleStep]:
     for k in range(len(tokenizer.pyramid)):
         if k > 0:
             x_BNC = tokenizer.next_input(canvas, k)
-        prediction = sampler.predict(x_BNC, k)
+        prediction = sampler.predict(x_BNC, k)  # logits, after guidance
         logits = prediction.logits_BNV
-        for process in sampler.processors:
+        for process in sampler.processors:  # your own, then temperature, top-k and top-p
             logits = process(logits, k)
         tokens = sampler.draw(logits, k)
         codes = sampler.embed(tokens, logits, k)
