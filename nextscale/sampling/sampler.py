@@ -1,7 +1,9 @@
 """The sampling loop: one step per scale, with the same model and the same canvas arithmetic as in training.
 
 The loop calls plain functions: predict, processors, draw, embed. `build_sampler` in `build.py` assembles them from
-settings; guidance, editing and the other features wrap them. Letters: B batch, N tokens of one scale, L of all scales, V codes, C code width.
+settings; guidance, editing and the other features wrap them.
+
+Letters: B batch, N tokens of one scale, L of all scales, V codes, C code width.
 """
 
 from __future__ import annotations
