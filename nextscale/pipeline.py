@@ -85,8 +85,10 @@ class Pipeline:
         self._backend: Backend = "plain"
 
     @classmethod
-    def from_config(cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None) -> Pipeline:
-        """An untrained generator, initialised from `seed`."""
+    def from_config(
+        cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None, *, backend: Backend = "auto"
+    ) -> Pipeline:
+        """A new, untrained generator, initialised from `seed`. It can be trained, with fast modules too."""
         with torch.random.fork_rng(devices=[]):  # convolutions draw from the global generator
             torch.manual_seed(fold_seed(seed, "tokenizer"))
             tokenizer, transformer = build_modules(config)
@@ -94,7 +96,7 @@ class Pipeline:
             from nextscale.transformer.initialization import initialize_transformer
 
             initialize_transformer(transformer, init or InitConfig(), make_generator(seed, "transformer"))
-        return cls(config, tokenizer, transformer)
+        return cls(config, tokenizer, transformer).optimize(backend, training=True)
 
     @classmethod
     def from_pretrained(
@@ -119,13 +121,14 @@ class Pipeline:
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
-    ) -> Pipeline:
-        """Build the modules around a checkpoint's tensors. Arguments as in `from_pretrained`."""
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu",
+        backend: Backend = "auto",
+    ) -> Pipeline:  # fmt: skip
+        """Build the modules around a checkpoint's tensors. Arguments as in `from_pretrained`; it can be trained."""
         device = find_device(device)
-        return cls._around(checkpoint, build_on_meta(checkpoint.config)).to(
-            device, _choose_dtype(dtype, device, checkpoint)
-        )
+        pipeline = cls._around(checkpoint, build_on_meta(checkpoint.config))
+        pipeline.to(device, _choose_dtype(dtype, device, checkpoint))
+        return pipeline.optimize(backend, training=True)
 
     @classmethod
     def _around(cls, checkpoint: Checkpoint, modules: tuple[Tokenizer, VAR | None]) -> Pipeline:
@@ -142,7 +145,7 @@ class Pipeline:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
         """Move to a device and compute in `dtype`; the quantiser stays in float32."""
-        self.tokenizer.to(device).set_compute_dtype(dtype)
+        self.tokenizer.to(device).set_choose_dtype(dtype)
         if self._transformer is not None:
             self._transformer.to(device, dtype)
         if self._refiner is not None:

@@ -1,5 +1,6 @@
-"""The compiled kernels of attention and adaLN (nextscale/kernels/blocks.c) against formulas in float64."""
+"""The compiled kernels of attention and adaLN (nextscale/backends/cpu/kernels/blocks.c) against formulas in float64."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -8,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nextscale.backends import optimize
+from nextscale.backends.cpu.attention import CpuAdaLayerNorm
 from nextscale.backends.cpu.kernels import blocks
 from nextscale.backends.cpu.kernels.blocks import attend, modulate
 from nextscale.config.transformer import ConditionConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
-from nextscale.transformer.block import modulate
 from nextscale.transformer.var import VAR
 from tests.conftest import needs_kernels, threads
 
@@ -96,12 +98,12 @@ def test_modulation_equals_the_formula(batch, count, width, thread_count, seed):
     """Scale and shift as parts of what adaLN gives, so with strides; one image alone gives the same bits."""
     x, adaln = 3 * drawn(batch, count, width, seed=seed) + 1, drawn(batch, 3, 2, width, seed=seed + 1)
     scale, shift = (adaln[:, i, 1].unsqueeze(1) for i in (1, 2))
-    y = on_threads(thread_count, lambda: modulated(x, scale, shift, 1e-6))
+    y = on_threads(thread_count, lambda: modulate(x, scale, shift, 1e-6))
     wide = x.double().numpy()
     normed = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
     expected = normed * (1 + scale.double().numpy()) + shift.double().numpy()
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=2e-5)
-    assert torch.equal(on_threads(1, lambda: modulated(x[-1:], scale[-1:], shift[-1:], 1e-6)), y[-1:])
+    assert torch.equal(on_threads(1, lambda: modulate(x[-1:], scale[-1:], shift[-1:], 1e-6)), y[-1:])
 
 
 @needs_kernels("blocks")
@@ -115,25 +117,24 @@ def test_a_model_steps_alike_with_kernels_and_without(width, heads, qk_norm, mon
     model = VAR(config, pyramid, 32, 8).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    inputs, calls = drawn(3, pyramid.length, 8), []
-    monkeypatch.setattr("nextscale.transformer.attention.attend", lambda *a: calls.append(attend(*a)) or calls[-1])
+    inputs, calls, plain = drawn(3, pyramid.length, 8), [], copy.deepcopy(model)
+    monkeypatch.setattr("nextscale.backends.cpu.attention.attend", lambda *a: calls.append(attend(*a)) or calls[-1])
 
     @torch.no_grad()
-    def steps():
+    def steps(model):
         conditioning, cache = model.embed_condition(torch.tensor([0, 1, 4])), model.new_cache(3)
         return [
             model.step(conditioning, inputs[:, start:end] if k else None, k, cache).logits_BNV
             for k, (start, end) in enumerate(pyramid.spans)
         ]
 
-    fast = steps()
+    fast = steps(optimize(model))
     assert [y is not None for y in calls] == [True] * 8, "kernels are used"
-    monkeypatch.setattr(ops, "fast", False)
-    for found, expected in zip(fast, steps(), strict=True):
+    for found, expected in zip(fast, steps(plain), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_no_kernel_where_none_can_be_used(monkeypatch):
+def test_no_kernel_where_none_can_be_used():
     """Gradients, 16 bits, other devices, heads and widths without a kernel, several scales at once."""
     qkv, ones = drawn(1, 4, 3, 2, 32), torch.ones(2)
     x, shift = drawn(1, 4, 32), drawn(1, 1, 32)
@@ -141,14 +142,10 @@ def test_no_kernel_where_none_can_be_used(monkeypatch):
         assert attend(drawn(1, 4, 3, 2, 24), None, 0, ones, True) is None
         assert attend(qkv.bfloat16(), None, 0, ones.bfloat16(), True) is None
         assert attend(qkv.to("meta"), None, 0, ones.to("meta"), True) is None
-        assert modulated(drawn(1, 4, 20), drawn(1, 1, 20), drawn(1, 1, 20), 1e-6) is None
-        assert modulated(drawn(2, 4, 32), shift, shift, 1e-6) is None, "one condition for two images"
+        assert modulate(drawn(1, 4, 20), drawn(1, 1, 20), drawn(1, 1, 20), 1e-6) is None
+        assert modulate(drawn(2, 4, 32), shift, shift, 1e-6) is None, "one condition for two images"
     assert attend(qkv.requires_grad_(), None, 0, ones, True) is None
     x.requires_grad_()
-    assert modulated(x, shift, shift, 1e-6) is None
-    modulate(x, shift, shift, 1e-6).sum().backward()
+    assert modulate(x, shift, shift, 1e-6) is None
+    CpuAdaLayerNorm(1e-6)(x, shift, shift).sum().backward()
     assert x.grad is not None
-    monkeypatch.setattr(ops, "fast", False)
-    with torch.no_grad():
-        assert attend(qkv, None, 0, ones, True) is None
-        assert blocks.modulated(x, shift, shift, 1e-6) is None

@@ -5,9 +5,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nextscale.backends.cpu.ops import Conv2d, Linear
 
-from nextscale.backends.cpu import products
+from nextscale.backends import optimize
+from nextscale.backends.cpu import attention as cpu_attention
+from nextscale.backends.cpu import convolution, products
+from nextscale.backends.cpu.attention import compute_attention
+from nextscale.backends.cpu.convolution import WinogradConv2d
+from nextscale.backends.cpu.linear import PackedLinear
+from nextscale.backends.cpu.products import linear
 from nextscale.common.errors import UserError
 from nextscale.pipeline import Pipeline
 from tests.conftest import randomised, tiny_config
@@ -31,34 +36,33 @@ DTYPES = [d for d in (torch.float32, torch.bfloat16) if d in products.list_onedn
 )
 def test_packed_product_against_float64_and_against_each_row_alone(rows, width, out, biased, gelu, dtype):
     rng = torch.Generator().manual_seed(rows)
-    layer = Linear(width, out, bias=biased).to(dtype)
+    layer = PackedLinear(width, out, bias=biased).to(dtype)
     x = torch.randn(1, rows, width, generator=rng).to(dtype)
-    plain = layer(x, gelu=gelu)
+    plain = linear(x, layer.weight, layer.bias, gelu)
     layer.pack()
     assert layer.weight.is_mkldnn
-    y = layer(x, gelu=gelu)
+    y = layer.multiply(x, layer.bias, gelu)
     assert torch.equal(y, plain), "packing changed a result"
     exact = F.linear(x.double(), layer.weight.to_dense().double(), layer.bias.double() if biased else None)
     exact = F.gelu(exact, approximate="tanh") if gelu else exact
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert (y.double() - exact).abs().max() <= bound * exact.abs().max().clamp_min(1)
     for row in (0, rows // 2, rows - 1):
-        assert torch.equal(layer(x[:, row : row + 1], gelu=gelu), y[:, row : row + 1])
+        assert torch.equal(layer.multiply(x[:, row : row + 1], layer.bias, gelu), y[:, row : row + 1])
 
 
 @needs_onednn
 def test_weights_are_packed_at_the_first_product_that_gains_by_it():
-    layer = Linear(8, 8)
-    ops.pack(layer)
-    layer(torch.randn(4, 8))
-    assert not layer.weight.is_mkldnn
-    layer(torch.randn(64, 8))
-    assert layer.weight.is_mkldnn
+    model = optimize(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+    model(torch.randn(4, 8))
+    assert not model[0].weight.is_mkldnn
+    model(torch.randn(64, 8))
+    assert model[0].weight.is_mkldnn
 
 
 @needs_onednn
 def test_packed_weights_are_saved_moved_and_converted_bit_for_bit():
-    layer = Linear(24, 40)
+    layer = PackedLinear(24, 40)
     before = layer.weight.detach().clone()
     layer.pack()
     assert torch.equal(layer.state_dict()["weight"], before)
@@ -72,7 +76,7 @@ def test_packed_weights_refuse_to_be_trained(tiny_folder):
     pipeline = Pipeline.from_pretrained(tiny_folder)
     with pytest.raises(UserError, match='backend="plain"'):
         pipeline.transformer.train()
-    layer = Linear(24, 40)
+    layer = PackedLinear(24, 40)
     layer.pack()
     with pytest.raises(UserError, match='backend="plain"'):
         layer(torch.randn(3, 24, requires_grad=True))
@@ -100,15 +104,14 @@ def test_packed_models_keep_the_promise_about_batches(dtype, threads, threads_se
         assert torch.equal(parts.tensor, together.tensor)
 
 
-def test_packed_model_samples_and_saves_as_the_plain_one(tmp_path, monkeypatch):
+def test_packed_model_samples_and_saves_as_the_plain_one(tmp_path):
     folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
     packed = Pipeline.from_pretrained(folder)
     a = packed.sample([0, 1, 2], seed=3)
     packed.save_pretrained(tmp_path / "again")
     for name in ("transformer.safetensors", "tokenizer.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    monkeypatch.setattr(ops, "fast", False)
-    b = Pipeline.from_pretrained(folder).sample([0, 1, 2], seed=3)
+    b = Pipeline.from_pretrained(folder, backend="plain").sample([0, 1, 2], seed=3)
     assert torch.equal(a.tokens, b.tokens)
     assert (a.tensor - b.tensor).abs().max() <= 1e-4
 
@@ -117,10 +120,9 @@ def test_packed_model_samples_and_saves_as_the_plain_one(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_winograd_against_float64_and_its_images_alone(count):
     torch.manual_seed(0)
-    conv = Conv2d(24, 40, 3, padding=1)
-    conv.winograd = True
+    conv = WinogradConv2d(24, 40, 3, padding=1)
     x = torch.randn(count, 24, 70, 66)
-    assert conv._large(x) == ops.has_nnpack()
+    assert conv.uses_winograd(x) == convolution.has_nnpack()
     y = conv(x)
     exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
     assert (y - exact).abs().max() <= 5e-5 * exact.abs().max()
@@ -129,25 +131,29 @@ def test_winograd_against_float64_and_its_images_alone(count):
 
 
 def test_winograd_is_for_decoders_in_inference_alone(tiny):
-    tokenizer = tiny.tokenizer
-    assert all(m.winograd for m in tokenizer.decoder.modules() if isinstance(m, Conv2d))
-    assert not any(m.winograd for m in tokenizer.encoder.modules() if isinstance(m, Conv2d))
-    conv = next(m for m in tokenizer.decoder.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3))
-    assert not conv._large(torch.randn(1, conv.in_channels, 80, 80)), "gradients are enabled here"
+    tokenizer = tiny.optimize().tokenizer
+    decoder, encoder = (
+        [m for m in part.modules() if isinstance(m, torch.nn.Conv2d)] for part in (tokenizer.decoder, tokenizer.encoder)
+    )
+    assert all(isinstance(m, convolution._Winograd) for m in decoder)
+    assert not any(isinstance(m, convolution._Winograd) for m in encoder)
+    assert all(isinstance(m, convolution._BatchIndependent) for m in encoder)
+    conv = next(m for m in decoder if m.kernel_size == (3, 3))
+    assert not conv.uses_winograd(torch.randn(1, conv.in_channels, 80, 80)), "gradients are enabled here"
 
 
 def test_without_onednn_and_nnpack_the_plain_path_runs(tmp_path, monkeypatch):
     folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
     usual = Pipeline.from_pretrained(folder).sample([0, 1], seed=3)
-    monkeypatch.setattr(ops, "has_onednn", False)
-    monkeypatch.setattr(ops, "has_nnpack", lambda: False)
-    ops._computed.cache_clear()
+    monkeypatch.setattr(products, "has_onednn", False)
+    monkeypatch.setattr(convolution, "has_nnpack", lambda: False)
+    products.list_onednn_dtypes.cache_clear()
     try:
         pipeline = Pipeline.from_pretrained(folder)
         plain = pipeline.sample([0, 1], seed=3)
-        assert not any(m.weight.is_mkldnn for m in pipeline.transformer.modules() if isinstance(m, Linear))
+        assert not any(m.weight.is_mkldnn for m in pipeline.transformer.modules() if isinstance(m, torch.nn.Linear))
     finally:
-        ops._computed.cache_clear()
+        products.list_onednn_dtypes.cache_clear()
     assert torch.equal(plain.tokens, usual.tokens)
     assert (plain.tensor - usual.tensor).abs().max() <= 1e-4
 
@@ -158,11 +164,11 @@ def test_attention_in_portions_equals_attention_at_once(masked, monkeypatch):
     q, k, v = (torch.randn(3, 4, n, 8, generator=rng).bfloat16() for n in (100, 130, 130))
     mask = torch.rand(100, 130, generator=rng) < 0.5 if masked else None
     with torch.no_grad():
-        whole = ops.attention(q, k, v, mask, 0.5)
-        monkeypatch.setattr(ops, "_SCORES", 2 * 4 * 130 * 40)
-        portions = ops.attention(q, k, v, mask, 0.5)
+        whole = compute_attention(q, k, v, mask, 0.5)
+        monkeypatch.setattr(cpu_attention, "_SCORES", 2 * 4 * 130 * 40)
+        portions = compute_attention(q, k, v, mask, 0.5)
         exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=0.5)
-        alone = ops.attention(q[1:2], k[1:2], v[1:2], mask, 0.5)
+        alone = compute_attention(q[1:2], k[1:2], v[1:2], mask, 0.5)
     assert portions.shape == whole.shape
     for ours in (whole, portions):
         assert (ours.double() - exact).abs().max() <= 0.02 * exact.abs().max()
@@ -172,7 +178,7 @@ def test_attention_in_portions_equals_attention_at_once(masked, monkeypatch):
 @needs_onednn
 def test_products_of_training_by_onednn_whatever_this_cpu_gains(monkeypatch):
     """What some CPUs take, forward and backward, and a weight's gradient written to its place."""
-    monkeypatch.setattr(ops, "trains_by_onednn", True)
+    monkeypatch.setattr(products, "trains_by_onednn", True)
     rng = torch.Generator().manual_seed(0)
     x, weight, bias, dy = (torch.randn(s, generator=rng) for s in ((200, 64), (96, 64), (96,), (200, 96)))
     for tensor in (x, weight, bias):

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nextscale.backends.cuda.mamba import scan_by_kernel
 from nextscale.config.transformer import MambaConfig, TransformerConfig
 from nextscale.transformer.mamba import Mamba2, ScanState
-from nextscale.transformer.scan import scan, scan_by_kernel, scan_by_token
+from nextscale.transformer.scan import scan, scan_by_token
 
 B, H, P, N_STATE = 2, 3, 4, 5
 
@@ -101,7 +102,7 @@ def test_a_carried_state_continues_exactly(length, cuts, seed):
     for stretches in ([], sorted(c for c in cuts if c < length)):
         rows, state, outputs = x.clone().requires_grad_(), layer.new_state(2, 0), []
         for start, end in zip([0, *stretches], [*stretches, length], strict=True):
-            y, state = layer.continued(rows[:, start:end], state)
+            y, state = layer.continue_from(state, rows[:, start:end])
             outputs.append(y)
         y = torch.cat(outputs, dim=1)
         gradients = torch.autograd.grad((y * weights).sum(), [rows, *layer.parameters()])
@@ -125,7 +126,7 @@ def test_the_mixer_is_transformers_mamba2(length):
     theirs.load_state_dict(layer.state_dict())
     x = torch.randn(2, length, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
     weights = torch.randn(2, length, 24, generator=torch.Generator().manual_seed(2))
-    outputs = [layer.continued(x, layer.new_state(2, 0))[0], theirs(x)]
+    outputs = [layer.continue_from(layer.new_state(2, 0), x)[0], theirs(x)]
     close(outputs[0].detach(), outputs[1].detach())
     gradients = [
         torch.autograd.grad((y * weights).sum(), [x, *part.parameters()])
@@ -142,8 +143,8 @@ def test_what_bfloat16_costs():
     """Projections in bfloat16, the scan in float32: the state stays float32, the output's error is bfloat16's own."""
     layer = mixer(64, state_width=64, head_width=64)
     low, x = mixer(64, state_width=64, head_width=64).to(torch.bfloat16), torch.randn(2, 100, 64)
-    exact, _ = layer.continued(x, layer.new_state(2, 0))
-    y, state = low.continued(x.to(torch.bfloat16), low.new_state(2, 0))
+    exact, _ = layer.continue_from(layer.new_state(2, 0), x)
+    y, state = low.continue_from(low.new_state(2, 0), x.to(torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert state.sums_BHpn.dtype == state.window_BkW.dtype == torch.float32
     error = (y.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
@@ -155,12 +156,12 @@ def test_the_state_is_of_one_size_and_taken_in_place():
     layer = mixer()
     kept = layer.new_state(3, 10**9)
     pointers = [t.data_ptr() for t in (kept.window_BkW, kept.sums_BHpn)]
-    _, left = layer.continued(torch.randn(3, 50, 16), kept)
+    _, left = layer.continue_from(kept, torch.randn(3, 50, 16))
     assert left.window_BkW.shape == kept.window_BkW.shape
     assert left.sums_BHpn.shape == kept.sums_BHpn.shape
-    kept.keep(left)
+    kept.copy_from(left)
     assert pointers == [t.data_ptr() for t in (kept.window_BkW, kept.sums_BHpn)]
-    assert torch.equal(ScanState.joined(kept.split()).sums_BHpn, left.sums_BHpn)
+    assert torch.equal(ScanState.join(kept.split()).sums_BHpn, left.sums_BHpn)
 
 
 def test_decays_beyond_float32_give_zeros_and_finite_gradients():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nextscale.common.errors import UserError
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
-from nextscale.tokenizer.quantizer import Quantizer
+from nextscale.tokenizer.quantizer import Quantizer, downsample, upsample
 from nextscale.tokenizer.tokenizer import Tokenizer
 from tests.conftest import randomised, tiny_config
 
@@ -48,11 +48,11 @@ def cubic_matrix(n: int, m: int) -> np.ndarray:
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7), st.integers(1, 7))
-def test_shrink_and_enlarge_are_what_they_are_called(h, w, h2, w2):
+def test_resampling_is_area_and_bicubic(h, w, h2, w2):
     x = np.random.default_rng(0).normal(size=(2, h, w))
-    shrunk = shrink(torch.tensor(x)[None], (h2, w2))[0].numpy()
+    shrunk = downsample(torch.tensor(x)[None], (h2, w2))[0].numpy()
     np.testing.assert_allclose(shrunk, area(x, (h2, w2)), atol=1e-12)
-    enlarged = enlarge(torch.tensor(x)[None], (h2, w2))[0].numpy()
+    enlarged = upsample(torch.tensor(x)[None], (h2, w2))[0].numpy()
     np.testing.assert_allclose(enlarged, cubic_matrix(h, h2) @ x @ cubic_matrix(w, w2).T, atol=1e-12)
 
 
@@ -64,7 +64,7 @@ def test_nearest_against_brute_force(cosine):
         expected = (F.normalize(z, dim=-1)[:, :, None] * F.normalize(book, dim=-1)).sum(-1).argmax(-1)
     else:
         expected = (z[:, :, None] - book).square().sum(-1).argmin(-1)
-    assert torch.equal(module.nearest(z), expected)
+    assert torch.equal(module.find_nearest(z), expected)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def test_encoding_against_the_formula():
         added = (1 - ratio) * up + ratio * conv
         canvas, rest = canvas + added, rest - added
         expected.append((tokens, canvas))
-    for scale, (tokens, canvas) in zip(module.scales(features), expected, strict=True):
+    for scale, (tokens, canvas) in zip(module.encode_scales(features), expected, strict=True):
         assert scale.tokens_BN[0].tolist() == tokens.tolist()
         np.testing.assert_allclose(scale.canvas_BChw[0].numpy(), canvas, atol=1e-5)
 
@@ -96,7 +96,7 @@ def test_training_pass_has_the_loss_and_the_straight_through_gradient():
     module = quantizer(commitment=0.3)
     features = torch.randn(2, 3, 4, 4, requires_grad=True)
     quantized = module(features)
-    canvases = [scale.canvas_BChw for scale in module.scales(features)]
+    canvases = [scale.canvas_BChw for scale in module.encode_scales(features)]
     assert torch.allclose(quantized.features_BChw, canvases[-1], atol=1e-6)
     expected = sum((1 + 0.3) * (c - features).square().mean() for c in canvases) / len(canvases)
     assert torch.allclose(quantized.loss, expected)

@@ -178,8 +178,8 @@ def test_a_dropped_branch_contributes_nothing():
     model = randomised(tiny_config("1,2")).transformer
     x = torch.randn(2, 4, 4)
     values = torch.tensor([1, 2])
-    nothing = model(values, x, torch.zeros(2, 2, 2)).logits_BNV
-    everything = model(values, x, torch.ones(2, 2, 2)).logits_BNV
+    nothing = model(values, x, drop_path=torch.zeros(2, 2, 2)).logits_BNV
+    everything = model(values, x, drop_path=torch.ones(2, 2, 2)).logits_BNV
     assert torch.equal(everything, model(values, x).logits_BNV)
     for block in model.blocks:
         block.mixers[0].proj.weight.zero_(), block.mixers[0].proj.bias.zero_()

@@ -230,7 +230,6 @@ class _Callbacks(Callbacks):
         steps, every = config.train.schedule_steps(len(self.task.examples))[0], config.train.sample_every
         if step == steps or (every and step % every == 0):
             pipeline = Pipeline.from_checkpoint(checkpoint, device=self.run.world.device, dtype=torch.float32)
-            pipeline.optimize(config.train.backend)
             for name in (f"samples/step-{step:08d}.png", "samples.png"):
                 draw_samples(pipeline, config, self.run.folder / name)
 
