@@ -145,7 +145,7 @@ class Pipeline:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
         """Move to a device and compute in `dtype`; the quantiser stays in float32."""
-        self.tokenizer.to(device).set_choose_dtype(dtype)
+        self.tokenizer.to(device).set_compute_dtype(dtype)
         if self._transformer is not None:
             self._transformer.to(device, dtype)
         if self._refiner is not None:

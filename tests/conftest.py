@@ -107,9 +107,9 @@ def tiny_config(scales: str = "1,2,3,4", **transformer) -> ModelConfig:
     return ModelConfig(Pyramid.parse(scales), tokenizer, TransformerConfig(**settings))
 
 
-def randomised(config: ModelConfig, seed: int = 0) -> Pipeline:
+def randomised(config: ModelConfig, seed: int = 0, backend: str = "auto") -> Pipeline:
     """A pipeline in which every parameter is random, so that every path matters."""
-    pipeline = Pipeline.from_config(config)
+    pipeline = Pipeline.from_config(config, backend=backend)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in (pipeline.tokenizer, pipeline.transformer):

@@ -37,9 +37,9 @@ from tests.conftest import randomised, tiny_config
 KINDS = ("threshold", "oracle", "top-k")
 
 
-def dynamic_pipeline(seed=0, depth=2, **settings_):
+def dynamic_pipeline(seed=0, depth=2, backend="auto", **settings_):
     made = {"experts": 8, "scales": 2, "router_width": 8, "identity": "trained", **settings_}
-    return randomised(tiny_config(depth=depth, dynamic=DynamicConfig(**made)), seed)
+    return randomised(tiny_config(depth=depth, dynamic=DynamicConfig(**made)), seed, backend)
 
 
 def inputs(batch=3):
@@ -174,7 +174,7 @@ WAYS = ("whole weights", "packed", "compiled")
 def make_layer(experts, relu=False, seed=0):
     """A dynamic feed-forward of plain PyTorch."""
     activation = "relu" if relu else "gelu"
-    return dynamic_pipeline(seed, experts=experts, activation=activation, depth=1).transformer.blocks[0].ffn
+    return dynamic_pipeline(seed, experts=experts, activation=activation, depth=1, backend="plain").transformer.blocks[0].ffn
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_segments_are_the_block_causal_mask(pyramid):
 
 @pytest.mark.parametrize("scales", ["1,2,3,4", "1,2,5,9,13"])
 def test_attention_in_pieces_equals_attention_under_the_mask(scales):
-    plain = randomised(tiny_config(scales)).transformer
+    plain = randomised(tiny_config(scales), backend="plain").transformer
     fast = optimize(copy.deepcopy(plain), training=True)
     length = plain.pyramid.length
     x = torch.randn(3, length - 1, 4, generator=torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def test_one_option_turns_all_of_them_off(tiny_folder):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_compute_the_same():
     """In training, where the fast paths step aside for what the compiler chooses."""
-    pipeline = randomised(tiny_config("1,2,12", depth=1)).optimize(training=True)
+    pipeline = randomised(tiny_config("1,2,12", depth=1))
     model, tokens = pipeline.transformer, torch.randint(32, (2, 149), generator=torch.Generator().manual_seed(0))
     inputs, labels = pipeline.tokenizer.teacher_inputs(tokens), torch.tensor([1, 2])
 

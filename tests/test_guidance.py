@@ -191,9 +191,7 @@ EXPERTS = {"none": {}, "stmoe": {}, "moe++": {"zero": 1, "copy": 2, "constant": 
 def task_of(router="stmoe", loss=None, features=True, config=None, **transformer):
     """A task on random tokens with features, whose model has an alignment head and perhaps experts."""
     experts = ExpertsConfig(router=router, count=4, active=2, **EXPERTS.get(router, {}))
-    pipeline = randomised(
-        tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=8), **transformer)
-    )
+    pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=8), **transformer))
     rng = torch.Generator().manual_seed(0)
     parts = {
         "tokens": torch.randint(0, 32, (20, 30), generator=rng),

@@ -192,7 +192,7 @@ def test_a_scale_sees_no_later_one_and_training_is_the_same_function():
 def test_attention_within_a_scale_makes_no_mask(fast):
     for config, masks in ((mvar_config(), 0), (mvar_config(mixers=("attention",)), 1)):
         block_causal_mask.cache_clear(), list_segments.cache_clear()
-        model = randomised(config).optimize("auto" if fast else "plain", training=True).transformer
+        model = randomised(config, backend="auto" if fast else "plain").transformer
         model(torch.tensor([1]), torch.zeros(1, model.pyramid.length - 1, 4))
         assert block_causal_mask.cache_info().misses == masks
 
