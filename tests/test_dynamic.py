@@ -174,7 +174,11 @@ WAYS = ("whole weights", "packed", "compiled")
 def make_layer(experts, relu=False, seed=0):
     """A dynamic feed-forward of plain PyTorch."""
     activation = "relu" if relu else "gelu"
-    return dynamic_pipeline(seed, experts=experts, activation=activation, depth=1, backend="plain").transformer.blocks[0].ffn
+    return (
+        dynamic_pipeline(seed, experts=experts, activation=activation, depth=1, backend="plain")
+        .transformer.blocks[0]
+        .ffn
+    )
 
 
 @contextmanager

@@ -67,8 +67,8 @@ class Job:
 
     def load_pipeline(self, checkpoint: Checkpoint, train: TrainConfig) -> Pipeline:
         """The checkpoint's modules for training: in float32, on this process's device, with `train`'s backend."""
-        pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=self.world.device)
-        return pipeline.optimize(train.backend, training=True)
+        device, backend = self.world.device, train.backend
+        return Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=device, backend=backend)
 
     def load_batches(self, examples: Examples, pipeline: Pipeline) -> Batches:
         """As many examples as calibration uses, in batches."""
