@@ -159,7 +159,7 @@ def _time_ffn(
 
 
 class Timed:
-    """A pipeline whose transformer's own seconds are added up: its steps and the condition, without choosing tokens."""
+    """A pipeline that adds up the seconds of its transformer: steps and condition, without drawing tokens."""
 
     def __init__(self, pipeline: Pipeline, now: Callable[[], float]):
         self.pipeline, self.seconds = pipeline, 0.0
@@ -183,38 +183,38 @@ def measure_sampling(options: argparse.Namespace) -> dict[str, Any]:
     dense = sparse
     if options.dense:
         dense = Timed(Pipeline.from_pretrained(options.dense, device=options.device, dtype=options.dtype), now)
-    whole = base if options.dense else dataclasses.replace(base, tau=(1.0,))
-    settings = {"dense": (dense, whole), "all experts": (sparse, dataclasses.replace(base, tau=(1.0,)))}
+    complete = base if options.dense else dataclasses.replace(base, tau=(1.0,))
+    settings = {"dense": (dense, complete), "all experts": (sparse, dataclasses.replace(base, tau=(1.0,)))}
     settings |= {f"budget {b:g}": (sparse, dataclasses.replace(base, budget=b)) for b in options.budgets}
     cases = []
     for batch in options.batches:
         labels = [i % sparse.pipeline.transformer.config.condition.num_classes for i in range(batch)]
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
         for turn in range(options.rounds + 2):
             for name, (model, config) in settings.items():
                 model.seconds, began = 0.0, now()
                 for _ in model.pipeline.sample_scales(labels, config):
                     pass
                 if turn > 1:
-                    found[name].append((model.seconds, now() - began))
+                    times[name].append((model.seconds, now() - began))
         for name, (model, config) in settings.items():
             share = count_sampled_flops(model.pipeline, labels, config, batch).share if model is sparse else 1.0
-            cases.append(_summarize_sampling(batch, name, share, found[name], found["dense"]))
+            cases.append(_summarize_sampling(batch, name, share, times[name], times["dense"]))
     return {"model": options.model, "dense": options.dense, "rounds": options.rounds, "cases": cases}
 
 
 def _summarize_sampling(
     batch: int, name: str, share: float, times: list[tuple[float, float]], dense: list[tuple[float, float]]
 ) -> dict[str, Any]:
-    """What a setting saves of the transformer's time and of all but decoding, round by round beside the dense model."""
+    """The time that a setting saves in the transformer and in everything except decoding, round by round."""
     saved = {
         part: summarize_spread([1 - a[i] / b[i] for a, b in zip(times, dense, strict=True)])
         for i, part in enumerate(("transformer", "sampling"))
     }
     seconds = {part: summarize_spread([t[i] for t in times]) for i, part in enumerate(saved)}
     parts = ", ".join(
-        f"{part} {1000 * seconds[part]['median']:.0f} ms, {found['median']:.1%} saved ({found['min']:.1%} to "
-        f"{found['max']:.1%})" for part, found in saved.items()
+        f"{part} {1000 * seconds[part]['median']:.0f} ms, {ratio['median']:.1%} saved ({ratio['min']:.1%} to "
+        f"{ratio['max']:.1%})" for part, ratio in saved.items()
     )  # fmt: skip
     ratio = saved["transformer"]["median"] / (1 - share) if share < 1 else float("nan")
     print(f"batch {batch}, {name}: {1 - share:.1%} of the FLOPs saved; {parts}; ratio {ratio:.2f}", flush=True)
@@ -222,7 +222,7 @@ def _summarize_sampling(
 
 
 def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
-    """Fréchet distance of each variant and seed; of the calibrated one the bound on how much worse it is."""
+    """Fréchet distance of each variant and seed, and the upper bound on how much worse it is than the dense model."""
     pipeline = Pipeline.from_pretrained(options.model, device=options.device)
     base, classes = (
         SampleConfig(cfg=options.cfg, top_k=0, top_p=0.95),
@@ -232,9 +232,9 @@ def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     target = count_sampled_flops(pipeline, labels, dataclasses.replace(base, budget=options.budget)).share
     settings = {"all experts": dataclasses.replace(base, tau=(1.0,)),
                 "calibrated": dataclasses.replace(base, budget=options.budget)}  # fmt: skip
-    every = (len(pipeline.config.pyramid),)
+    scale_count = len(pipeline.config.pyramid)
     for name, selection, scales in (("one tau", "threshold", 1), ("oracle", "oracle", 1), ("top-k", "top-k", 1),
-                                    ("pruned", "pruned", 1), ("tau at all scales", "threshold", every[0])):  # fmt: skip
+                                    ("pruned", "pruned", 1), ("tau at all scales", "threshold", scale_count)):  # fmt: skip
         if name not in options.variants or (scales > 1 and pipeline.transformer.config.dynamic.own):
             continue
         tau = find_threshold(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
@@ -243,33 +243,33 @@ def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     if options.dense:
         rows["dense"] = _measure_distances(options.dense, "dense", base, options)
     reference = rows["dense" if options.dense else "all experts"]
-    found = []
+    table = []
     for name, distances in rows.items():
         worse = [b / a - 1 for a, b in zip(reference, distances, strict=True)]
         mean, n = statistics.fmean(worse), len(worse)
         half = _T95.get(n, 1.8) * statistics.stdev(worse) / n**0.5 if n > 1 else float("nan")
         share = count_sampled_flops(pipeline, labels, settings[name]).share if name in settings else 1.0
-        found.append({"name": name, "share": share, "distances": distances, "worse": mean, "worse_bound": mean + half,
+        table.append({"name": name, "share": share, "distances": distances, "worse": mean, "worse_bound": mean + half,
                       "tau": list(settings[name].tau) if name in settings else []})  # fmt: skip
         print(f"{name:<18} {share:>6.1%} of the FLOPs, distance {statistics.fmean(distances):.3f}, {mean:+.2%} "
               f"(at most {mean + half:+.2%})", flush=True)  # fmt: skip
-    return {"model": options.model, "images": options.images, "seeds": options.seeds, "rows": found}
+    return {"model": options.model, "images": options.images, "seeds": options.seeds, "rows": table}
 
 
 def _measure_distances(model: str, name: str, config: SampleConfig, options: argparse.Namespace) -> list[float]:
-    """Fréchet distance of each seed's images; measured ones are kept in --out."""
+    """Fréchet distance of each seed's images; they are stored in --out, and not measured twice."""
     from nextscale.common.distributed import World
     from nextscale.config.evaluation import EvaluationConfig
     from nextscale.evaluation.run import evaluate
 
-    found = []
+    distances = []
     for seed in options.seeds:
         out = options.out / f"{name.replace(' ', '-')}-{seed}.json"
         settings = EvaluationConfig(count=options.images, sampling=dataclasses.replace(config, seed=seed))
         report = evaluate(model, out, [options.features], [options.reference], settings, World())
         ((_, figures),) = report["measures"].items()
-        found.append(next(v for n, v in figures.items() if n.endswith("_fd") or n == "fid"))
-    return found
+        distances.append(next(v for n, v in figures.items() if n.endswith("_fd") or n == "fid"))
+    return distances
 
 
 if __name__ == "__main__":

@@ -75,19 +75,18 @@ class Upcycle:
 
 @dataclass
 class Sparsify:
-    """Turn a trained model into one whose compute can be turned down (DMoE-VAR).
+    """Make a trained model cheaper at its last scales (DMoE-VAR).
 
-    FFNs are divided into experts, of which each token uses those that matter to it,
-    at the last scales. Stages: tune, split, routers, thresholds, and adapt before the last if asked for; finished ones
-    are not repeated, an interrupted one goes on. Then `nextscale sample OUT --budget 0.8`, or --tau: an expert runs
-    when its predicted norm is at least (1 - tau) times the largest.
+    Its FFNs are divided into experts, and each token runs only those that matter to it. Stages: tune, split, routers,
+    thresholds; on request adapt before the last. Finished stages are not repeated, and an interrupted one is resumed.
+    Then use `nextscale sample OUT --budget 0.8`, or --tau: an expert runs when its predicted norm is at least (1 - tau)
+    times the largest.
     """
 
     model: Positional[Path]
     """Checkpoint folder."""
     out: Path
-    """Folder to write: a checkpoint as any other, sparsify.json, sparsify.png; stages/ can be deleted when all is
-    done."""
+    """Folder to write: a checkpoint, sparsify.json and sparsify.png. Its stages/ can be deleted at the end."""
     settings: Annotated[SparsifyConfig, arg(name="")] = field(default_factory=SparsifyConfig)
     config: Path | None = None
     """YAML or JSON file with settings; options on the command line win."""

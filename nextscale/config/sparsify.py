@@ -91,8 +91,8 @@ class SparsifyConfig:
         }
         check_fields("sparsify", self, rules)
         first, last = (STAGES.index(self.stages[i]) for i in (0, -1))
-        whole = STAGES[first : last + 1]
-        if self.stages not in (whole, tuple(stage for stage in whole if stage != _OPTIONAL)):
+        complete = STAGES[first : last + 1]
+        if self.stages not in (complete, tuple(stage for stage in complete if stage != _OPTIONAL)):
             raise UserError(f"sparsify: stages must follow one another as {', '.join(STAGES)}; got {self.stages}")
         if "adapt" in self.stages and not self.budget:
             raise UserError("sparsify: stage adapt needs a budget, the share of the FLOPs that the model adapts to")

@@ -203,7 +203,7 @@ def calibrate_thresholds(
         candidates = [Thresholds.create(model.config, scales, tau, selection) for tau in taus]
         measured = measure_thresholds(config, tokenizer, model, batches, candidates)
         if turn < corrections:
-            errors = [share - found.share(config) for share, found in zip(shares, measured, strict=True)]
+            errors = [share - m.share(config) for share, m in zip(shares, measured, strict=True)]
             targets = [target + error for target, error in zip(targets, errors, strict=True)]
     rows: dict[float, tuple[Budget, Measurement]] = {}
     for tau, measurement in zip(taus, measured, strict=True):

@@ -27,7 +27,7 @@ _PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
 def check_dense(checkpoint: Checkpoint) -> TransformerConfig:
-    """The transformer's config. UserError for a tokenizer alone and for a mixture of experts."""
+    """The transformer's config. UserError for a tokenizer without one and for a mixture of experts."""
     model = transformer_config(checkpoint.config, "sparsify")
     if model.experts.router != "none":
         raise UserError(
@@ -47,7 +47,7 @@ def replace_gelu(checkpoint: Checkpoint, scales: int, late_only: bool) -> Checkp
     if model.dynamic.on:
         raise UserError(
             f"this model's FFNs are another kind already (activation {model.dynamic.activation}, "
-            f"{model.dynamic.experts or 'no'} experts); tuning starts from GELU FFNs that are whole"
+            f"{model.dynamic.experts or 'no'} experts); tuning starts from undivided GELU FFNs"
         )
     dynamic = DynamicConfig(scales=_check_scales(checkpoint, scales), activation="relu", own=late_only)
     weights = dict(checkpoint.transformer)

@@ -1,4 +1,4 @@
-"""Data for `nextscale sparsify`: a token cache, images, or the model's own samples."""
+"""Data for `nextscale sparsify`: a token cache, images, or samples of the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
 _HELD_OUT_EVERY = 10
-"""Of the model's own samples one in so many is held out."""
+"""One in so many of the model's samples is held out."""
 _SHARD_SIZE = 64
 """Samples in one file."""
 

@@ -1,7 +1,7 @@
-"""FLOPs that passes of a model with dynamic experts executed, from their records.
+"""FLOPs that a pass with dynamic experts executed, from its records.
 
-As `nextscale.info` counts: products alone, 1 multiply-add = 2 FLOPs. Routers count where they ran; the first pass of an
-oracle, which computes the true norms, does not. tests/test_dynamic_flops.py compares with torch's
+Counted as in `nextscale.info`: matrix products only, 1 multiply-add = 2 FLOPs. Routers count where they ran. The
+oracle's computation of the true norms does not count. tests/test_dynamic_flops.py compares with torch's
 FlopCounterMode.
 """
 
@@ -15,7 +15,7 @@ from nextscale.transformer.feed_forward.records import Activity
 
 
 def count_step_flops(config: ModelConfig, k: int, activities: Sequence[Activity], sequences: int) -> int:
-    """FLOPs of scale k for so many sequences (guidance makes two of an image), given the activity of each block."""
+    """FLOPs of scale k, given the activity of each block; `sequences`: two for an image with guidance."""
     model = config.transformer
     assert model is not None, "a tokenizer alone has no transformer to count"
     total, D, dynamic = sequences * scale_flops(config, k), model.width, model.dynamic
@@ -27,13 +27,13 @@ def count_step_flops(config: ModelConfig, k: int, activities: Sequence[Activity]
 
 
 def select_scale(activity: Activity, span: tuple[int, int]) -> Activity:
-    """The part of a teacher-forced pass's activity that is of one scale."""
-    parts = (activity.units_BN, activity.routed_BN)
-    return Activity(*(part_BN[:, slice(*span)] for part_BN in parts))
+    """The activity of one scale, whose positions are `span`, in that of a teacher-forced pass."""
+    start, end = span
+    return Activity(activity.units_BN[:, start:end], activity.routed_BN[:, start:end])
 
 
 def count_dense_flops(config: ModelConfig, sequences: int) -> int:
-    """FLOPs of all scales for so many sequences with whole FFNs everywhere, and of the condition."""
+    """FLOPs of all scales and of the condition, with all experts; `sequences`: two for an image with guidance."""
     assert config.transformer is not None, "a tokenizer alone has no transformer to count"
     scales = sum(scale_flops(config, k) for k in range(len(config.pyramid)))
     return sequences * (condition_flops(config.transformer) + scales)

@@ -13,13 +13,13 @@ from nextscale.sparsify.calibrate import GRID, Calibration, Measurement
 
 def list_grid(config: ModelConfig, calibration: Calibration) -> list[dict[str, Any]]:
     """A row for each threshold of the grid, which all sparse scales share."""
-    return [_make_row(config, (tau,), found) for tau, found in zip(GRID, calibration.grid, strict=True)]
+    return [_make_row(config, (tau,), m) for tau, m in zip(GRID, calibration.grid, strict=True)]
 
 
 def list_table(config: ModelConfig, calibration: Calibration) -> list[dict[str, Any]]:
     """A row for each line of the calibrated table below the first, which is all experts."""
     lines = zip(calibration.table[1:], calibration.measurements, strict=True)
-    return [_make_row(config, budget.tau, found) for budget, found in lines]
+    return [_make_row(config, budget.tau, measurement) for budget, measurement in lines]
 
 
 def _make_row(config: ModelConfig, tau: Sequence[float], measurement: Measurement) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def summarize_report(report: dict[str, Any], out: Path) -> str:
         )
     if "adapt" in stages:
         lines.append(
-            f"adapted: held-out cross-entropy {stages['adapt']['validation_loss']:.3f} with a part of the experts"
+            f"adapted: held-out cross-entropy {stages['adapt']['validation_loss']:.3f} with the selected experts only"
         )
     if "split" in stages:
         lines.append("{experts} experts of {expert_size}, at the last {sparse_scales} scales".format(**stages["split"]))

@@ -131,8 +131,8 @@ def _measure_importance(job: Job, pipeline: Pipeline) -> None:
     for label_B, tokens_BL in job.load_batches(job.examples.train, pipeline):
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         output = model(model.condition.add_unconditional(label_B), inputs_BLC, thresholds=thresholds)
-        found = [record.contribution_F for record in collect(output.records, "contribution")]
-        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        contributions = [record.contribution_F for record in collect(output.records, "contribution")]
+        sums = [a + b for a, b in zip(sums, contributions, strict=True)] if sums else contributions
         images += len(label_B)
     for ffn, sum_F in zip(list_ffns(model), sums, strict=True):
         ffn.importance_F.copy_(sum_F / images)

@@ -107,7 +107,7 @@ class ExpertMaps:
 def map_experts(pipeline: Pipeline, label: int | None, settings: SampleConfig, first_image: int = 0) -> ExpertMaps:
     """Sample one image, and map how many experts each token used. UserError for a model without experts."""
     _require_experts(pipeline)
-    found = ExpertMaps([], [], [])
+    result = ExpertMaps([], [], [])
     pyramid, width = pipeline.config.pyramid, pipeline.transformer.config.ffn_width
     names = scale_names(pyramid)
     for step in pipeline.sample_scales([label], settings, first_image=first_image):
@@ -117,12 +117,12 @@ def map_experts(pipeline: Pipeline, label: int | None, settings: SampleConfig, f
         share_N = torch.stack([activity.share_BN(width).mean(dim=0) for activity in activities]).mean(dim=0)
         if bool((share_N == share_N[0]).all()) and not activities[0].routed_BN.any():
             continue
-        found.scales.append(names[step.k])
-        found.maps.append(share_N.view(pyramid.sides[step.k]).tolist())
-        found.pictures.append(to_pil((pipeline.tokenizer.decode_canvas(step.canvas_BChw) + 1) / 2)[0])
-    if not found.maps:
+        result.scales.append(names[step.k])
+        result.maps.append(share_N.view(pyramid.sides[step.k]).tolist())
+        result.pictures.append(to_pil((pipeline.tokenizer.decode_canvas(step.canvas_BChw) + 1) / 2)[0])
+    if not result.maps:
         raise UserError("with these settings no scale is sparse: give a tau below 1")
-    return found
+    return result
 
 
 def _require_experts(pipeline: Pipeline) -> None:
@@ -146,8 +146,8 @@ def analyse_dynamic(source: str, out: Path, shown: DynamicShown, settings: Sampl
         sparse = {"as given": settings, **sparse}
     panels: dict[str, Any] = {}
     for name, setting in sparse.items():
-        found = map_experts(pipeline, labels[0], setting)
-        panels[name] = (["experts"], found.scales, [[share_hw] for share_hw in found.maps], found.pictures)
+        shares = map_experts(pipeline, labels[0], setting)
+        panels[name] = (["experts"], shares.scales, [[share_hw] for share_hw in shares.maps], shares.pictures)
     pictures, captions, rows = list[Image.Image](), list[str](), list[dict[str, Any]]()
     for name, setting in {"all experts": replace(settings, tau=(1.0,), budget=0.0), **sparse}.items():
         images = pipeline.sample(labels[: shown.columns], setting)
