@@ -232,9 +232,9 @@ def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     target = count_sampled_flops(pipeline, labels, dataclasses.replace(base, budget=options.budget)).share
     settings = {"all experts": dataclasses.replace(base, tau=(1.0,)),
                 "calibrated": dataclasses.replace(base, budget=options.budget)}  # fmt: skip
-    scale_count = len(pipeline.config.pyramid)
+    K = len(pipeline.config.pyramid)
     for name, selection, scales in (("one tau", "threshold", 1), ("oracle", "oracle", 1), ("top-k", "top-k", 1),
-                                    ("pruned", "pruned", 1), ("tau at all scales", "threshold", scale_count)):  # fmt: skip
+                                    ("pruned", "pruned", 1), ("tau at all scales", "threshold", K)):  # fmt: skip
         if name not in options.variants or (scales > 1 and pipeline.transformer.config.dynamic.own):
             continue
         tau = find_threshold(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
