@@ -14,8 +14,15 @@ from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pyramid import PYRAMID_256, Pyramid
 from nextscale.training.transformer import TransformerTask
+from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.routers import Routing
-from nextscale.transformer.projector import GROUPS, Projector, compute_alignment_loss, parse_scale_group
+from nextscale.transformer.projector import (
+    GROUPS,
+    Projector,
+    aggregate_scales,
+    compute_alignment_loss,
+    parse_scale_group,
+)
 from tests.conftest import randomised, tiny_config
 from tests.test_tokenizer import cubic_matrix
 from tests.test_transformer import softmax
@@ -224,7 +231,9 @@ def test_the_whole_loss_by_hand(router, group):
         output.projected_BNE.double().numpy(), batch["features"].double().numpy(), pyramid, scales
     )
     balances, M = [], 8 if router == "moe++" else 4
-    for _, routing in output.records if router != "none" else []:
+    routings = collect(output.records, "routing")
+    assert len(routings) == (0 if router == "none" else len(task.model.blocks))
+    for routing in routings:
         assert isinstance(routing, Routing)
         per_image = []
         for b in range(3):
