@@ -106,7 +106,7 @@ def test_the_cached_step_does_no_tokenizer_work(place, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("an image was encoded")
 
-    monkeypatch.setattr(Tokenizer, "features", refuse)
+    monkeypatch.setattr(Tokenizer, "extract_features", refuse)
     assert run(TRAIN.replace("photos", "cache")) == 0
 
 

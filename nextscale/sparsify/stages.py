@@ -33,9 +33,9 @@ from nextscale.sparsify.report import list_grid, list_table
 from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask, list_ffns
 from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
-from nextscale.training.engine.loop import Callbacks, train
-from nextscale.training.engine.state import check_settings
+from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
+from nextscale.training.open_run import Run
 from nextscale.training.transformer import validate
 from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
@@ -143,7 +143,9 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     config, tau_file = job.config, job.folder / "adapt" / "tau.json"
     about = {"from": _compute_fingerprint(checkpoint), "data": job.examples.name, "budget": config.budget}
     settings = {**about, "train": to_dict(config.adapting)}
-    check_settings(job.folder / "adapt", settings, job.accept_changes)  # before the calibration, which takes long
+    Run(job.folder / "adapt", settings, job.world).check_settings(
+        job.accept_changes
+    )  # before the long calibration
     if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
         calibration, _ = _calibrate(job, checkpoint, [config.budget])
         write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})
@@ -209,18 +211,13 @@ class _Callbacks(Callbacks):
 
 def _train(job: Job, name: Stage, task: Task, config: TrainConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """Train a stage's task from where it left off; return its last validation."""
-    folder = job.folder / name
-    check_settings(folder, settings, job.accept_changes)
-    job.world.wait()  # all processes have checked before one writes
+    run = Run(job.folder / name, settings, job.world)
+    run.check_settings(job.accept_changes)
+    run.record_settings()
     if job.world.main:
         steps, warmup = config.schedule_steps(len(task.examples))
         print(f"{steps:,} steps of {config.batch_size} images, {warmup:,} of them warm-up", flush=True)
-        write_json(folder / "run.json", settings)
-    train(
-        task, config, folder, _Callbacks(task, job.examples, job.world), world=job.world, settings=settings,
-        accept_changes=True,  # they were compared with run.json, which may be newer than the last state
-        max_unreadable=job.config.images.max_unreadable,
-    )  # fmt: skip
+    run.train(task, config, _Callbacks(task, job.examples, job.world), job.config.images.max_unreadable)
     values = validate(task, job.examples.held_out, _VALIDATION_IMAGES, job.world)
     values.pop("unreadable", None)
     return dict(values)
