@@ -92,10 +92,10 @@ def test_load_counts_every_choice(place, tmp_path, router):
     experts = 9 if router == "moe++" else 5
     counts = np.zeros((3, 4, experts), int)
     for pipeline, output in one_by_one(place, router):
-        for block, records in enumerate(output.records):
+        for block, record in enumerate(output.records):
             for position, scale in enumerate(pipeline.config.pyramid.scale_of_L):
                 for expert in range(experts):
-                    counts[block, scale, expert] += int(records[-1].selected_BNM[0, position, expert])
+                    counts[block, scale, expert] += int(record.routing.selected_BNM[0, position, expert])
     assert model["counts"] == counts.tolist()
     total = counts.sum((0, 1))
     assert model["load"] == pytest.approx(64 * total / total.sum())
@@ -146,7 +146,7 @@ def test_routing_maps_are_shares_of_images(place, tmp_path, block):
     (model,) = report["models"]
     assert model["block"] == (block or 2)
     chosen = np.stack(
-        [out.records[model["block"] - 1][-1].selected_BNM[0].numpy() for *_, out in one_by_one(place, "stmoe")]
+        [out.records[model["block"] - 1].routing.selected_BNM[0].numpy() for *_, out in one_by_one(place, "stmoe")]
     ).astype(float)
     for k, (start, end) in enumerate(SPANS):
         part = chosen[:, start:end]
@@ -165,7 +165,7 @@ def test_routing_of_one_image_and_of_a_scale_router(place, tmp_path):
     """One image's maps are its choices; a scale router decides neither by position nor by image."""
     models = [str(place / "stmoe"), str(place / "smoe")]
     report = analyse_routing(models, str(place / "cache"), tmp_path, CONFIG, image=4)
-    chosen = [output for *_, output in one_by_one(place, "stmoe")][4].records[1][-1].selected_BNM[0]
+    chosen = [output for *_, output in one_by_one(place, "stmoe")][4].records[1].routing.selected_BNM[0]
     assert report["image"] == 4
     assert np.array(report["models"][0]["maps"][3])[2].ravel().tolist() == chosen[14:30, 2].float().tolist()
     assert report["models"][1]["variance_between_positions"] == [0] * 4
