@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints import build_on_meta
 from nextscale.common.devices import describe_machine, find_device
 from nextscale.common.files import write_json
 from nextscale.config.model import ModelConfig

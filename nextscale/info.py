@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.common.errors import UserError
 from nextscale.common.registry import FEED_FORWARDS, MIXERS

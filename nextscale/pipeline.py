@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, build_on_meta
+from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import read_modules, write_checkpoint
 from nextscale.common.devices import find_device, find_dtype
 from nextscale.common.errors import UserError
@@ -24,7 +24,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import InitConfig
-from nextscale.sampling.build import CreatePredictor, build_sampler
+from nextscale.sampling import CreatePredictor, build_sampler
 from nextscale.sampling.sampler import (
     LogitsProcessor,
     Sampler,

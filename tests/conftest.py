@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.backends.cpu.kernels import build
-from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints import build_on_meta
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.training import TrainConfig

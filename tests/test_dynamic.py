@@ -26,9 +26,9 @@ from nextscale.pipeline import Pipeline
 from nextscale.sparsify.cluster import assign_balanced, run_balanced_kmeans
 from nextscale.sparsify.convert import identity, replace_gelu, split_ffns
 from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.dynamic import compute_expert_norms
 from nextscale.transformer.feed_forward.experts import Dispatch
-from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.records import Norms, Sparsity, UnitContribution
 from nextscale.transformer.feed_forward.selection import select_experts, select_units
 from nextscale.transformer.feed_forward.thresholds import Thresholds

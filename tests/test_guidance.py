@@ -14,7 +14,7 @@ from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pyramid import PYRAMID_256, Pyramid
 from nextscale.training.transformer import TransformerTask
-from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.routers import Routing
 from nextscale.transformer.projector import (
     GROUPS,

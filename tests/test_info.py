@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints import build_on_meta
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import PRESETS
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.info import as_text, describe, describe_config, sample_flops
-from nextscale.sampling.build import build_sampler
+from nextscale.sampling import build_sampler
 from tests.conftest import check_flops, tiny_config
 
 SMALL_MAMBA = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.adapt import adapt, scale_sources
-from nextscale.checkpoints.checkpoint import build_on_meta
 from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
 from nextscale.common.registry import ROUTERS

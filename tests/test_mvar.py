@@ -16,7 +16,7 @@ from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, InitConfig, MambaConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.build import build_sampler
+from nextscale.sampling import build_sampler
 from nextscale.sampling.sampler import sample_scales
 from nextscale.transformer.context import block_causal_mask
 from nextscale.transformer.initialization import initialize_transformer

@@ -1,6 +1,6 @@
 import pytest
 
-from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints import build_on_meta
 from nextscale.config.presets import PRESETS
 from nextscale.info import describe
 

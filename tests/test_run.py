@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints import build_on_meta
 from nextscale.cli.parser import main
 from nextscale.config.files import read_settings
 from nextscale.config.model import ModelConfig

@@ -17,7 +17,7 @@ from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.build import build_sampler
+from nextscale.sampling import build_sampler
 from nextscale.sampling.combinations import REFUSED, Request, check_combinations
 from nextscale.sampling.sampler import sample_images
 from tests.conftest import randomised, tiny_config

@@ -1,1 +1,88 @@
-"""Checkpoints: the native folder, and the official VAR files in both directions."""
+"""What every checkpoint format reads into and writes from: a config and named tensors, in their stored dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.common.errors import UserError
+from nextscale.config.model import ModelConfig
+from nextscale.config.transformer import TransformerConfig
+from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.var import VAR
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Checkpoint:
+    """A generator at rest. Tensor names are those of the modules' state dicts."""
+
+    config: ModelConfig
+    tokenizer: dict[str, Tensor]
+    transformer: dict[str, Tensor]
+    """Empty when `config.transformer` is None."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from and how that format spelled them; empty for models trained here."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the original format that have no place in our modules, kept for the way back."""
+
+
+def transformer_config(config: ModelConfig, aim: str) -> TransformerConfig:
+    """The transformer's config; UserError for a tokenizer alone, which has nothing to `aim` (a verb)."""
+    if config.transformer is None:
+        raise UserError(f"this checkpoint is a tokenizer alone: there is no transformer to {aim}")
+    return config.transformer
+
+
+def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
+    """Tokenizer and transformer with uninitialised parameters, on torch's current default device."""
+    tokenizer = Tokenizer(config.tokenizer, config.pyramid)
+    if config.transformer is None:
+        return tokenizer, None
+    codes = config.tokenizer
+    return tokenizer, VAR(config.transformer, config.pyramid, codes.vocab_size, codes.code_width)
+
+
+def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
+    """The checkpoint's tokenizer in float32, for `config`'s scales; how often codes were used is counted anew."""
+    tokenizer, _ = build_modules(replace(config, transformer=None, class_names=()))
+    weights = {n: t.float() for n, t in checkpoint.tokenizer.items() if n != "quantizer.usage_KV"}  # a row per scale
+    tokenizer.load_state_dict(weights, strict=False)
+    return tokenizer
+
+
+def build_on_meta(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
+    """The modules without storage: for shapes and counts, or to be filled by assignment."""
+    with torch.device("meta"):
+        return build_modules(config)
+
+
+def list_shapes(module: torch.nn.Module) -> dict[str, Shape]:
+    """Name and shape of every tensor in the module's state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check_floating(source: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming a tensor of `source` that does not hold real numbers: no weight is an integer."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{source}: tensor '{name}' is {tensor.dtype}; weights must be floating-point")
+
+
+def check_tensors(source: object, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raise UserError naming the tensors of `source` that are missing, extra or of the wrong shape."""
+    missing = [f"'{n}' {s}" for n, s in expected.items() if n not in found]
+    extra = [f"'{n}' {s}" for n, s in found.items() if n not in expected]
+    wrong = [f"'{n}' has shape {found[n]} instead of {s}" for n, s in expected.items() if found.get(n, s) != s]
+    complaints = []
+    for title, names in (("missing", missing), ("unknown", extra), ("misshapen", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            complaints.append(f"{title} tensor {', '.join(names[:3])}{more}")
+    if complaints:
+        raise UserError(f"{source} does not fit its model: {'; '.join(complaints)}")

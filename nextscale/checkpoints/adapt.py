@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
+from nextscale.checkpoints import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import nextscale
-from nextscale.checkpoints.checkpoint import (
+from nextscale.checkpoints import (
     Checkpoint,
     Shape,
     build_on_meta,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import (
+from nextscale.checkpoints import (
     Checkpoint,
     Shape,
     build_on_meta,

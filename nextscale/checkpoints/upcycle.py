@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
+from nextscale.checkpoints import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
 from nextscale.common.rng import make_generator

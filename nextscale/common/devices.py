@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import nextscale
 from nextscale.common.errors import UserError
@@ -55,3 +56,11 @@ def _processor() -> str:
     parts = [facts.get("model name", platform.machine())]
     parts += [f"{n} {facts[k]}" for n, k in (("family", "cpu family"), ("model", "model")) if k in facts]
     return ", ".join(parts)
+
+
+def create_embedding(count: int, width: int) -> nn.Embedding:
+    """nn.Embedding(count, width). On the meta device no values are drawn, for which torch would load its compiler."""
+    weight = torch.empty(count, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)

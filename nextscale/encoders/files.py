@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from nextscale.checkpoints.checkpoint import list_shapes
+from nextscale.checkpoints import list_shapes
 from nextscale.checkpoints.native import read_safetensors, unshare_storage
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_atomically, write_json

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.checkpoints.checkpoint import check_tensors
+from nextscale.checkpoints import check_tensors
 from nextscale.checkpoints.official_files import read_tensors
 from nextscale.common.errors import UserError
 from nextscale.encoders.network import Features, fingerprint

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.checkpoints.checkpoint import check_floating, check_tensors, list_shapes
+from nextscale.checkpoints import check_floating, check_tensors, list_shapes
 from nextscale.checkpoints.official_files import read_tensors
 from nextscale.common.errors import UserError
 from nextscale.encoders.patches import PatchEncoder

@@ -1,1 +1,111 @@
-"""Sampling: from logits to tokens to an image, one scale at a time. `sampler.py` has the loop."""
+"""From settings to a sampler: puts guidance, filters, editing and the other parts around the loop of `sampler.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nextscale.config.sampling import SampleConfig
+from nextscale.sampling.draw import OfficialRandom, PerImageRandom, RandomSource
+from nextscale.sampling.filters import build_filters
+from nextscale.sampling.guidance import GuidedPredictor, schedule_guidance
+from nextscale.sampling.sampler import DrawTokens, EmbedTokens, LogitsProcessor, ModelPredictor, Predictor, Sampler
+from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.var import VAR
+
+if TYPE_CHECKING:
+    from nextscale.sampling.editing import Edit
+    from nextscale.transformer.feed_forward.thresholds import Thresholds
+
+CreatePredictor = Callable[[VAR, Any], Predictor]
+"""(model, condition values) to a predictor."""
+
+
+@torch.no_grad()
+def build_sampler(
+    tokenizer: Tokenizer,
+    model: VAR,
+    values: Any,
+    settings: SampleConfig,
+    *,
+    first_image: int = 0,
+    edit: Edit | None = None,
+    refiner: VAR | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    captured: CreatePredictor | None = None,
+) -> Sampler:
+    """The sampler of one batch. UserError when the settings do not fit the model or one another.
+
+    `values`: the condition as `model.condition.parse` returned it. `first_image`: number of the batch's first image
+    under the seed, so that a long run can be cut into batches without changing an image. `edit`: cells that hold given
+    tokens instead of drawn ones. `refiner`: the model that generates the scales from `draft_scales` on.
+    `logits_processors`: your own, applied after guidance and before temperature and filters. `captured`: creates
+    predictors that run captured graphs (`GraphPool.create_predictor`).
+    """
+    if settings.prune or settings.draft_scales or settings.official_seeding or refiner is not None or captured:
+        from nextscale.sampling.combinations import Request, check_combinations
+
+        refiner_config = refiner.config if refiner is not None else None
+        check_combinations(Request(settings, model.config, refiner_config, first_image, captured is not None))
+    strengths = schedule_guidance(settings.cfg, model.pyramid)
+    filters = build_filters(settings, len(model.pyramid))
+    if settings.guided:
+        predict = _build_predictor(model, model.condition.add_unconditional(values), settings, refiner, captured)
+        predict = GuidedPredictor(predict, strengths)
+    else:
+        predict = _build_predictor(model, values, settings, refiner, captured)
+    random: RandomSource = PerImageRandom(settings.seed, first_image)
+    if settings.official_seeding:
+        random = OfficialRandom(settings.seed, tokenizer.quantizer.codebook.weight.device)
+    draw: DrawTokens = random.draw_tokens
+    embed = _build_embedding(tokenizer, settings, random)
+    if edit is not None:
+        draw, embed = edit.wrap_draw(draw, model.pyramid), edit.wrap_embed(embed, tokenizer)
+    return Sampler(tokenizer, len(values), predict, [*logits_processors, *filters], draw, embed)
+
+
+def _build_predictor(
+    model: VAR, values: Any, settings: SampleConfig, refiner: VAR | None, captured: CreatePredictor | None
+) -> Predictor:
+    """The predictor of logits before guidance."""
+    thresholds = _find_thresholds(model, settings)
+    if captured is not None:
+        return captured(model, values)
+    if settings.prune:
+        from nextscale.sampling.pruning import PrunedPredictor, PruningPlan
+
+        plan = PruningPlan(model.pyramid, settings.prune, settings.prune_first_block)
+        return PrunedPredictor(model, values, plan, thresholds)
+    predict = ModelPredictor(model, values, thresholds)
+    if refiner is None:
+        return predict
+    from nextscale.sampling.collaborative import CollaborativePredictor, check_draft_scales
+
+    check_draft_scales(settings, len(model.pyramid))
+    start_refiner = partial(ModelPredictor, refiner, values, _find_thresholds(refiner, settings))
+    return CollaborativePredictor(predict, start_refiner, settings.draft_scales)
+
+
+def _build_embedding(tokenizer: Tokenizer, settings: SampleConfig, random: RandomSource) -> EmbedTokens:
+    if settings.smooth:
+        from nextscale.sampling.smooth import SmoothEmbedding
+
+        return SmoothEmbedding(tokenizer, random)
+
+    def look_up(tokens_BN: Tensor, logits_BNV: Tensor, k: int) -> Tensor:
+        return tokenizer.quantizer.codes(tokens_BN)
+
+    return look_up
+
+
+def _find_thresholds(model: VAR, settings: SampleConfig) -> Thresholds | None:
+    """Thresholds of dynamic experts: the settings', or the model's own; None where all experts work."""
+    if not (settings.sets_thresholds or model.config.dynamic.tau):
+        return None
+    from nextscale.transformer.feed_forward.thresholds import resolve_thresholds
+
+    return resolve_thresholds(model.config, len(model.pyramid), settings)

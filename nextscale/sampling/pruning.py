@@ -20,7 +20,7 @@ from nextscale.pyramid import Pyramid
 from nextscale.sampling.sampler import ModelPredictor
 from nextscale.transformer.block import Block
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.interface import Record
+from nextscale.transformer.feed_forward import Record
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.transformer.feed_forward.interface import Record
+from nextscale.transformer.feed_forward import Record
 from nextscale.transformer.var import VAR, Output
 
 if TYPE_CHECKING:

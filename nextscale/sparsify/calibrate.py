@@ -24,7 +24,7 @@ from nextscale.info import condition_flops
 from nextscale.sampling.thresholds import Budget
 from nextscale.sparsify.flops import count_dense_flops, count_step_flops, select_scale
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints.checkpoint import Checkpoint, transformer_config
+from nextscale.checkpoints import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.feed_forward import DynamicConfig

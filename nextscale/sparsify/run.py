@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError

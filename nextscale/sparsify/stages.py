@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import read_json, write_json
@@ -37,7 +37,7 @@ from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
 from nextscale.training.open_run import Run
 from nextscale.training.transformer import validate
-from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 _VALIDATION_IMAGES = 500
@@ -143,9 +143,7 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     config, tau_file = job.config, job.folder / "adapt" / "tau.json"
     about = {"from": _compute_fingerprint(checkpoint), "data": job.examples.name, "budget": config.budget}
     settings = {**about, "train": to_dict(config.adapting)}
-    Run(job.folder / "adapt", settings, job.world).check_settings(
-        job.accept_changes
-    )  # before the long calibration
+    Run(job.folder / "adapt", settings, job.world).check_settings(job.accept_changes)  # before the long calibration
     if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
         calibration, _ = _calibrate(job, checkpoint, [config.budget])
         write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})

@@ -12,8 +12,8 @@ from nextscale.data.examples import Batch, Examples
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.engine.task import Task
 from nextscale.training.transformer import FrozenNetworks, TransformerTask, read_batch
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
-from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.records import Norms
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.var import VAR, Output

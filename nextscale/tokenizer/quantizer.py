@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.common.embedding import create_embedding
+from nextscale.common.devices import create_embedding
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
+from nextscale.checkpoints import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nextscale.checkpoints.checkpoint import build_on_meta
+from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.config.model import ModelConfig
 from nextscale.config.training import TrainConfig

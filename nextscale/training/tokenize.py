@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextscale.backends import optimize
-from nextscale.checkpoints.checkpoint import load_tokenizer
+from nextscale.checkpoints import load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_text

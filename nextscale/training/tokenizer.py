@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nextscale.backends import optimize
-from nextscale.checkpoints.checkpoint import Checkpoint, build_modules, load_tokenizer
+from nextscale.checkpoints import Checkpoint, build_modules, load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.backends import optimize
-from nextscale.checkpoints.checkpoint import Checkpoint
+from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.native import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
@@ -32,8 +32,8 @@ from nextscale.training.engine.log import Values
 from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
 from nextscale.training.open_run import LogName, Run, list_model_folders, plot_log
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
-from nextscale.transformer.feed_forward.interface import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.projector import compute_alignment_loss, parse_scale_group
 from nextscale.transformer.var import VAR, Output

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.config.transformer import TransformerConfig
-from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.mixer import Mixer
+from nextscale.transformer.context import Mixer, ScaleContext
 
 _MAX_LOG_SCALE = math.log(100)
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from nextscale.common.registry import FEED_FORWARDS, MIXERS
 from nextscale.config.transformer import TransformerConfig
-from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.interface import FeedForward, Record
-from nextscale.transformer.mixer import Mixer
+from nextscale.transformer.context import Mixer, ScaleContext
+from nextscale.transformer.feed_forward import FeedForward, Record
 
 
 class AdaLayerNorm(nn.Module):

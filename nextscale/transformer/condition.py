@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextscale.common.embedding import create_embedding
+from nextscale.common.devices import create_embedding
 from nextscale.common.errors import UserError
 from nextscale.config.transformer import ConditionConfig
 

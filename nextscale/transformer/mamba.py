@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.config.transformer import TransformerConfig
-from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.mixer import Mixer
+from nextscale.transformer.context import Mixer, ScaleContext
 from nextscale.transformer.precision import disable_autocast
 from nextscale.transformer.scan import count_scan_multiply_adds, scan
 

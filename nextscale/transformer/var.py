@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.common.embedding import create_embedding
+from nextscale.common.devices import create_embedding
 from nextscale.common.errors import UserError
 from nextscale.common.registry import CONDITIONS
 from nextscale.config.transformer import TransformerConfig
@@ -22,7 +22,7 @@ from nextscale.pyramid import Pyramid
 from nextscale.transformer.block import AdaLayerNorm, Block
 from nextscale.transformer.condition import Condition
 from nextscale.transformer.context import ScaleContext, index_scales
-from nextscale.transformer.feed_forward.interface import Record
+from nextscale.transformer.feed_forward import Record
 
 if TYPE_CHECKING:
     from nextscale.transformer.feed_forward.thresholds import Thresholds

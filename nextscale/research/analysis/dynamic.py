@@ -24,7 +24,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.figures import map_grids
 from nextscale.research.analysis.subject import scale_names
 from nextscale.sparsify.flops import count_dense_flops, count_step_flops
-from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward import collect
 
 
 @dataclass(frozen=True)

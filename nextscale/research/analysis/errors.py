@@ -25,7 +25,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.figures import image_rows, propagation
 from nextscale.research.analysis.subject import distinct, scale_names, titles
-from nextscale.sampling.build import build_sampler
+from nextscale.sampling import build_sampler
 from nextscale.sampling.editing import Edit
 from nextscale.sampling.sampler import check_finite, sample_scales
 

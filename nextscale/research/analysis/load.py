@@ -16,8 +16,8 @@ from nextscale.common.files import write_json
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.figures import loads
 from nextscale.research.analysis.subject import Subject, about, subjects
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.balance import normalise_load
-from nextscale.transformer.feed_forward.interface import collect
 
 
 def analyse_load(

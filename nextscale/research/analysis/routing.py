@@ -18,7 +18,7 @@ from nextscale.common.pictures import to_pil
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.figures import map_grids
 from nextscale.research.analysis.subject import Subject, about, subjects
-from nextscale.transformer.feed_forward.interface import collect
+from nextscale.transformer.feed_forward import collect
 
 
 def analyse_routing(

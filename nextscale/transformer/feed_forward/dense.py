@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.interface import FeedForward
+from nextscale.transformer.feed_forward import FeedForward
 
 
 class DenseFeedForward(FeedForward):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.interface import FeedForward, Record
+from nextscale.transformer.feed_forward import FeedForward, Record
 from nextscale.transformer.feed_forward.records import ExpertSelection, Norms, Sparsity, UnitContribution
 from nextscale.transformer.feed_forward.selection import select_experts, select_units
 from nextscale.transformer.feed_forward.thresholds import Thresholds

@@ -11,8 +11,8 @@ from nextscale.common.registry import ROUTERS
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward import FeedForward, Record
 from nextscale.transformer.feed_forward.experts import Experts
-from nextscale.transformer.feed_forward.interface import FeedForward, Record
 
 
 class MixtureOfExperts(FeedForward):

@@ -1,4 +1,4 @@
-"""What dynamic feed-forwards report of a pass; `nextscale.transformer.feed_forward.interface.Record` holds it.
+"""What dynamic feed-forwards report of a pass; `nextscale.transformer.feed_forward.Record` holds it.
 
 Letters: B sequences, N tokens at hand, F hidden units of one FFN, E experts that it is divided into.
 """

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nextscale.common.embedding import create_embedding
+from nextscale.common.devices import create_embedding
 from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.interface import Record
+from nextscale.transformer.feed_forward import Record
 from nextscale.transformer.precision import Float32Linear, disable_autocast
 
 
