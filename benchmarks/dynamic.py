@@ -235,7 +235,7 @@ def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     K = len(pipeline.config.pyramid)
     for name, selection, scales in (("one tau", "threshold", 1), ("oracle", "oracle", 1), ("top-k", "top-k", 1),
                                     ("pruned", "pruned", 1), ("tau at all scales", "threshold", K)):  # fmt: skip
-        if name not in options.variants or (scales > 1 and pipeline.transformer.config.dynamic.own):
+        if name not in options.variants or (scales > 1 and pipeline.transformer.config.dynamic.late_ffn):
             continue
         tau = find_threshold(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
         settings[name] = dataclasses.replace(base, selection=selection, tau=(tau,) * scales)

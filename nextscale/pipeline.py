@@ -387,10 +387,10 @@ def _find_folder(source: str | Path, revision: str | None, token: str | None) ->
 
 def _check_routers(source: object, checkpoint: Checkpoint) -> None:
     """UserError when the routers of dynamic experts were trained for other weights than the checkpoint's."""
-    if checkpoint.config.transformer is not None and checkpoint.config.transformer.dynamic.identity:
-        from nextscale.sparsify.convert import check_identity
+    if checkpoint.config.transformer is not None and checkpoint.config.transformer.dynamic.router_fingerprint:
+        from nextscale.checkpoints.router_fingerprint import check_router_fingerprint
 
-        check_identity(source, checkpoint)
+        check_router_fingerprint(source, checkpoint)
 
 
 def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -79,7 +79,7 @@ def spoil_config(folder, **changes):
 
 def test_damaged_folders_are_named(copy, tmp_path):
     cases = [
-        (lambda: spoil_config(copy, version=2), r"format version 2, this nextscale reads up to 1.*pip install -U"),
+        (lambda: spoil_config(copy, version=3), r"format version 3, this nextscale reads up to 2.*pip install -U"),
         (lambda: spoil_config(copy, format="other"), r"was not written by nextscale"),
         (lambda: (copy / "config.json").write_text("{"), r"cannot read .*config\.json"),
         (lambda: (copy / "transformer.safetensors").write_bytes(b"junk"), r"transformer\.safetensors is damaged"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
-from nextscale.data.cache import CacheWriter, TokenCache, fingerprint
+from nextscale.data.cache import CacheWriter, TokenCache, fingerprint_tokenizer
 from nextscale.data.datasets import ImageExamples, load_images, open_dataset, split_rows
 from nextscale.data.examples import BatchDataset, MemoryExamples, load_batches
 from nextscale.data.images import crop_randomly, resize_and_crop
@@ -276,7 +276,7 @@ def test_an_unfinished_cache_goes_on_and_a_foreign_one_is_refused(tmp_path):
         CacheWriter(tmp_path, other, cache_parts(other), views=1, shard=8).record_settings(("a",), {"seed": 1})
     with torch.no_grad():
         tokenizer.decoder.conv_out.bias.add_(1)
-    assert fingerprint(tokenizer) == TokenCache(tmp_path).head["tokenizer"], "the decoder decides no token"
+    assert fingerprint_tokenizer(tokenizer) == TokenCache(tmp_path).head["tokenizer"], "the decoder decides no token"
     (tmp_path / "held_out-00000.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"held_out-00000.safetensors is damaged"):
         TokenCache(tmp_path).load_examples("held_out")

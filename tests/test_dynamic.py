@@ -16,6 +16,7 @@ from nextscale.backends import optimize
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels import experts as kernels
 from nextscale.backends.experts import run_grouped
+from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.common.errors import UserError
 from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
@@ -24,7 +25,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pipeline import Pipeline
 from nextscale.sparsify.cluster import assign_balanced, run_balanced_kmeans
-from nextscale.sparsify.convert import identity, replace_gelu, split_ffns
+from nextscale.sparsify.convert import replace_gelu, split_ffns
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.dynamic import compute_expert_norms
@@ -38,7 +39,7 @@ KINDS = ("threshold", "oracle", "top-k")
 
 
 def dynamic_pipeline(seed=0, depth=2, backend="auto", **settings_):
-    made = {"experts": 8, "scales": 2, "router_width": 8, "identity": "trained", **settings_}
+    made = {"experts": 8, "scales": 2, "router_width": 8, "router_fingerprint": "trained", **settings_}
     return randomised(tiny_config(depth=depth, dynamic=DynamicConfig(**made)), seed, backend)
 
 
@@ -289,7 +290,7 @@ def test_records_say_who_ran_at_which_scale():
 
 
 def test_steps_and_the_whole_sequence_agree_under_thresholds():
-    pipeline = dynamic_pipeline(activation="relu", own=True)
+    pipeline = dynamic_pipeline(activation="relu", late_ffn=True)
     model, (values, x), thresholds = pipeline.transformer, inputs(), Thresholds((1.0, 1.0, 0.7, 0.4))
     whole, cache = run(pipeline, thresholds).logits_BNV, model.new_cache(3)
     with torch.no_grad():
@@ -359,7 +360,7 @@ def test_every_token_counts_alike_in_the_penalty():
 @pytest.mark.parametrize("kind", [*KINDS, "pruned"])
 @pytest.mark.parametrize("own", [False, True])
 def test_an_image_does_not_depend_on_its_batch_and_tau_1_is_the_dense_model(kind, own):
-    pipeline = dynamic_pipeline(activation="relu", own=own).optimize()
+    pipeline = dynamic_pipeline(activation="relu", late_ffn=own).optimize()
     whole = pipeline.sample([0, 1, 2], tau=(0.6, 0.3), selection=kind)
     alone = pipeline.sample([1], tau=(0.6, 0.3), selection=kind, first_image=1)
     assert torch.equal(whole.tokens[1:2], alone.tokens)
@@ -374,9 +375,9 @@ def test_settings_that_do_not_fit_are_named():
         with pytest.raises(UserError, match=complaint):
             pipeline.sample([0], tau=tau, selection="top-k")
     with pytest.raises(UserError, match="only the last 2 of this model have experts"):
-        dynamic_pipeline(activation="relu", own=True).sample([0], tau=(0.5, 0.5, 0.5))
+        dynamic_pipeline(activation="relu", late_ffn=True).sample([0], tau=(0.5, 0.5, 0.5))
     with pytest.raises(UserError, match="routers are not trained.*oracle"):
-        dynamic_pipeline(identity="").sample([0], tau=(0.5,))
+        dynamic_pipeline(router_fingerprint="").sample([0], tau=(0.5,))
     with pytest.raises(UserError, match="FFNs are divided into experts; this one's are not"):
         randomised(tiny_config()).sample([0], tau=(0.5,))
     with pytest.raises(UserError, match="fixed shapes"):
@@ -396,11 +397,11 @@ def test_settings_that_do_not_fit_are_named():
     assert from_dict(TransformerConfig, to_dict(pipeline.config.transformer)) == pipeline.config.transformer
 
 
-def test_identity_notices_training_and_order_but_not_16_bits():
-    checkpoint = dynamic_pipeline(identity="").to_checkpoint()
+def test_the_router_fingerprint_notices_training_and_order_but_not_16_bits():
+    checkpoint = dynamic_pipeline(router_fingerprint="").to_checkpoint()
     model, weights = checkpoint.config.transformer, checkpoint.transformer
-    own = identity(weights, model)
-    assert own == identity({n: t.bfloat16() for n, t in weights.items()}, model)
+    expected = compute_router_fingerprint(weights, model)
+    assert expected == compute_router_fingerprint({n: t.bfloat16() for n, t in weights.items()}, model)
     name = "blocks.1.ffn.fc1.bias"
-    assert own != identity({**weights, name: weights[name].flip(0)}, model)
-    assert own != identity({**weights, name: weights[name] * 1.01}, model)
+    assert expected != compute_router_fingerprint({**weights, name: weights[name].flip(0)}, model)
+    assert expected != compute_router_fingerprint({**weights, name: weights[name] * 1.01}, model)

@@ -29,7 +29,7 @@ def counting():
 def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, own):
     monkeypatch.setattr(products, "_MIN_ROWS", 1)  # rows of padding are executed too, for independence of the batch
     monkeypatch.setattr(products, "_use_onednn", lambda x, weight: False)  # torch's counter does not know its products
-    pipeline = dynamic_pipeline(activation="relu", own=own).optimize(training=True)
+    pipeline = dynamic_pipeline(activation="relu", late_ffn=own).optimize(training=True)
     model, config = pipeline.transformer, pipeline.config
     conditioning, cache = model.embed_condition(torch.tensor([0, 1, 5])), model.new_cache(3)
     seen = []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nextscale.checkpoints.migrate import list_version_1_settings
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
@@ -72,7 +73,7 @@ def test_the_result_is_an_ordinary_checkpoint_of_which_only_late_ffns_are_new(ma
     assert not torch.equal(late, before["blocks.0.ffn.fc1.weight"]), "tuned and in another order"
     assert (after["blocks.1.ffn.importance_F"] > 0).any()
     config = read_checkpoint(out).config.transformer.dynamic
-    assert (config.experts, config.scales, config.own, config.activation) == (8, 2, True, "relu")
+    assert (config.experts, config.scales, config.late_ffn, config.activation) == (8, 2, True, "relu")
     assert len(config.tau) == 2
     report = json.loads((out / "sparsify.json").read_text())
     assert list(report["stages"]) == ["tune", "split", "routers", "thresholds"]
@@ -138,7 +139,8 @@ def test_each_stage_alone_and_without_tuning(made, tmp_path, capsys):
     with torch.no_grad():
         a, b = (Pipeline.from_pretrained(f).transformer(labels, inputs).logits_BNV for f in (dense, steps[-1]))
     assert ((a - b).abs().max() / a.abs().max()).item() <= 1e-5, "only a permutation, and GELU as before"
-    assert [bool(read_checkpoint(f).config.transformer.dynamic.identity) for f in steps] == [False, False, True, True]
+    fingerprints = [read_checkpoint(f).config.transformer.dynamic.router_fingerprint for f in steps]
+    assert [bool(fingerprint) for fingerprint in fingerprints] == [False, False, True, True]
     assert not read_budgets(read_checkpoint(steps[2]).origin)
     assert read_budgets(read_checkpoint(steps[3]).origin)[0].share == 1
     assert "was not" not in fails(f"sample {steps[2]} --labels 0 --budget 0.9 --out {tmp_path}/a.png", capsys)
@@ -247,7 +249,7 @@ def test_routers_of_another_checkpoint_are_refused(made, tmp_path, capsys):
 def test_stages_of_version_0_1_0_are_recognized():
     """Their run.json has the fingerprint of a config with these settings."""
     checkpoint = randomised(tiny_config()).to_checkpoint()
-    settings = stages._list_settings(checkpoint)["transformer"]
+    settings = list_version_1_settings(checkpoint.config, checkpoint.transformer)["transformer"]
     assert list(settings) == [
         "depth", "width", "heads", "ffn_ratio", "qk_norm", "shared_adaln", "norm_eps", "mixers", "global_blocks",
         "mamba", "condition", "experts", "alignment", "dynamic",
@@ -267,7 +269,7 @@ def test_a_process_that_holds_no_weights_reads_them_back(made, monkeypatch):
     world = SimpleNamespace(main=False, wait=lambda: None)
     job = stages.Job(SparsifyConfig(), None, dynamic / "stages", world, False)
     found = stages._save_model(job, "routers", read_checkpoint(dynamic / "stages" / "split"), None)
-    assert found.config.transformer.dynamic.identity
+    assert found.config.transformer.dynamic.router_fingerprint
     assert found.transformer.keys() == weights(dynamic).keys()
 
 
@@ -298,7 +300,7 @@ def test_tuning_adds_the_penalty_and_reaches_late_ffns_alone():
 
 
 def test_routers_learn_the_norms_and_nothing_else_changes():
-    pipeline = dynamic_pipeline(activation="relu", identity="")
+    pipeline = dynamic_pipeline(activation="relu", router_fingerprint="")
     model = pipeline.transformer
     task = RouterTask(model, pipeline.tokenizer, examples(), TrainConfig())
     batch = examples().fetch(range(6), None)

@@ -1,17 +1,18 @@
 """The native checkpoint: a folder with config.json and safetensors files.
 
-    config.json                format, version, the whole ModelConfig, class names
+    config.json                format, version, the ModelConfig with the class names, origin
     tokenizer.safetensors
     transformer.safetensors    absent for a tokenizer alone
-    original.safetensors       only where an imported file had tensors that our modules do not need
+    original.safetensors       only for imported checkpoints with tensors that our modules do not have
 
-Tensors keep their stored dtype on disk; what they compute in is decided when they are loaded.
+Tensors keep their stored dtype on disk. The dtype that a model computes in is chosen when it is loaded.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,21 +29,22 @@ from nextscale.checkpoints import (
 )
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_atomically, write_json
+from nextscale.config.migrate import rename_settings
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 
-FORMAT, VERSION = "nextscale", 1
-_OWN_MAPPING = 2**18
-"""Values from which a tensor is mapped by itself."""
+FORMAT, VERSION = "nextscale", 2
 TOKENIZER, TRANSFORMER, ORIGINAL = "tokenizer.safetensors", "transformer.safetensors", "original.safetensors"
+_LARGE = 2**18
+"""Elements from which a tensor gets a memory mapping of its own."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the folder; all files are complete on disk before the first one replaces an older one."""
-    parts = {TOKENIZER: checkpoint.tokenizer, TRANSFORMER: checkpoint.transformer, ORIGINAL: checkpoint.extras}
-    parts = {name: tensors for name, tensors in parts.items() if tensors}
+    """Write a checkpoint folder. All files are complete on disk before the first one replaces an older one."""
+    files = {TOKENIZER: checkpoint.tokenizer, TRANSFORMER: checkpoint.transformer, ORIGINAL: checkpoint.extras}
+    files = {name: tensors for name, tensors in files.items() if tensors}
     head = {
         "format": FORMAT,
         "version": VERSION,
@@ -52,16 +54,16 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot save to {folder}: it is a file, not a folder")
-    with write_atomically(*(folder / name for name in parts), folder / "config.json") as drafts:
-        for draft, tensors in zip(drafts[:-1], parts.values(), strict=True):
+    with write_atomically(*(folder / name for name in files), folder / "config.json") as drafts:
+        for draft, tensors in zip(drafts[:-1], files.values(), strict=True):
             save_file(unshare_storage(tensors), draft)
         write_json(drafts[-1], head)
-    for name in {TOKENIZER, TRANSFORMER, ORIGINAL} - set(parts):
+    for name in {TOKENIZER, TRANSFORMER, ORIGINAL} - set(files):
         (folder / name).unlink(missing_ok=True)
 
 
 def unshare_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no storage with one another, as safetensors wants them."""
+    """Contiguous CPU tensors, none of which shares storage with another: what safetensors can write."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -72,8 +74,14 @@ def unshare_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, dict]:
-    """The folder's ModelConfig and its `origin`, without touching the weights."""
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The folder's ModelConfig and its `origin`, without reading the weights. UserError when it is no checkpoint."""
+    config, origin, _ = _read_head(folder)
+    return config, origin
+
+
+def _read_head(folder: Path) -> tuple[ModelConfig, dict[str, Any], int]:
+    """Config, origin and format version of a folder."""
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
     if not (folder / "config.json").is_file():
@@ -81,16 +89,18 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
     head = read_json(folder / "config.json")
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise UserError(f'{folder}/config.json was not written by nextscale (no "format": "{FORMAT}")')
-    if not isinstance(head.get("version"), int) or not 1 <= head["version"] <= VERSION:
+    version = head.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise UserError(
-            f"{folder} has format version {head.get('version')}, this nextscale reads up to {VERSION}; "
+            f"{folder} has format version {version}, this nextscale reads up to {VERSION}; "
             f"it was written by nextscale {head.get('library')}: update with pip install -U nextscale"
         )
     origin = head.get("origin") or {}
     if not isinstance(origin, dict):
         raise UserError(f"{folder}/config.json: origin must be a table, got {origin!r}")
+    settings = head.get("model")
     try:
-        return from_dict(ModelConfig, head.get("model"), "model"), origin
+        return from_dict(ModelConfig, rename_settings(settings) if version == 1 else settings, "model"), origin, version
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
 
@@ -101,19 +111,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_modules(folder: Path) -> tuple[Checkpoint, tuple[Tokenizer, VAR | None]]:
-    """A folder's checkpoint, and the modules it is for, on the meta device: what its tensors were checked against."""
-    config, origin = read_config(folder)
+    """A folder's checkpoint and its modules on the meta device, against which names and shapes were checked."""
+    config, origin, version = _read_head(folder)
     tokenizer, transformer = build_on_meta(config)
     tensors = read_safetensors(folder / TOKENIZER, list_shapes(tokenizer))
     weights = read_safetensors(folder / TRANSFORMER, list_shapes(transformer)) if transformer is not None else {}
     extras = read_safetensors(folder / ORIGINAL) if (folder / ORIGINAL).exists() else {}
+    if version == 1 and config.transformer is not None and config.transformer.dynamic.router_fingerprint:
+        from nextscale.checkpoints.migrate import migrate_router_fingerprint
+
+        config = migrate_router_fingerprint(config, weights)
     return Checkpoint(config, tensors, weights, origin, extras), (tokenizer, transformer)
 
 
 def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped; with `expected`, names and shapes are checked before any is read.
+    """All tensors of a file, memory-mapped. `expected`: names and shapes, checked before any tensor is read.
 
-    Every large tensor has a mapping of its own, so that who converts and drops one gives its memory back.
+    Every large tensor has a mapping of its own, so memory is freed tensor by tensor when a caller converts them.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}")
@@ -122,7 +136,7 @@ def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> di
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if expected is not None:
                 check_tensors(path, shapes, expected)
-            small = {name for name, shape in shapes.items() if math.prod(shape) < _OWN_MAPPING}
+            small = {name for name, shape in shapes.items() if math.prod(shape) < _LARGE}
             tensors = {name: file.get_tensor(name) for name in shapes if name in small}
         for name in shapes.keys() - small:
             with safe_open(path, framework="pt") as file:

@@ -71,14 +71,14 @@ class DynamicConfig:
     """How many of the last scales are sparse. Earlier scales use the whole FFN."""
     activation: Literal["gelu", "relu"] = "gelu"
     """Activation of the FFN that is divided."""
-    own: bool = False
-    """The sparse scales have FFNs of their own; those before them keep the dense model's, with GELU."""
+    late_ffn: bool = False
+    """The sparse scales have FFNs of their own. Earlier scales keep those of the dense model, with GELU."""
     router_width: int = 128
     """Hidden width of the routers, Linear-GELU-Linear-|.|, which predict the norm of each expert's output."""
     tau: tuple[float, ...] = ()
     """Default thresholds of sampling: one for each sparse scale, coarse to fine. Empty = 1, all experts."""
-    identity: str = ""
-    """Checksum of the FFNs that the routers were trained for; empty = they are not trained."""
+    router_fingerprint: str = ""
+    """Fingerprint of the FFNs that the routers were trained for; empty = they are not trained."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -87,11 +87,11 @@ class DynamicConfig:
             "router_width must be 1 to 2^16": 1 <= self.router_width <= 2**16,
             "tau must list numbers of 0 to 1": all(0 <= tau <= 1 for tau in self.tau),
             "tau must be empty or have one number for each of the sparse scales": len(self.tau) in (0, self.scales),
-            "own must be false unless the activation is relu": not self.own or self.activation == "relu",
+            "late_ffn must be false unless the activation is relu": not self.late_ffn or self.activation == "relu",
         }
         check_fields("dynamic", self, rules)
 
     @property
     def on(self) -> bool:
         """Whether the FFN differs from VAR's dense one."""
-        return self.experts > 0 or self.activation != "gelu" or self.own
+        return self.experts > 0 or self.activation != "gelu" or self.late_ffn

@@ -1,4 +1,4 @@
-"""Settings from YAML or JSON files and from the named recipes that come with the package. Needs no torch."""
+"""Settings in files: YAML or JSON, the recipes that come with the package, records of runs. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nextscale.common.errors import UserError
+from nextscale.common.files import read_json, write_json
+from nextscale.config.migrate import migrate_record, rename_settings
 from nextscale.config.parse import from_dict, suggest_name
 
 T = TypeVar("T")
@@ -13,15 +15,15 @@ _RECIPES = Path(__file__).parent / "recipes"
 
 
 def read_settings(kind: type[T], path: Path) -> T:
-    """A YAML or JSON file, or a recipe by its name, as settings. UserError names the file and the key at fault."""
+    """Read settings from a YAML or JSON file, or from a recipe by its name. UserError names the file and the key."""
     if not path.is_file() and not path.suffix:
-        path = _recipe(str(path))
-    data = read_yaml(path)
+        path = _find_recipe(str(path))
+    data = rename_settings(read_yaml(path))
     return from_dict(kind, {} if data is None else data, str(path), kind())
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML or JSON file; UserError when it cannot be read."""
+    """Parse a YAML or JSON file; UserError when it cannot be read."""
     import yaml
 
     try:
@@ -32,9 +34,27 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
 
 
-def _recipe(name: str) -> Path:
-    """The file of a named recipe; UserError with the nearest name when there is none."""
+def _find_recipe(name: str) -> Path:
+    """The file of a recipe; UserError with the nearest name when there is none."""
     known = {p.stem: p for p in _RECIPES.glob("*.yaml")}
     if name not in known:
         raise UserError(f"there is no config file and no recipe named '{name}'{suggest_name(name, sorted(known))}")
     return known[name]
+
+
+def record_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write a run's settings to `path`, a JSON file in its folder.
+
+    Raises UserError naming what differs when the file holds the settings of another run.
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = migrate_record(read_json(path))
+    if not isinstance(before, dict):
+        raise UserError(f"{path} is not the record of a run; choose another --out")
+    changed = [k for k in settings if before.get(k) != settings[k]]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run with other settings ({', '.join(changed)}); choose another --out, or delete it"
+        )

@@ -11,7 +11,6 @@ one. With several processes each encodes every n-th shard.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_atomically, write_json
+from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ModelConfig
 from nextscale.data.datasets import open_dataset
@@ -41,13 +41,14 @@ def is_token_cache(path: Path) -> bool:
     return (path / "cache.json").is_file()
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """A checksum of all that decides an image's tokens and what the transformer sees of them; not of the decoder."""
-    digest = hashlib.sha256(repr((tokenizer.config, tokenizer.pyramid)).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith(("decoder.", "post_quant_conv.")) and name != "quantizer.usage_KV":
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def fingerprint_tokenizer(tokenizer: Tokenizer) -> str:
+    """Fingerprint of what decides an image's tokens and the transformer's inputs: all but the decoder."""
+    tensors = {
+        name: tensor
+        for name, tensor in tokenizer.state_dict().items()
+        if not name.startswith(("decoder.", "post_quant_conv.")) and name != "quantizer.usage_KV"
+    }
+    return compute_fingerprint(tensors, repr((tokenizer.config, tokenizer.pyramid)))
 
 
 class CacheWriter:
@@ -73,7 +74,7 @@ class CacheWriter:
         head = {
             "format": FORMAT,
             "version": VERSION,
-            "tokenizer": fingerprint(self.tokenizer),
+            "tokenizer": fingerprint_tokenizer(self.tokenizer),
             "scales": str(self.tokenizer.pyramid),
             "vocab_size": self.tokenizer.config.vocab_size,
             "class_names": list(class_names),
@@ -168,7 +169,7 @@ class TokenCache:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise UserError unless this tokenizer made the cache."""
-        if fingerprint(tokenizer) != self.head["tokenizer"]:
+        if fingerprint_tokenizer(tokenizer) != self.head["tokenizer"]:
             raise UserError(
                 f"{self.folder} was made by another tokenizer (scales {self.head['scales']}, {self.head['vocab_size']} "
                 "codes): encode the data again with `nextscale tokenize`, or train with the tokenizer that made it"

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
 from nextscale.common.files import has_format
+from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.encoders.files import load_frozen_weights, read_head, save_module
-from nextscale.encoders.network import Features, fingerprint
+from nextscale.encoders.network import Features
 from nextscale.encoders.patches import PatchEncoder
 
 FORMAT, VERSION = "nextscale-classifier", 1
@@ -76,7 +77,7 @@ class Classifier(nn.Module):
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""
-        return fingerprint(self)
+        return compute_fingerprint(self.state_dict())
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nextscale.checkpoints import check_tensors
 from nextscale.checkpoints.official_files import read_tensors
 from nextscale.common.errors import UserError
-from nextscale.encoders.network import Features, fingerprint
+from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.encoders.network import Features
 
 FILE = "pt_inception-2015-12-05-6726825d.pth (or torch-fidelity's weights-inception-2015-12-05-6726825d.pth)"
 _SIDE, _SPATIAL = 299, 7
@@ -176,7 +177,7 @@ class Inception(nn.Module):
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""
-        return fingerprint(self)
+        return compute_fingerprint(self.state_dict())
 
 
 def resize_like_tensorflow(image_B3HW: Tensor, side: int) -> Tensor:

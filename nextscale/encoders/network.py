@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,3 @@ class FeatureNetwork(Protocol):
 
     def fingerprint(self) -> str:
         """A checksum of the weights. Features of different weights must not be compared."""
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A checksum of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.encoders.network import fingerprint
+from nextscale.common.fingerprint import compute_fingerprint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -53,4 +53,4 @@ class PatchEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""
-        return fingerprint(self)
+        return compute_fingerprint(self.state_dict())

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.checkpoints.native import read_safetensors
-from nextscale.common.files import record_settings, write_atomically
+from nextscale.common.files import write_atomically
+from nextscale.config.files import record_settings
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.evaluation.images import MeasuredImages
 

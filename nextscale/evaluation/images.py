@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.pictures import to_uint8
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.data.datasets import decode_image
 from nextscale.data.sources import open_source
-from nextscale.encoders.network import fingerprint
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import scale_to_unit
 
@@ -67,7 +67,7 @@ class ModelImages:
         networks = torch.nn.ModuleList([self.pipeline.tokenizer, self.pipeline.transformer])
         return {
             "model": self.where,
-            "weights": fingerprint(networks),
+            "weights": compute_fingerprint(networks.state_dict()),
             "compute_dtype": str(next(self.pipeline.transformer.parameters()).dtype).removeprefix("torch."),
             "sampling": to_dict(self.settings),
             "images": self.count,
@@ -133,7 +133,7 @@ class Reconstructions:
         return self.originals.labels()
 
     def identity(self) -> dict[str, Any]:
-        weights = fingerprint(self.pipeline.tokenizer)
+        weights = compute_fingerprint(self.pipeline.tokenizer.state_dict())
         return {"reconstructed by": self.where, "weights": weights, "pictures": self.originals.identity()}
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.files import record_settings, write_json
+from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.plots import plot_curves
+from nextscale.config.files import record_settings
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig

@@ -5,7 +5,6 @@ They change the FFNs only; attention, embeddings and head stay equal bit for bit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -22,7 +21,6 @@ from nextscale.sparsify.cluster import run_balanced_kmeans
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.initialization import initialize_weights
 
-_SAMPLED_ROWS = 61
 _PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
@@ -49,7 +47,7 @@ def replace_gelu(checkpoint: Checkpoint, scales: int, late_only: bool) -> Checkp
             f"this model's FFNs are another kind already (activation {model.dynamic.activation}, "
             f"{model.dynamic.experts or 'no'} experts); tuning starts from undivided GELU FFNs"
         )
-    dynamic = DynamicConfig(scales=_check_scales(checkpoint, scales), activation="relu", own=late_only)
+    dynamic = DynamicConfig(scales=_check_scales(checkpoint, scales), activation="relu", late_ffn=late_only)
     weights = dict(checkpoint.transformer)
     if late_only:
         for ffn in _list_ffns(model):
@@ -85,12 +83,12 @@ def split_ffns(checkpoint: Checkpoint, expert_size: int, scales: int, router_wid
             f"divide it: {', '.join(map(str, divisors))}"
         )
     experts = model.ffn_width // expert_size
-    scales = model.dynamic.scales if model.dynamic.own else _check_scales(checkpoint, scales)
+    scales = model.dynamic.scales if model.dynamic.late_ffn else _check_scales(checkpoint, scales)
     dynamic = replace(model.dynamic, experts=experts, router_width=router_width, scales=scales)
     weights = dict(checkpoint.transformer)
     for block, ffn in enumerate(tqdm(_list_ffns(model), desc="dividing FFNs", unit="block")):
         cluster_rng, router_rng = (make_generator(seed, purpose, block) for purpose in ("experts", "router"))
-        divided = f"{ffn}.late" if model.dynamic.own else ffn
+        divided = f"{ffn}.late" if model.dynamic.late_ffn else ffn
         order_F = run_balanced_kmeans(weights[f"{divided}.fc1.weight"], experts, cluster_rng).argsort(stable=True)
         for name in ("fc1.weight", "fc1.bias"):
             weights[f"{divided}.{name}"] = weights[f"{divided}.{name}"][order_F]
@@ -113,33 +111,3 @@ def _replace_model(checkpoint: Checkpoint, dynamic: DynamicConfig, weights: Mapp
     config = replace(checkpoint.config, transformer=replace(checkpoint.config.transformer, dynamic=dynamic))
     origin = {name: value for name, value in checkpoint.origin.items() if name != "dynamic"}
     return Checkpoint(config, dict(checkpoint.tokenizer), dict(weights), origin, dict(checkpoint.extras))
-
-
-def identity(weights: Mapping[str, Tensor], model: TransformerConfig) -> str:
-    """A checksum of the FFNs that routers are for: of all biases and of a sample of the weights' rows.
-
-    Values are rounded to bfloat16 first, so that a checkpoint kept in 16 bits is the same one. Needs a fraction of the
-    time of reading the weights; a step of training changes it, as does any other order of the hidden units.
-    """
-    digest = hashlib.sha256(f"{model.dynamic.experts} {model.dynamic.activation} {model.dynamic.own}".encode())
-    late = ".late" if model.dynamic.own else ""
-    for place in (f"blocks.{block}.ffn{late}" for block in range(model.depth)):
-        for name in _PROJECTIONS:
-            tensor = weights[f"{place}.{name}"].detach()
-            rows = tensor[::_SAMPLED_ROWS] if tensor.ndim == 2 else tensor
-            digest.update(rows.to(torch.bfloat16).view(torch.int16).contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def check_identity(where: object, checkpoint: Checkpoint) -> None:
-    """Raise UserError when the routers of a checkpoint were trained for other FFNs than it holds."""
-    model = checkpoint.config.transformer
-    if (
-        model is not None
-        and model.dynamic.identity
-        and identity(checkpoint.transformer, model) != model.dynamic.identity
-    ):
-        raise UserError(
-            f"{where}: its routers were trained for another checkpoint, its FFNs have changed since; train them anew "
-            "with `nextscale sparsify DIR --stages routers thresholds`"
-        )

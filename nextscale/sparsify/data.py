@@ -14,7 +14,8 @@ from tqdm import tqdm
 from nextscale.checkpoints import Checkpoint, load_tokenizer
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.files import record_settings, write_atomically
+from nextscale.common.files import write_atomically
+from nextscale.config.files import record_settings
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig

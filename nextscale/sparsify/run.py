@@ -12,12 +12,13 @@ from typing import Any
 
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.checkpoints.router_fingerprint import check_router_fingerprint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
-from nextscale.sparsify.convert import check_dense, check_identity, replace_gelu, split_ffns
+from nextscale.sparsify.convert import check_dense, replace_gelu, split_ffns
 from nextscale.sparsify.data import open_data
 from nextscale.sparsify.report import plot_report
 from nextscale.sparsify.stages import STAGES, Job
@@ -65,6 +66,6 @@ def _check_start(checkpoint: Checkpoint, config: SparsifyConfig) -> None:
     elif not model.dynamic.experts:
         raise UserError(f"stage {first} needs a model whose FFNs are divided; begin with --stages split {first}")
     elif first != "routers":
-        if not model.dynamic.identity:
+        if not model.dynamic.router_fingerprint:
             raise UserError(f"stage {first} needs trained routers; begin with --stages routers {first}")
-        check_identity("this model", checkpoint)
+        check_router_fingerprint("this model", checkpoint)

@@ -6,7 +6,6 @@ A stage that trains keeps its states in a folder of its own and is resumed from 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.checkpoints import Checkpoint
+from nextscale.checkpoints.migrate import list_version_1_settings
 from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.common.distributed import World
 from nextscale.common.files import read_json, write_json
+from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig, Stage
 from nextscale.config.training import TrainConfig
@@ -27,7 +29,7 @@ from nextscale.data.examples import Examples
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.thresholds import interpolate_tau
 from nextscale.sparsify.calibrate import Batches, Calibration, calibrate_thresholds
-from nextscale.sparsify.convert import check_dense, identity, replace_dynamic, replace_gelu, split_ffns
+from nextscale.sparsify.convert import check_dense, replace_dynamic, replace_gelu, split_ffns
 from nextscale.sparsify.data import Data, load_token_batches
 from nextscale.sparsify.report import list_grid, list_table
 from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask, list_ffns
@@ -41,8 +43,6 @@ from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 _VALIDATION_IMAGES = 500
-_ADDED_SETTINGS: dict[str, Any] = {"feed_forward": "auto", "options": {}}
-"""Settings of transformers that version 0.1.0 did not have, with their defaults."""
 
 Result = tuple[Checkpoint, dict[str, Any]]
 """The checkpoint after a stage, and what the stage measured, for sparsify.json."""
@@ -227,7 +227,8 @@ def _save_model(job: Job, name: Stage, before: Checkpoint, model: nn.Module) -> 
     weights, dynamic = gather_weights(model), check_dense(before).dynamic
     if job.world.main:
         if name in ("routers", "adapt"):
-            dynamic = dataclasses.replace(dynamic, identity=identity(weights, check_dense(before)), tau=())
+            fingerprint = compute_router_fingerprint(weights, check_dense(before))
+            dynamic = dataclasses.replace(dynamic, router_fingerprint=fingerprint, tau=())
         after = dataclasses.replace(replace_dynamic(before, dynamic), transformer=weights)
         write_checkpoint(job.folder / name, after)
     job.world.wait()
@@ -235,19 +236,10 @@ def _save_model(job: Job, name: Stage, before: Checkpoint, model: nn.Module) -> 
 
 
 def _compute_fingerprint(checkpoint: Checkpoint) -> str:
-    """Fingerprint of a checkpoint's config and of a sample of its transformer's weights."""
-    digest = hashlib.sha256(json.dumps(_list_settings(checkpoint), sort_keys=True).encode())
-    for name, tensor in sorted(checkpoint.transformer.items()):
-        values = tensor.flatten()[:: max(1, tensor.numel() // 1000)]
-        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Fingerprint of a checkpoint's config and of a sample of its transformer's weights.
 
-
-def _list_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config as JSON, without what version 0.1.0 did not have where it is at its default: so stages that were
-    finished by that version are recognized."""
-    settings = to_dict(checkpoint.config)
-    for name, default in _ADDED_SETTINGS.items():
-        if settings["transformer"][name] == default:
-            del settings["transformer"][name]
-    return settings
+    Stage folders store it. The config is in the form of version 1, so that stages of that version are recognized.
+    """
+    samples = {name: t.flatten()[:: max(1, t.numel() // 1000)] for name, t in checkpoint.transformer.items()}
+    settings = list_version_1_settings(checkpoint.config, checkpoint.transformer)
+    return compute_fingerprint(samples, json.dumps(settings, sort_keys=True))[:16]

@@ -67,7 +67,7 @@ def _freeze_other_parameters(model: VAR) -> None:
     """Freeze the head of semantic guidance; where late scales have FFNs of their own, everything except those."""
     if model.projector is not None:
         model.projector.requires_grad_(False)
-    if model.config.dynamic.own:
+    if model.config.dynamic.late_ffn:
         model.requires_grad_(False)
         for ffn in list_ffns(model):
             cast(nn.Module, ffn.late).requires_grad_(True)

@@ -102,7 +102,7 @@ def _build_config(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, .
     transformer = checkpoint.config.transformer
     if transformer is None:
         raise UserError(f"{config.start} is a tokenizer alone: give it as --tokenizer to train a new transformer")
-    if transformer.dynamic.identity:
+    if transformer.dynamic.router_fingerprint:
         raise UserError(
             f"{config.start} has routers that were trained for its FFNs, which training would change: train the model "
             "that it was made of, then `nextscale sparsify` that one"

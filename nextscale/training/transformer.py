@@ -17,6 +17,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_json
 from nextscale.common.pictures import save_grid
+from nextscale.config.migrate import rename_settings
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import LossConfig, RunConfig
@@ -208,7 +209,7 @@ def read_run_config(folder: Path) -> RunConfig:
     """The settings of the run in `folder`."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run: it has no run.json")
-    return from_dict(RunConfig, read_json(folder / "run.json"), f"{folder}/run.json")
+    return from_dict(RunConfig, rename_settings(read_json(folder / "run.json")), f"{folder}/run.json")
 
 
 class _Callbacks(Callbacks):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from typing import Any
 
+from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.config.parse import to_dict
 
 
 def key(*parts: Any) -> str:
     """A short checksum of JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+    return compute_fingerprint({}, json.dumps(parts, sort_keys=True))[:10]
 
 
 def decides(config: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import nn
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import read_json, write_atomically, write_json
+from nextscale.config.migrate import migrate_record
 from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.optimizer import Ema
@@ -203,7 +204,7 @@ def check_settings(folder: Path, settings: dict[str, Any], accept_changes: bool,
     """
     if accept_changes or not (folder / "run.json").exists():
         return
-    before = read_json(folder / "run.json")
+    before = migrate_record(read_json(folder / "run.json"))
     if not isinstance(before, dict):
         raise UserError(f"{folder}/run.json is not the record of a run; choose another --out")
     changes = [c for c in list_changes(before, settings) if not c.startswith(tuple(f"{name} " for name in free))]

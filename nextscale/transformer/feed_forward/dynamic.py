@@ -68,7 +68,7 @@ class DynamicFeedForward(FeedForward):
         self.first_sparse = scales - min(self.config.scales, scales)
         self.fc1 = nn.Linear(D, hidden)
         self.fc2 = nn.Linear(hidden, D)
-        self.late = Projections(D, hidden) if self.config.own else None
+        self.late = Projections(D, hidden) if self.config.late_ffn else None
         self.router = None
         if self.config.experts:
             self.router = ExpertRouter(D, self.config.router_width, self.config.experts)
@@ -198,7 +198,7 @@ class DynamicFeedForward(FeedForward):
     def count_inactive_parameters(cls, config: TransformerConfig) -> int:
         """Of two FFNs, for early and for late scales, one; experts and their router count as active."""
         ffn = 2 * config.width * config.ffn_width + config.ffn_width + config.width
-        return ffn * config.dynamic.own
+        return ffn * config.dynamic.late_ffn
 
 
 def join_records(records: list[Record]) -> Record | None:

@@ -40,12 +40,12 @@ class Thresholds:
             tau = tau * min(dynamic.scales, scales)
         if len(tau) > scales:
             raise UserError(f"tau lists {len(tau)} scales, the model has {scales}")
-        if dynamic.own and len(tau) > dynamic.scales:
+        if dynamic.late_ffn and len(tau) > dynamic.scales:
             raise UserError(
                 f"tau lists {len(tau)} scales, but only the last {dynamic.scales} of this model have experts: give one "
                 f"number for them all or up to {dynamic.scales}"
             )
-        if selection == "threshold" and not dynamic.identity and any(t < 1 for t in tau):
+        if selection == "threshold" and not dynamic.router_fingerprint and any(t < 1 for t in tau):
             raise UserError(
                 "this model's routers are not trained: run `nextscale sparsify DIR --stages routers thresholds`, or "
                 "choose by the true norms (selection oracle)"

@@ -1,0 +1,54 @@
+"""Checkpoints of earlier format versions, in today's form.
+
+Version 1 (until nextscale 0.1.0) named two fields of dynamic experts otherwise, and computed the fingerprint of routers
+in another way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint, sample_ffn_rows
+from nextscale.config.migrate import restore_record
+from nextscale.config.model import ModelConfig
+from nextscale.config.parse import to_dict
+from nextscale.config.transformer import TransformerConfig
+
+
+def migrate_router_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfig:
+    """The config of a version-1 checkpoint with today's fingerprint of its routers.
+
+    Where version 1's fingerprint does not fit the weights it is left as it is, so that the routers are refused when
+    they are used.
+    """
+    model = config.transformer
+    if model is None or not model.dynamic.router_fingerprint:
+        return config
+    if _compute_version_1(weights, model) != model.dynamic.router_fingerprint:
+        return config
+    fingerprint = compute_router_fingerprint(weights, model)
+    dynamic = dataclasses.replace(model.dynamic, router_fingerprint=fingerprint)
+    return dataclasses.replace(config, transformer=dataclasses.replace(model, dynamic=dynamic))
+
+
+def list_version_1_settings(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A config as version 1 stored it, with its fingerprint of the routers."""
+    settings: dict[str, Any] = restore_record(to_dict(config))
+    model = config.transformer
+    if model is not None and model.dynamic.router_fingerprint:
+        settings["transformer"]["dynamic"]["identity"] = _compute_version_1(weights, model)
+    return settings
+
+
+def _compute_version_1(weights: Mapping[str, Tensor], model: TransformerConfig) -> str:
+    dynamic = model.dynamic
+    digest = hashlib.sha256(f"{dynamic.experts} {dynamic.activation} {dynamic.late_ffn}".encode())
+    for _, rows in sample_ffn_rows(weights, model):
+        digest.update(rows.view(torch.int16).contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,69 @@
+"""Settings that earlier versions wrote, in today's form. Needs no torch.
+
+For JSON and YAML that hold settings: checkpoints, records of runs, users' config files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_RENAMED = {"dynamic": {"own": "late_ffn", "identity": "router_fingerprint"}}
+"""Old and new names of fields, by the table that holds them."""
+_ADDED: dict[str, dict[str, Any]] = {
+    "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
+    "micro_batch": {"backend": "auto"},  # TrainConfig
+}
+"""Fields added to a table since version 0.1.0, with their defaults. A table is known by a field that it always had."""
+
+
+def rename_settings(data: Any) -> Any:
+    """`data` with today's names of fields, at every depth. The argument is not changed."""
+    if isinstance(data, list):
+        return [rename_settings(entry) for entry in data]
+    if not isinstance(data, dict):
+        return data
+    out = {name: rename_settings(value) for name, value in data.items()}
+    for table, names in _RENAMED.items():
+        if isinstance(out.get(table), dict):
+            out[table] = {names.get(name, name): value for name, value in out[table].items()}
+    return out
+
+
+def migrate_record(data: Any) -> Any:
+    """A complete record of settings with today's names, and with the defaults of fields that are newer than it.
+
+    Compare a new run's settings with this, so that a run of an earlier version is known as the same run.
+    """
+    return _add_defaults(rename_settings(data))
+
+
+def restore_record(data: Any) -> Any:
+    """The inverse of `migrate_record`: old names, without newer fields that are at their default.
+
+    Compute with this what must stay as an earlier version computed it.
+    """
+    if isinstance(data, list):
+        return [restore_record(entry) for entry in data]
+    if not isinstance(data, dict):
+        return data
+    out = {name: restore_record(value) for name, value in data.items()}
+    for field, added in _ADDED.items():
+        if field in out:
+            out = {name: value for name, value in out.items() if name not in added or value != added[name]}
+    for table, names in _RENAMED.items():
+        if isinstance(out.get(table), dict):
+            old_names = {new: old for old, new in names.items()}
+            out[table] = {old_names.get(name, name): value for name, value in out[table].items()}
+    return out
+
+
+def _add_defaults(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_add_defaults(entry) for entry in data]
+    if not isinstance(data, dict):
+        return data
+    out = {name: _add_defaults(value) for name, value in data.items()}
+    for field, added in _ADDED.items():
+        if field in out:
+            out = {**added, **out}
+    return out
