@@ -72,6 +72,7 @@ def train(
     with RunLog(folder, task, config, world, state.step, settings) as log, catch_stop_signals() as stop_signal:
         reader = MicroBatchReader(task, config, world, state.step, log, save=lambda: files.save(state, settings))
         for step in range(state.step, steps):
+            # ---- batch, forward, backward: the gradients of the micro-batches add up
             metrics = StepMetrics()
             for micro_batch in reader.read(step):
                 with model.accumulate(micro_batch.last):
@@ -83,7 +84,7 @@ def train(
             stop, broken = world.any(stop_signal.is_set(), not is_finite(metrics.loss, gradient_norm, scaler))
             if broken:
                 raise build_non_finite_error(model, micro_batch, metrics.loss, gradient_norm, step, files)
-
+            # ---- clip, step, average
             learning_rate = set_schedule(optimizer, config, step, steps, warmup)
             model.clip_gradients(gradient_norm, config.clip)
             scaler.step(optimizer)
@@ -93,7 +94,7 @@ def train(
             if ema:
                 ema.update()
             state.step = step + 1
-
+            # ---- log, validate, save
             log.count_step(config.batch_size, max_unreadable)
             save = state.step % config.save_every == 0 or state.step == steps
             if state.step % config.log_every == 0 or state.step == steps:
