@@ -135,6 +135,18 @@ def test_runs_are_resumed_extended_and_refused(place, capsys):
     assert run(f"{TRAIN} --train.steps 10 --extend --train.seed 1 --accept-changes") == 0
 
 
+def test_a_run_of_an_earlier_version_goes_on(place, capsys):
+    """Its record lacks newer settings: they have their defaults. Another value of one is a change."""
+    assert run(TRAIN) == 0
+    record = json.loads((place / "run" / "run.json").read_text())
+    del record["train"]["backend"], record["transformer"]["feed_forward"], record["transformer"]["options"]
+    (place / "run" / "run.json").write_text(json.dumps(record))
+    assert run(f"{TRAIN} --train.steps 8 --extend --transformer.feed-forward dense") == 2
+    assert "transformer.feed_forward was auto, now dense; choose" in capsys.readouterr().err
+    assert run(f"{TRAIN} --train.steps 8 --extend") == 0
+    assert [r["step"] for r in read_log(place / "run" / "log.jsonl") if "loss" in r] == list(range(1, 9))
+
+
 def test_what_does_not_belong_together_is_named(place, capsys):
     assert run("train c.json --data photos --out run") == 2
     assert "give either --tokenizer DIR" in capsys.readouterr().err

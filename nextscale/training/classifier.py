@@ -13,7 +13,6 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed
 from nextscale.config.classifier import ClassifierRunConfig
-from nextscale.config.parse import to_dict
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.classifier import Classifier, load_classifier
 from nextscale.training.engine.log import Values
@@ -81,9 +80,8 @@ def train_classifier(
     """
     world = world or World()
     run, examples, held_out, source = open_image_run(
-        folder, {"data": data, **to_dict(config)}, config.classifier.image_size, config.images, config.train.seed,
-        world, accept_changes=accept_changes,
-    )  # fmt: skip
+        folder, data, config, config.classifier.image_size, world, accept_changes=accept_changes
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(config.train.seed, "classifier"))
         model = Classifier(config.classifier, source.class_names)

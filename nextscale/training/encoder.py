@@ -12,7 +12,6 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed
 from nextscale.config.encoder import EncoderConfig, EncoderRunConfig, MocoConfig, ViewConfig
-from nextscale.config.parse import to_dict
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
@@ -85,8 +84,8 @@ def train_encoder(
     """
     world = world or World()
     run, examples, held_out, source = open_image_run(
-        folder, {"data": data, "untrained": untrained, **to_dict(config)}, config.encoder.image_size, config.images,
-        config.train.seed, world, accept_changes=accept_changes,
+        folder, data, config, config.encoder.image_size, world,
+        accept_changes=accept_changes, other_settings={"untrained": untrained},
     )  # fmt: skip
     task = create_encoder_task(config.encoder, examples, config.moco, config.views, config.train.seed)
     callbacks = EncoderCallbacks(task, held_out, len(source.class_names), config.bank, folder, world)

@@ -13,7 +13,10 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.plots import plot_curves
-from nextscale.config.data import DataConfig
+from nextscale.config.classifier import ClassifierRunConfig
+from nextscale.config.encoder import EncoderRunConfig
+from nextscale.config.parse import to_dict
+from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.training import TrainConfig
 from nextscale.data.datasets import ImageExamples, ImageSet, load_images, open_dataset
 from nextscale.data.examples import Batch, Examples
@@ -22,6 +25,8 @@ from nextscale.training.engine.log import Values, read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.state import check_settings
 from nextscale.training.engine.task import Task
+
+ImageRunConfig = TokenizerRunConfig | ClassifierRunConfig | EncoderRunConfig
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,19 @@ class Run:
 
 
 def open_image_run(
-    folder: Path, settings: dict[str, Any], size: int, images: DataConfig, seed: int, world: World, *,
-    accept_changes: bool, about: str = "",
+    folder: Path, data: str, config: ImageRunConfig, size: int, world: World, *,
+    accept_changes: bool, about: str = "", other_settings: Mapping[str, Any] | None = None,
 ) -> tuple[Run, ImageExamples, ImageExamples, Source]:  # fmt: skip
-    """A run that trains on images: (run, training examples, held-out examples, source) of settings["data"].
+    """A run that trains on the images of `data`: (run, training examples, held-out examples, source).
 
     Images have `size` x `size` pixels. `about`: text that is printed beside the number of images; the number of
-    classes, if empty. Raises UserError naming what differs from an earlier run's settings, unless `accept_changes`, and
-    as `open_dataset`.
+    classes, if empty. `other_settings` are recorded beside the config. Raises UserError naming what differs from an
+    earlier run's settings, unless `accept_changes`, and as `open_dataset`.
     """
-    run, data = Run(folder, settings, world), settings["data"]
+    settings = {"data": data, **(other_settings or {}), **to_dict(config)}
+    run = Run(folder, settings, world)
     run.check_settings(accept_changes)
-    examples, held_out, source = open_dataset(data, size, images, seed)
+    examples, held_out, source = open_dataset(data, size, config.images, config.train.seed)
     run.record_settings()
     if world.main:
         about = about or f"{len(source.class_names)} classes"

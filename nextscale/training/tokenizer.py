@@ -22,7 +22,6 @@ from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.rng import fold_seed
 from nextscale.config.model import ModelConfig
-from nextscale.config.parse import to_dict
 from nextscale.config.tokenizer_training import (
     CodebookConfig,
     TokenizerLossConfig,
@@ -142,9 +141,8 @@ def train_tokenizer(
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_choose_pyramid(config, start), codes, None)
     run, examples, held_out, _ = open_image_run(
-        folder, {"data": data, **to_dict(config)}, model.square_side, config.images, config.train.seed, world,
-        accept_changes=accept_changes, about=model.summary(),
-    )  # fmt: skip
+        folder, data, config, model.square_side, world, accept_changes=accept_changes, about=model.summary()
+    )
     tokenizer = load_tokenizer(start, model) if start else _create_tokenizer(model, config.train.seed)
     task = TokenizerTask(tokenizer, examples, config.losses, config.codebook)
     run.train(task, config.train, _Callbacks(model, task, held_out, folder, world), config.images.max_unreadable)
