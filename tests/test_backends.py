@@ -1,0 +1,191 @@
+"""Every fast twin computes what its plain module does: one table of cases, which must name every twin."""
+
+import copy
+from importlib import import_module
+
+import pytest
+import torch
+from torch import nn
+
+from nextscale.backends.twins import CUDA, DECODER_CPU, INFERENCE_CPU, TRAINING_CPU, optimize, swap_module
+from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
+from nextscale.config.tokenizer import TokenizerConfig
+from nextscale.config.transformer import TransformerConfig
+from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
+from nextscale.tokenizer.autoencoder import Decoder, Downsample, Upsample
+from nextscale.tokenizer.quantizer import Phi, Quantizer
+from nextscale.transformer.attention import Attention, ScaleAttention
+from nextscale.transformer.block import AdaLayerNorm
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward.dense import DenseFeedForward
+from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward, ExpertRouter
+from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
+from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts
+from nextscale.transformer.feed_forward.thresholds import Thresholds
+from nextscale.transformer.mamba import Mamba2
+from nextscale.transformer.precision import Float32Linear
+from tests.conftest import randomised, tiny_config
+
+PYRAMID = Pyramid.parse("1,2,3,8,13")
+MOE = ExpertsConfig(router="moe++", count=4, active=2)
+CONFIG = TransformerConfig(depth=2, width=32, heads=4, experts=MOE)
+DYNAMIC = TransformerConfig(depth=1, width=32, heads=4, dynamic=DynamicConfig(experts=4, scales=2, router_width=8))
+CODES = TokenizerConfig(vocab_size=24, code_width=4, base_channels=8, channel_multipliers=(1, 1), norm_groups=4)
+WHOLE = ScaleContext(PYRAMID, (0, PYRAMID.length), True, k=4, thresholds=Thresholds((1.0, 1.0, 1.0, 0.6, 0.3)))
+STEP = ScaleContext(PYRAMID, PYRAMID.spans[3], k=3, thresholds=Thresholds((1.0, 1.0, 1.0, 0.6, 0.3)))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mask():
+    return torch.rand(90, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+
+
+def run_mixer(layer):
+    """All scales at once, and one scale after those before it."""
+    x, state = draw(2, PYRAMID.length, 32), layer.new_state(2, PYRAMID.spans[-1][0])
+    outputs = [layer(x, WHOLE, None)]
+    if torch.is_grad_enabled():  # states are written in place
+        return outputs[0]
+    for k, (start, end) in enumerate(PYRAMID.spans):
+        outputs.append(layer(x[:, start:end], ScaleContext(PYRAMID, (start, end), k=k), state))
+    return torch.cat(outputs, dim=1)
+
+
+def run_quantizer(layer):
+    z, probability = draw(2, 9, 4), draw(2, 9, 24).softmax(dim=-1)
+    nearest = nn.functional.one_hot(layer.find_nearest(z), 24).float()
+    return torch.cat([layer.mix_codes(probability), nearest, layer.upsample_codes(z, 2).flatten(2).mT[:, :9]], dim=-1)
+
+
+CASES = {
+    nn.Linear: (lambda: nn.Linear(24, 40), lambda m: m(draw(3, 50, 24))),
+    Float32Linear: (lambda: Float32Linear(24, 40), lambda m: m(draw(3, 50, 24))),
+    nn.Conv2d: (lambda: nn.Conv2d(8, 12, 3, padding=1), lambda m: m(draw(2, 8, 70, 66))),
+    Downsample: (lambda: Downsample(8), lambda m: m(draw(1, 8, 12, 12))),
+    Upsample: (lambda: Upsample(8), lambda m: m(draw(2, 8, 40, 36))),
+    Phi: (lambda: Phi(4, 0.5), lambda m: m(draw(1, 4, 9, 9))),
+    Decoder: (lambda: Decoder(CODES), lambda m: m(draw(3, 4, 8, 8))),
+    Quantizer: (lambda: Quantizer(CODES, PYRAMID), run_quantizer),
+    AdaLayerNorm: (lambda: AdaLayerNorm(1e-6), lambda m: m(draw(2, 9, 32), draw(2, 1, 32), draw(2, 1, 32, seed=1))),
+    Attention: (lambda: Attention(CONFIG), run_mixer),
+    ScaleAttention: (lambda: ScaleAttention(CONFIG), run_mixer),
+    Mamba2: (lambda: Mamba2(CONFIG), run_mixer),
+    DenseFeedForward: (lambda: DenseFeedForward(CONFIG), lambda m: m(draw(2, 60, 32), WHOLE)[0]),
+    StackedLinear: (lambda: StackedLinear(4, 24, 40), lambda m: torch.cat([m(draw(90, 24), j) for j in range(4)])),
+    Experts: (lambda: Experts(4, 32, 64), lambda m: m(draw(90, 32), draw(90, 4), mask(), 360)),
+    ZeroComputationExperts: (
+        lambda: ZeroComputationExperts(MOE, 32), lambda m: m(draw(2, 9, 32), draw(2, 9, MOE.zero_computation))
+    ),
+    DynamicFeedForward: (
+        lambda: DynamicFeedForward(DYNAMIC, 5),
+        lambda m: torch.cat([m(draw(2, PYRAMID.length, 32), WHOLE)[0], m(draw(2, 64, 32), STEP)[0]], dim=1),
+    ),
+    ExpertRouter: (
+        lambda: ExpertRouter(32, 8, 4),
+        lambda m: torch.cat([m(draw(90, 32)), m.select(draw(90, 32), 0.5, "threshold").float()]),
+    ),
+}  # fmt: skip
+"""Plain class -> (how to make one, its results on fixed inputs)."""
+
+TABLES = {"training": TRAINING_CPU, "inference": INFERENCE_CPU, "decoder": DECODER_CPU, "cuda": CUDA}
+ENTRIES = [(table, plain, fast) for table, twins in TABLES.items() for plain, fast in twins.items()]
+
+
+def load(path):
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def make(plain):
+    module, rng = CASES[plain][0](), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5)
+    return module
+
+
+@pytest.mark.parametrize(("table", "plain", "fast"), ENTRIES, ids=lambda x: x.rpartition(":")[2])
+def test_a_twin_names_its_plain_module_and_computes_the_same(table, plain, fast):
+    assert load(fast).plain is load(plain)
+    assert issubclass(load(fast), load(plain))
+    module, run = make(load(plain)), CASES[load(plain)][1]
+    holder = nn.ModuleList([copy.deepcopy(module)])
+    holder[0] = swap_module(holder[0], {plain: fast})
+    if table in ("training", "inference"):
+        optimize(holder, training=table == "training")
+    assert type(holder[0]) is load(fast)
+    with torch.no_grad():
+        for _ in range(2):  # the first call may pack weights
+            assert_near(run(holder[0]), run(module))
+    assert {n: t.shape for n, t in holder[0].state_dict().items()} == {
+        n: t.shape for n, t in module.state_dict().items()
+    }
+    if table in ("inference", "decoder"):
+        return
+    gradients = []
+    for layer in (holder[0], module):
+        result = run(layer)
+        if not result.requires_grad:
+            return
+        (result * draw(*result.shape, seed=3)).sum().backward()
+        gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        assert_near(gradients[0][name], gradient)
+
+
+def assert_near(ours, theirs):
+    assert ours.shape == theirs.shape
+    difference = (ours - theirs).abs().max().item()
+    assert difference <= 2e-5 * max(theirs.abs().max().item(), 1), difference
+
+
+def test_every_twin_has_a_case():
+    assert {load(plain) for _, plain, _ in ENTRIES} == set(CASES)
+
+
+FAMILIES = {
+    "dense": {},
+    "mixture": {"experts": MOE},
+    "mvar": {"mixers": ("scale-attention", "mamba")},
+    "dynamic": {"dynamic": DynamicConfig(experts=4, scales=2, router_width=8)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models_on_both_backends(family, tmp_path):
+    """Tokens are equal and pictures alike; the folder that an optimised pipeline saves is the one that it loaded."""
+    randomised(tiny_config(**FAMILIES[family])).save_pretrained(tmp_path / "model")
+    plain, fast = (Pipeline.from_pretrained(tmp_path / "model", backend=backend) for backend in ("plain", "auto"))
+    settings = {"tau": (0.6, 0.3), "selection": "oracle"} if family == "dynamic" else {}
+    images = [pipeline.sample([0, 1, 4], seed=2, **settings) for pipeline in (plain, fast)]
+    assert torch.equal(images[0].tokens, images[1].tokens)
+    assert_near(images[1].tensor, images[0].tensor)
+    assert not any(p.requires_grad for p in fast.transformer.parameters())
+    assert all(p.requires_grad for p in plain.transformer.parameters())
+    plain.transformer.train()
+    for name, pipeline in (("a", plain), ("b", fast)):
+        pipeline.save_pretrained(tmp_path / name)
+    for file in ("transformer.safetensors", "tokenizer.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_module_in_two_places_stays_one_module():
+    layer = nn.Linear(4, 4)
+    model = optimize(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}), training=True)
+    assert model["a"] is model["b"][0]
+    assert model["a"].weight is layer.weight
+
+
+def test_loading_a_model_changes_nothing_of_the_process(tiny_folder):
+    import os
+
+    before = dict(os.environ)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    Pipeline.from_pretrained(tiny_folder).sample([0])
+    assert dict(os.environ) == before
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
