@@ -5,9 +5,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from nextscale.backends import optimize
 from nextscale.backends.cpu import products
-from nextscale.transformer.feed_forward.experts import DifferentiableExperts, Dispatch, Experts
+from nextscale.backends.cpu.experts import create_dispatch
+from nextscale.backends.experts import DifferentiableExperts, run_grouped
+from nextscale.transformer.feed_forward.experts import Dispatch, Experts
 from tests.test_packed import needs_onednn
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -91,13 +95,18 @@ def padded(mask_TM, more):
     return Dispatch(pair % T, pair // T, mask_TM.sum(0).cumsum(0).to(torch.int32))
 
 
+def fast_twin(experts):
+    """The CPU's twin for training and inference, on the same parameters."""
+    return optimize(nn.ModuleList([experts]), training=True)[0]
+
+
 def by_loop(experts, mask_TM):
     dispatch = Dispatch.create(mask_TM, int(mask_TM.sum()))
-    return lambda x, gates: experts.in_turn(x, gates[dispatch.row_R, dispatch.expert_R], dispatch)
+    return lambda x, gates: experts.run(x, gates[dispatch.row_R, dispatch.expert_R], dispatch)
 
 
 def by_hand(experts, dispatch):
-    """`DifferentiableExperts`, which Experts takes on a CPU to train."""
+    """`DifferentiableExperts`, which the CPU's twin takes to train."""
 
     def compute(x, gates):
         gate_R = gates[dispatch.row_R, dispatch.expert_R]
@@ -137,7 +146,8 @@ def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, wid
         dy = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
         exact = gradients(experts, lambda x, g: brute_force(experts, x, g, mask), x, gates, dy)
         ways = {
-            "experts": lambda x, g: experts(x, g, mask, int(mask.sum())),
+            "plain": lambda x, g: experts(x, g, mask, int(mask.sum())),
+            "fast": lambda x, g: fast_twin(experts)(x, g, mask, int(mask.sum())),
             "loop": by_loop(experts, mask),
             "differentiated": by_hand(experts, Dispatch.create(mask, int(mask.sum()))),
             "differentiated, padded": by_hand(experts, padded(mask, padding)),
@@ -145,11 +155,11 @@ def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, wid
             "grouped, padded": by_groups(experts, padded(mask, padding)),
         }
         for name, way in ways.items():
-            if name in ("loop", "grouped") and not mask.any():
+            if name in ("plain", "loop", "grouped") and not mask.any():
                 continue  # nothing to differentiate; and no product of no rows
             assert_near(gradients(experts, way, x, gates, dy), exact, 1e-5, name)
         with torch.no_grad():
-            y = experts(x, gates, mask, int(mask.sum()))
+            y = fast_twin(experts)(x, gates, mask, int(mask.sum()))
         assert (y.double() - exact[0]).abs().max() <= 1e-5 * exact[0].abs().max().clamp_min(1)
     finally:
         products.trains_by_onednn, products._PRODUCT_ROWS = before, least
@@ -172,7 +182,7 @@ def test_sixteen_bits_stay_near(way, kind):
 
 
 def test_autocast_trains_in_sixteen_bits():
-    experts, mask = made(6, 16, 32), masks(200, 6, "top", 3)
+    experts, mask = fast_twin(made(6, 16, 32)), masks(200, 6, "top", 3)
     x, gates = inputs(200, 6, 16)
     dy = torch.randn(200, 16)
 
@@ -218,7 +228,7 @@ def test_gradients_of_an_expanded_result():
     """What `y.sum().backward()` hands in has no strides."""
     experts, mask = made(4, 8, 16), masks(30, 4, "top")
     x, gates = inputs(30, 4, 8)
-    ours = gradients(experts, lambda x, g: experts(x, g, mask, 60).sum(), x, gates, torch.ones(()))
+    ours = gradients(experts, lambda x, g: fast_twin(experts)(x, g, mask, 60).sum(), x, gates, torch.ones(()))
     exact = gradients(experts, lambda x, g: brute_force(experts, x, g, mask).sum(), x, gates, torch.ones(()))
     assert_near(ours, exact, 1e-5)
 
@@ -241,7 +251,7 @@ def test_dispatch_lists_every_pair_once_by_expert_then_row(count, rows, kind, se
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others():
     """To the last bit, whatever shares the batch and however its experts are loaded."""
-    experts, mask = made(8, 24, 48), masks(60, 8, "top", 2)
+    experts, mask = fast_twin(made(8, 24, 48)), masks(60, 8, "top", 2)
     x, gates = inputs(60, 8, 24)
     together = experts(x, gates, mask, int(mask.sum()))
     for size in (1, 2, 7):
@@ -272,7 +282,7 @@ def kept(count, rows, active, width=16, hidden=64):
 
     alive: list = []
     gate_R = gates[mask].clone().requires_grad_()  # the gates themselves are the router's
-    dispatch = Dispatch.create(mask, rows * active)
+    dispatch = create_dispatch(mask, rows * active)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         weights = leaves(experts, x, gates)[2:]
         DifferentiableExperts.apply(x.requires_grad_(), gate_R, dispatch.row_R, dispatch.list_slices(), *weights)
@@ -290,7 +300,7 @@ def test_what_is_kept_grows_with_pairs_and_not_with_experts():
 def peak(count, rows, active, training):
     """The most bytes that torch's CPU allocator held at once beyond what was there before, from its own profile."""
     width, hidden = 16, 64
-    experts = made(count, width, hidden)
+    experts = fast_twin(made(count, width, hidden))
     x, gates = inputs(rows, count, width)
     best = torch.rand(rows, count, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, :active]
     mask = torch.zeros(rows, count, dtype=torch.bool).scatter_(1, best, True)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from nextscale.backends import optimize
 from nextscale.backends.cpu.kernels.experts import from_panels, to_panels
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.feed_forward.experts import Experts
@@ -48,7 +49,7 @@ def test_whole_experts_equal_the_formula(rows, count, width, hidden, density, th
     x, gates = torch.randn(rows, width, generator=rng), torch.rand(rows, count, generator=rng)
     chosen = torch.rand(rows, count, generator=rng) < density
     expected = by_formula(experts, x, gates, chosen)
-    ops.pack(experts)
+    experts = optimize(torch.nn.ModuleList([experts]))[0]
     with threads(thread_count):
         found = experts(x, gates, chosen, int(chosen.sum()))
     assert experts.fc1.panels is not None
@@ -61,7 +62,7 @@ def test_a_row_does_not_depend_on_rows_or_threads():
     """Bit for bit, across blocks of every height, the borders of tiles and chunks, on one to three threads."""
     rng = torch.Generator().manual_seed(0)
     experts = filled(3, 200, 520)
-    ops.pack(experts)
+    experts = optimize(torch.nn.ModuleList([experts]))[0]
     x, gates = torch.randn(150, 200, generator=rng), torch.rand(150, 3, generator=rng)
     chosen = torch.rand(150, 3, generator=rng) < 0.7
     whole = experts(x, gates, chosen, int(chosen.sum()))
@@ -85,7 +86,7 @@ def test_panels_are_saved_and_moved_as_weights(tmp_path):
     experts, x = filled(2, 8, 24), torch.randn(1, 8)
     before = {name: t.clone() for name, t in experts.state_dict().items()}
     gates = chosen = torch.ones(1, 2)
-    ops.pack(experts)
+    experts = optimize(torch.nn.ModuleList([experts]))[0]
     with torch.no_grad():
         experts(x, gates, chosen.bool(), 2)  # packs at the first use, whatever the rows
     assert experts.fc2.weight.numel() == 0
@@ -112,10 +113,10 @@ def test_routers_choose_by_the_formula(rows, experts, width, hidden, tau, thread
     h = x.double().numpy() @ w1.T
     p = np.abs((0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))) @ w2.T)
     largest = p.max(axis=1, keepdims=True)
-    ops.pack(router)
+    router = optimize(torch.nn.ModuleList([router]))[0]
     with threads(thread_count):
-        chosen = router.choose(x, tau, "threshold")
-        assert torch.equal(router.choose(x[-1:], tau, "threshold"), chosen[-1:]), "it depends on the rows beside it"
+        chosen = router.select(x, tau, "threshold")
+        assert torch.equal(router.select(x[-1:], tau, "threshold"), chosen[-1:]), "it depends on the rows beside it"
     clear = np.abs(p - (1 - tau) * largest) > 1e-4 * largest + 1e-6  # elsewhere rounding decides
     assert (chosen.numpy() == (p >= (1 - tau) * largest))[clear].all()
     assert chosen.any(dim=1).all()

@@ -21,6 +21,7 @@ from nextscale.info import as_text, describe_config, sample_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.optimizer import build_optimizer
+from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.routers import Routing
 from nextscale.transformer.initialization import initialize_transformer
 from tests.conftest import check_flops, randomised, tiny_config
@@ -119,7 +120,7 @@ def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
             worst = (step.logits_BNV - full.logits_BNV[:, start:end]).abs().max() / full.logits_BNV.abs().max()
             assert worst <= 1e-5, f"scale {k}: relative difference {worst:.1e}"
             for ours, whole in zip(step.records, full.records, strict=True):
-                assert torch.equal(ours[-1].selected_BNM, whole[-1].selected_BNM[:, at:end])
+                assert torch.equal(ours.routing.selected_BNM, whole.routing.selected_BNM[:, at:end])
 
 
 @pytest.mark.parametrize("router", ROUTERS.names)
@@ -135,22 +136,22 @@ def test_no_scale_sees_a_finer_one(router):
         after = model(torch.tensor([1]), pipeline.tokenizer.teacher_inputs(changed))
         assert torch.allclose(after.logits_BNV[:, :end], before.logits_BNV[:, :end], atol=1e-5), k
         for a, b in zip(after.records, before.records, strict=True):
-            assert torch.equal(a[-1].selected_BNM[:, :end], b[-1].selected_BNM[:, :end])
+            assert torch.equal(a.routing.selected_BNM[:, :end], b.routing.selected_BNM[:, :end])
 
 
-@pytest.mark.parametrize("router", ["none", *ROUTERS])
+@pytest.mark.parametrize("router", ["none", *ROUTERS.names])
 @torch.no_grad()
 def test_records_come_back_per_block(router):
     config = moe_config(router, depth=3)
     model = randomised(config).transformer
     output = model(torch.tensor([1, 2]), torch.randn(2, 29, 4))
     experts = config.transformer.experts
-    assert [len(records) for records in output.records] == [2, 2, 2], "attention, then the FFN"
-    for attention, routing in output.records:
-        assert attention is None
+    assert len(output.records) == 3
+    for record in output.records:
         if router == "none":
-            assert routing is None
+            assert record is None
             continue
+        routing = record.routing
         assert isinstance(routing, Routing)
         shape = (2, 30, experts.count + experts.zero_computation)
         assert {tuple(getattr(routing, f.name).shape) for f in dataclasses.fields(routing)} == {shape}
@@ -158,20 +159,18 @@ def test_records_come_back_per_block(router):
     first = model.step(conditioning, None, 0, cache)
     assert first.projected_BNE is None
     if router != "none":
-        assert first.records[2][1].gates_BNM.shape == (2, 1, experts.count + experts.zero_computation)
+        assert first.records[2].routing.gates_BNM.shape == (2, 1, experts.count + experts.zero_computation)
 
 
 @pytest.mark.parametrize("router", ROUTERS.names)
-def test_fast_and_plain_gradients_are_equal(router, monkeypatch):
+def test_fast_and_plain_gradients_are_equal(router):
     """A whole model, forward and backward; recomputed blocks too."""
-    model = randomised(moe_config(router, "1,2,4,8")).transformer
     values, x = torch.tensor([0, 1]), torch.randn(2, 84, 4)
     grads = {}
     for fast in (True, False):
-        monkeypatch.setattr(ops, "fast", fast)
-        model.zero_grad()
+        model = randomised(moe_config(router, "1,2,4,8"), backend="auto" if fast else "plain").transformer
         output = model(values, x, aligned_scales=2)
-        balance = sum(r[-1].scores_BNM.square().mean() for r in output.records)
+        balance = sum(r.routing.scores_BNM.square().mean() for r in output.records)
         (output.logits_BNV.square().mean() + output.projected_BNE.square().mean() + balance).backward()
         grads[fast] = {n: p.grad.clone() for n, p in model.named_parameters()}
     for name, fast in grads[True].items():
@@ -279,13 +278,13 @@ def test_a_pass_takes_at_most_what_info_says():
     config = moe_config("moe++")
     output = randomised(config).transformer(torch.tensor([1, 2]), torch.randn(2, 29, 4))
     experts = config.transformer.experts
-    for _, routing in output.records:
+    for routing in collect(output.records, "routing"):
         pairs = routing.selected_BNM[..., : experts.count].sum().item()
         assert 0 < pairs < 2 * 30 * experts.active
         assert routing.selected_BNM.sum() == 2 * 30 * experts.active
 
 
-@pytest.mark.parametrize("router", ["none", *ROUTERS])
+@pytest.mark.parametrize("router", ["none", *ROUTERS.names])
 def test_active_parameters_are_all_but_the_experts_at_rest(router):
     config = moe_config(router, count=6, active=2)
     model = randomised(config).transformer

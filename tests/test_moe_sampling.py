@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nextscale.backends import optimize
 from nextscale.backends.cpu import products
+from nextscale.backends.cpu.experts import PackedStackedLinear
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
 from nextscale.config.sampling import SampleConfig
@@ -28,7 +30,9 @@ def test_an_image_does_not_depend_on_its_batch(router, threads_set, tmp_path):
     folder = saved(moe_config(router, "1,2,4,8"), tmp_path / "model")
     labels = [3, 1, 4, 1, 0]
     for packed, dtype in ROADS:
-        pipeline = Pipeline.from_pretrained(folder, dtype=dtype, pack=packed)
+        pipeline = Pipeline.from_pretrained(folder, dtype=dtype)
+        if not packed:
+            pipeline = Pipeline.from_checkpoint(pipeline.to_checkpoint(), dtype=dtype)
         alone = pipeline.sample([4], top_k=8, seed=5, first_image=2)
         together = pipeline.sample(labels, top_k=8, seed=5)
         assert torch.equal(alone.tensor[0], together.tensor[2]), "before packing and after it"
@@ -64,17 +68,16 @@ def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set,
 
 
 @pytest.mark.parametrize("router", ROUTERS.names)
-def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path, monkeypatch):
+def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path):
     folder = saved(moe_config(router, "1,2,4,8"), tmp_path / "model")
     packed = Pipeline.from_pretrained(folder)
     a = packed.sample([0, 1, 2], seed=3)
     stacks = [m for m in packed.transformer.modules() if isinstance(m, StackedLinear)]
-    assert all(m.packed for m in stacks) or not products.has_onednn
+    assert all(m.is_packed for m in stacks) or not products.has_onednn
     packed.save_pretrained(tmp_path / "again")
     for name in ("transformer.safetensors", "tokenizer.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    monkeypatch.setattr(ops, "fast", False)
-    b = Pipeline.from_pretrained(folder).sample([0, 1, 2], seed=3)
+    b = Pipeline.from_pretrained(folder, backend="plain").sample([0, 1, 2], seed=3)
     assert torch.equal(a.tokens, b.tokens)
     assert (a.tensor - b.tensor).abs().max() <= 1e-4
 
@@ -168,37 +171,36 @@ def test_a_mixture_refines_and_is_refined(router, tmp_path):
     st.sampled_from(DTYPES or [0]),
 )  # fmt: skip
 def test_a_packed_stack_multiplies_as_the_plain_one(count, rows, width, out, gelu, dtype):
-    stack, rng = StackedLinear(count, width, out), torch.Generator().manual_seed(rows)
+    stack, rng = PackedStackedLinear(count, width, out), torch.Generator().manual_seed(rows)
     for parameter in stack.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=rng))
     before = stack.to(dtype).weight.clone()
     x = torch.randn(rows, width, generator=rng).to(dtype)
-    plain = [stack.product(j, x, gelu) for j in range(count)]
+    plain = [products.linear(x, stack.weight[j], stack.bias[j], gelu) for j in range(count)]
     stack.pack()
     assert stack.weight.numel() == 0
     for j in range(count):
-        y = stack.product(j, x, gelu)
+        y = stack.multiply(x, j, gelu)
         assert torch.equal(y, plain[j]), "packing changed a result"
         exact = F.linear(x.double(), before[j].double(), stack.bias[j].double())
         exact = F.gelu(exact, approximate="tanh") if gelu else exact
         assert (y.double() - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * max(
             1, exact.abs().max()
         )
-        assert torch.equal(stack.product(j, x[:1], gelu), y[:1])
+        assert torch.equal(stack.multiply(x[:1], j, gelu), y[:1])
     assert torch.equal(stack.state_dict()["weight"], before)
     stack.to(torch.float64)
     assert torch.equal(stack.weight, before.double())
-    assert not stack.packed
+    assert not stack.is_packed
 
 
 @needs_onednn
 def test_a_stack_is_packed_at_the_first_product_that_gains_by_it():
-    stack = StackedLinear(3, 8, 8)
-    ops.pack(stack)
-    stack.product(0, torch.randn(4, 8))
-    assert not stack.packed
-    stack.product(1, torch.randn(64, 8))
-    assert stack.packed
+    stack = optimize(torch.nn.ModuleList([StackedLinear(3, 8, 8)]))[0]
+    stack(torch.randn(4, 8), 0)
+    assert not stack.is_packed
+    stack(torch.randn(64, 8), 1)
+    assert stack.is_packed
 
 
 @needs_onednn
@@ -206,8 +208,7 @@ def test_a_packed_mixture_refuses_to_be_trained(tmp_path):
     pipeline = Pipeline.from_pretrained(saved(moe_config("stmoe"), tmp_path / "m"))
     with pytest.raises(UserError, match='backend="plain"'):
         pipeline.transformer.train()
-    experts = Experts(3, 8, 16)
-    ops.pack(experts)
+    experts = optimize(torch.nn.ModuleList([Experts(3, 8, 16)]))[0]
     with pytest.raises(UserError, match='backend="plain"'):
         experts.train()
     x, gates, mask = torch.randn(64, 8), torch.rand(64, 3), torch.ones(64, 3, dtype=torch.bool)

@@ -14,6 +14,7 @@ from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward import Record
 from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
 from nextscale.transformer.feed_forward.mixture import MixtureOfExperts, ZeroComputationExperts
 from nextscale.transformer.feed_forward.routers import Routing, select_largest
@@ -94,7 +95,7 @@ def chosen_by_loops(config, scores, pyramid):
 
 
 def check(router, x_BND, pyramid, previous=None):
-    routing = router(x_BND, whole(pyramid) if previous is None else with_previous(pyramid, previous))
+    routing = router(x_BND, whole(pyramid), previous and Record(routing=previous))
     logits, scores = reference(router, x_BND, pyramid, previous.logits_BNM if previous else None)
     np.testing.assert_allclose(routing.logits_BNM.detach().numpy(), logits, atol=2e-5 * max(1, np.abs(logits).max()))
     np.testing.assert_allclose(routing.scores_BNM.detach().numpy(), scores, atol=2e-5)
@@ -109,11 +110,6 @@ def check(router, x_BND, pyramid, previous=None):
     assert routing.selected_BNM.dtype == torch.bool
     assert {t.dtype for t in (routing.logits_BNM, routing.scores_BNM, routing.gates_BNM)} == {torch.float32}
     return routing
-
-
-def with_previous(pyramid, previous):
-    context = whole(pyramid)
-    return ScaleContext(pyramid, context.span, True, k=context.k, previous=previous)
 
 
 @st.composite
@@ -139,7 +135,7 @@ def test_routers_against_the_formulas(config, pyramid, batch, block, seed):
     routing = check(router, x_BND, pyramid)
     check(router, x_BND.flip(0, 1), pyramid, previous=routing)
     of_experts = routing.selected_BNM[..., : config.count]
-    pairs = router.pairs((batch, pyramid.length), whole(pyramid))
+    pairs = router.count_pairs((batch, pyramid.length), whole(pyramid))
     assert of_experts.sum() <= pairs
     if config.router != "moe++":
         assert of_experts.sum() == pairs, "the executor is told exactly how many pairs there are"
@@ -205,16 +201,16 @@ def test_a_scale_alone_is_routed_as_within_the_sequence(router):
     config = ExpertsConfig(router=router)
     made_router, x_BND = made(config, PYRAMID), torch.randn(2, PYRAMID.length, D)
     first = made(config, PYRAMID, block=0, seed=1)(x_BND, whole(PYRAMID))
-    together = made_router(x_BND, with_previous(PYRAMID, first))
+    together = made_router(x_BND, whole(PYRAMID), Record(routing=first))
 
     def part(routing, start, end):
         return Routing(*(getattr(routing, f)[:, start:end] for f in Routing.__dataclass_fields__))
 
     for k, (start, end) in enumerate(PYRAMID.spans):
-        step = ScaleContext(PYRAMID, (start, end), k=k, previous=part(first, start, end))
-        caught_up = ScaleContext(PYRAMID, (0, end), True, k=k, previous=part(first, 0, end))
-        for begin, context in ((start, step), (0, caught_up)):
-            alone = made_router(x_BND[:, begin:end], context)
+        step = ScaleContext(PYRAMID, (start, end), k=k)
+        prefilled = ScaleContext(PYRAMID, (0, end), True, k=k)
+        for begin, context in ((start, step), (0, prefilled)):
+            alone = made_router(x_BND[:, begin:end], context, Record(routing=part(first, begin, end)))
             expected = part(together, begin, end)
             assert torch.equal(alone.selected_BNM, expected.selected_BNM)
             assert torch.allclose(alone.gates_BNM, expected.gates_BNM, atol=1e-6)
@@ -289,7 +285,8 @@ def test_a_mixture_adds_its_idle_experts_and_counts_them_last():
         for parameter in moe.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
         x = torch.randn(2, PYRAMID.length, D)
-        y, routing = moe(x, whole(PYRAMID))
+        y, record = moe(x, whole(PYRAMID), None)
+        routing = record.routing
         M = config.experts.count
         expected = moe.idle(x, routing.gates_BNM[..., M:])
         for j in range(M):
