@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
 import sys
@@ -20,7 +21,9 @@ from nextscale.config.parse import reset_derived, suggest_name
 
 _INTRO = f"""nextscale {__version__}: next-scale image generation.
 
-usage: nextscale COMMAND [OPTIONS]        nextscale COMMAND --help explains one command
+usage: nextscale [--import MODULE] COMMAND [OPTIONS]        nextscale COMMAND --help explains one command
+
+--import MODULE imports your own Python module first, which registers your routers, mixers, feed-forwards or conditions.
 
 commands:
 """
@@ -63,6 +66,7 @@ def _complain(text: str, status: int) -> int:
 
 def parse(arguments: list[str]) -> Any:
     """The command with its options, or None when only help or the version was asked for."""
+    arguments = _import_modules(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_INTRO + "\n".join(f"  {n:<20}{_summary(c)}" for n, c in COMMANDS.items()))
         return None
@@ -83,6 +87,29 @@ def parse(arguments: list[str]) -> Any:
         default=defaults(kind, rest),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _import_modules(arguments: list[str]) -> list[str]:
+    """Import the module of each `--import MODULE` before the command; return the other arguments."""
+    while arguments and arguments[0].partition("=")[0] == "--import":
+        _, equals, name = arguments[0].partition("=")
+        if not equals:
+            name = arguments[1] if len(arguments) > 1 else ""
+        arguments = arguments[1 if equals else 2 :]
+        if not name or name.startswith("-"):
+            raise UserError("--import needs the name of a Python module: nextscale --import my_module COMMAND ...")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # the last place to look, so that files there hide no installed module
+        try:
+            importlib.import_module(name)
+        except UserError:
+            raise
+        except Exception as error:
+            if os.environ.get("NEXTSCALE_TRACEBACK"):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"cannot import '{name}': {reason} (NEXTSCALE_TRACEBACK=1 shows where)") from error
+    return arguments
 
 
 def _move_lists_last(arguments: list[str]) -> list[str]:

@@ -40,6 +40,12 @@ class Registry(Generic[T]):
         """All registered names, built-in ones first."""
         return tuple(self._entries)
 
+    @property
+    def own_modules(self) -> set[str]:
+        """Modules outside the package that registered classes."""
+        modules = {_path(entry).partition(":")[0] for entry in self._entries.values()}
+        return {module for module in modules if module.partition(".")[0] != "nextscale"}
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
@@ -126,3 +132,9 @@ FEED_FORWARDS: Registry[Any] = Registry(
 
 CONDITIONS: Registry[Any] = Registry("condition", {"class": f"{_TRANSFORMER}.condition:ClassCondition"})
 """What an image is conditioned on: `ConditionConfig.kind`."""
+
+
+def list_own_modules() -> list[str]:
+    """Modules outside the package that registered parts. A new process imports them to have the same parts."""
+    registries: tuple[Registry[Any], ...] = (MIXERS, ROUTERS, FEED_FORWARDS, CONDITIONS)
+    return sorted(set().union(*(registry.own_modules for registry in registries)))

@@ -1,10 +1,13 @@
 """Peak memory of sampling. On a CPU it is measured in a new process:
 
-python -m nextscale.evaluation.peak_memory MODEL DTYPE BATCH SETTINGS   prints the process's peak resident bytes
+python -m nextscale.evaluation.peak_memory MODEL DTYPE BATCH SETTINGS [MODULE ...]   prints its peak resident bytes
+
+The modules register the user's own parts of the model.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nextscale.common.errors import UserError
+from nextscale.common.registry import list_own_modules
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
@@ -27,7 +31,7 @@ def measure_peak_memory(model: str, dtype: str | None, batch: int, settings: Sam
         torch.cuda.reset_peak_memory_stats(pipeline.device)
         pipeline.sample([None] * batch, settings, batch_size=batch)
         return torch.cuda.max_memory_allocated(pipeline.device)
-    arguments = [model, dtype or "", str(batch), json.dumps(to_dict(settings))]
+    arguments = [model, dtype or "", str(batch), json.dumps(to_dict(settings)), *list_own_modules()]
     command = [sys.executable, "-m", "nextscale.evaluation.peak_memory", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -38,7 +42,9 @@ def measure_peak_memory(model: str, dtype: str | None, batch: int, settings: Sam
 
 def main() -> None:
     """Load the model, sample once, print the peak memory."""
-    model, dtype, batch, settings = sys.argv[1:]
+    model, dtype, batch, settings, *modules = sys.argv[1:]
+    for module in modules:
+        importlib.import_module(module)
     pipeline = Pipeline.from_pretrained(model, dtype=dtype or None)
     pipeline.sample([None] * int(batch), from_dict(SampleConfig, json.loads(settings)), batch_size=int(batch))
     print(read_peak_resident())
