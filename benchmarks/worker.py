@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SAMPLING = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 
@@ -64,10 +63,10 @@ class Official:
 class Nextscale:
     """Ours, from the native checkpoint."""
 
-    def __init__(self, folder: Path, dtype: str, device: str, clone: str):
+    def __init__(self, folder: Path, dtype: str, device: str, backend: Literal["auto", "plain"] = "auto"):
         from nextscale.pipeline import Pipeline
 
-        self.pipeline = Pipeline.from_pretrained(folder / "native", dtype=dtype, device=device)
+        self.pipeline = Pipeline.from_pretrained(folder / "native", dtype=dtype, device=device, backend=backend)
         if device != "cpu":
             self.pipeline.capture()
 
@@ -115,10 +114,12 @@ def _now(device: str) -> float:
 
 def main() -> None:
     kind, folder, dtype, device, *clone = sys.argv[1:]
-    if kind == "plain":
-        os.environ["NEXTSCALE_PLAIN"] = "1"
+    worker: Official | Nextscale
     with contextlib.redirect_stdout(sys.stderr):  # answers alone go to the pipe
-        worker = (Official if kind == "official" else Nextscale)(Path(folder), dtype, device, *(clone or [""]))
+        if kind == "official":
+            worker = Official(Path(folder), dtype, device, *clone)
+        else:
+            worker = Nextscale(Path(folder), dtype, device, "plain" if kind == "plain" else "auto")
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):

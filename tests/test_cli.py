@@ -193,3 +193,25 @@ def test_a_picture_smaller_than_the_model_is_enlarged_and_said_so(command, tiny_
     }
     assert main(command.format(**names).split()) == 0
     assert "small.png is 5 x 9, smaller than the model's 8 x 8; it is enlarged" in capsys.readouterr().out
+
+
+def test_the_plain_backend_can_be_chosen(tiny_folder, tmp_path, monkeypatch):
+    from nextscale import Pipeline
+
+    loaded = []
+    load = Pipeline.from_pretrained
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *a, **k: loaded.append(k["backend"]) or load(*a, **k))
+    for options in ([], ["--backend", "plain"]):
+        command = [
+            "sample",
+            str(tiny_folder),
+            "--labels",
+            "1",
+            "--top-k",
+            "1",
+            "--out",
+            str(tmp_path / "a.png"),
+            *options,
+        ]
+        assert main(command) == 0
+    assert loaded == ["auto", "plain"]

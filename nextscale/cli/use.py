@@ -13,6 +13,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["auto", "plain"]
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Sample:
     """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
+    backend: Backend = "auto"
+    """auto: the fast modules of the device. plain: plain PyTorch."""
 
     def run(self) -> None:
         from nextscale.pipeline import Pipeline
@@ -47,7 +50,7 @@ class Sample:
         labels = parse_labels(self.labels)
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be 1 or more; got {self.batch_size}")
-        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
         images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
         _write_outputs(images, self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")
@@ -74,11 +77,13 @@ class Reconstruct:
     """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
+    backend: Backend = "auto"
+    """auto: the fast modules of the device. plain: plain PyTorch."""
 
     def run(self) -> None:
         from nextscale.pipeline import Pipeline
 
-        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
         _note_small_images(self.images, pipeline.config.image_size)
         images = pipeline.reconstruct(self.images)
         _write_outputs(images, self.out, self.tokens_out, self.images_out)
@@ -108,6 +113,8 @@ class Edit:
     """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
+    backend: Backend = "auto"
+    """auto: the fast modules of the device. plain: plain PyTorch."""
 
     def run(self) -> None:
         from nextscale.data.images import load_mask
@@ -116,7 +123,7 @@ class Edit:
         labels = parse_labels(self.label)
         if len(labels) != 1:
             raise UserError(f"--label takes one class; got '{self.label}'")
-        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
         _note_small_images([self.image], pipeline.config.image_size)
         mask, resized = load_mask(self.mask, self.image, pipeline.config.image_size)
         if resized:
