@@ -92,6 +92,7 @@ class Upsample(nn.Conv2d):
 
 
 def build_middle(channels: int, config: TokenizerConfig) -> nn.Sequential:
+    """The middle of encoder and decoder: two residual blocks, with self-attention between them if configured."""
     groups = config.norm_groups
     attention = MapAttention(channels, groups) if config.middle_attention else nn.Identity()
     return nn.Sequential(
