@@ -18,13 +18,18 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from nextscale.common.devices import describe_machine, keep_freed_memory
+from nextscale.backends import keep_freed_memory, optimize
+from nextscale.backends.cpu.experts import PackedStackedLinear, create_dispatch
+from nextscale.backends.cpu.linear import apply_gelu_linear
+from nextscale.common.devices import describe_machine
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.training import TrainConfig
@@ -33,7 +38,7 @@ from nextscale.evaluation.latency import summarize_spread
 from nextscale.info import condition_flops, count_active_parameters, scale_flops
 from nextscale.training.engine.optimizer import build_optimizer
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.experts import Dispatch, Experts
+from nextscale.transformer.feed_forward.experts import Experts
 from nextscale.transformer.feed_forward.mixture import MixtureOfExperts
 from nextscale.transformer.var import VAR
 
@@ -90,7 +95,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     models = {}
     for name, config in configs.items():
         models[name] = build(config, options.device).to(getattr(torch, options.dtype)).eval()
-        ops.pack(models[name])
+        optimize(models[name])
     gmac = {name: floor(config) / 1e9 for name, config in configs.items()}
     bytes_read = {n: sum(p.numel() for p in m.parameters()) * _BYTES[options.dtype] for n, m in models.items()}
     floor_ratio = gmac[options.model] / gmac[options.against]
@@ -157,6 +162,8 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     names = {options.model: mixture, "dense, equally active": dense}
     whole = {name: dataclasses.replace(config, transformer=t) for name, t in names.items()}
     models = {name: build(c, options.device).train() for name, c in whole.items()}
+    for model in models.values():
+        optimize(model, training=True)
     active = {n: count_active_parameters(c, sum(p.numel() for p in models[n].parameters())) for n, c in whole.items()}
     print("; ".join(f"{name}: {count / 1e6:.1f} M active parameters" for name, count in active.items()))
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -212,7 +219,7 @@ def parts(options: argparse.Namespace) -> dict[str, Any]:
     config = preset(options.model)
     shallow = dataclasses.replace(config.transformer, depth=1)
     model = build(dataclasses.replace(config, transformer=shallow), options.device)
-    ops.pack(model.eval())
+    optimize(model.eval())
     layer, depth = model.blocks[0].ffn, config.transformer.depth
     assert isinstance(layer, MixtureOfExperts), f"{options.model} has no experts"
     cases = []
@@ -246,8 +253,8 @@ def part_seconds(
     context = ScaleContext(model.pyramid, model.pyramid.spans[k], k=k)
     routing, experts, x_TD = layer.router(x_BND, context), layer.experts, x_BND.flatten(0, 1)
     chosen_TM, gates_TM = (t.flatten(0, 1) for t in (routing.selected_BNM, routing.gates_BNM))
-    pairs = layer.router.pairs(x_BND.shape[:2], context)
-    dispatch = Dispatch.create(chosen_TM, pairs)
+    pairs = layer.router.count_pairs(x_BND.shape[:2], context)
+    dispatch = create_dispatch(chosen_TM, pairs)
     gate_R, count = gates_TM[dispatch.row_R, dispatch.expert_R], len(dispatch.row_R)
     rows_RD, ones_R = x_TD[dispatch.row_R], torch.ones(count, device=x_TD.device)
     in_order = dataclasses.replace(dispatch, row_R=torch.arange(count, device=x_TD.device))
@@ -255,20 +262,14 @@ def part_seconds(
     in_turn = _in_turn(layer, model.config)
     experts(x_TD, gates_TM, chosen_TM, pairs)  # packs
 
-    def run(rows: torch.Tensor, gates: torch.Tensor, which: Dispatch) -> Callable[[], Any]:
-        kernels = experts.kernels(rows)
-        if kernels is None:
-            return lambda: experts.in_turn(rows, gates, which)
-        return lambda: experts.compiled(kernels, rows, gates, which)
-
     work: dict[str, Callable[[], Any]] = {
         "route": lambda: layer.router(x_BND, context),
-        "sort": lambda: (Dispatch.create(chosen_TM, pairs), gates_TM[dispatch.row_R, dispatch.expert_R]),
-        "experts": run(x_TD, gate_R, dispatch),
-        "in order": run(rows_RD, ones_R, in_order),
+        "sort": lambda: (create_dispatch(chosen_TM, pairs), gates_TM[dispatch.row_R, dispatch.expert_R]),
+        "experts": lambda: experts.run(x_TD, gate_R, dispatch),
+        "in order": lambda: experts.run(rows_RD, ones_R, in_order),
         "in turn": lambda: in_turn(x_TD, gate_R, dispatch),
-        "layer": lambda: layer(x_BND, context),
-        "dense": lambda: wide[1](wide[0](x_BND, gelu=True)),
+        "layer": lambda: layer(x_BND, context, None),
+        "dense": lambda: wide[1](apply_gelu_linear(wide[0], x_BND)),
     }
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(options.rounds + 2):
@@ -288,23 +289,23 @@ def _in_turn(layer: MixtureOfExperts, config: TransformerConfig) -> Callable[...
     if id(layer) not in _IN_TURN:
         plain = Experts(layer.experts.count, config.width, config.ffn_width)
         plain.load_state_dict(layer.experts.state_dict())
-        plain.to(layer.experts.fc1.bias).requires_grad_(False)
-        for stack in (plain.fc1, plain.fc2):
-            stack.pack()
-        _IN_TURN[id(layer)] = plain.in_turn
+        (experts,) = optimize(nn.ModuleList([plain.to(layer.experts.fc1.bias)])).children()
+        for stack in experts.children():
+            if isinstance(stack, PackedStackedLinear):
+                stack.pack()
+        _IN_TURN[id(layer)] = partial(Experts.run, experts)
     return _IN_TURN[id(layer)]
 
 
-_WIDE: dict[str, tuple[ops.Linear, ops.Linear]] = {}
+_WIDE: dict[str, nn.ModuleList] = {}
 
 
-def _wide_ffn(dtype: torch.dtype, config: TransformerConfig, device: str) -> tuple[ops.Linear, ops.Linear]:
+def _wide_ffn(dtype: torch.dtype, config: TransformerConfig, device: str) -> nn.ModuleList:
     """A dense FFN as wide as the active experts together; made once."""
     if device not in _WIDE:
         width, hidden = config.width, config.ffn_width * config.experts.active
-        pair = (ops.Linear(width, hidden).to(device, dtype), ops.Linear(hidden, width).to(device, dtype))
-        for layer in pair:
-            ops.pack(layer)
+        pair = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, width)])
+        optimize(pair.to(device, dtype))
         _WIDE[device] = pair
     return _WIDE[device]
 
