@@ -197,7 +197,7 @@ def test_smoe_gives_all_tokens_of_a_scale_the_same_experts():
 @pytest.mark.parametrize("router", ROUTERS.names)
 @torch.no_grad()
 def test_a_scale_alone_is_routed_as_within_the_sequence(router):
-    """The contexts of `step` and of `catch_up` know their scales."""
+    """The contexts of `step` and of `prefill` know their scales."""
     config = ExpertsConfig(router=router)
     made_router, x_BND = made(config, PYRAMID), torch.randn(2, PYRAMID.length, D)
     first = made(config, PYRAMID, block=0, seed=1)(x_BND, whole(PYRAMID))
