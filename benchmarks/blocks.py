@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.dynamic import time_alternately
+from nextscale.backends import keep_freed_memory
 from nextscale.checkpoints.native import read_config
-from nextscale.common.devices import describe_machine, keep_freed_memory
 from nextscale.common.errors import UserError
+from nextscale.common.machine import describe_machine
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.evaluation.latency import summarize_spread

@@ -30,16 +30,15 @@ from typing import Any
 import torch
 
 from nextscale.backends import keep_freed_memory, optimize
-from nextscale.common.devices import describe_machine
-from nextscale.config.feed_forward import DynamicConfig
+from nextscale.common.machine import describe_machine
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import DynamicConfig, TransformerConfig
 from nextscale.evaluation.latency import summarize_spread
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256
 from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.dense import DenseFeedForward
+from nextscale.transformer.feed_forward import DenseFeedForward
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward
 
 _LAST, _GUIDED = 256, 2

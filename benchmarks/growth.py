@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from nextscale.checkpoints import build_on_meta
-from nextscale.common.devices import describe_machine, find_device
+from nextscale.common.devices import find_device
 from nextscale.common.files import write_json
+from nextscale.common.machine import describe_machine
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig

@@ -29,7 +29,7 @@ from torch import nn
 from nextscale.backends import keep_freed_memory, optimize
 from nextscale.backends.cpu.experts import PackedStackedLinear, create_dispatch
 from nextscale.backends.cpu.linear import apply_gelu_linear
-from nextscale.common.devices import describe_machine
+from nextscale.common.machine import describe_machine
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.training import TrainConfig

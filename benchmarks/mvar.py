@@ -24,15 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.moe import build
-from nextscale.common.devices import describe_machine, keep_freed_memory
+from nextscale.backends import keep_freed_memory, optimize
+from nextscale.common.machine import describe_machine
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import MVAR_MIXERS, TransformerConfig
 from nextscale.evaluation.latency import summarize_spread
-from nextscale.info import condition_flops, scale_flops, state_bytes
+from nextscale.info import condition_flops, count_state_bytes, scale_flops
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.mamba import Mamba2
-from nextscale.transformer.scan import multiply_adds
+from nextscale.transformer.scan import count_scan_multiply_adds
 from nextscale.transformer.var import VAR
 
 _PYRAMIDS = {256: PYRAMID_256, 512: PYRAMID_512, 1024: PYRAMID_1024}
@@ -79,17 +80,17 @@ class Timed(nn.Module):
         self.inputs = []
         return self.mixer.new_state(batch, length)
 
-    def forward(self, x_BND: Tensor, context: ScaleContext) -> tuple[Tensor, None]:
+    def forward(self, x_BND: Tensor, context: ScaleContext, state: Any) -> Tensor:
         began = time.perf_counter()
         if self.again:
             self.inputs.append(x_BND)
             whole_BLD = torch.cat(self.inputs, dim=1)
-            y_BLD, _ = self.mixer.continued(whole_BLD, self.mixer.new_state(len(x_BND), 0))
+            y_BLD, _ = self.mixer.continue_from(self.mixer.new_state(len(x_BND), 0), whole_BLD)
             y_BND = y_BLD[:, -x_BND.shape[1] :]
         else:
-            y_BND, _ = self.mixer(x_BND, context)
+            y_BND = self.mixer(x_BND, context, state)
         self.seconds += time.perf_counter() - began
-        return y_BND, None
+        return y_BND
 
 
 def timed_blocks(model: VAR) -> list[float]:
@@ -120,7 +121,7 @@ def _generation(options: argparse.Namespace, image: int) -> dict[str, Any]:
     models = {}
     for name in ("carried", "again"):
         model = build(config, "cpu").eval()
-        ops.pack(model)
+        optimize(model)
         for block in model.blocks:
             block.mixers[1] = Timed(block.mixers[1], name == "again")  # type: ignore[index]
         models[name] = model, timed_blocks(model)
@@ -207,7 +208,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - began)
     worst = (outputs["nextscale"] - outputs["transformers"]).abs().max() / outputs["transformers"].abs().max()
     projections = length * width * (3 * ours.inner + 2 * ours.state + ours.heads)
-    gflop = 3 * 2 * options.batch * (projections + multiply_adds(length, ours.inner, ours.state)) / 1e9
+    gflop = 3 * 2 * options.batch * (projections + count_scan_multiply_adds(length, ours.inner, ours.state)) / 1e9
     ratio = summarize_spread([a / b for a, b in zip(seconds["transformers"], seconds["nextscale"], strict=True)])
     print(
         f"one mixer, width {width}, {options.batch} x {length} tokens, {options.threads} threads, forward and backward"
@@ -231,7 +232,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {name: [] for name in configs}
         models = {name: build(config, "cpu").eval() for name, config in configs.items()}
         for model in models.values():
-            ops.pack(model)
+            optimize(model)
         for _ in range(options.rounds):
             for name, model in models.items():
                 began = time.perf_counter()
@@ -241,7 +242,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
             assert config.transformer is not None, "it has a transformer"
             scales = range(len(config.pyramid))
             flops = 2 * (condition_flops(config.transformer) + sum(scale_flops(config, k) for k in scales))
-            kept = 2 * state_bytes(config, len(config.pyramid) - 1)  # two sequences
+            kept = 2 * count_state_bytes(config, len(config.pyramid) - 1)  # two sequences
             taken = min(seconds[name])
             print(f"{image:>5} px {name:<6}{config.pyramid.length:>6} tokens {flops / 1e9:>9.1f} GFLOP {taken:>8.2f} s "
                   f"{flops / taken / 1e9:>6.0f} GFLOP/s {kept / 2**20:>8.1f} MiB kept")  # fmt: skip

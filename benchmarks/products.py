@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.backends.cpu import products
-from nextscale.common.devices import describe_machine
+from nextscale.common.machine import describe_machine
 from nextscale.config.presets import preset
 
 

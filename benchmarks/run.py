@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.official import official_shape, official_tensors
-from nextscale.common.devices import describe_machine, find_device
+from nextscale.common.devices import find_device
+from nextscale.common.machine import describe_machine
 from nextscale.config.presets import preset
 from nextscale.evaluation.latency import summarize_spread
 from nextscale.info import describe_config

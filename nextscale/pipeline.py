@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
-from nextscale.checkpoints.native import read_modules, write_checkpoint
+from nextscale.checkpoints.native import read_modules
 from nextscale.common.devices import find_device, find_dtype
 from nextscale.common.errors import UserError
 from nextscale.common.rng import fold_seed, make_generator
@@ -29,7 +29,6 @@ from nextscale.sampling.sampler import (
     LogitsProcessor,
     Sampler,
     ScaleStep,
-    compute_log_likelihood,
     sample_images,
     sample_scales,
 )  # fmt: skip
@@ -210,6 +209,8 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
         """Write a checkpoint folder; with `push_to_hub`, upload it as `repo_id` (default: the folder's name)."""
+        from nextscale.checkpoints.saving import write_checkpoint
+
         write_checkpoint(Path(folder), self.to_checkpoint())
         if push_to_hub:
             from nextscale.checkpoints.hub import upload
@@ -218,13 +219,9 @@ class Pipeline:
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload to the Hugging Face hub as `owner/name` and return the address of the commit."""
-        import tempfile
+        from nextscale.checkpoints.hub import upload_checkpoint
 
-        from nextscale.checkpoints.hub import upload
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(Path(folder), repo_id, private=private, token=token)
+        return upload_checkpoint(self.to_checkpoint(), repo_id, private=private, token=token)
 
     @property
     def transformer(self) -> VAR:
@@ -270,7 +267,7 @@ class Pipeline:
         self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, *,
         logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
     ) -> Iterator[ScaleStep]:  # fmt: skip
-        """As `sample` for one batch, yielding each scale as it is done; `pipeline.tokenizer.paint` shows its canvas."""
+        """As `sample` for one batch, yielding each scale as it is done, with the canvas that it leaves."""
         values = self.transformer.condition.parse(self.label_indices(labels))
         settings = self._parse_settings(config, overrides)
         return sample_scales(self._build_sampler(values, settings, first_image, logits_processors))
@@ -299,16 +296,12 @@ class Pipeline:
         reconstruction, one that keeps nothing the sample of that seed.
         """
         from nextscale.data.images import load_mask
-        from nextscale.sampling.editing import Edit, select_kept_cells
+        from nextscale.sampling.editing import build_edit
 
         settings = self._parse_settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices([label]))
-        height, width = self.config.image_size
-        mask_HW = mask if isinstance(mask, Tensor) else load_mask(mask, image, (height, width))[0]
-        if mask_HW.shape != (height, width):
-            raise UserError(f"a mask tensor must be ({height}, {width}); got {tuple(mask_HW.shape)}")
-        keep_1L = select_kept_cells(mask_HW.to(self.device), self.config.pyramid)[None]
-        edit = Edit(self.encode([image]).to(self.device), keep_1L)
+        mask_HW = mask if isinstance(mask, Tensor) else load_mask(mask, image, self.config.image_size)[0]
+        edit = build_edit(mask_HW, self.encode([image]).to(self.device), self.config)
         edited = sample_images(self._build_sampler(values, settings, first_image, logits_processors, edit))
         return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(values[0]),))
 
@@ -319,6 +312,8 @@ class Pipeline:
 
     def score(self, images: Sequence[ImageLike] | Tensor, labels: Labels) -> Tensor:
         """Log-likelihood in nats of the images' tokens given their labels, per scale: (B, K)."""
+        from nextscale.sampling.likelihood import compute_log_likelihood
+
         values = self.transformer.condition.parse(self.label_indices(labels))
         tokens = self.encode(images).to(self.device)
         if len(tokens) != len(values):

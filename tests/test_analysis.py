@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.checkpoints.native import write_checkpoint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.analysis import AnalysisConfig, ErrorsConfig
 from nextscale.config.data import DataConfig
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import ExpertsConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.errors import analyse_errors

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from nextscale.backends.twins import CUDA, DECODER_CPU, INFERENCE_CPU, TRAINING_CPU, optimize, swap_module
-from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
 from nextscale.config.tokenizer import TokenizerConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import DynamicConfig, ExpertsConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.autoencoder import Decoder, Downsample, Upsample
@@ -18,7 +17,7 @@ from nextscale.tokenizer.quantizer import Phi, Quantizer
 from nextscale.transformer.attention import Attention, ScaleAttention
 from nextscale.transformer.block import AdaLayerNorm
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.dense import DenseFeedForward
+from nextscale.transformer.feed_forward import DenseFeedForward
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward, ExpertRouter
 from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
 from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts

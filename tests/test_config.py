@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.presets import PRESETS, preset
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.tokenizer import TokenizerConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import DynamicConfig, ExpertsConfig, TransformerConfig
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), QuickstartConfig(), SampleConfig()])

@@ -19,10 +19,9 @@ from nextscale.backends.experts import run_grouped
 from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import DynamicConfig, ExpertsConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import DynamicConfig, ExpertsConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
 from nextscale.sparsify.cluster import assign_balanced, run_balanced_kmeans
 from nextscale.sparsify.convert import replace_gelu, split_ffns

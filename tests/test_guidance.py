@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import AlignmentConfig, TransformerConfig
+from nextscale.config.transformer import AlignmentConfig, ExpertsConfig, TransformerConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pyramid import PYRAMID_256, Pyramid

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
-from nextscale.checkpoints.native import VERSION, read_checkpoint, read_config, write_checkpoint
+from nextscale.checkpoints.native import VERSION, read_checkpoint, read_config
 from nextscale.checkpoints.router_fingerprint import check_router_fingerprint, compute_router_fingerprint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, write_json
+from nextscale.common.files import write_json
+from nextscale.common.reading import read_json
 from nextscale.config.files import read_settings, record_settings
 from nextscale.config.migrate import migrate_record, rename_settings
 from nextscale.config.parse import to_dict

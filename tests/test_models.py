@@ -12,7 +12,7 @@ from nextscale.data.examples import MemoryExamples
 from nextscale.encoders.load import load_encoder
 from nextscale.evaluation.metrics.neighbours import knn_accuracy
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.sampler import compute_log_likelihood
+from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder import encode_images
 from nextscale.training.tokenizer import evaluate_tokenizer

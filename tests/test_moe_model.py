@@ -13,10 +13,9 @@ from nextscale.checkpoints.adapt import adapt, scale_sources
 from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
 from nextscale.common.registry import ROUTERS
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import AlignmentConfig, InitConfig
+from nextscale.config.transformer import AlignmentConfig, ExpertsConfig, InitConfig
 from nextscale.info import as_text, describe_config, sample_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid

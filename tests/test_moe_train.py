@@ -13,9 +13,8 @@ from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ConditionConfig, MambaConfig
+from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ConditionConfig, ExpertsConfig, MambaConfig
 from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline

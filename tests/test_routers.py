@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
-from nextscale.config.feed_forward import ExpertsConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import Record

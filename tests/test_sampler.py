@@ -12,10 +12,9 @@ import nextscale.sampling.filters
 from nextscale.cli.parser import main, parse
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
+from nextscale.config.transformer import MVAR_MIXERS, ExpertsConfig, MambaConfig
 from nextscale.pipeline import Pipeline
 from nextscale.sampling import build_sampler
 from nextscale.sampling.combinations import REFUSED, Request, check_combinations

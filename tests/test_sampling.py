@@ -13,7 +13,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.sampling.draw import PerImageRandom, invert_cdf
 from nextscale.sampling.filters import build_filters, filter_top_k, filter_top_k_top_p, filter_top_p, select_largest
 from nextscale.sampling.guidance import guide_logits
-from nextscale.sampling.sampler import compute_log_likelihood
+from nextscale.sampling.likelihood import compute_log_likelihood
 from tests.conftest import randomised, tiny_config
 
 rows = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12)

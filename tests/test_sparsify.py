@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from nextscale.checkpoints.migrate import list_version_1_settings
-from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.checkpoints.native import read_checkpoint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import ExpertsConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.thresholds import Budget, interpolate_tau, read_budgets, resolve_budget

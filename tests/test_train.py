@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import AlignmentConfig
+from nextscale.config.transformer import AlignmentConfig, ExpertsConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import BatchDataset, MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder

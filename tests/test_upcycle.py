@@ -13,8 +13,7 @@ from nextscale.checkpoints.official_config import Hints
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import ExpertsConfig
-from nextscale.config.transformer import AlignmentConfig
+from nextscale.config.transformer import AlignmentConfig, ExpertsConfig
 from nextscale.info import count_active_parameters
 from nextscale.pipeline import Pipeline
 from nextscale.training.engine.log import read_log

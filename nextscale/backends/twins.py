@@ -39,7 +39,7 @@ TRAINING_CPU: Twins = {
     f"{_T}.attention:Attention": f"{_CPU}.attention:CpuAttention",
     f"{_T}.attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",
     f"{_T}.mamba:Mamba2": f"{_CPU}.mamba:CpuMamba2",
-    f"{_FFN}.dense:DenseFeedForward": f"{_CPU}.linear:CpuDenseFeedForward",
+    f"{_FFN}:DenseFeedForward": f"{_CPU}.linear:CpuDenseFeedForward",
     f"{_FFN}.experts:StackedLinear": f"{_CPU}.experts:CpuStackedLinear",
     f"{_FFN}.experts:Experts": f"{_CPU}.experts:CpuExperts",
     f"{_FFN}.mixture:ZeroComputationExperts": f"{_CPU}.experts:CpuZeroComputationExperts",

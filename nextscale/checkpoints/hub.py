@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
+from nextscale.checkpoints import Checkpoint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.errors import UserError
-from nextscale.common.files import is_hub_name
+from nextscale.common.reading import is_hub_name
 
 
 def locate(source: str | Path, *, revision: str | None, token: str | None) -> Path:
@@ -31,3 +34,12 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: st
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     patterns = ["*.json", "*.safetensors", "README.md"]
     return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns))
+
+
+def upload_checkpoint(
+    checkpoint: Checkpoint, repo_id: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Upload a checkpoint that is in no folder yet; the address of the commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), checkpoint)
+        return upload(Path(folder), repo_id, private=private, token=token)

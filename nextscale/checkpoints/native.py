@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-import nextscale
 from nextscale.checkpoints import (
     Checkpoint,
     Shape,
@@ -28,10 +26,9 @@ from nextscale.checkpoints import (
     list_shapes,
 )
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, write_atomically, write_json
-from nextscale.config.migrate import rename_settings
+from nextscale.common.reading import read_json
 from nextscale.config.model import ModelConfig
-from nextscale.config.parse import from_dict, to_dict
+from nextscale.config.parse import from_dict
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 
@@ -39,39 +36,6 @@ FORMAT, VERSION = "nextscale", 2
 TOKENIZER, TRANSFORMER, ORIGINAL = "tokenizer.safetensors", "transformer.safetensors", "original.safetensors"
 _LARGE = 2**18
 """Elements from which a tensor gets a memory mapping of its own."""
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint folder. All files are complete on disk before the first one replaces an older one."""
-    files = {TOKENIZER: checkpoint.tokenizer, TRANSFORMER: checkpoint.transformer, ORIGINAL: checkpoint.extras}
-    files = {name: tensors for name, tensors in files.items() if tensors}
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "library": nextscale.__version__,
-        "model": to_dict(checkpoint.config),
-        "origin": checkpoint.origin,
-    }
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"cannot save to {folder}: it is a file, not a folder")
-    with write_atomically(*(folder / name for name in files), folder / "config.json") as drafts:
-        for draft, tensors in zip(drafts[:-1], files.values(), strict=True):
-            save_file(unshare_storage(tensors), draft)
-        write_json(drafts[-1], head)
-    for name in {TOKENIZER, TRANSFORMER, ORIGINAL} - set(files):
-        (folder / name).unlink(missing_ok=True)
-
-
-def unshare_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, none of which shares storage with another: what safetensors can write."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous().cpu()
-        storage = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return out
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -100,7 +64,11 @@ def _read_head(folder: Path) -> tuple[ModelConfig, dict[str, Any], int]:
         raise UserError(f"{folder}/config.json: origin must be a table, got {origin!r}")
     settings = head.get("model")
     try:
-        return from_dict(ModelConfig, rename_settings(settings) if version == 1 else settings, "model"), origin, version
+        if version == 1:
+            from nextscale.config.migrate import rename_settings
+
+            settings = rename_settings(settings)
+        return from_dict(ModelConfig, settings, "model"), origin, version
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
 

@@ -15,8 +15,7 @@ from nextscale.checkpoints import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
 from nextscale.common.rng import make_generator
-from nextscale.config.feed_forward import ExpertsConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.transformer.initialization import initialize_weights
 
 EQUAL = ("stmoe", "smoe")

@@ -9,8 +9,8 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sparsify import SparsifyConfig
+from nextscale.config.transformer import ExpertsConfig
 from nextscale.pyramid import Pyramid
 
 
@@ -31,7 +31,8 @@ class Adapt:
 
     def run(self) -> None:
         from nextscale.checkpoints.adapt import adapt, parse_classes
-        from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+        from nextscale.checkpoints.native import read_checkpoint
+        from nextscale.checkpoints.saving import write_checkpoint
 
         checkpoint = read_checkpoint(self.model)
         classes = parse_classes(self.classes, checkpoint.config) if self.classes else None
@@ -61,7 +62,8 @@ class Upcycle:
     """Seed of the routers and of the noise."""
 
     def run(self) -> None:
-        from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+        from nextscale.checkpoints.native import read_checkpoint
+        from nextscale.checkpoints.saving import write_checkpoint
         from nextscale.checkpoints.upcycle import upcycle
 
         if not self.experts.renormalise:
@@ -129,9 +131,9 @@ class ImportOfficial:
     """Text file with one class name per line, in label order."""
 
     def run(self) -> None:
-        from nextscale.checkpoints.native import write_checkpoint
         from nextscale.checkpoints.official import import_official
         from nextscale.checkpoints.official_config import Hints
+        from nextscale.checkpoints.saving import write_checkpoint
 
         hints = Hints(
             Pyramid.parse(self.scales) if self.scales else None,

@@ -1,16 +1,10 @@
-"""The device that work is done on, and what a figure was measured on."""
+"""Devices and dtypes."""
 
 from __future__ import annotations
-
-import platform
-from datetime import date
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-import nextscale
 from nextscale.common.errors import UserError
 
 
@@ -31,31 +25,6 @@ def find_dtype(name: torch.dtype | str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"'{name}' is no floating-point dtype; use float32, bfloat16 or float16")
     return dtype
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, versions and today's date, as JSON values."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "nextscale": nextscale.__version__,
-        "date": date.today().isoformat(),
-    }
-
-
-def _processor() -> str:
-    """The CPU's name where the system tells it, with family and model, which alone tell some clouds' CPUs apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    parts = [facts.get("model name", platform.machine())]
-    parts += [f"{n} {facts[k]}" for n, k in (("family", "cpu family"), ("model", "model")) if k in facts]
-    return ", ".join(parts)
 
 
 def create_embedding(count: int, width: int) -> nn.Embedding:

@@ -122,7 +122,7 @@ ROUTERS: Registry[Any] = Registry(
 FEED_FORWARDS: Registry[Any] = Registry(
     "feed-forward",
     {
-        "dense": f"{_FEED_FORWARD}.dense:DenseFeedForward",
+        "dense": f"{_FEED_FORWARD}:DenseFeedForward",
         "mixture": f"{_FEED_FORWARD}.mixture:MixtureOfExperts",
         "dynamic": f"{_FEED_FORWARD}.dynamic:DynamicFeedForward",
     },

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, write_json
+from nextscale.common.files import write_json
+from nextscale.common.reading import read_json
 from nextscale.config.migrate import migrate_record, rename_settings
 from nextscale.config.parse import from_dict, suggest_name
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
-from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, TransformerConfig
+from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ExpertsConfig, TransformerConfig
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512
 
 _MEPA: dict[str, Any] = {"experts": ExpertsConfig(router="stmoe"), "alignment": AlignmentConfig(width=768)}

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 from nextscale.common.errors import UserError
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
-from nextscale.config.feed_forward import ExpertsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.tokenizer_training import derive_pyramid
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import AlignmentConfig, TransformerConfig
+from nextscale.config.transformer import AlignmentConfig, ExpertsConfig, TransformerConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.pyramid import Pyramid
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import Selection
 from nextscale.config.parse import check_fields
+from nextscale.config.transformer import Selection
 
 Number = TypeVar("Number", int, float)
 

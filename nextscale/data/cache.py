@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, write_atomically, write_json
+from nextscale.common.files import write_atomically, write_json
 from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.reading import read_json
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ModelConfig
 from nextscale.data.datasets import open_dataset

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import is_hub_name
+from nextscale.common.reading import is_hub_name
 from nextscale.data.images import ImageLike
 
 _SUFFIXES = set(Image.registered_extensions())

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import has_format
 from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.reading import has_format
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.encoders.files import load_frozen_weights, read_head, save_module

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json
+from nextscale.common.reading import read_json
 from nextscale.encoders.network import Features
 from nextscale.encoders.patches import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
 

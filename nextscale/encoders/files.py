@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nextscale.checkpoints import list_shapes
-from nextscale.checkpoints.native import read_safetensors, unshare_storage
+from nextscale.checkpoints.native import read_safetensors
+from nextscale.checkpoints.saving import unshare_storage
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, write_atomically, write_json
+from nextscale.common.files import write_atomically, write_json
+from nextscale.common.reading import read_json
 
 
 def save_module(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:

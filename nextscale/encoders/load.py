@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import is_hub_name
+from nextscale.common.reading import is_hub_name
 from nextscale.encoders import dino, inception, moco_v3, self_supervised
 from nextscale.encoders.classifier import ClassifierEncoder, is_classifier, load_classifier
 from nextscale.encoders.network import FeatureNetwork

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
-from nextscale.common.files import has_format
+from nextscale.common.reading import has_format
 from nextscale.config.encoder import EncoderConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.encoders.files import load_frozen_weights, read_head, save_module

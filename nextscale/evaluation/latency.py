@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
+from nextscale.common.machine import describe_machine
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.evaluation.peak_memory import measure_peak_memory

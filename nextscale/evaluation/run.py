@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.common.devices import describe_machine
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import save_image, to_pil
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.encoders.load import load_feature_network

@@ -28,7 +28,7 @@ from nextscale.evaluation.metrics.reconstruction import psnr
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.quickstart.measure import check_available, measure_samples
-from nextscale.sampling.sampler import compute_log_likelihood
+from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder import EncoderCallbacks, create_encoder_task
 from nextscale.training.engine.log import read_log

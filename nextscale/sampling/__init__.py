@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nextscale.config.sampling import SampleConfig
-from nextscale.sampling.draw import OfficialRandom, PerImageRandom, RandomSource
+from nextscale.sampling.draw import PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
 from nextscale.sampling.guidance import GuidedPredictor, schedule_guidance
 from nextscale.sampling.sampler import DrawTokens, EmbedTokens, LogitsProcessor, ModelPredictor, Predictor, Sampler
@@ -60,6 +60,8 @@ def build_sampler(
         predict = _build_predictor(model, values, settings, refiner, captured)
     random: RandomSource = PerImageRandom(settings.seed, first_image)
     if settings.official_seeding:
+        from nextscale.sampling.official_seeding import OfficialRandom
+
         random = OfficialRandom(settings.seed, tokenizer.quantizer.codebook.weight.device)
     draw: DrawTokens = random.draw_tokens
     embed = _build_embedding(tokenizer, settings, random)

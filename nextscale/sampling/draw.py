@@ -1,9 +1,4 @@
-"""Drawing tokens, with two sources of randomness behind one interface.
-
-`PerImageRandom` (the default) gives every image random streams derived from (seed, index of the image, scale): an image
-does not depend on its batch, nor on the device. `OfficialRandom` is the official code's single generator for the whole
-call, which reproduces its tokens.
-"""
+"""Drawing tokens from random streams of each image's own."""
 
 from __future__ import annotations
 
@@ -26,7 +21,10 @@ class RandomSource(Protocol):
 
 
 class PerImageRandom:
-    """One stream per image; image b of the batch is number `first + b` under `seed`."""
+    """Streams derived from (seed, number of the image, scale): an image depends neither on its batch nor on the device.
+
+    Image b of the batch is number `first + b`.
+    """
 
     def __init__(self, seed: int, first: int = 0):
         self.seed, self.first = seed, first
@@ -44,21 +42,6 @@ class PerImageRandom:
             for b in range(B)
         ]
         return -torch.stack(draws).to(logits_BNV.device).log()
-
-
-class OfficialRandom:
-    """The official code's order of draws from one generator on the model's device."""
-
-    def __init__(self, seed: int, device: torch.device):
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def draw_tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
-        B, N, V = logits_BNV.shape
-        rows = logits_BNV.softmax(dim=-1).view(-1, V)
-        return torch.multinomial(rows, 1, replacement=True, generator=self.generator).view(B, N)
-
-    def draw_gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
-        return -torch.empty_like(logits_BNV).exponential_(generator=self.generator).log()
 
 
 def invert_cdf(probability: Tensor, u: Tensor) -> Tensor:

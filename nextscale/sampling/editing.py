@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.common.errors import UserError
+from nextscale.config.model import ModelConfig
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.sampler import DrawTokens, EmbedTokens
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -46,6 +48,13 @@ class Edit:
             return torch.where(self.keep_BL[:, cells].unsqueeze(-1), codes_BNC, embed(tokens_BN, logits_BNV, k))
 
         return embed_others
+
+
+def build_edit(mask_HW: Tensor, tokens_BL: Tensor, config: ModelConfig) -> Edit:
+    """The edit of an image with these tokens; UserError for a mask that is not of the model's size."""
+    if mask_HW.shape != config.image_size:
+        raise UserError(f"a mask tensor must be {config.image_size}; got {tuple(mask_HW.shape)}")
+    return Edit(tokens_BL, select_kept_cells(mask_HW.to(tokens_BL.device), config.pyramid)[None])
 
 
 def select_kept_cells(mask_HW: Tensor, pyramid: Pyramid) -> Tensor:

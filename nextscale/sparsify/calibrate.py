@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.config.feed_forward import Selection
 from nextscale.config.model import ModelConfig
+from nextscale.config.transformer import Selection
 from nextscale.info import condition_flops
 from nextscale.sampling.thresholds import Budget
 from nextscale.sparsify.flops import count_dense_flops, count_step_flops, select_scale

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from nextscale.checkpoints import Checkpoint, transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
-from nextscale.config.feed_forward import DynamicConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import DynamicConfig, TransformerConfig
 from nextscale.sparsify.cluster import run_balanced_kmeans
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.initialization import initialize_weights

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.checkpoints import Checkpoint
-from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.router_fingerprint import check_router_fingerprint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.migrate import list_version_1_settings
-from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
-from nextscale.common.files import read_json, write_json
+from nextscale.common.files import write_json
 from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.reading import read_json
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig, Stage
 from nextscale.config.training import TrainConfig

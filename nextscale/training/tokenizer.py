@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from nextscale.backends import optimize
 from nextscale.checkpoints import Checkpoint, build_modules, load_tokenizer
-from nextscale.checkpoints.native import read_checkpoint, write_checkpoint
+from nextscale.checkpoints.native import read_checkpoint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
@@ -144,7 +145,9 @@ def train_tokenizer(
         folder, data, config, model.square_side, world, accept_changes=accept_changes, about=model.summary()
     )
     tokenizer = load_tokenizer(start, model) if start else _create_tokenizer(model, config.train.seed)
-    task = TokenizerTask(tokenizer, examples, config.losses, config.codebook)
+    with torch.random.fork_rng(devices=[]):  # the discriminator's weights follow from the seed, too
+        torch.manual_seed(fold_seed(config.train.seed, "discriminator"))
+        task = TokenizerTask(tokenizer, examples, config.losses, config.codebook)
     run.train(task, config.train, _Callbacks(model, task, held_out, folder, world), config.images.max_unreadable)
     if not world.main:
         return {}

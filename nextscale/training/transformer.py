@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from nextscale.backends import optimize
 from nextscale.checkpoints import Checkpoint
-from nextscale.checkpoints.native import write_checkpoint
+from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, write_json
+from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
+from nextscale.common.reading import read_json
 from nextscale.config.migrate import rename_settings
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.training import TrainConfig

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nextscale.backends.cpu.products import NOT_TRAINABLE, PACK_ROWS, can_pack, linear, pack_weight, unpack_weight
 from nextscale.common.errors import UserError
 from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward.dense import DenseFeedForward
+from nextscale.transformer.feed_forward import DenseFeedForward
 from nextscale.transformer.precision import Float32Linear
 
 

@@ -107,9 +107,10 @@ def _linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -
 def _separate_gelu_is_faster(width: int) -> bool:
     """Whether GELU is faster outside of the product, and gives a row the same bits wherever it stands.
 
-    torch computes the last few values of each thread's share without vectors, and rounds those differently.
+    torch computes the last few values of each thread's share without vectors, and rounds those differently. One thread
+    and two take the same way.
     """
-    return not wide_vectors and all(width % (16 * n) == 0 for n in range(1, torch.get_num_threads() + 1))
+    return not wide_vectors and all(width % (16 * n) == 0 for n in range(1, max(torch.get_num_threads(), 2) + 1))
 
 
 def _compute_gelu(x: Tensor) -> Tensor:

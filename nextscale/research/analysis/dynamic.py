@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import save_image, tile_images, to_pil
 from nextscale.config.analysis import DynamicShown
 from nextscale.config.sampling import SampleConfig

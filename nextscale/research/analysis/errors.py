@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import to_pil
 from nextscale.common.rng import make_generator
 from nextscale.config.analysis import ErrorsConfig

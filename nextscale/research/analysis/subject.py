@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.common.devices import describe_machine
 from nextscale.common.errors import UserError
+from nextscale.common.machine import describe_machine
 from nextscale.config.analysis import AnalysisConfig
-from nextscale.config.feed_forward import ExpertsConfig
+from nextscale.config.transformer import ExpertsConfig
 from nextscale.data.cache import open_examples
 from nextscale.data.examples import Examples, check_unreadable
 from nextscale.pipeline import Pipeline

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.common.distributed import World
-from nextscale.common.files import read_json, write_json
+from nextscale.common.files import write_json
+from nextscale.common.reading import read_json
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import PUBLISHED, SparsifyConfig
 from nextscale.pipeline import Pipeline

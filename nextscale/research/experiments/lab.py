@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.checkpoints.native import read_config
-from nextscale.common.devices import describe_machine
 from nextscale.common.distributed import World
-from nextscale.common.files import read_json, write_json
+from nextscale.common.files import write_json
+from nextscale.common.machine import describe_machine
+from nextscale.common.reading import read_json
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict

@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextscale.common.devices import describe_machine
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json, write_text
+from nextscale.common.machine import describe_machine
 from nextscale.common.plots import plot_curves, plot_means
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment

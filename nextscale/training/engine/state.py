@@ -21,7 +21,8 @@ from torch import nn
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.files import read_json, write_atomically, write_json
+from nextscale.common.files import write_atomically, write_json
+from nextscale.common.reading import read_json
 from nextscale.config.migrate import migrate_record
 from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values

@@ -1,4 +1,4 @@
-"""Feed-forward layers: their interface, and what they report of a pass.
+"""Feed-forward layers: their interface, what they report of a pass, and the dense layer of VAR.
 
 Letters: B batch, N tokens at hand, D width.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.config.transformer import TransformerConfig
@@ -89,3 +90,23 @@ class FeedForward(nn.Module, ABC):
     def count_inactive_parameters(cls, config: TransformerConfig) -> int:
         """Parameters of one block that do not work on a token, on average."""
         return 0
+
+
+class DenseFeedForward(FeedForward):
+    """D to ffn_width to D with tanh-GELU."""
+
+    def __init__(self, config: TransformerConfig, scales: int = 0, block: int = 0):
+        super().__init__(config, scales, block)
+        self.fc1 = nn.Linear(config.width, config.ffn_width)
+        self.fc2 = nn.Linear(config.ffn_width, config.width)
+
+    @property
+    def output_layers(self) -> list[Any]:
+        return [self.fc2]
+
+    def forward(self, x_BND: Tensor, context: ScaleContext, previous: Any = None) -> tuple[Tensor, None]:
+        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh")), None
+
+    @classmethod
+    def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
+        return tokens * 2 * config.width * config.ffn_width

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.common.registry import ROUTERS
-from nextscale.config.feed_forward import ExpertsConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import FeedForward, Record
 from nextscale.transformer.feed_forward.experts import Experts

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.common.devices import create_embedding
-from nextscale.config.feed_forward import ExpertsConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import Record
 from nextscale.transformer.precision import Float32Linear, disable_autocast

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nextscale.config.feed_forward import Selection
+from nextscale.config.transformer import Selection
 from nextscale.transformer.feed_forward.routers import select_largest
 
 

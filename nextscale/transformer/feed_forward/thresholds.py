@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextscale.common.errors import UserError
-from nextscale.config.feed_forward import Selection
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import Selection, TransformerConfig
 
 
 @dataclass(frozen=True)
