@@ -166,7 +166,7 @@ def test_hub_upload_and_download_go_through_the_hub_library(tiny, tmp_path, monk
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert tiny.push_to_hub("model", token="secret") == "https://example.org/me/model"
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "hub"))
-    again = Pipeline.from_pretrained("me/model", backend="plain")
+    again = Pipeline.from_pretrained("me/model")
     assert torch.equal(again.sample([1]).tensor, tiny.sample([1]).tensor)
 
 
