@@ -188,3 +188,19 @@ def test_loading_a_model_changes_nothing_of_the_process(tiny_folder):
     Pipeline.from_pretrained(tiny_folder).sample([0])
     assert dict(os.environ) == before
     assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
+
+
+def test_a_module_of_your_own_keeps_weights_that_it_can_read():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.layer(x) @ self.layer.weight
+
+    plain, x = Tied(), draw(64, 32)
+    fast = optimize(nn.ModuleList([copy.deepcopy(plain)]))[0]
+    with torch.no_grad():
+        for _ in range(2):
+            assert_near(fast(x), plain(x))

@@ -93,9 +93,12 @@ def optimize(module: nn.Module, backend: Backend = "auto", *, training: bool = F
 
 def _swap_children(module: nn.Module, twins: Twins, done: dict[nn.Module, nn.Module], *, channels_last: bool) -> None:
     """Swap all descendants; one that stands in several places stays one module."""
+    may_pack = type(module).__module__.startswith(("nextscale.", "torch.nn.modules.container"))
+    # your own modules may read the weights of their layers, which a packed layer does not have in the usual layout
+    direct = twins if may_pack or twins is CUDA else TRAINING_CPU
     for name, child in module.named_children():
         if child not in done:
-            done[child] = swap_module(child, twins)
+            done[child] = swap_module(child, direct)
             inner = twins | DECODER_CPU if _find_name(child) == _DECODER and twins is not CUDA else twins
             _swap_children(done[child], inner, done, channels_last=channels_last)
             if channels_last and isinstance(child, nn.Conv2d):
