@@ -23,7 +23,7 @@ from nextscale.config.transformer import ExpertsConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.errors import analyse_errors
-from nextscale.research.analysis.features import analyse_features, principal
+from nextscale.research.analysis.features import analyse_features, project_principal
 from nextscale.research.analysis.load import analyse_load
 from nextscale.research.analysis.routing import analyse_routing
 from nextscale.sampling.draw import invert_cdf
@@ -175,10 +175,10 @@ def test_routing_of_one_image_and_of_a_scale_router(place, tmp_path):
 
 def test_pictures_of_other_aspects(tmp_path):
     """Maps need not be square."""
-    from nextscale.research.analysis.figures import map_grids
+    from nextscale.research.analysis.figures import plot_map_grids
 
     maps = [[[[0.5]]], [[[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]]]]
-    map_grids({"a model": (["E1"], ["1x1", "2x3"], maps, [])}, "share", tmp_path / "maps.png")
+    plot_map_grids({"a model": (["E1"], ["1x1", "2x3"], maps, [])}, "share", tmp_path / "maps.png")
     assert Image.open(tmp_path / "maps.png").width > 100
 
 
@@ -208,7 +208,7 @@ def test_features_are_the_outputs_of_the_block(place, tmp_path, projection):
              for k, n in enumerate([1, 4, 9, 16])]  # fmt: skip
     if projection == "pca":
         chosen = torch.from_numpy(np.concatenate([scale[p] for scale, p in zip(scales, picks, strict=True)]))
-        np.testing.assert_allclose(np.concatenate(found["points"]), principal(chosen)[0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.concatenate(found["points"]), project_principal(chosen)[0], rtol=1e-3, atol=1e-4)
     again = analyse_features([model], str(place / "cache"), tmp_path, CONFIG, block=2, **options)
     assert again == report
     assert Image.open(tmp_path / "features.png").width > 300
@@ -216,11 +216,13 @@ def test_features_are_the_outputs_of_the_block(place, tmp_path, projection):
 
 def test_principal_axes_are_those_of_the_singular_values():
     x = np.random.default_rng(0).normal(size=(40, 7)) * np.arange(1, 8) + 3
-    points, shares = principal(torch.from_numpy(x))
+    points, shares = project_principal(torch.from_numpy(x))
     _, values, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
     np.testing.assert_allclose(np.abs(points.numpy()), np.abs((x - x.mean(0)) @ axes[:2].T), atol=1e-9)
     assert shares == pytest.approx((values**2 / (values**2).sum())[:2])
-    assert torch.equal(principal(torch.from_numpy(x).flip(0))[0].flip(0).round(decimals=9), points.round(decimals=9))
+    assert torch.equal(
+        project_principal(torch.from_numpy(x).flip(0))[0].flip(0).round(decimals=9), points.round(decimals=9)
+    )
 
 
 def grown(pipeline, label: int, number: int, config: SampleConfig, wrong: dict[int, torch.Tensor] | None = None):
@@ -311,7 +313,7 @@ def test_every_analysis_through_the_command_line(place, tmp_path, capsys):
 def test_what_cannot_be_analysed_is_named(place, tmp_path, capsys, analysis):
     out, cache = ["--out", tmp_path], ["--data", place / "cache"]
     said = fails(capsys, "analyse", analysis, place / "dense", *cache, *out)
-    assert "dense is a dense model: it has no experts to look at; give a mixture of experts" in said
+    assert "dense is a dense model: it has no experts; give a mixture of experts" in said
     said = fails(capsys, "analyse", analysis, place / "stmoe", "--data", "digits", *out, "--images.limit", "50")
     assert "digits has other classes (0, 1, 2, ... 10 in all) than stmoe was trained on (a, b, c, ... 5 in all)" in said
     same = [place / "stmoe", place / "smoe", "--names", "A", "A"]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.use import parse_labels
-from nextscale.config.analysis import AnalysisConfig, DynamicShown, ErrorsConfig
+from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
 from nextscale.config.sampling import SampleConfig
 
 Shown = Annotated[AnalysisConfig, arg(name="")]
@@ -142,7 +142,7 @@ class AnalyseDynamic:
     """Checkpoint folder, or name on the Hugging Face hub."""
     out: Path
     """Folder for experts.png, samples.png and dynamic.json."""
-    shown: Annotated[DynamicShown, arg(name="")] = field(default_factory=DynamicShown)
+    shown: Annotated[DynamicAnalysisConfig, arg(name="")] = field(default_factory=DynamicAnalysisConfig)
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line win."""

@@ -196,9 +196,9 @@ def _train(settings: RunConfig, out: Path, device: str, extend: bool, accept_cha
 def draw_routing(pipeline: Pipeline, held_out: ImageSet, config: QuickstartConfig, folder: Path) -> None:
     """Write routing.png and routing.json of the quickstart's mixture of experts."""
     from nextscale.config.analysis import AnalysisConfig
-    from nextscale.research.analysis.routing import write_routing
-    from nextscale.research.analysis.subject import Subject, about
+    from nextscale.research.analysis.analyzed_model import AnalyzedModel, describe_analysis
+    from nextscale.research.analysis.routing import write_routing_maps
 
     analysis, shown = AnalysisConfig(seed=config.seed), range(min(len(held_out), 500))
-    subject = Subject("model", pipeline, held_out.to_examples(), shown, analysis)
-    write_routing([subject], about(config.data, analysis, pipeline.device), folder)
+    analyzed = AnalyzedModel("model", pipeline, held_out.to_examples(), shown, analysis)
+    write_routing_maps([analyzed], describe_analysis(config.data, analysis, pipeline.device), folder)

@@ -60,7 +60,7 @@ class ErrorsConfig:
 
 
 @dataclass(frozen=True)
-class DynamicShown:
+class DynamicAnalysisConfig:
     """At which settings a model with dynamic experts is shown."""
 
     taus: tuple[float, ...] = (0.9, 0.8, 0.7, 0.5)

@@ -1,1 +1,1 @@
-"""Looking into trained models: expert load, routing, features of the scales, errors of early scales, convergence."""
+"""Analyses of trained models: expert load, routing, features of the scales, errors of early scales, convergence."""

@@ -17,12 +17,12 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import save_image, tile_images, to_pil
-from nextscale.config.analysis import DynamicShown
+from nextscale.config.analysis import DynamicAnalysisConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.info import condition_flops
 from nextscale.pipeline import Pipeline
-from nextscale.research.analysis.figures import map_grids
-from nextscale.research.analysis.subject import scale_names
+from nextscale.research.analysis.analyzed_model import name_scales
+from nextscale.research.analysis.figures import plot_map_grids
 from nextscale.sparsify.flops import count_dense_flops, count_step_flops
 from nextscale.transformer.feed_forward import collect
 
@@ -109,7 +109,7 @@ def map_experts(pipeline: Pipeline, label: int | None, settings: SampleConfig, f
     _require_experts(pipeline)
     result = ExpertMaps([], [], [])
     pyramid, width = pipeline.config.pyramid, pipeline.transformer.config.ffn_width
-    names = scale_names(pyramid)
+    names = name_scales(pyramid)
     for step in pipeline.sample_scales([label], settings, first_image=first_image):
         activities = collect(step.records, "activity")
         if not activities:
@@ -130,7 +130,7 @@ def _require_experts(pipeline: Pipeline) -> None:
         raise UserError("this model has no dynamic experts: make one with `nextscale sparsify`")
 
 
-def analyse_dynamic(source: str, out: Path, shown: DynamicShown, settings: SampleConfig) -> dict[str, Any]:
+def analyse_dynamic(source: str, out: Path, shown: DynamicAnalysisConfig, settings: SampleConfig) -> dict[str, Any]:
     """Write experts.png, samples.png and dynamic.json of a model with dynamic experts into `out`.
 
     experts.png: experts per token at every sparse scale, with several thresholds (DMoE-VAR, Fig. 12). samples.png:
@@ -155,7 +155,7 @@ def analyse_dynamic(source: str, out: Path, shown: DynamicShown, settings: Sampl
         captions += [name] * len(images.captions)
         executed = count_sampled_flops(pipeline, labels, setting, shown.batch_size)
         rows.append({"name": name, "tau": list(setting.tau), "budget": setting.budget, **executed.to_dict()})
-    map_grids(panels, "share of experts", out / "experts.png")
+    plot_map_grids(panels, "share of experts", out / "experts.png")
     save_image(tile_images(pictures, captions, columns=min(shown.columns, len(labels))), out / "samples.png")
     report = {"model": source, "images": len(labels), "rows": rows, "machine": describe_machine(pipeline.device)}
     write_json(out / "dynamic.json", report)

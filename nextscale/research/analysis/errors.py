@@ -1,7 +1,7 @@
-"""Errors of early scales: what becomes of an image when tokens of one scale are wrong (MEPA, Fig. 1b).
+"""Errors of early scales: how wrong tokens at one scale change the image (MEPA, Fig. 1b).
 
-Each image is drawn once undisturbed, and once for each scale of the error with tokens of that scale replaced by random
-others and the later scales drawn on, with the same randomness. Letters: B images, L tokens of all scales, K scales.
+Each image is sampled once without errors. Then, for each scale, tokens of that scale are replaced by random ones and
+the later scales are sampled again with the same random numbers. Letters: B images, L tokens of all scales, K scales.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nextscale.config.analysis import ErrorsConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
-from nextscale.research.analysis.figures import image_rows, propagation
-from nextscale.research.analysis.subject import distinct, scale_names, titles
+from nextscale.research.analysis.analyzed_model import check_distinct, choose_names, name_scales
+from nextscale.research.analysis.figures import Row, plot_error_propagation, plot_image_rows
 from nextscale.sampling import build_sampler
 from nextscale.sampling.editing import Edit
 from nextscale.sampling.sampler import check_finite, sample_scales
@@ -39,53 +39,53 @@ def analyse_errors(
     *,
     labels: Sequence[int | str | None] = (),
 ) -> dict[str, Any]:
-    """Disturb one scale after the other; writes errors.json, errors.png (images growing) and distance.png into `out`.
+    """Inject errors at each scale; writes errors.json, errors.png (images after each scale) and distance.png to `out`.
 
-    `labels`: classes of the images in turn; none = all of them. Returns what errors.json holds (docs/measuring.md).
-    Raises UserError for a scale that is not there, and for sampling settings under which tokens alone do not decide an
-    image.
+    `labels`: classes of the images in turn; empty = all classes. Returns the content of errors.json
+    (docs/measuring.md). Raises UserError for a scale that does not exist, and for sampling settings under which the
+    image is not determined by its tokens.
     """
     config, sampling = config or ErrorsConfig(), sampling or SampleConfig()
     if sampling.official_seeding or sampling.smooth or sampling.draft_scales or sampling.refiner:
         raise UserError("errors are injected into plain sampling: without official_seeding, smooth and a refiner")
-    found, growing, far = [], {}, {}
-    for model, name in zip(models, distinct(titles(models, names)), strict=True):
+    reports, image_panels, distance_panels = [], {}, {}
+    for model, name in zip(models, check_distinct(choose_names(models, names)), strict=True):
         pipeline = Pipeline.from_pretrained(model, device=config.device)
-        lab = _Lab(pipeline, config, sampling, _scales(config, pipeline, name))
-        values = _values(pipeline, labels, config.num)
+        injection = _ErrorInjection(pipeline, config, sampling, _parse_scales(config, pipeline, name))
+        values = _parse_labels(pipeline, labels, config.num)
         for start in range(0, config.num, config.batch_size):
-            lab.disturb(values[start : start + config.batch_size], start)
-        found.append({"name": name, **lab.report()})
-        columns = found[-1]["scales"]
-        growing[name] = (columns, lab.rows)
-        far[name] = (columns, found[-1]["errors"], found[-1]["another_image"])
+            injection.add_batch(values[start : start + config.batch_size], start)
+        reports.append({"name": name, **injection.report()})
+        scales = reports[-1]["scales"]
+        image_panels[name] = (scales, injection.rows)
+        distance_panels[name] = (scales, reports[-1]["errors"], reports[-1]["another_image"])
     report = {
         "analysis": "errors", "images": config.num, "share": config.share, "sampling": to_dict(sampling),
-        "machine": describe_machine(torch.device(config.device)), "models": found,
+        "machine": describe_machine(torch.device(config.device)), "models": reports,
     }  # fmt: skip
     write_json(out / "errors.json", report)
-    image_rows(growing, out / "errors.png")
-    propagation(far, out / "distance.png")
+    plot_image_rows(image_panels, out / "errors.png")
+    plot_error_propagation(distance_panels, out / "distance.png")
     return report
 
 
-def _scales(config: ErrorsConfig, pipeline: Pipeline, name: str) -> list[int]:
-    """The scales to disturb, counted from 0."""
+def _parse_scales(config: ErrorsConfig, pipeline: Pipeline, name: str) -> list[int]:
+    """The scales of the errors, counted from 0."""
     count = len(pipeline.config.pyramid)
     if wrong := [s for s in config.scales if not 1 <= s <= count]:
         raise UserError(f"{name} has scales 1 to {count}; there is no scale {wrong[0]}")
     return sorted({s - 1 for s in config.scales}) or list(range(max(count - 1, 1)))
 
 
-def _values(pipeline: Pipeline, labels: Sequence[int | str | None], count: int) -> Tensor:
-    """The condition of each image: these labels in turn, or all classes."""
+def _parse_labels(pipeline: Pipeline, labels: Sequence[int | str | None], count: int) -> Tensor:
+    """The condition of each image: these labels in turn, or all classes in turn."""
     chosen = pipeline.label_indices(labels) or list(range(pipeline.transformer.config.condition.num_classes))
     return pipeline.transformer.condition.parse([chosen[i % len(chosen)] for i in range(count)])
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """A batch of images as they grew."""
+class _Trajectory:
+    """A sampled batch: all tokens, and the canvas after each scale."""
 
     tokens_BL: Tensor
     canvases: list[Tensor]
@@ -94,14 +94,14 @@ class _Drawn:
 
 @dataclass
 class _Distances:
-    """How far images are from their undisturbed selves, one entry for each."""
+    """Distances of images with an error from the same images without it, one tensor per batch."""
 
     tokens: list[Tensor] = field(default_factory=list)
     """Share of each scale's tokens that differ, (B, K)."""
     canvas: list[Tensor] = field(default_factory=list)
-    """Norm of the difference of the canvases after each scale over the undisturbed one's norm, (B, K)."""
+    """Norm of the difference of the canvases after each scale, relative to the norm without the error, (B, K)."""
     image: list[Tensor] = field(default_factory=list)
-    """Root mean square over the pixels, in 0 to 1, (B,)."""
+    """Root mean squared difference of the pixels, which are in 0 to 1, (B,)."""
 
     def report(self) -> dict[str, Any]:
         image_B = torch.cat(self.image).double()
@@ -113,44 +113,47 @@ class _Distances:
         }
 
 
-class _Lab:
-    """One model under errors at these scales (from 0)."""
+class _ErrorInjection:
+    """Samples one model with errors at each of these scales (from 0), and collects the distances."""
 
     def __init__(self, pipeline: Pipeline, config: ErrorsConfig, sampling: SampleConfig, scales: list[int]):
         self.pipeline, self.config, self.sampling, self.scales = pipeline, config, sampling, scales
         self.tokenizer, self.pyramid = pipeline.tokenizer, pipeline.config.pyramid
         self.errors = {s: _Distances() for s in scales}
-        self.kept = {s: _Distances() for s in scales}
-        self.another = _Distances()
-        self.rows: list[tuple[str, list[Any], int | None]] = []
-        """Of the pictures: what they are, the image after each scale, and where the error is."""
+        self.errors_alone = {s: _Distances() for s in scales}
+        """With the later scales' tokens unchanged."""
+        self.other_images = _Distances()
+        """Between images of different seeds, for comparison."""
+        self.rows: list[Row] = []
+        """Rows of errors.png: the images after each scale, marked at the scale of the error."""
 
     @torch.no_grad()
-    def disturb(self, values: Tensor, first: int) -> None:
-        """Draw a batch, whose first image has this number, undisturbed and with each error."""
-        clean = self._draw(values, first)
-        image = self._painted(clean.canvases[-1])
+    def add_batch(self, values: Tensor, first: int) -> None:
+        """Sample a batch without errors and with each error. `first`: the number of its first image."""
+        clean = self._sample(values, first)
+        image = self._decode(clean.canvases[-1])
         shown = max(min(self.config.shown - first, len(values)), 0)
-        rows = [self._grown(clean, shown, [self.pipeline.caption(int(v)) for v in values])]
+        rows = [self._make_rows(clean, shown, [self.pipeline.caption(int(v)) for v in values])]
         for s in self.scales:
-            wrong_BL = self._wrong(clean.tokens_BL, s, first)
+            wrong_BL = self._corrupt_tokens(clean.tokens_BL, s, first)
             up_to_L = torch.arange(self.pyramid.length, device=wrong_BL.device) < self.pyramid.spans[s][1]
-            drawn = self._draw(values, first, Edit(wrong_BL, up_to_L.expand_as(wrong_BL)))
-            self._compare(self.errors[s], clean, image, drawn)
-            self._compare(self.kept[s], clean, image, _Drawn(wrong_BL, list(self.tokenizer.build_canvases(wrong_BL))))
-            rows.append(self._grown(drawn, shown, [f"error at {scale_names(self.pyramid)[s]}"] * shown, s))
-        self._compare(self.another, clean, image, self._draw(values, first + self.config.num))
-        self.rows += [row for of_image in zip(*rows, strict=True) for row in of_image]
+            resampled = self._sample(values, first, Edit(wrong_BL, up_to_L.expand_as(wrong_BL)))
+            self._add_distances(self.errors[s], clean, image, resampled)
+            unchanged = _Trajectory(wrong_BL, list(self.tokenizer.build_canvases(wrong_BL)))
+            self._add_distances(self.errors_alone[s], clean, image, unchanged)
+            rows.append(self._make_rows(resampled, shown, [f"error at {name_scales(self.pyramid)[s]}"] * shown, s))
+        self._add_distances(self.other_images, clean, image, self._sample(values, first + self.config.num))
+        self.rows += [row for image_rows in zip(*rows, strict=True) for row in image_rows]
 
-    def _draw(self, values: Tensor, first: int, edit: Edit | None = None) -> _Drawn:
+    def _sample(self, values: Tensor, first: int, edit: Edit | None = None) -> _Trajectory:
         sampler = build_sampler(
             self.tokenizer, self.pipeline.transformer, values, self.sampling, first_image=first, edit=edit
         )
         done = [(step.tokens_BN, step.canvas_BChw) for step in check_finite(sample_scales(sampler))]
-        return _Drawn(torch.cat([tokens for tokens, _ in done], dim=1), [canvas for _, canvas in done])
+        return _Trajectory(torch.cat([tokens for tokens, _ in done], dim=1), [canvas for _, canvas in done])
 
-    def _wrong(self, tokens_BL: Tensor, s: int, first: int) -> Tensor:
-        """The tokens with an error at scale s. An image's error is its own, whatever shares its batch."""
+    def _corrupt_tokens(self, tokens_BL: Tensor, s: int, first: int) -> Tensor:
+        """The tokens with an error at scale s. The error of an image does not depend on its batch."""
         (start, end), codes = self.pyramid.spans[s], self.tokenizer.config.vocab_size
         count = max(1, round(self.config.share * (end - start)))
         wrong_BL = tokens_BL.clone()
@@ -161,38 +164,40 @@ class _Lab:
             wrong_BL[b, cells] = (tokens_BL[b, cells] + shift) % codes
         return wrong_BL
 
-    def _compare(self, distances: _Distances, clean: _Drawn, image_B3HW: Tensor, drawn: _Drawn) -> None:
-        changed_BL = (drawn.tokens_BL != clean.tokens_BL).float()
+    def _add_distances(
+        self, distances: _Distances, clean: _Trajectory, image_B3HW: Tensor, changed: _Trajectory
+    ) -> None:
+        changed_BL = (changed.tokens_BL != clean.tokens_BL).float()
         distances.tokens.append(
             torch.stack([changed_BL[:, i:j].mean(dim=1) for i, j in self.pyramid.spans], dim=1).cpu()
         )
-        far = [
+        canvas_distances = [
             (a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-12)
-            for a, b in zip(drawn.canvases, clean.canvases, strict=True)
+            for a, b in zip(changed.canvases, clean.canvases, strict=True)
         ]
-        distances.canvas.append(torch.stack(far, dim=1).cpu())
-        painted = self._painted(drawn.canvases[-1])
-        distances.image.append((painted - image_B3HW).square().flatten(1).mean(dim=1).sqrt().cpu())
+        distances.canvas.append(torch.stack(canvas_distances, dim=1).cpu())
+        changed_B3HW = self._decode(changed.canvases[-1])
+        distances.image.append((changed_B3HW - image_B3HW).square().flatten(1).mean(dim=1).sqrt().cpu())
 
-    def _painted(self, canvas_BChw: Tensor) -> Tensor:
+    def _decode(self, canvas_BChw: Tensor) -> Tensor:
         return (self.tokenizer.decode_canvas(canvas_BChw) + 1) / 2
 
-    def _grown(
-        self, drawn: _Drawn, shown: int, captions: list[str], error: int | None = None
-    ) -> list[tuple[str, list[Any], int | None]]:
-        """A row of pictures for each of the first images."""
+    def _make_rows(
+        self, trajectory: _Trajectory, shown: int, captions: list[str], error: int | None = None
+    ) -> list[Row]:
+        """For each of the first `shown` images a row of pictures: the image after each scale."""
         if not shown:
             return []
-        columns = [to_pil(self._painted(canvas[:shown])) for canvas in drawn.canvases]
+        columns = [to_pil(self._decode(canvas[:shown])) for canvas in trajectory.canvases]
         return [(captions[b], [column[b] for column in columns], error) for b in range(shown)]
 
     def report(self) -> dict[str, Any]:
-        """Distances as JSON values, means over the images: with each error, and between images of other randomness.
+        """Mean distances as JSON values: with each error, and between images of different seeds.
 
-        `kept_image_distance`: when the later scales keep the undisturbed tokens, what the error does by itself.
+        `kept_image_distance`: the effect of the error alone, with the later scales' tokens unchanged.
         """
-        errors = [
-            {"scale": s + 1, **self.errors[s].report(), "kept_image_distance": self.kept[s].report()["image_distance"]}
-            for s in self.scales
-        ]
-        return {"scales": scale_names(self.pyramid), "errors": errors, "another_image": self.another.report()}
+        errors = []
+        for s in self.scales:
+            alone = self.errors_alone[s].report()["image_distance"]
+            errors.append({"scale": s + 1, **self.errors[s].report(), "kept_image_distance": alone})
+        return {"scales": name_scales(self.pyramid), "errors": errors, "another_image": self.other_images.report()}

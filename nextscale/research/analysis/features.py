@@ -1,6 +1,6 @@
-"""Features of the scales: where a block's output lies for tokens of each scale (MEPA, Fig. 1a).
+"""Features of the scales: how a block's outputs differ between the tokens of different scales (MEPA, Fig. 1a).
 
-Letters: B images, N tokens of one scale, P chosen tokens, D width, K scales.
+Letters: B images, N tokens of one scale, P points (tokens), D width, K scales.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.analysis import AnalysisConfig
-from nextscale.research.analysis.figures import clouds
-from nextscale.research.analysis.subject import Subject, about, subjects
+from nextscale.research.analysis.analyzed_model import AnalyzedModel, describe_analysis, open_models
+from nextscale.research.analysis.figures import plot_points
 
 Projection = Literal["pca", "tsne"]
 
@@ -35,38 +35,38 @@ def analyse_features(
 ) -> dict[str, Any]:
     """Features of a block on held-out images of `data`, by scale; writes features.json and features.png into `out`.
 
-    `block`: counted from 1; 0 = the middle one, depth // 2. `points`: tokens of each scale that are projected to two
-    dimensions and drawn, chosen from the seed; the figures of separation are of all tokens. Returns what features.json
-    holds. Raises UserError for a block that is not there, or data that is not the model's.
+    `block`: counted from 1; 0 = the middle one, depth // 2. `points`: number of tokens of each scale, drawn with the
+    seed, that are projected to two dimensions and plotted; the measures of separation use all tokens. Returns the
+    content of features.json. Raises UserError for a block that does not exist, or for data that is not the model's.
     """
     config = config or AnalysisConfig()
     if points < 1 or projection not in ("pca", "tsne"):
         raise UserError(f"points must be 1 or more and projection pca or tsne; got {points} and '{projection}'")
-    found, pictures = [], {}
-    for subject in subjects(models, names, data, config):
-        number = subject.block(block, len(subject.model.blocks) // 2)
-        moments, chosen = _collect(subject, number, points)
+    reports, panels = [], {}
+    for analyzed in open_models(models, names, data, config):
+        number = analyzed.check_block(block, len(analyzed.model.blocks) // 2)
+        moments, tokens = _collect_features(analyzed, number, points)
         report = {
-            "name": subject.name, "images": len(subject.rows), "block": number, "scales": subject.scales,
-            **separation(moments), **_projected(chosen, projection, config.seed),
+            "name": analyzed.name, "images": len(analyzed.rows), "block": number, "scales": analyzed.scales,
+            **compute_separation(moments), **_project_tokens(tokens, projection, config.seed),
         }  # fmt: skip
-        found.append(report)
-        title = f"{subject.name}, block {number}\n{report['variance_between_scales']:.0%} of the variance is between"
-        pictures[f"{title} scales"] = (_axes(report), dict(zip(subject.scales, report["points"], strict=True)))
-    report = {"analysis": "features", **about(data, config, torch.device(config.device)), "models": found}
+        reports.append(report)
+        title = f"{analyzed.name}, block {number}\n{report['variance_between_scales']:.0%} of the variance is between"
+        panels[f"{title} scales"] = (_name_axes(report), dict(zip(analyzed.scales, report["points"], strict=True)))
+    report = {"analysis": "features", **describe_analysis(data, config, torch.device(config.device)), "models": reports}
     write_json(out / "features.json", report)
-    clouds(pictures, out / "features.png")
+    plot_points(panels, out / "features.png")
     return report
 
 
-class Moments:
+class ScaleMoments:
     """Count, sum and sum of squared norms of the features of one scale, float64."""
 
     def __init__(self) -> None:
         self.count, self.sum_D, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, x_PD: Tensor) -> None:
-        """Take in more tokens."""
+        """Add the features of more tokens."""
         x_PD = x_PD.double()
         self.count += len(x_PD)
         self.sum_D, self.squares = self.sum_D.to(x_PD) + x_PD.sum(dim=0), self.squares.to(x_PD) + (x_PD**2).sum()
@@ -81,11 +81,11 @@ class Moments:
         return max(float(self.squares / self.count - (self.mean_D**2).sum()), 0.0)
 
 
-def separation(moments: Sequence[Moments]) -> dict[str, Any]:
-    """How far the scales lie apart, each scale counting the same.
+def compute_separation(moments: Sequence[ScaleMoments]) -> dict[str, Any]:
+    """How far the scales lie apart, with equal weight for each scale.
 
-    `variance_between_scales`: that of the scales' means over the whole, in 0 to 1. `spread_per_scale`: root mean
-    squared distance from a scale's mean. `distance_between_scales`: (K, K), between the means.
+    `variance_between_scales`: the share of the variance that is between the scales' means, 0 to 1. `spread_per_scale`:
+    root mean squared distance from a scale's mean. `distance_between_scales`: (K, K), between the means.
     """
     mean_KD = torch.stack([m.mean_D for m in moments])
     between = float(((mean_KD - mean_KD.mean(dim=0)) ** 2).sum(dim=1).mean())
@@ -98,51 +98,49 @@ def separation(moments: Sequence[Moments]) -> dict[str, Any]:
     }
 
 
-def _collect(subject: Subject, block: int, points: int) -> tuple[list[Moments], list[Tensor]]:
-    """Of each scale the moments of all tokens, and the features (P, D), float64 on the CPU, of `points` of them."""
-    pyramid, images = subject.model.pyramid, len(subject.rows)
-    moments = [Moments() for _ in pyramid.sides]
-    chosen: list[list[Tensor]] = [[] for _ in pyramid.sides]
-    picks = [
-        torch.randperm(images * count, generator=make_generator(subject.config.seed, "features", k))[:points]
-        .sort()
-        .values
-        for k, count in enumerate(pyramid.counts)
-    ]
-    for start, x_BLD in _features(subject, block):
+def _collect_features(analyzed: AnalyzedModel, block: int, points: int) -> tuple[list[ScaleMoments], list[Tensor]]:
+    """For each scale the moments of all tokens, and the features (P, D), float64 on the CPU, of `points` tokens."""
+    pyramid, images = analyzed.model.pyramid, len(analyzed.rows)
+    moments = [ScaleMoments() for _ in pyramid.sides]
+    tokens: list[list[Tensor]] = [[] for _ in pyramid.sides]
+    drawn = []
+    for k, count in enumerate(pyramid.counts):
+        rng = make_generator(analyzed.config.seed, "features", k)
+        drawn.append(torch.randperm(images * count, generator=rng)[:points].sort().values)
+    for start, x_BLD in _run_block(analyzed, block):
         for k, ((first, last), count) in enumerate(zip(pyramid.spans, pyramid.counts, strict=True)):
             x_PD = x_BLD[:, first:last].flatten(0, 1)
             moments[k].add(x_PD)
-            here = picks[k] - start * count
-            here = here[(here >= 0) & (here < len(x_PD))]
-            chosen[k].append(x_PD[here.to(x_PD.device)].double().cpu())
-    return moments, [torch.cat(parts) for parts in chosen]
+            index = drawn[k] - start * count
+            index = index[(index >= 0) & (index < len(x_PD))]
+            tokens[k].append(x_PD[index.to(x_PD.device)].double().cpu())
+    return moments, [torch.cat(batches) for batches in tokens]
 
 
-def _features(subject: Subject, block: int) -> Iterator[tuple[int, Tensor]]:
-    """The number of a batch's first image, and the block's output (B, L, D)."""
+def _run_block(analyzed: AnalyzedModel, block: int) -> Iterator[tuple[int, Tensor]]:
+    """For each batch the number of its first image, and the block's output (B, L, D)."""
     start = 0
-    for output in subject.outputs(hidden=block):
-        assert output.hidden_BND is not None, "it was asked for"
+    for output in analyzed.run_batches(hidden=block):
+        assert output.hidden_BND is not None, "`hidden` requests it"
         yield start, output.hidden_BND
         start += len(output.hidden_BND)
 
 
-def _projected(chosen: list[Tensor], projection: Projection, seed: int) -> dict[str, Any]:
-    """The chosen tokens of each scale in two dimensions, and for PCA the share of the variance along each."""
-    x_PD = torch.cat(chosen)
-    xy_P2, shares = principal(x_PD)
+def _project_tokens(tokens: list[Tensor], projection: Projection, seed: int) -> dict[str, Any]:
+    """The tokens of each scale in two dimensions, and for PCA the share of the variance along each axis."""
+    x_PD = torch.cat(tokens)
+    xy_P2, shares = project_principal(x_PD)
     if projection == "tsne":
-        xy_P2 = _tsne(x_PD, seed)
-    parts = xy_P2.split([len(part) for part in chosen])
-    points = [[[float(f"{value:.5g}") for value in point] for point in part.tolist()] for part in parts]
+        xy_P2 = _project_tsne(x_PD, seed)
+    scales = xy_P2.split([len(scale) for scale in tokens])
+    points = [[[float(f"{value:.5g}") for value in point] for point in scale.tolist()] for scale in scales]
     return {"projection": projection, "variance_of_axes": shares if projection == "pca" else [], "points": points}
 
 
-def principal(x_PD: Tensor) -> tuple[Tensor, list[float]]:
+def project_principal(x_PD: Tensor) -> tuple[Tensor, list[float]]:
     """Points on their first two principal axes (P, 2), and the share of the variance along each.
 
-    An axis points to where its largest component is positive, so that the same data gives the same picture.
+    The sign of an axis is chosen so that its largest component is positive; the same data gives the same plot.
     """
     centred_PD = x_PD - x_PD.mean(dim=0)
     values_D, vectors_DD = torch.linalg.eigh(centred_PD.T @ centred_PD)
@@ -152,19 +150,19 @@ def principal(x_PD: Tensor) -> tuple[Tensor, list[float]]:
     return centred_PD @ axes_D2, shares.tolist()
 
 
-def _tsne(x_PD: Tensor, seed: int) -> Tensor:
+def _project_tsne(x_PD: Tensor, seed: int) -> Tensor:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
         raise UserError("t-SNE comes with scikit-learn: pip install 'nextscale[quickstart]'") from None
     if len(x_PD) < 4:
-        raise UserError(f"t-SNE needs at least 4 tokens; got {len(x_PD)}: show the model more images")
+        raise UserError(f"t-SNE needs at least 4 tokens; got {len(x_PD)}: raise --num")
     tsne = TSNE(init="pca", perplexity=min(30.0, (len(x_PD) - 1) / 3), random_state=fold_seed(seed, "tsne") % 2**32)
     return torch.from_numpy(tsne.fit_transform(x_PD.numpy()))
 
 
-def _axes(report: dict[str, Any]) -> tuple[str, str]:
-    """What the picture's axes are called."""
+def _name_axes(report: dict[str, Any]) -> tuple[str, str]:
+    """The labels of the plot's axes."""
     if report["projection"] == "tsne":
         return "t-SNE 1", "t-SNE 2"
     x, y = report["variance_of_axes"]

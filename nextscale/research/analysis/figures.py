@@ -12,17 +12,17 @@ from PIL import Image
 from nextscale.common.plots import COLOUR_MAP, COLOURS, choose_shade, new_figure, save_figure
 
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
-"""x, mean and deviation of a curve."""
+"""x, mean and standard deviation of a curve."""
 Row = tuple[str, list[Image.Image], int | None]
-"""What the pictures of a row are, the pictures, and which one is marked."""
+"""The caption of a row of images, the images, and the index of the marked one."""
 
 
-def loads(
+def plot_expert_load(
     models: dict[str, tuple[list[str], list[float], list[str], list[list[float]]]], total: float, path: Path
 ) -> None:
     """Expert load: {model: (experts, load, scales, load of each scale)}, loads summing to `total`. Needs matplotlib.
 
-    Above, bars of each expert's load beside what it would be if all were equal; below, a map of scales by experts.
+    Above, bars of each expert's load and a line at the uniform load; below, a map of scales by experts.
     """
     widest = max(len(experts) for experts, *_ in models.values())
     ceiling = 1.1 * max(max(load) for _, load, _, _ in models.values())
@@ -49,12 +49,13 @@ def loads(
     save_figure(figure, path)
 
 
-def map_grids(
+def plot_map_grids(
     models: dict[str, tuple[list[str], list[str], list[list[Any]], list[Image.Image]]], unit: str, path: Path
 ) -> None:
-    """Maps of values in 0 to 1 in a grid, scale by expert: {model: (experts, scales, maps, pictures)}, side by side.
+    """A grid of maps for each model, scales by experts: {model: (experts, scales, maps, pictures)}.
 
-    `maps`: [scale][expert], each as rows. `pictures`: one in front of each scale, or none. Needs matplotlib.
+    `maps`: [scale][expert], each a list of rows with values in 0 to 1. `pictures`: an image in front of each row of the
+    grid, or []. Needs matplotlib.
     """
     columns = max(len(experts) + bool(pictures) for experts, _, _, pictures in models.values())
     rows = max(len(scales) for _, scales, _, _ in models.values())
@@ -62,12 +63,12 @@ def map_grids(
     shown = None
     for axes, (title, (experts, scales, maps, pictures)) in zip(panels, models.items(), strict=True):
         heads = (["image"] if pictures else []) + experts
-        for k, of_scale in enumerate(maps):
+        for k, scale_maps in enumerate(maps):
             y = len(scales) - k
             if pictures:
-                axes.imshow(pictures[k], extent=_cell(0, y, pictures[k].height / pictures[k].width))
-            for m, values in enumerate(of_scale, start=bool(pictures)):
-                cell = _cell(m, y, len(values) / len(values[0]))
+                axes.imshow(pictures[k], extent=_compute_extent(0, y, pictures[k].height / pictures[k].width))
+            for m, values in enumerate(scale_maps, start=bool(pictures)):
+                cell = _compute_extent(m, y, len(values) / len(values[0]))
                 shown = axes.imshow(values, extent=cell, cmap=COLOUR_MAP, vmin=0, vmax=1, interpolation="nearest")
         _label_cells(axes, title, heads, scales)
         axes.set_ylabel("scale")
@@ -75,18 +76,20 @@ def map_grids(
     save_figure(figure, path)
 
 
-def _cell(column: int, top: int, aspect: float) -> tuple[float, float, float, float]:
-    """Where a map of this height by width stands in its cell of a grid: left, right, bottom, top."""
+def _compute_extent(column: int, top: int, aspect: float) -> tuple[float, float, float, float]:
+    """The extent (left, right, bottom, top) of a map in its cell of a grid. `aspect`: height over width."""
     half_width, half_height = 0.45 / max(aspect, 1), 0.45 * min(aspect, 1)
     x, y = column + 0.5, top - 0.5
     return x - half_width, x + half_width, y - half_height, y + half_height
 
 
-def clouds(models: dict[str, tuple[tuple[str, str], dict[str, list[list[float]]]]], path: Path) -> None:
-    """Points in the plane, coloured by scale: {title: (names of the axes, {scale: points})}. Needs matplotlib."""
+def plot_points(models: dict[str, tuple[tuple[str, str], dict[str, list[list[float]]]]], path: Path) -> None:
+    """Scatter plots coloured by scale: {title: (names of the axes, {scale: points})}. Needs matplotlib."""
     figure, (panels,) = new_figure(len(models), width=4.6, height=4.4)
     for axes, (title, (names, scales)) in zip(panels, models.items(), strict=True):
-        for k, (scale, points) in reversed(list(enumerate(scales.items()))):  # the few points of coarse scales on top
+        for k, (scale, points) in reversed(
+            list(enumerate(scales.items()))
+        ):  # coarse scales have few points: draw them last
             x, y = zip(*points, strict=True)
             axes.scatter(x, y, s=10, alpha=0.7, linewidths=0, color=choose_shade(k, len(scales)), label=scale)
         axes.set(title=title, xlabel=names[0], ylabel=names[1])
@@ -95,15 +98,15 @@ def clouds(models: dict[str, tuple[tuple[str, str], dict[str, list[list[float]]]
     save_figure(figure, path)
 
 
-def image_rows(models: dict[str, tuple[list[str], list[Row]]], path: Path) -> None:
-    """Rows of images under common heads, {title: (heads, rows)}, side by side; a marked image is framed."""
+def plot_image_rows(models: dict[str, tuple[list[str], list[Row]]], path: Path) -> None:
+    """Rows of images with column heads, {title: (heads, rows)}; the marked image of a row is framed."""
     columns = max(len(heads) for heads, _ in models.values())
     count = max(len(rows) for _, rows in models.values())
     figure, (panels,) = new_figure(len(models), width=columns + 1.4, height=count + 0.7)
     for axes, (title, (heads, rows)) in zip(panels, models.items(), strict=True):
         for i, (_, pictures, marked) in enumerate(rows):
             for j, picture in enumerate(pictures):
-                cell = _cell(j, len(rows) - i, picture.height / picture.width)
+                cell = _compute_extent(j, len(rows) - i, picture.height / picture.width)
                 axes.imshow(picture, extent=cell, interpolation="nearest")
                 if j == marked:
                     left, right, bottom, top = cell
@@ -114,7 +117,7 @@ def image_rows(models: dict[str, tuple[list[str], list[Row]]], path: Path) -> No
 
 
 def _label_cells(axes: Any, title: str, heads: list[str], rows: list[str]) -> None:
-    """Names above the columns and beside the rows of a grid of cells."""
+    """Write the names of columns and rows at a grid of cells."""
     axes.set(title=title, xlim=(0, len(heads)), ylim=(0, len(rows)), aspect="equal")
     axes.set_xticks([m + 0.5 for m in range(len(heads))], heads, rotation=90 if max(map(len, heads)) > 5 else 0)
     axes.set_yticks([len(rows) - k - 0.5 for k in range(len(rows))], rows)
@@ -122,22 +125,26 @@ def _label_cells(axes: Any, title: str, heads: list[str], rows: list[str]) -> No
     axes.spines[:].set_visible(False)
 
 
-def propagation(models: dict[str, tuple[list[str], list[dict[str, Any]], dict[str, Any]]], path: Path) -> None:
-    """How far an error goes, {model: (scales, errors, another image)} as in errors.json. Needs matplotlib.
+def plot_error_propagation(
+    models: dict[str, tuple[list[str], list[dict[str, Any]], dict[str, Any]]], path: Path
+) -> None:
+    """The effect of errors, {model: (scales, errors, another image)} as in errors.json. Needs matplotlib.
 
-    Above, the distance of the finished image over the scale of the error; below, the tokens changed at each scale.
+    Above, the distance of the final image by the scale of the error; below, the tokens changed at each scale.
     """
     figure, axes = new_figure(len(models), rows=2, width=5, height=8)
     shown = None
     for (title, (scales, errors, another)), lines, cells in zip(models.items(), axes[0], axes[1], strict=True):
         names = [scales[error["scale"] - 1] for error in errors]
         mean, deviation = ([e[n] for e in errors] for n in ("image_distance", "image_distance_deviation"))
-        lines.errorbar(names, mean, deviation, fmt="o-", color=COLOURS[1], capsize=3, label="later scales drawn on")
-        kept = [error["kept_image_distance"] for error in errors]
-        lines.plot(names, kept, "s--", color=COLOURS[0], label="later scales keep their tokens")
+        lines.errorbar(
+            names, mean, deviation, fmt="o-", color=COLOURS[1], capsize=3, label="later scales sampled again"
+        )
+        unchanged = [error["kept_image_distance"] for error in errors]
+        lines.plot(names, unchanged, "s--", color=COLOURS[0], label="later scales keep their tokens")
         lines.axhline(another["image_distance"], color="black", linestyle=":", label="another image of the class")
         lines.set(title=title, xlabel="scale of the error", ylim=(0, None))
-        lines.set_ylabel("RMS distance of the finished image\nfrom the undisturbed one (pixels in 0 to 1)")
+        lines.set_ylabel("RMS distance of the final image\nfrom the one without errors (pixels in 0 to 1)")
         lines.legend(fontsize="small", frameon=False)
         lines.grid(alpha=0.3)
         changed = [error["tokens_changed"] for error in errors]
@@ -152,8 +159,8 @@ def propagation(models: dict[str, tuple[list[str], list[dict[str, Any]], dict[st
     save_figure(figure, path)
 
 
-def bands(panels: dict[str, dict[str, Band]], unit: str, target: float, path: Path) -> None:
-    """Curves with their deviation over steps, {panel: {curve: band}}; the first panel shows a level to reach."""
+def plot_bands(panels: dict[str, dict[str, Band]], unit: str, target: float, path: Path) -> None:
+    """Curves over steps with a band of one deviation, {panel: {curve: band}}; the first panel marks `target`."""
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
     figure, axes = new_figure(columns, rows=rows, width=4.2, height=3.2 * rows)
@@ -168,7 +175,7 @@ def bands(panels: dict[str, dict[str, Band]], unit: str, target: float, path: Pa
             panel.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
         panel.set(title=title, xlabel="step", ylabel=unit)
         panel.grid(alpha=0.3)
-    axes.flat[0].axhline(target, color="black", linestyle=":", linewidth=1, label="to reach")
+    axes.flat[0].axhline(target, color="black", linestyle=":", linewidth=1, label="target")
     axes.flat[0].legend(fontsize="small", frameon=False)
     for panel in axes.flat[len(panels) :]:
         panel.set_visible(False)

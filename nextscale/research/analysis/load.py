@@ -1,4 +1,4 @@
-"""Expert load: how often each expert is chosen, in each block and at each scale (MEPA, Table 1).
+"""Expert load: how often each expert is selected, in each block and at each scale (MEPA, Table 1).
 
 Letters: S blocks, K scales, M experts.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nextscale.common.files import write_json
 from nextscale.config.analysis import AnalysisConfig
-from nextscale.research.analysis.figures import loads
-from nextscale.research.analysis.subject import Subject, about, subjects
+from nextscale.research.analysis.analyzed_model import AnalyzedModel, describe_analysis, open_models
+from nextscale.research.analysis.figures import plot_expert_load
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.balance import normalise_load
 
@@ -25,46 +25,46 @@ def analyse_load(
 ) -> dict[str, Any]:
     """Expert load of mixtures of experts on held-out images of `data`; writes load.json and load.png into `out`.
 
-    Returns what load.json holds. Loads are normalised to a sum of 64, variances over the experts are the sample's
-    (n - 1), as in Table 1. Raises UserError for a dense model, or data that is not the model's.
+    Returns the content of load.json. As in Table 1, loads are normalised to a sum of 64, and variances are sample
+    variances (n - 1) over the experts. Raises UserError for a dense model, or for data that is not the model's.
     """
     config = config or AnalysisConfig()
-    found, device = [], torch.device(config.device)
-    for subject in subjects(models, names, data, config):
-        experts, counts_SKM = subject.experts(), choices(subject)
-        found.append(_report(subject, experts, counts_SKM))
-    report = {"analysis": "load", **about(data, config, device), "models": found}
+    reports, device = [], torch.device(config.device)
+    for analyzed in open_models(models, names, data, config):
+        experts, counts_SKM = analyzed.list_experts(), count_selections(analyzed)
+        reports.append(_report_load(analyzed, experts, counts_SKM))
+    report = {"analysis": "load", **describe_analysis(data, config, device), "models": reports}
     write_json(out / "load.json", report)
-    shown = {m["name"]: (m["experts"], m["load"], m["scales"], m["load_per_scale"]) for m in found}
-    loads(shown, sum(found[0]["load"]), out / "load.png")
+    panels = {m["name"]: (m["experts"], m["load"], m["scales"], m["load_per_scale"]) for m in reports}
+    plot_expert_load(panels, sum(reports[0]["load"]), out / "load.png")
     return report
 
 
-def choices(subject: Subject) -> Tensor:
-    """How many tokens of all images chose each expert, int64 (S, K, M), on the CPU."""
-    spans = subject.model.pyramid.spans
+def count_selections(analyzed: AnalyzedModel) -> Tensor:
+    """How many tokens of all images selected each expert, int64 (S, K, M), on the CPU."""
+    spans = analyzed.model.pyramid.spans
     total: Tensor | int = 0
-    for output in subject.outputs():
-        chosen = [routing.selected_BNM.sum(dim=0) for routing in collect(output.records, "routing")]
-        chosen_SLM = torch.stack(chosen)
-        total = total + torch.stack([chosen_SLM[:, start:end].sum(dim=1) for start, end in spans], dim=1)
-    assert isinstance(total, Tensor), "a subject has at least one image"
+    for output in analyzed.run_batches():
+        selected = [routing.selected_BNM.sum(dim=0) for routing in collect(output.records, "routing")]
+        selected_SLM = torch.stack(selected)
+        total = total + torch.stack([selected_SLM[:, start:end].sum(dim=1) for start, end in spans], dim=1)
+    assert isinstance(total, Tensor), "an analysis has at least one image"
     return total.cpu()
 
 
-def _report(subject: Subject, experts: list[str], counts_SKM: Tensor) -> dict[str, Any]:
-    """A model's loads as JSON values."""
+def _report_load(analyzed: AnalyzedModel, experts: list[str], counts_SKM: Tensor) -> dict[str, Any]:
+    """The loads of a model as JSON values."""
     counts = counts_SKM.double()
     report: dict[str, Any] = {
-        "name": subject.name,
-        "router": subject.model.config.experts.router,
-        "images": len(subject.rows),
+        "name": analyzed.name,
+        "router": analyzed.model.config.experts.router,
+        "images": len(analyzed.rows),
         "experts": experts,
-        "scales": subject.scales,
+        "scales": analyzed.scales,
         "counts": counts_SKM.tolist(),
     }
-    parts = {"load": counts.sum((0, 1)), "load_per_block": counts.sum(1), "load_per_scale": counts.sum(0)}
-    for name, count in parts.items():
+    sums = {"load": counts.sum((0, 1)), "load_per_block": counts.sum(1), "load_per_scale": counts.sum(0)}
+    for name, count in sums.items():
         load = normalise_load(count)
         report[name] = load.tolist()
         report[name.replace("load", "load_variance", 1)] = load.var(dim=-1, correction=1).tolist()

@@ -1,4 +1,4 @@
-"""Routing maps: how often each expert is chosen at each position of each scale's map (MEPA, Fig. 4).
+"""Routing maps: how often each expert is selected at each position of each scale's map (MEPA, Fig. 4).
 
 Letters: B images, L tokens of all scales, M experts.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from nextscale.common.files import write_json
 from nextscale.common.pictures import to_pil
 from nextscale.config.analysis import AnalysisConfig
-from nextscale.research.analysis.figures import map_grids
-from nextscale.research.analysis.subject import Subject, about, subjects
+from nextscale.research.analysis.analyzed_model import AnalyzedModel, describe_analysis, open_models
+from nextscale.research.analysis.figures import plot_map_grids
 from nextscale.transformer.feed_forward import collect
 
 
@@ -33,70 +33,72 @@ def analyse_routing(
 ) -> dict[str, Any]:
     """Routing maps of a block on held-out images of `data`; writes routing.json and routing.png into `out`.
 
-    `block`: counted from 1; 0 = the last but one, as in Fig. 4. `image`: the number of one held-out image whose maps
-    are wanted alone, beside what is painted of it up to each scale. Returns what routing.json holds. Raises UserError
-    for a dense model, a block or an image that is not there, or data that is not the model's.
+    `block`: counted from 1; 0 = the last but one, as in Fig. 4. `image`: the number of one held-out image; its maps are
+    shown alone, next to the image decoded up to each scale. Returns the content of routing.json. Raises UserError for a
+    dense model, for a block or an image that does not exist, or for data that is not the model's.
     """
     config = config or AnalysisConfig()
-    head = about(data, config, torch.device(config.device))
-    return write_routing(subjects(models, names, data, config), head, out, block=block, image=image)
+    head = describe_analysis(data, config, torch.device(config.device))
+    return write_routing_maps(open_models(models, names, data, config), head, out, block=block, image=image)
 
 
-def write_routing(
-    found: Iterable[Subject], head: dict[str, Any], out: Path, *, block: int = 0, image: int | None = None
+def write_routing_maps(
+    models: Iterable[AnalyzedModel], head: dict[str, Any], out: Path, *, block: int = 0, image: int | None = None
 ) -> dict[str, Any]:
-    """`analyse_routing` of subjects at hand; `head`: what the report says of how it was made."""
-    reports, pictures = [], {}
-    for subject in found:
-        experts, number = subject.experts(), subject.block(block, len(subject.model.blocks) - 1)
+    """`analyse_routing` for models that are loaded already. `head`: see `describe_analysis`."""
+    reports, panels = [], {}
+    for analyzed in models:
+        experts, number = analyzed.list_experts(), analyzed.check_block(block, len(analyzed.model.blocks) - 1)
         if image is not None:
-            subject = subject.alone(image)
-        reports.append(_report(subject, number, experts))
-        painted = _painted(subject) if image is not None else []
-        pictures[f"{subject.name}, block {number}"] = (experts, subject.scales, reports[-1]["maps"], painted)
-    one = {} if image is None else {"image": image}
-    report = {"analysis": "routing", **head, **one, "models": reports}
+            analyzed = analyzed.select_image(image)
+        reports.append(_report_maps(analyzed, number, experts))
+        pictures = _decode_scales(analyzed) if image is not None else []
+        panels[f"{analyzed.name}, block {number}"] = (experts, analyzed.scales, reports[-1]["maps"], pictures)
+    one_image = {} if image is None else {"image": image}
+    report = {"analysis": "routing", **head, **one_image, "models": reports}
     write_json(out / "routing.json", report)
     unit = "share of images that choose the expert" if image is None else "chosen (1) or not (0)"
-    map_grids(pictures, unit, out / "routing.png")
+    plot_map_grids(panels, unit, out / "routing.png")
     return report
 
 
-def shares(subject: Subject, block: int) -> Tensor:
-    """Share of the images that chose each expert at each position, float64 (L, M), on the CPU."""
+def compute_selection_shares(analyzed: AnalyzedModel, block: int) -> Tensor:
+    """Share of the images that selected each expert at each position, float64 (L, M), on the CPU."""
     total: Tensor | int = 0
-    for output in subject.outputs():
+    for output in analyzed.run_batches():
         total = total + collect(output.records, "routing")[block - 1].selected_BNM.sum(dim=0)
-    assert isinstance(total, Tensor), "a subject has at least one image"
-    return total.cpu().double() / len(subject.rows)
+    assert isinstance(total, Tensor), "an analysis has at least one image"
+    return total.cpu().double() / len(analyzed.rows)
 
 
 @torch.no_grad()
-def _painted(subject: Subject) -> list[Image.Image]:
-    """What is painted of the subject's one image up to each scale."""
-    tokenizer = subject.pipeline.tokenizer
-    _, tokens_1L = subject.tokens(subject.rows)
-    return to_pil(
-        torch.cat([(tokenizer.decode_canvas(canvas) + 1) / 2 for canvas in tokenizer.build_canvases(tokens_1L)])
-    )
+def _decode_scales(analyzed: AnalyzedModel) -> list[Image.Image]:
+    """The single image of the analysis, decoded from the tokens up to each scale."""
+    tokenizer = analyzed.pipeline.tokenizer
+    _, tokens_1L = analyzed.load_tokens(analyzed.rows)
+    canvases = tokenizer.build_canvases(tokens_1L)
+    return to_pil(torch.cat([(tokenizer.decode_canvas(canvas) + 1) / 2 for canvas in canvases]))
 
 
-def _report(subject: Subject, block: int, experts: list[str]) -> dict[str, Any]:
-    """A model's maps as JSON values; the variance of a choice (0 or 1) at a scale, mean over experts, is split into
-    what differs between positions and what differs between images at the same position."""
-    pyramid, share_LM = subject.model.pyramid, shares(subject, block)
-    parts = [share_LM[start:end] for start, end in pyramid.spans]
-    between = [part.var(dim=0, correction=0).mean() for part in parts]
-    within = [(part * (1 - part)).mean() for part in parts]
+def _report_maps(analyzed: AnalyzedModel, block: int, experts: list[str]) -> dict[str, Any]:
+    """The maps of a model as JSON values.
+
+    The variance of a selection (0 or 1) within a scale, averaged over experts, is split into the variance between
+    positions and the variance between images at one position.
+    """
+    pyramid, share_LM = analyzed.model.pyramid, compute_selection_shares(analyzed, block)
+    scale_shares = [share_LM[start:end] for start, end in pyramid.spans]
+    between_positions = [share.var(dim=0, correction=0).mean() for share in scale_shares]
+    between_images = [(share * (1 - share)).mean() for share in scale_shares]
     return {
-        "name": subject.name,
-        "router": subject.model.config.experts.router,
-        "images": len(subject.rows),
+        "name": analyzed.name,
+        "router": analyzed.model.config.experts.router,
+        "images": len(analyzed.rows),
         "block": block,
         "experts": experts,
-        "scales": subject.scales,
-        "share_per_scale": [part.mean(dim=0).tolist() for part in parts],
-        "variance_between_positions": [float(v) for v in between],
-        "variance_between_images": [float(v) for v in within],
-        "maps": [part.T.unflatten(1, side).tolist() for part, side in zip(parts, pyramid.sides, strict=True)],
+        "scales": analyzed.scales,
+        "share_per_scale": [share.mean(dim=0).tolist() for share in scale_shares],
+        "variance_between_positions": [float(v) for v in between_positions],
+        "variance_between_images": [float(v) for v in between_images],
+        "maps": [share.T.unflatten(1, side).tolist() for share, side in zip(scale_shares, pyramid.sides, strict=True)],
     }

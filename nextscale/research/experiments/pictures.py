@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nextscale.common.pictures import save_grid
-from nextscale.config.analysis import AnalysisConfig, DynamicShown, ErrorsConfig
+from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.convergence import analyse_convergence
@@ -39,7 +39,7 @@ def draw(picture: str, models: Sequence[Shown], out: Path, device: str) -> None:
         return _samples(models, out / "samples.png", device)
     if picture == "dynamic":
         model = models[-1]
-        analyse_dynamic(str(model.folder), out, DynamicShown(device=device), model.sampling)
+        analyse_dynamic(str(model.folder), out, DynamicAnalysisConfig(device=device), model.sampling)
         return
     if picture == "convergence":
         analyse_convergence(folders, out, names)

@@ -1,4 +1,4 @@
-"""A model and the held-out images that it is shown, teacher-forced: what most analyses work on."""
+"""A trained model and the held-out images on which it is analysed, teacher-forced."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.transformer.var import VAR, Output
 
-_SHOWN_FROM = 20
+_MIN_PROGRESS = 20
+"""Batches from which on a progress bar is shown."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, what to call it, and the images it is shown."""
+class AnalyzedModel:
+    """A model, its name in the report, and the images on which it is analysed."""
 
     name: str
     pipeline: Pipeline
     held_out: Examples
     rows: range
-    """Which of the held-out images."""
+    """The indices of the held-out images."""
     config: AnalysisConfig
 
     @property
@@ -42,16 +43,16 @@ class Subject:
 
     @property
     def scales(self) -> list[str]:
-        """Each scale's map as height x width."""
-        return scale_names(self.model.pyramid)
+        """Names of the scales, height x width."""
+        return name_scales(self.model.pyramid)
 
-    def alone(self, number: int) -> Subject:
-        """The model with this one held-out image; UserError when there is none of this number."""
+    def select_image(self, number: int) -> AnalyzedModel:
+        """The model with one held-out image only; UserError when there is no image of this number."""
         if not 0 <= number < len(self.held_out):
             raise UserError(f"there is no image {number}: held-out images are numbered 0 to {len(self.held_out) - 1}")
         return replace(self, rows=range(number, number + 1))
 
-    def tokens(self, rows: range) -> tuple[Tensor, Tensor]:
+    def load_tokens(self, rows: range) -> tuple[Tensor, Tensor]:
         """Labels (B,) and tokens (B, L) of these held-out images, int64, on the model's device."""
         batch = self.held_out.fetch(rows, None)
         check_unreadable(batch.get("unreadable", ()), len(self.rows), self.config.images.max_unreadable)
@@ -61,56 +62,58 @@ class Subject:
         return batch["label"].to(device), self.pipeline.tokenizer.encode(scale_to_unit(batch["image"].to(device)))
 
     @torch.no_grad()
-    def outputs(self, hidden: int = 0) -> Iterator[Output]:
-        """What the model gives for all images, a batch after the other. `hidden`: as in `VAR.forward`."""
+    def run_batches(self, hidden: int = 0) -> Iterator[Output]:
+        """The model's output for each batch of images. `hidden`: `hidden_block` of `VAR.forward`."""
         size = self.config.batch_size
         batches = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
-        for rows in tqdm(batches, desc=self.name, unit="batch", disable=len(batches) < _SHOWN_FROM):
-            labels_B, tokens_BL = self.tokens(rows)
+        for rows in tqdm(batches, desc=self.name, unit="batch", disable=len(batches) < _MIN_PROGRESS):
+            labels_B, tokens_BL = self.load_tokens(rows)
             yield self.model(labels_B, self.pipeline.tokenizer.teacher_inputs(tokens_BL), hidden_block=hidden)
 
-    def block(self, number: int, default: int) -> int:
-        """A block's number counted from 1, `default` for 0; UserError when the model has no such block."""
+    def check_block(self, number: int, default: int) -> int:
+        """The number of a block, counted from 1; `default` for 0. UserError when the model has no such block."""
         depth = len(self.model.blocks)
         if not 0 <= number <= depth:
             raise UserError(f"{self.name} has blocks 1 to {depth}; there is no block {number}")
         return number or max(default, 1)
 
-    def experts(self) -> list[str]:
+    def list_experts(self) -> list[str]:
         """Names of the experts; UserError for a dense model."""
         config: ExpertsConfig = self.model.config.experts
         if config.router == "none":
-            raise UserError(f"{self.name} is a dense model: it has no experts to look at; give a mixture of experts")
+            raise UserError(f"{self.name} is a dense model: it has no experts; give a mixture of experts")
         names = [f"E{i + 1}" for i in range(config.count)]
-        kinds = (
-            (("zero", config.zero), ("copy", config.copy), ("constant", config.constant))
-            if config.zero_computation
-            else ()
-        )
-        return names + [f"{kind} {i + 1}" if many > 1 else kind for kind, many in kinds for i in range(many)]
+        counts = {"zero": config.zero, "copy": config.copy, "constant": config.constant}
+        for kind, count in counts.items() if config.zero_computation else ():
+            names += [f"{kind} {i + 1}" if count > 1 else kind for i in range(count)]
+        return names
 
 
-def subjects(models: Sequence[str], names: Sequence[str], data: str, config: AnalysisConfig) -> Iterator[Subject]:
-    """Each of these checkpoints (folders, or names on the hub) with the held-out images of `data`.
+def open_models(
+    models: Sequence[str], names: Sequence[str], data: str, config: AnalysisConfig
+) -> Iterator[AnalyzedModel]:
+    """Load these checkpoints (folders, or names on the hub), each with the held-out images of `data`.
 
-    `data`: images, or a token cache. `names`: what to call the models; none = by their folders. Raises UserError when
-    they are not as many or not distinct, and when model and data do not belong together.
+    `data`: images, or a token cache. `names`: names of the models in the report; empty = those of their folders. Raises
+    UserError when the names are too few or not distinct, and when the data is not the model's.
     """
-    for model, name in zip(models, distinct(titles(models, names)), strict=True):
+    for model, name in zip(models, check_distinct(choose_names(models, names)), strict=True):
         pipeline = Pipeline.from_pretrained(model, device=config.device)
-        held_out = _open(data, pipeline, name, config)
-        yield Subject(name, pipeline, held_out, range(min(len(held_out), config.num or len(held_out))), config)
+        held_out = _open_held_out(data, pipeline, name, config)
+        yield AnalyzedModel(name, pipeline, held_out, range(min(len(held_out), config.num or len(held_out))), config)
 
 
-def scale_names(pyramid: Pyramid) -> list[str]:
-    """Each scale's map as height x width, with its number in front where two are of one size."""
+def name_scales(pyramid: Pyramid) -> list[str]:
+    """The scales as height x width, preceded by their number where two scales have the same size."""
     names = [f"{h}x{w}" for h, w in pyramid.sides]
     return names if len(set(names)) == len(names) else [f"{k}: {name}" for k, name in enumerate(names, start=1)]
 
 
-def titles(sources: Sequence[str], names: Sequence[str]) -> list[str]:
-    """What to call these models or runs: their names where given, else their folders' or, where those
-    are equal, the paths. UserError when the numbers differ, or there is nothing to call."""
+def choose_names(sources: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names of models or runs in a report: `names` where given, else the folders' names, else the paths.
+
+    Raises UserError when the numbers differ or `sources` is empty.
+    """
     if not sources:
         raise UserError("at least one checkpoint or run folder is needed; got none")
     if names and len(names) != len(sources):
@@ -119,32 +122,32 @@ def titles(sources: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(names) or (short if len(set(short)) == len(short) else list(sources))
 
 
-def distinct(names: list[str]) -> list[str]:
+def check_distinct(names: list[str]) -> list[str]:
     """The names; UserError when two are equal."""
     if len(set(names)) < len(names):
         raise UserError(f"models must have different names; got {', '.join(names)}: tell them apart with --names")
     return names
 
 
-def _open(data: str, pipeline: Pipeline, name: str, config: AnalysisConfig) -> Examples:
-    """The held-out images of `data`, or UserError when they are not of the model's kind."""
+def _open_held_out(data: str, pipeline: Pipeline, name: str, config: AnalysisConfig) -> Examples:
+    """The held-out images of `data`; UserError when they have other classes than the model."""
     _, held_out, classes = open_examples(data, pipeline.config, pipeline.tokenizer, config.images, config.seed)
-    own, number = pipeline.config.class_names, pipeline.transformer.config.condition.num_classes
-    if len(classes) != number or (own and number > 1 and own != classes):
+    model_classes, number = pipeline.config.class_names, pipeline.transformer.config.condition.num_classes
+    if len(classes) != number or (model_classes and number > 1 and model_classes != classes):
         raise UserError(
-            f"{data} has other classes ({_some(classes)}) than {name} was trained on "
-            f"({_some(own) if own else number}): show it images of its own classes"
+            f"{data} has other classes ({_abbreviate(classes)}) than {name} was trained on "
+            f"({_abbreviate(model_classes) if model_classes else number}): give images of the model's classes"
         )
     if not len(held_out):
-        raise UserError(f"{data} holds out no images: make the cache anew with a larger --images.held-out")
+        raise UserError(f"{data} holds out no images: encode it again with a larger --images.held-out")
     return held_out
 
 
-def _some(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     more = f", ... {len(names)} in all" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
-def about(data: str, config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
-    """What every report says of how it was made."""
+def describe_analysis(data: str, config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
+    """The data, seed and machine, which every report names."""
     return {"data": data, "seed": config.seed, "machine": describe_machine(device)}
