@@ -1,14 +1,14 @@
-"""What M-VAR's carried state saves, what its scan costs in training, and how both grow with the image.
+"""M-VAR: the time saved by its recurrent state, the cost of its scan in training, and growth with the image size.
 
     python -m benchmarks.mvar generation [--depth 4] [--width 512] [--image 256 512] [--rounds 5] [--threads 2]
     python -m benchmarks.mvar training [--width 512] [--batch 2] [--rounds 5]      # needs transformers
     python -m benchmarks.mvar growth [--depth 4] [--width 512] [--image 256 512 1024]
 
-Random weights, the transformer alone, guided (two sequences). `generation` compares the state carried from scale
-to scale with running Mamba-2 over the whole prefix again at every scale, as the official code does: same weights, same
-inputs, alternating rounds, the Mamba part and whole blocks apart. `training` times forward and backward of one mixer
-beside transformers' Mamba2 on equal weights. `growth` stands beside a dense VAR of equal depth and width. The last line
-is JSON.
+Random weights, the transformer only, with guidance (two sequences). `generation` compares a state carried from scale to
+scale with running Mamba-2 over the whole prefix again at every scale, as the official code does: same weights, same
+inputs, alternating rounds; it times the Mamba mixers and the whole blocks. `training` compares forward and backward of
+one mixer with transformers' Mamba2 on equal weights. `growth` compares with a dense VAR of equal depth and width. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    found = {"generation": generation, "training": training, "growth": growth}[options.what](options)
+    run = {"generation": measure_generation, "training": measure_training, "growth": measure_growth}[options.what]
+    report = run(options)
     machine = describe_machine(torch.device("cpu"))
-    print(json.dumps({"what": options.what, "machine": machine, "threads": options.threads, **found}))
+    print(json.dumps({"what": options.what, "machine": machine, "threads": options.threads, **report}))
 
 
-def config_of(options: argparse.Namespace, image: int, mixers: Any = MVAR_MIXERS) -> ModelConfig:
-    """A transformer of the asked size, with heads 64 wide, for images of this side."""
+def create_config(options: argparse.Namespace, image: int, mixers: Any = MVAR_MIXERS) -> ModelConfig:
+    """A transformer of the requested depth and width, with heads of width 64, for images of this side."""
     transformer = TransformerConfig(
         depth=options.depth, width=options.width, heads=options.width // 64, qk_norm=False, mixers=mixers
     )
@@ -67,9 +68,9 @@ def config_of(options: argparse.Namespace, image: int, mixers: Any = MVAR_MIXERS
 # ---- generation
 
 
-class Timed(nn.Module):
-    """A Mamba mixer in its place, which adds up its seconds; with `again`, one that keeps no state but all inputs of
-    earlier scales, and runs over them at every scale."""
+class TimedMixer(nn.Module):
+    """A Mamba mixer that adds up its seconds. With `again` it carries no state: it stores the inputs of all earlier
+    scales and runs over them at every scale."""
 
     def __init__(self, mixer: Mamba2, again: bool):
         super().__init__()
@@ -84,8 +85,8 @@ class Timed(nn.Module):
         began = time.perf_counter()
         if self.again:
             self.inputs.append(x_BND)
-            whole_BLD = torch.cat(self.inputs, dim=1)
-            y_BLD, _ = self.mixer.continue_from(self.mixer.new_state(len(x_BND), 0), whole_BLD)
+            prefix_BLD = torch.cat(self.inputs, dim=1)
+            y_BLD, _ = self.mixer.continue_from(self.mixer.new_state(len(x_BND), 0), prefix_BLD)
             y_BND = y_BLD[:, -x_BND.shape[1] :]
         else:
             y_BND = self.mixer(x_BND, context, state)
@@ -93,11 +94,11 @@ class Timed(nn.Module):
         return y_BND
 
 
-def timed_blocks(model: VAR) -> list[float]:
-    """Make the blocks of a model add up their seconds in the list that is returned."""
+def time_blocks(model: VAR) -> list[float]:
+    """Make the blocks of a model add up their seconds in the returned list of one number."""
     total = [0.0]
 
-    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
             began = time.perf_counter()
             result = forward(*given)
@@ -107,31 +108,31 @@ def timed_blocks(model: VAR) -> list[float]:
         return run
 
     for block in model.blocks:
-        block.forward = around(block.forward)  # type: ignore[method-assign]
+        block.forward = wrap(block.forward)  # type: ignore[method-assign]
     return total
 
 
 @torch.inference_mode()
-def generation(options: argparse.Namespace) -> dict[str, Any]:
-    return {"cases": [_generation(options, image) for image in options.image or (256, 512)]}
+def measure_generation(options: argparse.Namespace) -> dict[str, Any]:
+    return {"cases": [_measure_image_size(options, image) for image in options.image or (256, 512)]}
 
 
-def _generation(options: argparse.Namespace, image: int) -> dict[str, Any]:
-    config = config_of(options, image)
+def _measure_image_size(options: argparse.Namespace, image: int) -> dict[str, Any]:
+    config = create_config(options, image)
     models = {}
     for name in ("carried", "again"):
         model = build(config, "cpu").eval()
         optimize(model)
         for block in model.blocks:
-            block.mixers[1] = Timed(block.mixers[1], name == "again")  # type: ignore[index]
-        models[name] = model, timed_blocks(model)
+            block.mixers[1] = TimedMixer(block.mixers[1], name == "again")  # type: ignore[index]
+        models[name] = model, time_blocks(model)
     seconds: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in models}
     logits: dict[str, Tensor] = {}
     for turn in range(options.rounds + 1):
         for name, (model, total) in models.items():
-            found, logits[name] = _scales(model, total)
+            scale_seconds, logits[name] = _time_scales(model, total)
             if turn:
-                seconds[name].append(found)
+                seconds[name].append(scale_seconds)
     worst = (logits["carried"] - logits["again"]).abs().max() / logits["again"].abs().max()
     print(f"{image} px, depth {options.depth}, width {options.width}, {options.threads} threads; ms at each scale")
     print(f"logits differ by {worst:.1e} of the largest")
@@ -140,40 +141,42 @@ def _generation(options: argparse.Namespace, image: int) -> dict[str, Any]:
         for name in models:
             medians = [1000 * statistics.median(pair[index] for pair in column) for column in columns[name]]
             print(f"  {part:<7}{name:<9}" + " ".join(f"{ms:7.1f}" for ms in medians) + f"   all {sum(medians):8.1f}")
-    whole = {n: [[sum(pair[i] for pair in found) for i in (0, 1)] for found in rounds] for n, rounds in seconds.items()}
+    totals = {
+        n: [[sum(pair[i] for pair in scales) for i in (0, 1)] for scales in rounds] for n, rounds in seconds.items()
+    }
     ratios = {}
     for i, part in enumerate(("mamba", "blocks")):
-        pairs = zip(whole["again"], whole["carried"], strict=True)
+        pairs = zip(totals["again"], totals["carried"], strict=True)
         ratios[part] = summarize_spread([again[i] / carried[i] for again, carried in pairs])
         r = ratios[part]
         print(f"  {part}: {r['median']:.2f} times as fast with the state carried ({r['min']:.2f} to {r['max']:.2f})")
     return {"image": image, "difference": worst.item(), "ratio": ratios, "seconds_mamba_blocks": seconds}
 
 
-def _scales(model: VAR, total: list[float]) -> tuple[list[tuple[float, float]], Tensor]:
-    """Seconds of the Mamba parts and of whole blocks at each scale, and the last scale's logits."""
+def _time_scales(model: VAR, total: list[float]) -> tuple[list[tuple[float, float]], Tensor]:
+    """Seconds of the Mamba mixers and of whole blocks at each scale, and the last scale's logits."""
     rng = torch.Generator().manual_seed(0)
     conditioning, cache = model.embed_condition(torch.tensor([1, 1000])), model.new_cache(2)
-    mixers = [mixer for block in model.blocks for mixer in block.mixers if isinstance(mixer, Timed)]
-    found, logits = [], torch.zeros(())
+    mixers = [mixer for block in model.blocks for mixer in block.mixers if isinstance(mixer, TimedMixer)]
+    seconds, logits = [], torch.zeros(())
     for k, count in enumerate(model.pyramid.counts):
         x_BNC = torch.randn(1, count, model.word_embed.in_features, generator=rng).repeat(2, 1, 1) if k else None
         total[0] = 0.0
         for mixer in mixers:
             mixer.seconds = 0.0
         logits = model.step(conditioning, x_BNC, k, cache).logits_BNV
-        found.append((sum(mixer.seconds for mixer in mixers), total[0]))
-    return found, logits
+        seconds.append((sum(mixer.seconds for mixer in mixers), total[0]))
+    return seconds, logits
 
 
 # ---- training
 
 
-def training(options: argparse.Namespace) -> dict[str, Any]:
+def measure_training(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import Mamba2Config
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-    config = config_of(options, 256).transformer
+    config = create_config(options, 256).transformer
     assert config is not None, "it has a transformer"
     length, width, mamba = PYRAMID_256.length, config.width, config.mamba
     ours = Mamba2(config)
@@ -193,7 +196,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     x = torch.randn(options.batch, length, width, generator=rng, requires_grad=True)
     dy = torch.randn(options.batch, length, width, generator=rng)
     runs = {
-        "nextscale": (ours, lambda: ours.continued(x, ours.new_state(options.batch, 0))[0]),
+        "nextscale": (ours, lambda: ours.continue_from(ours.new_state(options.batch, 0), x)[0]),
         "transformers": (theirs, lambda: theirs(x)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -225,10 +228,10 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def growth(options: argparse.Namespace) -> dict[str, Any]:
+def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for image in options.image or (256, 512, 1024):
-        configs = {"M-VAR": config_of(options, image), "VAR": config_of(options, image, ("attention",))}
+        configs = {"M-VAR": create_config(options, image), "VAR": create_config(options, image, ("attention",))}
         seconds: dict[str, list[float]] = {name: [] for name in configs}
         models = {name: build(config, "cpu").eval() for name, config in configs.items()}
         for model in models.values():
@@ -236,19 +239,19 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.rounds):
             for name, model in models.items():
                 began = time.perf_counter()
-                _scales(model, [0.0])
+                _time_scales(model, [0.0])
                 seconds[name].append(time.perf_counter() - began)
         for name, config in configs.items():
             assert config.transformer is not None, "it has a transformer"
             scales = range(len(config.pyramid))
             flops = 2 * (condition_flops(config.transformer) + sum(scale_flops(config, k) for k in scales))
-            kept = 2 * count_state_bytes(config, len(config.pyramid) - 1)  # two sequences
+            states = 2 * count_state_bytes(config, len(config.pyramid) - 1)  # two sequences
             taken = min(seconds[name])
             print(f"{image:>5} px {name:<6}{config.pyramid.length:>6} tokens {flops / 1e9:>9.1f} GFLOP {taken:>8.2f} s "
-                  f"{flops / taken / 1e9:>6.0f} GFLOP/s {kept / 2**20:>8.1f} MiB kept")  # fmt: skip
+                  f"{flops / taken / 1e9:>6.0f} GFLOP/s {states / 2**20:>8.1f} MiB of states")  # fmt: skip
             cases.append(
                 {"image": image, "model": name, "tokens": config.pyramid.length, "gflop": flops / 1e9,
-                 "seconds": seconds[name], "kept_bytes": kept}
+                 "seconds": seconds[name], "kept_bytes": states}
             )  # fmt: skip
     return {"depth": options.depth, "width": options.width, "cases": cases}
 
