@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nextscale.checkpoints.official import derived_buffers, official_tokenizer_name, official_transformer_name
+from nextscale.checkpoints.official import compute_buffers, translate_tokenizer_name, translate_transformer_name
 from nextscale.config.model import ModelConfig
 from nextscale.pipeline import Pipeline
 
@@ -46,9 +46,9 @@ def official_shape(config: ModelConfig) -> dict[str, Any]:
 def official_tensors(pipeline: Pipeline) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The pipeline's weights under the official names: of VQVAE and of VAR."""
     config = pipeline.config
-    vae = {official_tokenizer_name(n, config, "list"): t for n, t in pipeline.tokenizer.state_dict().items()}
+    vae = {translate_tokenizer_name(n, config, "list"): t for n, t in pipeline.tokenizer.state_dict().items()}
     var = official_names(pipeline.transformer.state_dict())
-    return vae, var | derived_buffers(config.transformer, config.pyramid)
+    return vae, var | compute_buffers(config.transformer, config.pyramid)
 
 
 def load_official(clone: Path, pipeline: Pipeline) -> tuple[nn.Module, nn.Module]:
@@ -62,4 +62,4 @@ def load_official(clone: Path, pipeline: Pipeline) -> tuple[nn.Module, nn.Module
 
 def official_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of our transformer under the official names."""
-    return {official_transformer_name(name): tensor for name, tensor in tensors.items()}
+    return {translate_transformer_name(name): tensor for name, tensor in tensors.items()}

@@ -213,9 +213,9 @@ class Pipeline:
 
         write_checkpoint(Path(folder), self.to_checkpoint())
         if push_to_hub:
-            from nextscale.checkpoints.hub import upload
+            from nextscale.checkpoints.hub import upload_folder
 
-            upload(Path(folder), repo_id or Path(folder).name)
+            upload_folder(Path(folder), repo_id or Path(folder).name)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload to the Hugging Face hub as `owner/name` and return the address of the commit."""
@@ -375,9 +375,9 @@ def _find_folder(source: str | Path, revision: str | None, token: str | None) ->
     """The checkpoint's folder, downloaded if `source` is no folder."""
     if Path(source).is_dir():
         return Path(source)
-    from nextscale.checkpoints.hub import locate
+    from nextscale.checkpoints.hub import find_checkpoint
 
-    return locate(source, revision=revision, token=token)
+    return find_checkpoint(source, revision=revision, token=token)
 
 
 def _check_routers(source: object, checkpoint: Checkpoint) -> None:

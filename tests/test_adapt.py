@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.checkpoints.adapt import NewClass, adapt, parse_classes, resample, scale_sources
+from nextscale.checkpoints.adapt import NewClass, adapt, match_scales, parse_classes, resample_map
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.official import import_official
-from nextscale.checkpoints.official_config import Hints
+from nextscale.checkpoints.official_shapes import Hints
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
 from nextscale.config.training import TrainConfig
@@ -58,16 +58,16 @@ def test_classes_mapped_and_new():
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 def test_resampling_against_matrices(h, w, h2, w2):
     old = torch.randn(1, h * w, 3)
-    new = resample(old, (h, w), (h2, w2))
+    new = resample_map(old, (h, w), (h2, w2))
     maps = old[0].T.reshape(3, h, w).double().numpy()
     expected = cubic_matrix(h, h2) @ maps @ cubic_matrix(w, w2).T
     np.testing.assert_allclose(new[0].T.reshape(3, h2, w2).numpy(), expected, atol=1e-5)
 
 
 def test_scales_are_matched_by_progress():
-    assert scale_sources(PYRAMID_256, PYRAMID_512) == list(range(10))
-    assert scale_sources(Pyramid.parse("1,2,3"), Pyramid.parse("1,2,3,4,5")) == [0, 0, 1, 1, 2]
-    assert scale_sources(Pyramid.parse("1,2,4"), Pyramid.parse("4")) == [2]
+    assert match_scales(PYRAMID_256, PYRAMID_512) == list(range(10))
+    assert match_scales(Pyramid.parse("1,2,3"), Pyramid.parse("1,2,3,4,5")) == [0, 0, 1, 1, 2]
+    assert match_scales(Pyramid.parse("1,2,4"), Pyramid.parse("4")) == [2]
 
 
 def test_another_aspect_trains_a_step_and_samples(tmp_path, tiny_folder):

@@ -92,6 +92,7 @@ def check_one_function(pipeline: Pipeline) -> None:
         (["--import", "no_such_module", "info", "var-d12"], "cannot import 'no_such_module': ModuleNotFoundError"),
         (["--import", "broken", "info", "var-d12"], "cannot import 'broken': ZeroDivisionError"),
         (["--import=taken", "info", "var-d12"], "the router 'stmoe' is already registered"),
+        (["info", "var-d12", "--import", "broken"], "cannot import 'broken': ZeroDivisionError"),
         (["--import"], "--import needs the name of a Python module"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints import build_on_meta
-from nextscale.checkpoints.adapt import adapt, scale_sources
+from nextscale.checkpoints.adapt import adapt, match_scales
 from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
 from nextscale.common.registry import ROUTERS
@@ -228,7 +228,7 @@ def test_adapted_to_other_scales_routers_keep_what_they_know_of_each(router, sca
     names = [n for n in checkpoint.transformer if n.endswith("router.scale_embed.weight")]
     assert len(names) == (2 if router in ("stmoe", "smoe") else 0)
     for name in names:
-        source = scale_sources(checkpoint.config.pyramid, pyramid)
+        source = match_scales(checkpoint.config.pyramid, pyramid)
         assert torch.equal(adapted.transformer[name], checkpoint.transformer[name][source])
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nextscale.backends.segments import list_segments
 from nextscale.checkpoints.official import export_official, import_official
-from nextscale.checkpoints.official_config import Hints
+from nextscale.checkpoints.official_shapes import Hints
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nextscale.checkpoints.official import export_official, import_official
-from nextscale.checkpoints.official_config import Hints
+from nextscale.checkpoints.official_shapes import Hints
 from nextscale.common.errors import UserError
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.checkpoints.official import import_official
-from nextscale.checkpoints.official_config import Hints
+from nextscale.checkpoints.official_shapes import Hints
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
@@ -122,7 +122,7 @@ def test_noise_is_of_the_given_share():
     ("router", "reason"),
     [
         ("expert-choice", "a token that no expert takes would get nothing"),
-        ("moe\\+\\+", "a token that takes idle experts would miss a part"),
+        ("moe\\+\\+", "a token that selects zero-computation experts would get only a part"),
         ("none", "it is the dense FFN itself"),
     ],
 )
@@ -144,7 +144,7 @@ def test_what_cannot_be_upcycled_is_named(tmp_path, capsys):
     mixture.save_pretrained(tmp_path / "mixture")
     alone = dense.to_checkpoint()
     Pipeline(replace(alone.config, transformer=None), dense.tokenizer, None).save_pretrained(tmp_path / "tokenizer")
-    assert "is a mixture of experts already (smoe); upcycling wants a dense one" in fails(tmp_path / "mixture")
+    assert "is a mixture of experts already (smoe); upcycling needs a dense one" in fails(tmp_path / "mixture")
     assert "tokenizer alone: there is no transformer to upcycle" in fails(tmp_path / "tokenizer")
     assert "there is no checkpoint folder" in fails(tmp_path / "nothing")
     assert "noise must be 0 or more; got -1.0" in fails(f"{tmp_path / 'dense'} --noise -1")

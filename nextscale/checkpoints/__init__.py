@@ -1,4 +1,4 @@
-"""What every checkpoint format reads into and writes from: a config and named tensors, in their stored dtypes."""
+"""Checkpoints in memory: a config and named tensors in their stored dtypes. Every format is read into this form."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Checkpoint:
-    """A generator at rest. Tensor names are those of the modules' state dicts."""
+    """Config and weights of a model. Tensor names are those of the modules' state dicts."""
 
     config: ModelConfig
     tokenizer: dict[str, Tensor]
     transformer: dict[str, Tensor]
     """Empty when `config.transformer` is None."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from and how that format spelled them; empty for models trained here."""
+    """Where the weights come from, and what an export to that format needs; empty for models trained here."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors of the original format that have no place in our modules, kept for the way back."""
+    """Tensors of the original format that our modules do not have, stored for an export."""
 
 
-def transformer_config(config: ModelConfig, aim: str) -> TransformerConfig:
-    """The transformer's config; UserError for a tokenizer alone, which has nothing to `aim` (a verb)."""
+def get_transformer_config(config: ModelConfig, action: str) -> TransformerConfig:
+    """The transformer's config; UserError for a tokenizer alone. `action`: a verb for the message, such as adapt."""
     if config.transformer is None:
-        raise UserError(f"this checkpoint is a tokenizer alone: there is no transformer to {aim}")
+        raise UserError(f"this checkpoint is a tokenizer alone: there is no transformer to {action}")
     return config.transformer
 
 
@@ -49,7 +49,7 @@ def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
 
 
 def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
-    """The checkpoint's tokenizer in float32, for `config`'s scales; how often codes were used is counted anew."""
+    """The checkpoint's tokenizer in float32, for the scales of `config`. Counts of code usage start at zero."""
     tokenizer, _ = build_modules(replace(config, transformer=None, class_names=()))
     weights = {n: t.float() for n, t in checkpoint.tokenizer.items() if n != "quantizer.usage_KV"}  # a row per scale
     tokenizer.load_state_dict(weights, strict=False)
@@ -57,7 +57,7 @@ def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
 
 
 def build_on_meta(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
-    """The modules without storage: for shapes and counts, or to be filled by assignment."""
+    """The modules on the meta device: for shapes and counts, or to be filled with `load_state_dict(assign=True)`."""
     with torch.device("meta"):
         return build_modules(config)
 
@@ -68,7 +68,7 @@ def list_shapes(module: torch.nn.Module) -> dict[str, Shape]:
 
 
 def check_floating(source: object, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError naming a tensor of `source` that does not hold real numbers: no weight is an integer."""
+    """Raise UserError naming a tensor of `source` that is not floating-point."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise UserError(f"{source}: tensor '{name}' is {tensor.dtype}; weights must be floating-point")
@@ -79,10 +79,10 @@ def check_tensors(source: object, found: Mapping[str, Shape], expected: Mapping[
     missing = [f"'{n}' {s}" for n, s in expected.items() if n not in found]
     extra = [f"'{n}' {s}" for n, s in found.items() if n not in expected]
     wrong = [f"'{n}' has shape {found[n]} instead of {s}" for n, s in expected.items() if found.get(n, s) != s]
-    complaints = []
+    faults = []
     for title, names in (("missing", missing), ("unknown", extra), ("misshapen", wrong)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            complaints.append(f"{title} tensor {', '.join(names[:3])}{more}")
-    if complaints:
-        raise UserError(f"{source} does not fit its model: {'; '.join(complaints)}")
+            faults.append(f"{title} tensor {', '.join(names[:3])}{more}")
+    if faults:
+        raise UserError(f"{source} does not fit its model: {'; '.join(faults)}")

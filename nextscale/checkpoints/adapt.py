@@ -1,7 +1,7 @@
-"""Carrying a trained model over to other classes and another pyramid, before it is fine-tuned.
+"""Adapt a trained model to other classes and another pyramid, before it is fine-tuned.
 
-Everything that does not depend on classes or map sides is kept to the bit: tokenizer, blocks, head. Class embeddings
-are kept, mapped or made new; position embeddings are resampled map by map. With nothing changed, nothing changes.
+Tokenizer, blocks and head do not depend on classes or map sides, and stay equal bit for bit. Class embeddings are
+copied or drawn; position embeddings are resampled map by map.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.checkpoints import Checkpoint, transformer_config
+from nextscale.checkpoints import Checkpoint, get_transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig
@@ -28,13 +28,13 @@ class NewClass:
 
     name: str
     source: int | None = None
-    """Index of the class whose embedding it starts from; None: the mean of all, plus noise."""
+    """Index of the class whose embedding it starts from; None = the mean of all classes, plus noise."""
 
 
 def parse_classes(text: str, config: ModelConfig) -> tuple[NewClass, ...]:
-    """Classes from text: "5" (five new ones), or names separated by commas, each with =OLD to start from a class.
+    """Parse "5" (five new classes), or names separated by commas; NAME=OLD starts from a class of the model.
 
-    OLD is an index or a name of the present model. "cat=281,dog,my bird=ostrich" gives three classes.
+    OLD is an index or a name of the given model. "cat=281,dog,my bird=ostrich" gives three classes.
     """
     if text.strip().isdigit():
         return tuple(NewClass(str(i)) for i in range(int(text)))
@@ -43,12 +43,12 @@ def parse_classes(text: str, config: ModelConfig) -> tuple[NewClass, ...]:
         name, equals, old = (piece.strip() for piece in part.partition("="))
         if not name or (equals and not old):
             raise UserError(f"--classes '{text}': '{part}' is neither NAME nor NAME=OLD")
-        classes.append(NewClass(name, _class_index(old, config) if equals else None))
+        classes.append(NewClass(name, _find_class(old, config) if equals else None))
     return tuple(classes)
 
 
-def _class_index(old: str, config: ModelConfig) -> int:
-    count = transformer_config(config, "adapt").condition.num_classes
+def _find_class(old: str, config: ModelConfig) -> int:
+    count = get_transformer_config(config, "adapt").condition.num_classes
     if old.isdigit() and int(old) < count:
         return int(old)
     if old in config.class_names:
@@ -60,22 +60,22 @@ def _class_index(old: str, config: ModelConfig) -> int:
 def adapt(
     checkpoint: Checkpoint, classes: Sequence[NewClass] | None, pyramid: Pyramid | None, seed: int = 0
 ) -> Checkpoint:
-    """The checkpoint with other classes and another pyramid; None leaves either as it is.
+    """The checkpoint with other classes and another pyramid; None leaves them unchanged.
 
-    A scale of the new pyramid takes its position and level embeddings, and what routers know of it, from the scale that
-    stands at the same progress between first and last; positions are resampled bicubically where the sides differ.
+    A scale of the new pyramid copies the position, level and router embeddings of the scale of the old one that is at
+    the same relative place between first and last. Position embeddings are resampled bicubically where sides differ.
     """
-    config, model = checkpoint.config, transformer_config(checkpoint.config, "adapt")
+    config, model = checkpoint.config, get_transformer_config(checkpoint.config, "adapt")
     transformer, tokenizer = dict(checkpoint.transformer), dict(checkpoint.tokenizer)
     if classes is not None:
         key = "condition.embedding.weight"
-        transformer[key] = _class_embeddings(transformer[key], classes, seed)
+        transformer[key] = _make_class_embeddings(transformer[key], classes, seed)
         condition = replace(model.condition, num_classes=len(classes))
         model = replace(model, condition=condition)
         config = replace(config, transformer=model, class_names=tuple(c.name for c in classes))
     if pyramid is not None and pyramid != config.pyramid:
-        source = scale_sources(config.pyramid, pyramid)
-        transformer |= _positions(transformer, config.pyramid, pyramid, source)
+        source = match_scales(config.pyramid, pyramid)
+        transformer |= _resample_positions(transformer, config.pyramid, pyramid, source)
         tokenizer["quantizer.usage_KV"] = tokenizer["quantizer.usage_KV"][source]
         config = replace(config, pyramid=pyramid)
     origin = dict(checkpoint.origin)
@@ -83,13 +83,13 @@ def adapt(
     return Checkpoint(config, tokenizer, transformer, origin, extras)
 
 
-def scale_sources(old: Pyramid, new: Pyramid) -> list[int]:
+def match_scales(old: Pyramid, new: Pyramid) -> list[int]:
     """For each scale of `new`, the scale of `old` at the nearest progress; the earlier one on ties."""
     return [min(range(len(old)), key=lambda j: abs(old.progress(j) - new.progress(k))) for k in range(len(new))]
 
 
-def _class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Tensor:
-    """(classes + 1, D): mapped rows are copies; new ones start at the mean, apart by VAR's initial spread."""
+def _make_class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Tensor:
+    """(classes + 1, D): copies of rows, or for new classes the mean of all rows plus noise of VAR's initial spread."""
     rows, mean, std = [], old[:-1].float().mean(dim=0), math.sqrt(1 / (3 * old.shape[1]))
     for i, new in enumerate(classes):
         if new.source is not None:
@@ -100,21 +100,21 @@ def _class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Te
     return torch.stack([*rows, old[-1]])  # the last row means "no label"
 
 
-def _positions(tensors: dict[str, Tensor], old: Pyramid, new: Pyramid, source: list[int]) -> dict[str, Tensor]:
+def _resample_positions(tensors: dict[str, Tensor], old: Pyramid, new: Pyramid, source: list[int]) -> dict[str, Tensor]:
     maps = []
     for k, j in enumerate(source):
         start, end = old.spans[j]
-        maps.append(resample(tensors["pos_embed"][:, start:end], old.sides[j], new.sides[k]))
+        maps.append(resample_map(tensors["pos_embed"][:, start:end], old.sides[j], new.sides[k]))
     return {
         "pos_embed": torch.cat(maps, dim=1),
-        "pos_start": resample(tensors["pos_start"], old.sides[0], new.sides[0]),
+        "pos_start": resample_map(tensors["pos_start"], old.sides[0], new.sides[0]),
         "level_embed.weight": tensors["level_embed.weight"][source],
         **{n: t[source] for n, t in tensors.items() if n.endswith(".router.scale_embed.weight")},
     }
 
 
-def resample(embedding_1ND: Tensor, old: Side, new: Side) -> Tensor:
-    """A map of embeddings (1, N, D) at another side, bicubically; itself when the side is the same."""
+def resample_map(embedding_1ND: Tensor, old: Side, new: Side) -> Tensor:
+    """Resample a map of embeddings (1, N, D) to other sides, bicubically; unchanged when the sides are equal."""
     if old == new:
         return embedding_1ND
     map_1Dhw = embedding_1ND.float().transpose(1, 2).unflatten(-1, old)

@@ -11,8 +11,8 @@ from nextscale.common.errors import UserError
 from nextscale.common.reading import is_hub_name
 
 
-def locate(source: str | Path, *, revision: str | None, token: str | None) -> Path:
-    """The folder of a checkpoint, fetched from the hub when `source` is no folder but reads like `owner/name`."""
+def find_checkpoint(source: str | Path, *, revision: str | None, token: str | None) -> Path:
+    """The folder of a checkpoint; downloaded from the hub when `source` is no folder and has the form `owner/name`."""
     if Path(source).is_dir() or not is_hub_name(str(source)):
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -26,8 +26,8 @@ def locate(source: str | Path, *, revision: str | None, token: str | None) -> Pa
         raise UserError(f"there is no folder {source}, and the hub gave no model of that name: {reason}") from error
 
 
-def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload a checkpoint folder as `owner/name`; the address of the commit."""
+def upload_folder(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a checkpoint folder as `owner/name`; return the URL of the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -39,7 +39,7 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, token: st
 def upload_checkpoint(
     checkpoint: Checkpoint, repo_id: str, *, private: bool | None = None, token: str | None = None
 ) -> str:
-    """Upload a checkpoint that is in no folder yet; the address of the commit."""
+    """Upload a checkpoint that is in no folder yet; return the URL of the commit."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), checkpoint)
-        return upload(Path(folder), repo_id, private=private, token=token)
+        return upload_folder(Path(folder), repo_id, private=private, token=token)

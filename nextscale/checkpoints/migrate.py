@@ -1,7 +1,6 @@
-"""Checkpoints of earlier format versions, in today's form.
+"""Migrate checkpoints of earlier format versions.
 
-Version 1 (until nextscale 0.1.0) named two fields of dynamic experts otherwise, and computed the fingerprint of routers
-in another way.
+Version 1 (nextscale 0.1.0) had other names for two fields of dynamic experts, and another fingerprint of routers.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from nextscale.config.transformer import TransformerConfig
 def migrate_router_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfig:
     """The config of a version-1 checkpoint with today's fingerprint of its routers.
 
-    Where version 1's fingerprint does not fit the weights it is left as it is, so that the routers are refused when
-    they are used.
+    A fingerprint that does not fit the weights stays unchanged, so the routers are refused when they are used.
     """
     model = config.transformer
     if model is None or not model.dynamic.router_fingerprint:

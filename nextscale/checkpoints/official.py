@@ -1,8 +1,8 @@
 """Official checkpoints of VAR and M-VAR (`vae_*.pth`, `var_d*.pth`, or the same tensors in safetensors), both ways.
 
-Names are translated by one list of rules, ours to theirs; the way back is its inverse over the names that the model
-really has. Some tensors in the official transformers are derived from their config (`lvl_1L`, `attn_bias_for_masking`,
-`zero_k_bias`, M-VAR's `patch_nums`): ours needs none of them, so they are checked, dropped and made anew on export.
+One list of rules translates our names into official ones. Its inverse, over the names that the model has, translates
+back. Some tensors of official transformers follow from their config (`lvl_1L`, `attn_bias_for_masking`, `zero_k_bias`,
+M-VAR's `patch_nums`). Our modules do not have them: they are checked and dropped on import, and computed on export.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nextscale.checkpoints import (
     check_tensors,
     list_shapes,
 )
-from nextscale.checkpoints.official_config import Hints, infer_config
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
+from nextscale.checkpoints.official_shapes import Hints, infer_config
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig, TransformerConfig
@@ -78,7 +78,7 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
     extras: dict[str, Tensor] = {}
 
     tokenizer, transformer = build_on_meta(config)
-    names = {n: official_tokenizer_name(n, config, phi_layout) for n in tokenizer.state_dict()}
+    names = {n: translate_tokenizer_name(n, config, phi_layout) for n in tokenizer.state_dict()}
     usage = vae_tensors.get(USAGE)
     fits = usage is not None and usage.ndim == 2 and usage.shape[1] == config.tokenizer.vocab_size
     if usage is not None and fits and len(usage) != len(config.pyramid):
@@ -89,9 +89,9 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
     if transformer is None or config.transformer is None:
         return Checkpoint(config, ours, {}, origin, extras)
 
-    buffers = derived_buffers(config.transformer, config.pyramid)
+    buffers = compute_buffers(config.transformer, config.pyramid)
     origin["buffers"] = _take_buffers(var, var_tensors, buffers, extras)
-    names = {n: official_transformer_name(n) for n in transformer.state_dict()}
+    names = {n: translate_transformer_name(n) for n in transformer.state_dict()}
     return Checkpoint(config, ours, translate(var, var_tensors, names, list_shapes(transformer)), origin, extras)
 
 
@@ -111,7 +111,7 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
         )
     files: dict[Path, dict[str, Tensor]] = {}
     if vae is not None:
-        theirs = {official_tokenizer_name(n, config, layout): t for n, t in checkpoint.tokenizer.items()}
+        theirs = {translate_tokenizer_name(n, config, layout): t for n, t in checkpoint.tokenizer.items()}
         files[vae] = theirs | {n: t for n, t in checkpoint.extras.items() if n == USAGE}
     if var is not None:
         if config.transformer is None:
@@ -122,9 +122,9 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
                 "exported by --vae alone"
             )
         ours = {n: t for n, t in checkpoint.transformer.items() if not n.startswith("projector.")}
-        theirs = {official_transformer_name(n): t for n, t in ours.items()}
+        theirs = {translate_transformer_name(n): t for n, t in ours.items()}
         if origin.get("buffers", True):
-            theirs.update(derived_buffers(config.transformer, config.pyramid))
+            theirs.update(compute_buffers(config.transformer, config.pyramid))
         files[var] = theirs | {n: t for n, t in checkpoint.extras.items() if n != USAGE}
     write_tensors(files)
 
@@ -145,7 +145,7 @@ def _unknown_officially(model: TransformerConfig) -> str:
     return "this M-VAR has one adaLN for all blocks (shared_adaln)" if model.shared_adaln else ""
 
 
-def official_tokenizer_name(name: str, config: ModelConfig, phi_layout: str) -> str:
+def translate_tokenizer_name(name: str, config: ModelConfig, phi_layout: str) -> str:
     """The official name of one of our tokenizer's tensors."""
     if match := re.match(r"quantizer\.phi\.(\d+)\.(.*)", name):
         return _PHI_NAMES[phi_layout].format(match[1]) + match[2]
@@ -155,7 +155,7 @@ def official_tokenizer_name(name: str, config: ModelConfig, phi_layout: str) -> 
     return _rewrite(name, _TOKENIZER_RULES)
 
 
-def official_transformer_name(name: str) -> str:
+def translate_transformer_name(name: str) -> str:
     """The official name of one of our transformer's tensors."""
     return _rewrite(name, _TRANSFORMER_RULES)
 
@@ -170,7 +170,7 @@ def translate(
     return {ours: theirs[official] for ours, official in names.items()}
 
 
-def derived_buffers(config: TransformerConfig, pyramid: Pyramid) -> dict[str, Tensor]:
+def compute_buffers(config: TransformerConfig, pyramid: Pyramid) -> dict[str, Tensor]:
     """The buffers of the official transformer that follow from its config."""
     scale_L = torch.tensor(pyramid.scale_of_L)
     visible = scale_L[:, None] >= scale_L[None, :]

@@ -1,4 +1,4 @@
-"""Reading and writing the files that the official checkpoints come in: torch pickles and safetensors."""
+"""Read and write the files of official checkpoints: torch pickles and safetensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nextscale.common.files import write_atomically
 
 
 def read_tensors(path: Path, training_key: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a torch pickle, which is never allowed to run code.
+    """The tensors of a .safetensors file, or of a torch pickle, which is read without running code.
 
-    A training checkpoint of the official trainer holds the state dict under trainer/`training_key`, that of others
-    under state_dict. Raises UserError when the file is absent, damaged, or holds anything but tensors.
+    A checkpoint of the official trainer holds the state dict under trainer/`training_key`, that of other trainers under
+    state_dict. Raises UserError when the file is absent, damaged, or holds anything but tensors.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
@@ -56,7 +56,7 @@ def _first_line(error: Exception) -> str:
 
 
 def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
-    """Write state dicts, all or none, as safetensors or as torch pickles according to the suffix of each path."""
+    """Write state dicts as safetensors or torch pickles, by the suffix of each path. All are written, or none."""
     with write_atomically(*files) as drafts:
         for draft, (path, tensors) in zip(drafts, files.items(), strict=True):
             separate = {n: t.contiguous().clone() for n, t in tensors.items()}

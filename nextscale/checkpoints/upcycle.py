@@ -1,7 +1,7 @@
 """Sparse upcycling (arXiv 2212.05055): a trained dense model becomes a mixture of experts that computes the same.
 
-Every expert starts as a copy of the dense FFN: whichever are chosen, with gates that sum to 1 they give what it gives.
-Only the routers are new. Trained on, the copies see different tokens and part.
+Every expert starts as a copy of the dense FFN, so with gates that sum to 1 any experts compute what the dense FFN does.
+Only the routers are new. The copies diverge during training because they see different tokens.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints import Checkpoint, transformer_config
+from nextscale.checkpoints import Checkpoint, get_transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
 from nextscale.common.rng import make_generator
 from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.transformer.initialization import initialize_weights
 
-EQUAL = ("stmoe", "smoe")
-"""Routers under which every token has experts, and all of them have an FFN."""
+EXACT_ROUTERS = ("stmoe", "smoe")
+"""Routers that give every token experts which all have an FFN."""
 
 
 def upcycle(checkpoint: Checkpoint, experts: ExpertsConfig, seed: int = 0, noise: float = 0.0) -> Checkpoint:
-    """The checkpoint with mixtures of experts in place of its dense FFNs; everything else is kept to the bit.
+    """The checkpoint with mixtures of experts in place of its dense FFNs; all other weights stay equal bit for bit.
 
-    `experts.renormalise` becomes true: the gates of the chosen experts are divided by their sum. `seed` draws the
-    routers, as training from scratch would, in float32. `noise` makes the copies differ from the start: normal, of this
-    share of the spread of each weight; outputs are then only near the dense model's. Raises UserError for a model that
-    is none, or a mixture already, and for routers under which a mixture of copies would not equal the dense model.
+    `experts.renormalise` becomes true: the gates of the selected experts are divided by their sum. `seed` draws the
+    routers, in float32, as training from scratch does. `noise` adds normal noise to the copies, as a share of the
+    standard deviation of each weight; outputs are then only close to the dense model's. Raises UserError for a
+    tokenizer alone, for a mixture, and for routers with which a mixture of copies does not equal the dense model.
     """
-    model = _dense(checkpoint)
-    if experts.router not in EQUAL:
+    model = _check_dense(checkpoint)
+    if experts.router not in EXACT_ROUTERS:
         raise UserError(
             f"upcycling to experts.router '{experts.router}' would not give what the dense model does: "
-            f"{_REASONS[experts.router]}; routers that do: {', '.join(EQUAL)}"
+            f"{_REASONS[experts.router]}; routers that do: {', '.join(EXACT_ROUTERS)}"
         )
     if not 0 <= noise < float("inf"):
         raise UserError(f"noise must be 0 or more; got {noise}")
@@ -44,7 +44,7 @@ def upcycle(checkpoint: Checkpoint, experts: ExpertsConfig, seed: int = 0, noise
     for name, tensor in checkpoint.transformer.items():
         before, ffn, layer = name.partition(".ffn.")
         if ffn:
-            weights[f"{before}.ffn.experts.{layer}"] = _copies(tensor, experts.count, noise, (seed, name))
+            weights[f"{before}.ffn.experts.{layer}"] = _copy_weights(tensor, experts.count, noise, (seed, name))
         else:
             weights[name] = tensor
     for block in range(model.depth):
@@ -57,24 +57,24 @@ def upcycle(checkpoint: Checkpoint, experts: ExpertsConfig, seed: int = 0, noise
 _REASONS = {
     "none": "it is the dense FFN itself",
     "expert-choice": "a token that no expert takes would get nothing",
-    "moe++": "a token that takes idle experts would miss a part",
+    "moe++": "a token that selects zero-computation experts would get only a part",
 }
 
 
-def _dense(checkpoint: Checkpoint) -> TransformerConfig:
-    """The transformer's config, when it is a dense one."""
-    model = transformer_config(checkpoint.config, "upcycle")
+def _check_dense(checkpoint: Checkpoint) -> TransformerConfig:
+    """The transformer's config; UserError when its FFNs are not dense."""
+    model = get_transformer_config(checkpoint.config, "upcycle")
     if model.experts.router != "none":
         raise UserError(
-            f"this model is a mixture of experts already ({model.experts.router}); upcycling wants a dense one"
+            f"this model is a mixture of experts already ({model.experts.router}); upcycling needs a dense one"
         )
     if model.dynamic.on:
         raise UserError("this model's FFNs are dynamic ones: upcycle the model that it was made of, then sparsify that")
     return model
 
 
-def _copies(tensor: Tensor, count: int, noise: float, purpose: tuple[int, str]) -> Tensor:
-    """`count` copies of an FFN's weight or bias, stacked; with noise on each of a weight's."""
+def _copy_weights(tensor: Tensor, count: int, noise: float, purpose: tuple[int, str]) -> Tensor:
+    """`count` stacked copies of an FFN's weight or bias; noise is added to copies of weights, not of biases."""
     stacked = tensor.unsqueeze(0).repeat(count, *[1] * tensor.ndim)
     if noise and tensor.ndim == 2:
         drawn = torch.randn(stacked.shape, generator=make_generator(purpose[0], "upcycle", purpose[1]))

@@ -16,14 +16,14 @@ from nextscale.pyramid import Pyramid
 
 @dataclass
 class Adapt:
-    """Carry a model over to other classes, another size or aspect, keeping what it has learnt; then fine-tune it."""
+    """Adapt a trained model to other classes, another image size or aspect. Fine-tune it afterwards."""
 
     model: Positional[Path]
     """Checkpoint folder."""
     out: Path
     """Folder to write."""
     classes: str | None = None
-    """How many new classes (5), or their names; NAME=OLD starts from a class of the model: cat=281,dog,koi=goldfish."""
+    """Number of new classes (5), or their names. NAME=OLD starts from an old class: cat=281,dog,koi=goldfish."""
     scales: str | None = None
     """New sides of the token maps, coarse to fine: 1,2,3,4 or, for another aspect, 1x1,2x3,4x6."""
     seed: int = 0
@@ -39,15 +39,15 @@ class Adapt:
         pyramid = Pyramid.parse(self.scales) if self.scales else None
         adapted = adapt(checkpoint, classes, pyramid, self.seed)
         write_checkpoint(self.out, adapted)
-        print(f"wrote {self.out}: {adapted.config.summary()}")
+        print(f"wrote {self.out}: {adapted.config.summarize()}")
 
 
 @dataclass
 class Upcycle:
-    """Turn a dense model into a mixture of experts that computes the same (sparse upcycling); then train it on.
+    """Turn a dense model into a mixture of experts that computes the same (sparse upcycling). Train it afterwards.
 
-    Every expert starts as a copy of the dense FFN; the routers are drawn. Gates are divided by their sum
-    (experts.renormalise), so that the first outputs equal the dense model's. Routers stmoe and smoe.
+    Every expert starts as a copy of the dense FFN; routers are initialised at random. Gates are divided by their sum
+    (experts.renormalise), so the first outputs equal the dense model's. Works with the routers stmoe and smoe.
     """
 
     model: Positional[Path]
@@ -56,8 +56,8 @@ class Upcycle:
     """Folder to write, for `nextscale train --start`."""
     experts: ExpertsConfig = field(default_factory=lambda: ExpertsConfig(router="stmoe", renormalise=True))
     noise: float = 0.0
-    """Make the copies differ from the start by normal noise, of this share of the spread of each weight. Copies that
-    receive different tokens part without it."""
+    """Normal noise on the copies, as a share of the standard deviation of each weight. The copies also diverge without
+    it, because they see different tokens during training."""
     seed: int = 0
     """Seed of the routers and of the noise."""
 
@@ -70,9 +70,8 @@ class Upcycle:
             raise UserError("experts.renormalise must stay true: gates that sum to less than 1 would weaken every FFN")
         upcycled = upcycle(read_checkpoint(self.model), self.experts, self.seed, self.noise)
         write_checkpoint(self.out, upcycled)
-        print(
-            f"wrote {self.out}: {self.experts.count} experts, {self.experts.active} active; {upcycled.config.summary()}"
-        )
+        experts = f"{self.experts.count} experts, {self.experts.active} active"
+        print(f"wrote {self.out}: {experts}; {upcycled.config.summarize()}")
 
 
 @dataclass
@@ -91,9 +90,9 @@ class Sparsify:
     """Folder to write: a checkpoint, sparsify.json and sparsify.png. Its stages/ can be deleted at the end."""
     settings: Annotated[SparsifyConfig, arg(name="")] = field(default_factory=SparsifyConfig)
     config: Path | None = None
-    """YAML or JSON file with settings; options on the command line win."""
+    """YAML or JSON file with settings; options on the command line take precedence."""
     accept_changes: bool = False
-    """Go on with a training though its settings have changed."""
+    """Resume a training even though its settings have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -111,28 +110,28 @@ class Sparsify:
 
 @dataclass
 class ImportOfficial:
-    """Turn official VAR or M-VAR checkpoints (.pth or .safetensors) into a nextscale folder, all tensors exactly."""
+    """Convert official VAR or M-VAR checkpoints (.pth or .safetensors) to a nextscale folder, bit for bit."""
 
     vae: Path
-    """The tokenizer, such as vae_ch160v4096z32.pth."""
+    """Tokenizer file, such as vae_ch160v4096z32.pth."""
     out: Path
     """Folder to write."""
     var: Path | None = None
-    """The transformer, such as var_d16.pth or mvar_d16.pth; without it the folder holds a tokenizer alone."""
+    """Transformer file, such as var_d16.pth or mvar_d16.pth. Without it the folder holds a tokenizer alone."""
     scales: str | None = None
-    """Sides of the token maps, coarse to fine (1,2,3,4 or 1x1,2x3,4x6), where the file does not say them."""
+    """Sides of the token maps, coarse to fine (1,2,3,4 or 1x1,2x3,4x6). Needed when the file does not hold them."""
     heads: int | None = None
-    """Attention heads, where the file does not say and they are not 64 wide."""
+    """Number of attention heads. Needed when the file does not hold it and heads are not 64 wide."""
     cosine_lookup: bool = False
     """The tokenizer was trained with normalised codes (the official code's using_znorm)."""
     phi_ratio: float = 0.5
-    """Share of the convolution in phi (the official code's quant_resi)."""
+    """Weight of the convolution in phi (the official code's quant_resi)."""
     class_names: Path | None = None
     """Text file with one class name per line, in label order."""
 
     def run(self) -> None:
         from nextscale.checkpoints.official import import_official
-        from nextscale.checkpoints.official_config import Hints
+        from nextscale.checkpoints.official_shapes import Hints
         from nextscale.checkpoints.saving import write_checkpoint
 
         hints = Hints(
@@ -140,11 +139,11 @@ class ImportOfficial:
             self.heads,
             self.phi_ratio,
             self.cosine_lookup,
-            _lines(self.class_names) if self.class_names else (),
+            _read_lines(self.class_names) if self.class_names else (),
         )
         checkpoint = import_official(self.vae, self.var, hints)
         write_checkpoint(self.out, checkpoint)
-        print(f"wrote {self.out}: {checkpoint.config.summary()}")
+        print(f"wrote {self.out}: {checkpoint.config.summarize()}")
 
 
 @dataclass
@@ -168,7 +167,7 @@ class ExportOfficial:
         print("wrote " + " and ".join(str(p) for p in (self.vae, self.var) if p))
 
 
-def _lines(path: Path) -> tuple[str, ...]:
+def _read_lines(path: Path) -> tuple[str, ...]:
     try:
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

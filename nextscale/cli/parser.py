@@ -1,4 +1,4 @@
-"""The command line: parse, call, turn what users can mend into one line. `nextscale --help` needs no torch."""
+"""The command line: parse the arguments, run a command, print errors in one line. `nextscale --help` needs no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LIST_OPTIONS = {"cfg", "temperature", "top-k", "top-p", "tau", "prune"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0; 2 for what the user can mend; 1 for a defect; 130 when interrupted."""
+    """Run one command. Exit status: 0; 2 for a user's error; 1 for a defect of nextscale; 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command = parse(arguments)
@@ -43,23 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
             command.run()
         return 0
     except UserError as error:
-        return _complain(str(error), error.exit_status)
+        return _print_error(str(error), error.exit_status)
     except KeyboardInterrupt:
         print("nextscale: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as in `nextscale info ... | head`
+    except BrokenPipeError:  # the reader of our output was closed, as in `nextscale info ... | head`
         sys.stderr.close()
         return 0
     except OSError as error:
-        return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
+        return _print_error(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
     except Exception as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        return _complain(f"{what[:500]} (unforeseen; NEXTSCALE_TRACEBACK=1 shows where)", 1)
+        return _print_error(f"{what[:500]} (unexpected; NEXTSCALE_TRACEBACK=1 shows where)", 1)
 
 
-def _complain(text: str, status: int) -> int:
+def _print_error(text: str, status: int) -> int:
     print(f"nextscale: error: {text}", file=sys.stderr)
     return status
 
@@ -68,7 +68,7 @@ def parse(arguments: list[str]) -> Any:
     """The command with its options, or None when only help or the version was asked for."""
     arguments = _import_modules(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_INTRO + "\n".join(f"  {n:<20}{_summary(c)}" for n, c in COMMANDS.items()))
+        print(_INTRO + "\n".join(f"  {n:<20}{_get_summary(c)}" for n, c in COMMANDS.items()))
         return None
     if arguments[0] in ("-V", "--version"):
         print(f"nextscale {__version__}")
@@ -84,32 +84,42 @@ def parse(arguments: list[str]) -> Any:
         prog=f"nextscale {name}",
         description=inspect.cleandoc(kind.__doc__ or ""),
         args=rest,
-        default=defaults(kind, rest),
+        default=read_defaults(kind, rest),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
 def _import_modules(arguments: list[str]) -> list[str]:
-    """Import the module of each `--import MODULE` before the command; return the other arguments."""
-    while arguments and arguments[0].partition("=")[0] == "--import":
-        _, equals, name = arguments[0].partition("=")
+    """Import the module of each `--import MODULE`, before or after the command; return the other arguments."""
+    others: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        option, equals, name = word.partition("=")
+        if option != "--import":
+            others.append(word)
+            continue
         if not equals:
-            name = arguments[1] if len(arguments) > 1 else ""
-        arguments = arguments[1 if equals else 2 :]
+            name = rest.pop(0) if rest else ""
         if not name or name.startswith("-"):
             raise UserError("--import needs the name of a Python module: nextscale --import my_module COMMAND ...")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # the last place to look, so that files there hide no installed module
-        try:
-            importlib.import_module(name)
-        except UserError:
+        _import_module(name)
+    return others
+
+
+def _import_module(name: str) -> None:
+    """Import a user's module, also from the current folder; UserError with the reason when that fails."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the last place to look, so that files there hide no installed module
+    try:
+        importlib.import_module(name)
+    except UserError:
+        raise
+    except Exception as error:
+        if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise
-        except Exception as error:
-            if os.environ.get("NEXTSCALE_TRACEBACK"):
-                raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"cannot import '{name}': {reason} (NEXTSCALE_TRACEBACK=1 shows where)") from error
-    return arguments
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"cannot import '{name}': {reason} (NEXTSCALE_TRACEBACK=1 shows where)") from error
 
 
 def _move_lists_last(arguments: list[str]) -> list[str]:
@@ -140,13 +150,15 @@ def _is_number_list(word: str) -> bool:
         return False
 
 
-def defaults(kind: type, arguments: list[str]) -> Any:
-    """The command with the settings that --config FILE names, or None where there is no such option."""
+def read_defaults(kind: type, arguments: list[str]) -> Any:
+    """The command with the settings of its config file as defaults; None when no file is given."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if "settings" not in fields:
         return None
     path = (
-        _config_option(arguments) if "config" in fields and fields["config"].default is None else _first_word(arguments)
+        _find_config_option(arguments)
+        if "config" in fields and fields["config"].default is None
+        else _find_config_word(arguments)
     )
     if path is None:
         return None
@@ -155,12 +167,12 @@ def defaults(kind: type, arguments: list[str]) -> Any:
     return kind(**required, settings=reset_derived(settings))
 
 
-def _first_word(arguments: list[str]) -> Path | None:
-    """The config where it is a command's first word, as in `tokenizer train CONFIG`."""
+def _find_config_word(arguments: list[str]) -> Path | None:
+    """The config file of commands whose first word it is, as in `tokenizer train CONFIG`."""
     return Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
 
 
-def _config_option(arguments: list[str]) -> Path | None:
+def _find_config_option(arguments: list[str]) -> Path | None:
     for i, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option == "--config":
@@ -169,7 +181,7 @@ def _config_option(arguments: list[str]) -> Path | None:
     return None
 
 
-def _summary(command: type) -> str:
+def _get_summary(command: type) -> str:
     return (command.__doc__ or "").strip().splitlines()[0]
 
 

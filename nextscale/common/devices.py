@@ -1,4 +1,4 @@
-"""Devices and dtypes."""
+"""Find devices and dtypes by name."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""The one exception that users are meant to read."""
+"""Exceptions whose message is for the user."""
 
 
 class UserError(ValueError):
-    """Something the caller can mend: a config, a file, a label, a full disk.
+    """An error that the caller can correct: in a config, a file, a label, on a full disk.
 
-    The message says what was wrong, where, and what to do. The command line prints it on one line and exits
-    with a non-zero status; everything else that escapes is a defect of nextscale and shows its traceback.
+    The message says what is wrong, where, and what to do. The command line prints it in one line and exits with
+    `exit_status`. Any other exception is a defect of nextscale.
     """
 
     exit_status = 2
 
 
 class Interruption(UserError):
-    """The user stopped the work; the message says what is kept and how to go on."""
+    """The user stopped the command. The message says what is saved and how to resume."""
 
     exit_status = 130

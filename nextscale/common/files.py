@@ -1,4 +1,4 @@
-"""Read JSON and write files atomically: under a temporary name, flushed to disk, then renamed over the old file."""
+"""Write files atomically: under a temporary name, flushed to disk, then renamed over the old file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Description of the machine that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads, versions and today's date, as JSON values."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else _read_processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -25,8 +25,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    """The CPU's name where the system tells it, with family and model, which alone tell some clouds' CPUs apart."""
+def _read_processor() -> str:
+    """Name of the CPU with its family and model, which distinguish CPUs that cloud machines name alike."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Reading small files."""
+"""Read JSON files."""
 
 from __future__ import annotations
 

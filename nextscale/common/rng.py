@@ -1,7 +1,7 @@
-"""Randomness derived from a seed and from what it is for, never from what happened before.
+"""Random generators that are derived from a seed and a purpose, never from earlier draws.
 
-`make_generator(seed, "order", epoch)` gives the same stream whenever it is asked for, so a resumed run needs no stored
-generator state, and an image's noise does not depend on who shares its batch.
+`make_generator(seed, "order", epoch)` gives the same stream at every call. So a resumed run needs no stored generator
+state, and the noise of an image does not depend on the other images of its batch.
 """
 
 from __future__ import annotations

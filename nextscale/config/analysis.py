@@ -1,4 +1,4 @@
-"""What the analyses share as settings. Needs no torch."""
+"""Settings of `nextscale analyse`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from nextscale.config.parse import check_fields
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    """Which held-out images a model is shown, and how."""
+    """Held-out images of an analysis."""
 
     num: int = 500
-    """Held-out images; 0 = all that there are."""
+    """Number of held-out images; 0 = all."""
     images: DataConfig = field(default_factory=DataConfig)
-    """How pictures are split: as in training, so that the same ones are held out. A token cache is split already."""
+    """How images are split; use the settings of training. A token cache has its split."""
     seed: int = 0
-    """Of the split, as in training, and of all that is drawn."""
+    """Seed of the split (use that of training) and of all random choices."""
     batch_size: int = 16
-    """Images at once. It does not change what comes out beyond rounding."""
+    """Batch size. It changes results by rounding only."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
 
@@ -34,18 +34,18 @@ class AnalysisConfig:
 
 @dataclass(frozen=True)
 class ErrorsConfig:
-    """Which errors are injected while images are drawn."""
+    """Errors that are injected while images are sampled."""
 
     num: int = 20
-    """Images that are measured."""
+    """Number of images."""
     scales: tuple[int, ...] = ()
-    """Scales to disturb, each by itself, counted from 1: 1 2 3. Empty = all but the last."""
+    """Scales that get errors, one at a time, counted from 1: 1 2 3. Empty = all but the last."""
     share: float = 1.0
-    """Share of the scale's tokens that are replaced by random others; one at least."""
+    """Share of the scale's tokens that are replaced by random ones; at least one token."""
     shown: int = 1
-    """How many images the picture shows."""
+    """Number of images in the figure."""
     batch_size: int = 16
-    """Images at once. It does not change an image."""
+    """Batch size. Results do not depend on it."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
 
@@ -61,16 +61,16 @@ class ErrorsConfig:
 
 @dataclass(frozen=True)
 class DynamicAnalysisConfig:
-    """At which settings a model with dynamic experts is shown."""
+    """Settings of sampling that an analysis of dynamic experts compares."""
 
     taus: tuple[float, ...] = (0.9, 0.8, 0.7, 0.5)
-    """Thresholds, each for all sparse scales, beside all experts and what --tau or --budget say."""
+    """Thresholds to compare, each for all sparse scales. All experts and --tau or --budget are compared, too."""
     num: int = 64
-    """Images over which FLOPs are averaged, of all classes in turn."""
+    """Number of images, of all classes in turn, over which FLOPs are averaged."""
     columns: int = 8
-    """How many of them the picture shows."""
+    """Number of images in the figure."""
     batch_size: int = 16
-    """Images at once. It does not change an image."""
+    """Batch size. Results do not depend on it."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
 

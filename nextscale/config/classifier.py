@@ -11,16 +11,16 @@ from nextscale.config.training import TrainConfig
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """A residual CNN with group norm, so that an image's features do not depend on its batch."""
+    """A residual CNN. With group norm, features of an image do not depend on its batch."""
 
     image_size: int = 32
-    """Side of the square images; others are resized to it."""
+    """Side of the square images in pixels. Other images are resized to it."""
     widths: tuple[int, ...] = (64, 128, 192)
-    """Channels of the stages; each halves the resolution."""
+    """Channels of the stages. Each stage halves the resolution."""
     groups: int = 16
     """Groups of every norm; must divide all widths."""
     mirror: bool = True
-    """Features and scores are means over an image and its mirror image; trained on single images all the same."""
+    """Average features and logits over an image and its horizontal flip. Training uses single images."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -35,14 +35,14 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class ClassifierRunConfig:
-    """A whole run of `nextscale classifier train`."""
+    """A run of `nextscale classifier train`."""
 
     images: DataConfig = field(default_factory=DataConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3, save_every=500))
-    """Its label_smoothing is used; label_drop and drop_path have no meaning here."""
+    """label_drop and drop_path have no effect."""
     shift: int = 4
-    """Each training image is moved by up to this many pixels, its border mirrored."""
+    """Each training image is shifted by up to this many pixels, with its border reflected."""
 
     def __post_init__(self) -> None:
         limit = self.classifier.image_size // 2

@@ -9,18 +9,19 @@ from nextscale.config.parse import check_fields
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images of a set are used, and how they are cut. Held-out images are resized and centre-cropped."""
+    """Which images of a data set are used, and how they are cropped. Held-out images are resized and centre-cropped."""
 
     limit: int = 10**9
-    """Use at most this many images, chosen at random."""
+    """Largest number of images to use, drawn at random."""
     held_out: float = 0.02
-    """Share of every class kept from training, to measure with; data that comes with a split keeps it."""
+    """Share of every class that is held out for validation. A data set with a split of its own keeps that."""
     random_crop: bool = False
-    """VAR's cut: short side to 1.125 times the size, then a random square; otherwise resized and centre-cropped."""
+    """Resize the short side to 1.125 times the image size and crop a random square (VAR). Otherwise resize and
+    centre-crop."""
     flip: bool = False
-    """Mirror half of the images."""
+    """Flip half of the images horizontally."""
     max_unreadable: float = 0.1
-    """Share of unreadable images at which a run stops; below it they are named and passed over."""
+    """Share of unreadable images above which a run stops. Below it they are reported and skipped."""
 
     def __post_init__(self) -> None:
         rules = {

@@ -11,12 +11,12 @@ from nextscale.config.training import TrainConfig
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A residual CNN with group norm, so that an image's features do not depend on its batch."""
+    """A residual CNN. With group norm, features of an image do not depend on its batch."""
 
     image_size: int = 32
-    """Side of the square images that it is trained on."""
+    """Side of the square training images in pixels."""
     widths: tuple[int, ...] = (64, 128)
-    """Channels of the stages; each halves the resolution, and the last one's are the features' width."""
+    """Channels of the stages. Each stage halves the resolution; the last one's channels are the features."""
     blocks: tuple[int, ...] = (1, 2)
     """Residual convolutions of each stage."""
     groups: int = 16
@@ -36,26 +36,26 @@ class EncoderConfig:
 
     @property
     def patch(self) -> int:
-        """Pixels per cell of the last map, along each side."""
+        """Pixels per cell of the last feature map, along each side."""
         return int(2 ** len(self.widths))
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How an image becomes the two views whose features should be alike. Defaults: MoCo v2's, without its blur."""
+    """Augmentation of an image into two views that should have similar features. Defaults: MoCo v2's, without blur."""
 
     smallest_crop: float = 0.2
-    """A view is a cut of this share of the image's area to all of it, of aspect 3:4 to 4:3, resized to the whole."""
+    """Smallest area of a random crop, as a share of the image. Crops have aspect 3:4 to 4:3 and are resized."""
     flip: bool = True
-    """Mirror half of the views."""
+    """Flip half of the views horizontally."""
     jitter: float = 0.4
-    """Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter."""
+    """Brightness, contrast and saturation are each multiplied by a factor of 1 - jitter to 1 + jitter."""
     hue: float = 0.1
-    """Colours are turned by up to this share of the circle, in both directions."""
+    """Hue is shifted by up to this share of the colour circle, in both directions."""
     jitter_share: float = 0.8
-    """Share of views whose colours are changed so."""
+    """Share of views whose colours are jittered."""
     grey_share: float = 0.2
-    """Share of views without colour."""
+    """Share of views that are converted to grey."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -70,16 +70,16 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class MocoConfig:
-    """MoCo v2 (Chen et al. 2020, arXiv 2003.04297). Defaults for small images and short runs: published are a queue of
-    65,536 keys, momentum 0.999 and a hidden width of 2,048."""
+    """MoCo v2 (Chen et al. 2020, arXiv 2003.04297). The defaults suit small images and short runs. Published: a queue
+    of 65,536 keys, momentum 0.999 and a hidden width of 2,048."""
 
     queue: int = 4096
-    """Keys of earlier images that a view should differ from."""
+    """Keys of earlier images, the negatives."""
     momentum: float = 0.99
-    """How slowly the encoder of keys follows the one that is trained."""
+    """Momentum of the key encoder, a moving average of the trained one."""
     temperature: float = 0.2
     hidden: int = 256
-    """Hidden width of the head, which is only there to train."""
+    """Hidden width of the projection head, which is used in training only."""
     key_width: int = 128
 
     def __post_init__(self) -> None:
@@ -93,16 +93,16 @@ class MocoConfig:
 
 @dataclass(frozen=True)
 class EncoderRunConfig:
-    """A whole run of `nextscale encoder train`."""
+    """A run of `nextscale encoder train`."""
 
     images: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     moco: MocoConfig = field(default_factory=MocoConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-3, save_every=500))
-    """Its label_drop, label_smoothing and drop_path have no meaning here."""
+    """label_drop, label_smoothing and drop_path have no effect."""
     bank: int = 5000
-    """Training images that features are standardised on, and that held-out ones are compared with while training."""
+    """Training images whose features give mean and standard deviation, and are the bank of the k-NN validation."""
 
     def __post_init__(self) -> None:
         rules = {"bank must be 1 or more": self.bank >= 1}

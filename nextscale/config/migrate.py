@@ -1,7 +1,4 @@
-"""Settings that earlier versions wrote, in today's form. Needs no torch.
-
-For JSON and YAML that hold settings: checkpoints, records of runs, users' config files.
-"""
+"""Migrate settings that earlier versions wrote: in checkpoints, records of runs and config files. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ _ADDED: dict[str, dict[str, Any]] = {
 
 
 def rename_settings(data: Any) -> Any:
-    """`data` with today's names of fields, at every depth. The argument is not changed."""
+    """`data` with the current names of fields, at every depth. The argument is not changed."""
     if isinstance(data, list):
         return [rename_settings(entry) for entry in data]
     if not isinstance(data, dict):
@@ -30,17 +27,17 @@ def rename_settings(data: Any) -> Any:
 
 
 def migrate_record(data: Any) -> Any:
-    """A complete record of settings with today's names, and with the defaults of fields that are newer than it.
+    """A complete record of settings with the current names, and with defaults for fields that it does not have yet.
 
-    Compare a new run's settings with this, so that a run of an earlier version is known as the same run.
+    Settings of a run are compared with this, so a run that an earlier version started can be resumed.
     """
     return _add_defaults(rename_settings(data))
 
 
 def restore_record(data: Any) -> Any:
-    """The inverse of `migrate_record`: old names, without newer fields that are at their default.
+    """The inverse of `migrate_record`: old names, and no newer fields that have their default.
 
-    Compute with this what must stay as an earlier version computed it.
+    For digests that must equal those of an earlier version.
     """
     if isinstance(data, list):
         return [restore_record(entry) for entry in data]

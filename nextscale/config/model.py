@@ -51,7 +51,7 @@ class ModelConfig:
         hint = suggest_name(label, names) if names else "; this checkpoint has no class names, use numbers"
         raise UserError(f"there is no class named '{label}'{hint}")
 
-    def summary(self) -> str:
+    def summarize(self) -> str:
         """One line of text: classes, scales, image size."""
         height, width = self.image_size
         what = f"{self.transformer.condition.num_classes} classes" if self.transformer else "a tokenizer alone"

@@ -34,11 +34,10 @@ def _transformer() -> TransformerConfig:
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Train a small tokenizer, a self-supervised encoder and a small class-conditional MEPA on one machine: a mixture
-    of experts (STMoE), guided by the encoder's features. Then sample and measure.
+    """Train a small tokenizer, a self-supervised encoder and a small class-conditional MEPA, then sample and measure.
 
-    The defaults are sized for the bundled digits and two CPU cores. A dense VAR: transformer.experts.router none and
-    loss.encoder "".
+    MEPA is a mixture of experts (STMoE) with semantic guidance by the encoder's features. For a dense VAR, set
+    transformer.experts.router to none and loss.encoder to "". The defaults suit the bundled digits and two CPU cores.
     """
 
     data: str = "digits"
@@ -49,19 +48,19 @@ class QuickstartConfig:
     scales: str = ""
     """Sides of the token maps, coarse to fine, such as 1,2,3,4; empty derives them from the image size."""
     limit: int = 20000
-    """Use at most this many images of a larger set, chosen at random."""
+    """Largest number of images to use, drawn at random."""
     held_out: float = 0.2
-    """Share of the images kept from training, to measure with."""
+    """Share of the images that is held out for validation."""
     seed: int = 0
     tokenizer: TokenizerConfig = field(default_factory=_tokenizer)
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(widths=(32, 64), blocks=(1, 1), groups=8))
-    """Its features guide the transformer. Its image_size follows the images'."""
+    """Its features guide the transformer. image_size is set to that of the data."""
     moco: MocoConfig = field(default_factory=lambda: MocoConfig(queue=1024, hidden=128, key_width=64))
     views: ViewConfig = field(default_factory=lambda: ViewConfig(smallest_crop=0.4, flip=False, hue=0.0))
     transformer: TransformerConfig = field(default_factory=_transformer)
     """The number of classes is taken from the data."""
     loss: LossConfig = field(default_factory=lambda: LossConfig(encoder="own"))
-    """encoder: 'own' for the one trained here, or empty for no guidance."""
+    """encoder: 'own' for the encoder of this run, or empty for no guidance."""
     train_tokenizer: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=800, batch_size=32, learning_rate=2e-3, save_every=100)
     )

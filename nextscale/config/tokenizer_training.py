@@ -14,20 +14,20 @@ from nextscale.pyramid import Pyramid
 
 @dataclass(frozen=True)
 class TokenizerLossConfig:
-    """Weights of the losses. Codebook and commitment losses always count once; beta is in the tokenizer's config."""
+    """Weights of the losses. Codebook and commitment losses have weight 1 (commitment beta is a tokenizer setting)."""
 
     l1: float = 1.0
     l2: float = 1.0
     lpips: float = 0.0
-    """Perceptual loss; above 0 it needs both files below."""
+    """Weight of the perceptual loss; above 0 it needs both files below."""
     lpips_vgg: str = ""
     """VGG-16 weights in torchvision's form (vgg16-397923af.pth, or the same tensors in safetensors)."""
     lpips_linear: str = ""
     """LPIPS 0.1 linear heads for VGG (vgg.pth of the LPIPS repository, or safetensors)."""
     adversarial: float = 0.0
-    """Patch discriminator with hinge loss; the weight is further adapted to the reconstruction's gradient (VQGAN)."""
+    """Weight of a patch discriminator with hinge loss, scaled by the ratio of the gradients (VQGAN)."""
     adversarial_start: int = 1000
-    """Steps before the discriminator counts; it learns from the start."""
+    """First step at which the tokenizer gets the adversarial loss. The discriminator is trained from step 0."""
     discriminator_channels: int = 64
     discriminator_layers: int = 3
 
@@ -44,15 +44,15 @@ class TokenizerLossConfig:
 
 @dataclass(frozen=True)
 class CodebookConfig:
-    """How codes learn, and what happens to those that nobody uses."""
+    """How codes are trained, and how dead codes are revived."""
 
     update: Literal["gradient", "ema"] = "gradient"
-    """By the codebook loss, or as moving averages of the vectors that chose them."""
+    """gradient: by the codebook loss. ema: as moving averages of the vectors assigned to them."""
     ema_decay: float = 0.99
     revive_every: int = 50
     """Steps between revivals of dead codes; 0 = never."""
     revive_below: float = 0.05
-    """A code is dead when it is chosen less often than this share of the average code (moving average)."""
+    """A code is dead when it is used less often than this share of the average code (moving average)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ema_decay < 1 or self.revive_every < 0 or not 0 <= self.revive_below < 1:
@@ -64,16 +64,16 @@ class CodebookConfig:
 
 @dataclass(frozen=True)
 class TokenizerRunConfig:
-    """A whole run of `nextscale tokenizer train`."""
+    """A run of `nextscale tokenizer train`."""
 
     image_size: int = 0
-    """Side of the square images in pixels; 0 means that of the start checkpoint, else 32."""
+    """Side of the square images in pixels; 0 = that of the start checkpoint, or 32 without one."""
     scales: str = ""
-    """Sides of the token maps, coarse to fine; empty keeps those of the start checkpoint at its size, else derives
-    them from the image size."""
+    """Sides of the token maps, coarse to fine. Empty = those of the start checkpoint at its image size; otherwise they
+    are derived from the image size."""
     images: DataConfig = field(default_factory=DataConfig)
     start: str = ""
-    """Checkpoint folder to fine-tune from (an imported official tokenizer, say); its tokenizer settings then hold."""
+    """Checkpoint folder to fine-tune, such as an imported official tokenizer. Its tokenizer settings are used."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-3, save_every=500))
     losses: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
@@ -81,7 +81,7 @@ class TokenizerRunConfig:
 
 
 def derive_pyramid(size: int, factor: int, scales: str) -> Pyramid:
-    """The pyramid for square images of `size` pixels and a tokenizer that reduces `factor` times.
+    """The pyramid for square images of `size` pixels and a tokenizer that downsamples `factor` times.
 
     `scales` as text, or empty for sides like the published ones up to size / factor. UserError when they do not fit.
     """

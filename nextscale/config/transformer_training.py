@@ -1,4 +1,4 @@
-"""Settings of `nextscale train`: a whole run of a generator. Needs no torch."""
+"""Settings of `nextscale train`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from nextscale.config.transformer import InitConfig, TransformerConfig
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised beside the cross-entropy (MEPA, Eq. 10-13): even use of experts, semantic guidance."""
+    """Losses besides the cross-entropy (MEPA, Eq. 10-13): load balance of experts, and semantic guidance."""
 
     balance: float = 0.01
-    """Weight of the load-balance loss of every mixture of experts (not in the paper; Switch's and GShard's)."""
+    """Weight of the load-balance loss of a mixture of experts (that of Switch and GShard; not in the paper)."""
     idle_balance: float = 0.75
-    """moe++: what an idle expert counts in the load-balance loss, against 1 of an FFN expert."""
+    """moe++: weight of a zero-computation expert in the load-balance loss; an FFN expert has 1."""
     encoder: str = ""
-    """Semantic guidance by this frozen encoder: its folder or name on the hub, or 'cache' for the features that a token
-    cache holds (`nextscale tokenize --encoder`). Empty = none."""
+    """Frozen encoder for semantic guidance: a folder, a name on the hub, or 'cache' for the features in a token cache
+    (`nextscale tokenize --encoder`). Empty = no guidance."""
     group: str = "intermediate"
-    """Scales whose aggregated features are guided: last, large, intermediate, small, or numbers from 1 on: 5,6,7."""
+    """Scales whose aggregated features are guided: last, large, intermediate, small, or numbers from 1: 5,6,7."""
     cross_entropy: float = 0.5
-    """With guidance: weight lambda of the cross-entropy beside the guidance's 1 (Eq. 13)."""
+    """With guidance: weight lambda of the cross-entropy; the guidance loss has weight 1 (Eq. 13)."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -40,16 +40,16 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run of `nextscale train`."""
+    """A run of `nextscale train`."""
 
     data: str = ""
     """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache that `nextscale tokenize` wrote."""
     tokenizer: str = ""
     """Checkpoint folder whose tokenizer is used."""
     start: str = ""
-    """Checkpoint folder to fine-tune (`nextscale adapt` writes one); its transformer and tokenizer then hold."""
+    """Checkpoint folder to fine-tune (such as `nextscale adapt` writes). Its transformer and tokenizer are used."""
     scales: str = ""
-    """Sides of the token maps, coarse to fine; empty = the tokenizer's own."""
+    """Sides of the token maps, coarse to fine; empty = the tokenizer's."""
     images: DataConfig = field(default_factory=DataConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """The number of classes is taken from the data."""
@@ -57,15 +57,15 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SampleConfig = field(default_factory=SampleConfig)
-    """For the sample grids."""
+    """Settings of the sample grids."""
     validation_images: int = 2000
-    """Held-out images that every evaluation uses, at most."""
+    """Largest number of held-out images in a validation."""
 
     def __post_init__(self) -> None:
         check_fields("run", self, {"validation_images must be 1 or more": self.validation_images >= 1})
 
     def complete(self) -> RunConfig:
-        """Itself, when it names data and a tokenizer; UserError says what is missing."""
+        """Itself, if it names data and a tokenizer; otherwise UserError says what is missing."""
         if not self.data:
             raise UserError("no data: give --data (images, or a token cache that `nextscale tokenize` wrote)")
         if bool(self.tokenizer) == bool(self.start):

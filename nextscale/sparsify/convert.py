@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints import Checkpoint, transformer_config
+from nextscale.checkpoints import Checkpoint, get_transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.transformer import DynamicConfig, TransformerConfig
@@ -25,7 +25,7 @@ _PROJECTIONS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 def check_dense(checkpoint: Checkpoint) -> TransformerConfig:
     """The transformer's config. UserError for a tokenizer without one and for a mixture of experts."""
-    model = transformer_config(checkpoint.config, "sparsify")
+    model = get_transformer_config(checkpoint.config, "sparsify")
     if model.experts.router != "none":
         raise UserError(
             f"this model is a mixture of experts ({model.experts.router}); nextscale sparsify needs dense FFNs, as the "

@@ -54,7 +54,7 @@ def load_components(config: RunConfig, world: World) -> Components:
     model = _build_config(config, checkpoint, names, width)
     transformer = _build_transformer(config, model, checkpoint.transformer)
     if world.main:
-        print(f"{config.data}: {len(examples)} examples to train on, {len(held_out)} held out; {model.summary()}")
+        print(f"{config.data}: {len(examples)} examples to train on, {len(held_out)} held out; {model.summarize()}")
     return Components(model, tokenizer, weights, transformer, examples, held_out, encoder)
 
 

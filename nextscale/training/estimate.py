@@ -50,7 +50,7 @@ def estimate_cost(config: RunConfig) -> str:
     per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards
     epoch = per_image * examples
     lines = [
-        f"model       {parameters:,} parameters; {model.summary()}",
+        f"model       {parameters:,} parameters; {model.summarize()}",
         f"steps       {steps:,} of {config.train.batch_size} images ({steps * config.train.batch_size / examples:,.1f} "
         f"epochs of {examples:,}), {warmup:,} of them warm-up",
         f"arithmetic  {per_image / 1e12:,.3f} TFLOP per image, {epoch / 1e15:,.1f} PFLOP per epoch, "

@@ -142,7 +142,7 @@ def train_tokenizer(
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_choose_pyramid(config, start), codes, None)
     run, examples, held_out, _ = open_image_run(
-        folder, data, config, model.square_side, world, accept_changes=accept_changes, about=model.summary()
+        folder, data, config, model.square_side, world, accept_changes=accept_changes, about=model.summarize()
     )
     tokenizer = load_tokenizer(start, model) if start else _create_tokenizer(model, config.train.seed)
     with torch.random.fork_rng(devices=[]):  # the discriminator's weights follow from the seed, too

@@ -1,4 +1,4 @@
-"""Reading a model's config off the shapes of an official checkpoint."""
+"""Infer a model's config from the names and shapes of the tensors of an official checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024, Pyramid
 
 @dataclass(frozen=True)
 class Hints:
-    """What the tensors of an official checkpoint cannot say."""
+    """Settings that cannot be inferred from the tensors of an official checkpoint."""
 
     pyramid: Pyramid | None = None
     """Needed when maps are not square or the file has no `lvl_1L`."""
@@ -31,41 +31,46 @@ class Hints:
 def infer_config(
     vae: Path, vae_tensors: dict[str, Tensor], var: Path | None, var_tensors: dict[str, Tensor], hints: Hints
 ) -> tuple[ModelConfig, str]:
-    """The config of a pair of official files, and how the phi convolutions are laid out in the first."""
+    """Config of a pair of official files, and how `vae` names phi convolutions: list, single or per_scale."""
     _refuse_swapped(vae, vae_tensors, var, var_tensors)
-    tokenizer, layout = _tokenizer(vae, vae_tensors, hints)
+    tokenizer, layout = _infer_tokenizer(vae, vae_tensors, hints)
     if var is None:
-        rows = len(_need(vae, vae_tensors, "quantize.ema_vocab_hit_SV"))
+        rows = len(_get_tensor(vae, vae_tensors, "quantize.ema_vocab_hit_SV"))
         pyramid = hints.pyramid or (PYRAMID_256 if rows == len(PYRAMID_256) else None)
         if pyramid is None:
             raise UserError(f"{vae} does not say its token map sides; give them with --scales, coarse to fine")
         return ModelConfig(pyramid, tokenizer, None, hints.class_names), layout
-    transformer = _transformer(var, var_tensors, hints)
-    book, head = tuple(vae_tensors["quantize.embedding.weight"].shape), _need(var, var_tensors, "head.weight").shape[0]
+    transformer = _infer_transformer(var, var_tensors, hints)
+    book, head = (
+        tuple(vae_tensors["quantize.embedding.weight"].shape),
+        _get_tensor(var, var_tensors, "head.weight").shape[0],
+    )
     width = var_tensors["word_embed.weight"].shape[1]
     if book != (head, width):
         raise UserError(
             f"{vae} has {book[0]} codes of width {book[1]}, but {var} predicts {head} codes of width {width}: "
             "they belong to different models"
         )
-    return ModelConfig(_pyramid(var, var_tensors, hints.pyramid), tokenizer, transformer, hints.class_names), layout
+    return ModelConfig(
+        _infer_pyramid(var, var_tensors, hints.pyramid), tokenizer, transformer, hints.class_names
+    ), layout
 
 
-def _tokenizer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> tuple[TokenizerConfig, str]:
-    vocab_size, code_width = _need(source, tensors, "quantize.embedding.weight").shape
-    base = _need(source, tensors, "encoder.conv_in.weight", 4).shape[0]
-    levels = _count(source, tensors, r"encoder\.down\.(\d+)\.")
-    widths = [_need(source, tensors, f"encoder.down.{i}.block.0.conv1.weight", 4).shape[0] for i in range(levels)]
-    num_phi, layout = _phi(tensors)
+def _infer_tokenizer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> tuple[TokenizerConfig, str]:
+    vocab_size, code_width = _get_tensor(source, tensors, "quantize.embedding.weight").shape
+    base = _get_tensor(source, tensors, "encoder.conv_in.weight", 4).shape[0]
+    levels = _count_layers(source, tensors, r"encoder\.down\.(\d+)\.")
+    widths = [_get_tensor(source, tensors, f"encoder.down.{i}.block.0.conv1.weight", 4).shape[0] for i in range(levels)]
+    num_phi, layout = _infer_phi(tensors)
     config = TokenizerConfig(
         vocab_size=vocab_size,
         code_width=code_width,
         base_channels=base,
         channel_multipliers=tuple(width // base for width in widths),
-        res_blocks=_count(source, tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        res_blocks=_count_layers(source, tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         attention=any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors),
         middle_attention=any(name.startswith("encoder.mid.attn_1.") for name in tensors),
-        quant_conv_kernel=_need(source, tensors, "quant_conv.weight", 4).shape[-1],
+        quant_conv_kernel=_get_tensor(source, tensors, "quant_conv.weight", 4).shape[-1],
         num_phi=num_phi,
         phi_ratio=hints.phi_ratio if num_phi else 0.0,
         cosine_lookup=hints.cosine_lookup,
@@ -73,7 +78,7 @@ def _tokenizer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> tuple[
     return config, layout
 
 
-def _phi(tensors: dict[str, Tensor]) -> tuple[int, str]:
+def _infer_phi(tensors: dict[str, Tensor]) -> tuple[int, str]:
     for layout, pattern in (("list", r"qresi_ls\.(\d+)"), ("single", r"qresi\."), ("per_scale", r"(\d+)")):
         found = {name for name in tensors if re.match(rf"quantize\.quant_resi\.{pattern}.*weight$", name)}
         if found:
@@ -81,10 +86,10 @@ def _phi(tensors: dict[str, Tensor]) -> tuple[int, str]:
     return 0, "list"
 
 
-def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> TransformerConfig:
-    width = _need(source, tensors, "word_embed.weight").shape[0]
+def _infer_transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> TransformerConfig:
+    width = _get_tensor(source, tensors, "word_embed.weight").shape[0]
     scale = next((t for name, t in tensors.items() if name.endswith(".attn.scale_mul_1H11")), None)
-    depth = _count(source, tensors, r"blocks\.(\d+)\.")
+    depth = _count_layers(source, tensors, r"blocks\.(\d+)\.")
     published = depth if width % 64 else width // 64  # heads are 64 wide in every published model
     heads = hints.heads or (scale.numel() if scale is not None else published)
     if heads < 1 or width % heads:
@@ -93,18 +98,21 @@ def _transformer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> Tran
         depth=depth,
         width=width,
         heads=heads,
-        ffn_ratio=_need(source, tensors, "blocks.0.ffn.fc1.weight").shape[0] / width,
+        ffn_ratio=_get_tensor(source, tensors, "blocks.0.ffn.fc1.weight").shape[0] / width,
         qk_norm=scale is not None,
         shared_adaln=any(name.startswith("shared_ada_lin.") for name in tensors),
         mixers=MVAR_MIXERS if any(".mamba." in name for name in tensors) else ("attention",),
-        condition=ConditionConfig(num_classes=_need(source, tensors, "class_emb.weight").shape[0] - 1),
+        condition=ConditionConfig(num_classes=_get_tensor(source, tensors, "class_emb.weight").shape[0] - 1),
     )
 
 
-def _pyramid(source: Path, tensors: dict[str, Tensor], given: Pyramid | None) -> Pyramid:
-    """The pyramid given or read from `lvl_1L`; the one must agree with the other and with the embeddings."""
-    length, scales = _need(source, tensors, "pos_1LC", 3).shape[1], len(_need(source, tensors, "lvl_embed.weight"))
-    first = _need(source, tensors, "pos_start", 3).shape[1]
+def _infer_pyramid(source: Path, tensors: dict[str, Tensor], given: Pyramid | None) -> Pyramid:
+    """The given pyramid, or the one that `lvl_1L` holds. UserError when it does not fit the embeddings."""
+    length, scales = (
+        _get_tensor(source, tensors, "pos_1LC", 3).shape[1],
+        len(_get_tensor(source, tensors, "lvl_embed.weight")),
+    )
+    first = _get_tensor(source, tensors, "pos_start", 3).shape[1]
     levels = tensors.get("lvl_1L")
     pyramid = given
     if pyramid is None and levels is not None:
@@ -134,7 +142,7 @@ def _refuse_swapped(
         raise UserError(f"{var} is a tokenizer, not a transformer; pass it with --vae")
 
 
-def _need(source: Path, tensors: dict[str, Tensor], name: str, ndim: int = 2) -> Tensor:
+def _get_tensor(source: Path, tensors: dict[str, Tensor], name: str, ndim: int = 2) -> Tensor:
     if name not in tensors:
         raise UserError(f"{source} is missing tensor '{name}'; it is not a whole official checkpoint")
     tensor = tensors[name]
@@ -143,7 +151,7 @@ def _need(source: Path, tensors: dict[str, Tensor], name: str, ndim: int = 2) ->
     return tensor
 
 
-def _count(source: Path, tensors: dict[str, Tensor], pattern: str) -> int:
+def _count_layers(source: Path, tensors: dict[str, Tensor], pattern: str) -> int:
     found = [int(m[1]) for name in tensors if (m := re.match(pattern, name))]
     if not found:
         raise UserError(f"{source} has no tensor named like {pattern}; it is not an official checkpoint")
