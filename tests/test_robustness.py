@@ -38,7 +38,7 @@ def complaint(capsys, *arguments: object) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if line.startswith("nextscale: error: ")]
     assert len(errors) == 1, lines
-    assert "unforeseen" not in errors[0], errors[0]
+    assert "unexpected" not in errors[0], errors[0]
     return errors[0]
 
 
@@ -205,7 +205,7 @@ def test_odd_values_on_the_command_line(tiny_folder, tmp_path, capsys):
             sys.exit(main(["quickstart", f"--{option}", value, "--out", str(tmp_path / "run")]))
         printed = capsys.readouterr().err
         assert "must" in printed
-        assert "unforeseen" not in printed
+        assert "unexpected" not in printed
     assert list(tmp_path.iterdir()) == []
 
 

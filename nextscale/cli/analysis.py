@@ -1,4 +1,4 @@
-"""Commands that look into trained models: each leaves a picture and a JSON file in its folder."""
+"""Commands that analyse trained models. Each writes a figure and a JSON file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AnalyseLoad:
     out: Path
     """Folder for load.json and load.png."""
     names: tuple[str, ...] = ()
-    """What to call the models; default: by their folders."""
+    """Names of the models in the figure; default: their folders."""
     shown: Shown = field(default_factory=AnalysisConfig)
 
     def run(self) -> None:
@@ -44,7 +44,7 @@ class AnalyseLoad:
 
 @dataclass
 class AnalyseRouting:
-    """Routing maps: how often each expert is chosen at each position of each scale's map (MEPA, Fig. 4)."""
+    """Routing maps: how often each expert is selected at each position of each scale (MEPA, Fig. 4)."""
 
     models: Positional[tuple[str, ...]]
     """Checkpoint folders, or names on the Hugging Face hub."""
@@ -53,11 +53,11 @@ class AnalyseRouting:
     out: Path
     """Folder for routing.json and routing.png."""
     names: tuple[str, ...] = ()
-    """What to call the models; default: by their folders."""
+    """Names of the models in the figure; default: their folders."""
     block: int = 0
     """Block whose router is shown, counted from 1; 0 = the last but one."""
     image: int | None = None
-    """Number of one held-out image to show alone; default: the share of all images."""
+    """Index of a single held-out image to show; default: the share over all images."""
     shown: Shown = field(default_factory=AnalysisConfig)
 
     def run(self) -> None:
@@ -69,7 +69,7 @@ class AnalyseRouting:
 
 @dataclass
 class AnalyseFeatures:
-    """Where a block's output lies for tokens of each scale: a map of points and how far apart (MEPA, Fig. 1a)."""
+    """Plot a block's outputs for tokens of each scale, and measure how far apart scales are (MEPA, Fig. 1a)."""
 
     models: Positional[tuple[str, ...]]
     """Checkpoint folders, or names on the Hugging Face hub."""
@@ -78,13 +78,13 @@ class AnalyseFeatures:
     out: Path
     """Folder for features.json and features.png."""
     names: tuple[str, ...] = ()
-    """What to call the models; default: by their folders."""
+    """Names of the models in the figure; default: their folders."""
     block: int = 0
     """Block whose output is shown, counted from 1; 0 = the middle one."""
     points: int = 256
-    """Tokens of each scale that are drawn."""
+    """Number of tokens of each scale in the plot."""
     projection: Literal["pca", "tsne"] = "pca"
-    """How they are brought to two dimensions; t-SNE needs scikit-learn."""
+    """Projection to two dimensions; t-SNE needs scikit-learn."""
     shown: Shown = field(default_factory=AnalysisConfig)
 
     def run(self) -> None:
@@ -101,23 +101,23 @@ class AnalyseFeatures:
 
 @dataclass
 class AnalyseErrors:
-    """Draw images once undisturbed and once for each scale with errors at that scale (MEPA, Fig. 1b).
+    """Sample images without errors, and once for each scale with errors at that scale (MEPA, Fig. 1b).
 
-    Tokens of one scale are replaced by random others, and the later scales drawn on with the same randomness.
+    An error replaces tokens of one scale by random ones. Later scales are sampled with the same random numbers.
     """
 
     models: Positional[tuple[str, ...]]
     """Checkpoint folders, or names on the Hugging Face hub."""
     out: Path
-    """Folder for errors.json, errors.png (images growing) and distance.png (how far they end up)."""
+    """Folder for errors.json, errors.png (images scale by scale) and distance.png (distance of the final images)."""
     names: tuple[str, ...] = ()
-    """What to call the models; default: by their folders."""
+    """Names of the models in the figure; default: their folders."""
     labels: str = ""
-    """Classes to draw in turn, indices or names: 3,7; empty = all."""
+    """Classes to sample in turn, indices or names: 3,7; empty = all."""
     errors: Annotated[ErrorsConfig, arg(name="")] = field(default_factory=ErrorsConfig)
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
-    """YAML or JSON file with sampling settings; options on the command line win."""
+    """YAML or JSON file with sampling settings; options on the command line take precedence."""
 
     def run(self) -> None:
         from nextscale.research.analysis.errors import analyse_errors
@@ -133,9 +133,9 @@ class AnalyseErrors:
 
 @dataclass
 class AnalyseDynamic:
-    """What dynamic experts do: experts per token as maps, samples with fewer of them, FLOPs (DMoE-VAR, Fig. 2, 12).
+    """Dynamic experts: maps of experts per token, samples with fewer experts, FLOPs (DMoE-VAR, Fig. 2, 12).
 
-    Of a model that `nextscale sparsify` made; FLOPs are counted from what was executed.
+    For a model that `nextscale sparsify` made. FLOPs are counted from the experts that ran.
     """
 
     model: Positional[str]
@@ -145,7 +145,7 @@ class AnalyseDynamic:
     shown: Annotated[DynamicAnalysisConfig, arg(name="")] = field(default_factory=DynamicAnalysisConfig)
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
-    """YAML or JSON file with sampling settings; options on the command line win."""
+    """YAML or JSON file with sampling settings; options on the command line take precedence."""
 
     def run(self) -> None:
         from nextscale.research.analysis.dynamic import analyse_dynamic
@@ -159,9 +159,9 @@ class AnalyseDynamic:
 
 @dataclass
 class AnalyseConvergence:
-    """Validation and training losses of several runs, in all and per scale (MEPA, Fig. 5).
+    """Plot validation and training losses of several runs, in total and per scale (MEPA, Fig. 5).
 
-    Says how many times sooner than the first run each one reaches the first one's lowest validation loss.
+    Prints how many times faster than the first run each run reaches the first run's lowest validation loss.
     """
 
     runs: Positional[tuple[str, ...]]
@@ -169,7 +169,7 @@ class AnalyseConvergence:
     out: Path
     """Folder for convergence.json and convergence.png."""
     names: tuple[str, ...] = ()
-    """What to call the runs; runs of one name become one curve, their mean. Default: by their folders."""
+    """Names of the runs in the figure; runs of one name become one curve, their mean. Default: their folders."""
 
     def run(self) -> None:
         from nextscale.research.analysis.convergence import analyse_convergence

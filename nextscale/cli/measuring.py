@@ -150,7 +150,7 @@ class Bench:
 
 @dataclass
 class ExperimentList:
-    """List the tables and figures that one command makes."""
+    """List the experiments: tables and figures that one command makes."""
 
     def run(self) -> None:
         from nextscale.research.experiments.entry import names, read_entry
@@ -162,7 +162,7 @@ class ExperimentList:
 
 @dataclass
 class ExperimentShow:
-    """Show an experiment: its rows, what was published, what it measures, needs and costs."""
+    """Show an experiment: its rows, published figures, what it measures, needs and costs."""
 
     name: Positional[str]
     """As `nextscale experiment list` shows it."""
@@ -182,9 +182,9 @@ class ExperimentShow:
 
 @dataclass
 class ExperimentRun:
-    """Run an experiment: a table with the published figures beside ours, a picture, JSON.
+    """Run an experiment: a table with published figures beside ours, a figure, and JSON.
 
-    Running the same command again goes on where it was stopped; finished runs are not repeated.
+    Run the same command again to resume after a stop. Finished runs are not repeated.
     """
 
     name: Positional[str]
@@ -194,9 +194,9 @@ class ExperimentRun:
     out: Path = Path("runs/experiments")
     """Folder for the runs of all experiments; results are in OUT/SCALE/NAME."""
     model: str = ""
-    """A checkpoint that is measured as it is, where the rows differ in sampling alone; nothing is trained then."""
+    """Checkpoint to measure without training, for experiments whose rows differ only in sampling."""
     refiner: str = ""
-    """With --model, a second one that draws the late scales, where the experiment has a use for it."""
+    """With --model: a second checkpoint that generates the last scales, for experiments that need one."""
     data: str = ""
     """Images to train on, or a token cache."""
     tokenizer: str = ""
@@ -204,9 +204,9 @@ class ExperimentRun:
     features: str = ""
     """Feature network, as in `nextscale evaluate`."""
     reference: str = ""
-    """What to compare with: pictures, or an .npz of statistics."""
+    """Reference images, or an .npz of statistics."""
     encoder: str = ""
-    """What guides training, where the experiment compares models with semantic guidance (see `nextscale train`)."""
+    """Encoder of semantic guidance, for experiments that train with it (see `nextscale train`)."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
