@@ -13,7 +13,6 @@ from typing import Any, get_type_hints
 import tyro
 
 from nextscale import __version__
-from nextscale.backends.cpu.memory import keep_freed_memory
 from nextscale.cli.commands import COMMANDS
 from nextscale.common.errors import UserError
 from nextscale.config.files import read_settings
@@ -39,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = parse(arguments)
         if command is not None:
+            from nextscale.backends.cpu.memory import keep_freed_memory
+
             keep_freed_memory()  # the process is ours
             command.run()
         return 0
