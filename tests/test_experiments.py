@@ -14,24 +14,24 @@ import pytest
 
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
-from nextscale.research.experiments.entry import SCALES, load, names
-from nextscale.research.experiments.report import _over, table
-from nextscale.research.experiments.run import resolve
-from nextscale.research.experiments.show import as_text
+from nextscale.research.experiments.entry import SCALES, list_experiments, load_experiment
+from nextscale.research.experiments.report import format_table, group_lines
+from nextscale.research.experiments.run import resolve_inputs
+from nextscale.research.experiments.show import format_experiment
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", list_experiments())
 def test_every_entry_is_complete_at_every_scale(name, scale):
     for on_cpu in (True, False):
-        experiment = load(name, scale, on_cpu=on_cpu)
+        experiment = load_experiment(name, scale, on_cpu=on_cpu)
         assert len(experiment.rows) >= 2
         assert len({row.name for row in experiment.rows}) == len(experiment.rows)
         guided = any(row.run.loss.encoder == "given" for row in experiment.rows)
         assert set(experiment.needs) == {"data", "tokenizer", "features", "reference"} | (
             {"encoder"} if guided else set()
         )
-    text = as_text(load(name, scale, on_cpu=True))
+    text = format_experiment(load_experiment(name, scale, on_cpu=True))
     assert experiment.title in text
     assert text.count("published ") >= len(experiment.rows)
 
@@ -39,14 +39,14 @@ def test_every_entry_is_complete_at_every_scale(name, scale):
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_models_that_are_compared_for_their_depth_differ_in_nothing_else(on_cpu):
     """A row's own settings come after those for a CPU, and must not undo them."""
-    models = {row.run.transformer for row in load("dmoe-depth", "cifar", on_cpu=on_cpu).rows}
+    models = {row.run.transformer for row in load_experiment("dmoe-depth", "cifar", on_cpu=on_cpu).rows}
     of_depth_one = {replace(m, depth=1, width=m.width or 64 * m.depth, heads=m.heads or m.depth) for m in models}
     assert len(of_depth_one) == 1
     assert len({model.depth for model in models}) == 2
 
 
 def test_paper_scale_is_the_published_configuration(capsys):
-    sizes = load("var-sizes", "paper")
+    sizes = load_experiment("var-sizes", "paper")
     assert [row.run.transformer.depth for row in sizes.rows] == [16, 20, 24, 30]
     assert [row.run.train.epochs for row in sizes.rows] == [200, 250, 350, 350]
     assert sizes.images == 50_000
@@ -60,16 +60,16 @@ def test_paper_scale_is_the_published_configuration(capsys):
     assert "310,283,520 parameters" in out
     assert main(["experiment", "list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in names())
+    assert all(name in listed for name in list_experiments())
 
 
 def test_what_is_missing_is_named(capsys):
     with pytest.raises(UserError, match=r"var-sizes at scale cifar needs --data: images to train on"):
-        resolve(load("var-sizes", "cifar"), {})
+        resolve_inputs(load_experiment("var-sizes", "cifar"), {})
     with pytest.raises(UserError, match=r"needs --features: a feature network .*pt_inception-2015-12-05"):
-        resolve(load("var-sizes", "paper"), {"data": "imagenet", "tokenizer": "vae"})
+        resolve_inputs(load_experiment("var-sizes", "paper"), {"data": "imagenet", "tokenizer": "vae"})
     with pytest.raises(UserError, match="the rows of var-sizes differ in training: one --model cannot stand for them"):
-        resolve(load("var-sizes", "tiny"), {"model": "runs/d16"})
+        resolve_inputs(load_experiment("var-sizes", "tiny"), {"model": "runs/d16"})
     assert main(["experiment", "show", "var-size"]) == 2
     assert "there is no experiment 'var-size'; did you mean 'var-sizes'?" in capsys.readouterr().err
 
@@ -130,7 +130,7 @@ def test_the_table_sets_published_figures_beside_ours():
             {"name": "c", "at": None, "published": {"score": 81.5}, "figures": {}},
         ],
     }  # fmt: skip
-    lines = table(results).splitlines()
+    lines = format_table(results).splitlines()
     assert "| e | fid, published | inception_score, published | fid |" in lines
     assert "| a | 3.55 | not available | 2 ± 1.414 |" in lines
     assert "| b | not available | 280.4 | 2 ± 1.414 |" in lines
@@ -151,9 +151,9 @@ def test_accelerations_train_a_refiner_and_count_what_was_computed(tmp_path):
 
 def test_a_refiner_goes_with_a_model():
     with pytest.raises(UserError, match="takes --model and --refiner together"):
-        resolve(load("var-accelerations", "tiny"), {"model": "runs/a"})
-    with pytest.raises(UserError, match="has no use for a --refiner"):
-        resolve(load("var-guidance", "tiny"), {"model": "runs/a", "refiner": "runs/b"})
+        resolve_inputs(load_experiment("var-accelerations", "tiny"), {"model": "runs/a"})
+    with pytest.raises(UserError, match="takes no --refiner"):
+        resolve_inputs(load_experiment("var-guidance", "tiny"), {"model": "runs/a", "refiner": "runs/b"})
 
 
 def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path, capsys):
 def test_encoders_that_differ_want_images(tmp_path):
     (tmp_path / "cache.json").write_text("{}")
     with pytest.raises(UserError, match="the rows of mepa-encoders differ in their encoder: --data must be images"):
-        resolve(load("mepa-encoders", "tiny"), {"data": str(tmp_path)})
+        resolve_inputs(load_experiment("mepa-encoders", "tiny"), {"data": str(tmp_path)})
 
 
 def test_costs_are_timed_in_turns_and_maps_are_drawn_once(tmp_path):
@@ -228,5 +228,5 @@ def test_figures_over_another_are_lines_by_kind():
 
     rows = [row("dense", 1.0, 3.0), row("pruned, 90 %", 0.9, 4.0), row("pruned, 80 %", 0.8, 5.0)]
     rows.append({"name": "not measured", "figures": {}})
-    found = _over("flops_share", rows, ["flops_share", "distance"], "classifier")
+    found = group_lines("flops_share", rows, ["flops_share", "distance"], "classifier")
     assert found == {"classifier_fd": {"dense": [(1.0, 3.0)], "pruned": [(0.9, 4.0), (0.8, 5.0)]}}

@@ -12,14 +12,14 @@ from nextscale.cli.use import parse_labels
 from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
 from nextscale.config.sampling import SampleConfig
 
-Shown = Annotated[AnalysisConfig, arg(name="")]
+Analysis = Annotated[AnalysisConfig, arg(name="")]
 
 
 @dataclass
 class AnalyseLoad:
-    """Expert load of mixtures of experts on held-out images, per block, scale and expert (MEPA, Table 1).
+    """Expert load of mixtures of experts on held-out images, by block, scale and expert (MEPA, Table 1).
 
-    Normalised to a sum of 64, with the sample variance over the experts.
+    Loads are normalised to a sum of 64; the report has their sample variance over the experts.
     """
 
     models: Positional[tuple[str, ...]]
@@ -30,12 +30,12 @@ class AnalyseLoad:
     """Folder for load.json and load.png."""
     names: tuple[str, ...] = ()
     """Names of the models in the figure; default: their folders."""
-    shown: Shown = field(default_factory=AnalysisConfig)
+    analysis: Analysis = field(default_factory=AnalysisConfig)
 
     def run(self) -> None:
         from nextscale.research.analysis.load import analyse_load
 
-        report = analyse_load(self.models, self.data, self.out, self.shown, self.names)
+        report = analyse_load(self.models, self.data, self.out, self.analysis, self.names)
         for model in report["models"]:
             loads = " ".join(f"{load:.2f}" for load in model["load"])
             print(f"{model['name']}: load {loads}; variance {model['load_variance']:.3f}")
@@ -58,12 +58,12 @@ class AnalyseRouting:
     """Block whose router is shown, counted from 1; 0 = the last but one."""
     image: int | None = None
     """Index of a single held-out image to show; default: the share over all images."""
-    shown: Shown = field(default_factory=AnalysisConfig)
+    analysis: Analysis = field(default_factory=AnalysisConfig)
 
     def run(self) -> None:
         from nextscale.research.analysis.routing import analyse_routing
 
-        analyse_routing(self.models, self.data, self.out, self.shown, self.names, block=self.block, image=self.image)
+        analyse_routing(self.models, self.data, self.out, self.analysis, self.names, block=self.block, image=self.image)
         print(f"see {self.out}/routing.png, routing.json")
 
 
@@ -85,13 +85,13 @@ class AnalyseFeatures:
     """Number of tokens of each scale in the plot."""
     projection: Literal["pca", "tsne"] = "pca"
     """Projection to two dimensions; t-SNE needs scikit-learn."""
-    shown: Shown = field(default_factory=AnalysisConfig)
+    analysis: Analysis = field(default_factory=AnalysisConfig)
 
     def run(self) -> None:
         from nextscale.research.analysis.features import analyse_features
 
         report = analyse_features(
-            self.models, self.data, self.out, self.shown, self.names,
+            self.models, self.data, self.out, self.analysis, self.names,
             block=self.block, points=self.points, projection=self.projection,
         )  # fmt: skip
         for model in report["models"]:
@@ -125,9 +125,11 @@ class AnalyseErrors:
         labels = parse_labels(self.labels) if self.labels else ()
         report = analyse_errors(self.models, self.out, self.errors, self.settings, self.names, labels=labels)
         for model in report["models"]:
-            far = ", ".join(f"{model['scales'][e['scale'] - 1]}: {e['image_distance']:.3f}" for e in model["errors"])
+            distances = ", ".join(
+                f"{model['scales'][e['scale'] - 1]}: {e['image_distance']:.3f}" for e in model["errors"]
+            )
             other = model["another_image"]["image_distance"]
-            print(f"{model['name']}: RMS distance by scale of the error {far}; another image: {other:.3f}")
+            print(f"{model['name']}: RMS distance by scale of the error {distances}; another image: {other:.3f}")
         print(f"see {self.out}/errors.png, distance.png, errors.json")
 
 
@@ -142,7 +144,7 @@ class AnalyseDynamic:
     """Checkpoint folder, or name on the Hugging Face hub."""
     out: Path
     """Folder for experts.png, samples.png and dynamic.json."""
-    shown: Annotated[DynamicAnalysisConfig, arg(name="")] = field(default_factory=DynamicAnalysisConfig)
+    analysis: Annotated[DynamicAnalysisConfig, arg(name="")] = field(default_factory=DynamicAnalysisConfig)
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
@@ -150,7 +152,7 @@ class AnalyseDynamic:
     def run(self) -> None:
         from nextscale.research.analysis.dynamic import analyse_dynamic
 
-        report = analyse_dynamic(self.model, self.out, self.shown, self.settings)
+        report = analyse_dynamic(self.model, self.out, self.analysis, self.settings)
         for row in report["rows"]:
             active = " ".join(f"{share:.0%}" for share in row["active_per_scale"])
             print(f"{row['name']}: {row['share']:.1%} of the dense FLOPs; of the FFNs, per scale: {active}")

@@ -153,9 +153,9 @@ class ExperimentList:
     """List the experiments: tables and figures that one command makes."""
 
     def run(self) -> None:
-        from nextscale.research.experiments.entry import names, read_entry
+        from nextscale.research.experiments.entry import list_experiments, read_entry
 
-        for name in names():
+        for name in list_experiments():
             entry = read_entry(name)
             print(f"{name:<20}{entry['title']}: {entry['source']}")
 
@@ -169,15 +169,15 @@ class ExperimentShow:
     scale: Scale = "paper"
     """tiny, cifar or paper."""
     device: str = "auto"
-    """cpu shows the size for two CPU cores, where the scale has one."""
+    """cpu shows the reduced size for two CPU cores, where the scale has one."""
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
-        from nextscale.research.experiments.entry import load
-        from nextscale.research.experiments.show import as_text
+        from nextscale.research.experiments.entry import load_experiment
+        from nextscale.research.experiments.show import format_experiment
 
         with init_distributed(self.device) as world:
-            print(as_text(load(self.name, self.scale, on_cpu=world.device.type == "cpu")))
+            print(format_experiment(load_experiment(self.name, self.scale, on_cpu=world.device.type == "cpu")))
 
 
 @dataclass
@@ -212,15 +212,15 @@ class ExperimentRun:
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
-        from nextscale.research.experiments.entry import load
-        from nextscale.research.experiments.run import resolve, run_experiment
+        from nextscale.research.experiments.entry import load_experiment
+        from nextscale.research.experiments.run import resolve_inputs, run_experiment
         from nextscale.training.report import report_interruption
 
         with report_interruption(self.out), init_distributed(self.device) as world:
-            experiment = load(self.name, self.scale, on_cpu=world.device.type == "cpu")
+            experiment = load_experiment(self.name, self.scale, on_cpu=world.device.type == "cpu")
             options = ("model", "refiner", "data", "tokenizer", "features", "reference", "encoder")
             given = {name: getattr(self, name) for name in options}
-            run_experiment(experiment, resolve(experiment, given), self.out, world)
+            run_experiment(experiment, resolve_inputs(experiment, given), self.out, world)
             if world.main:
                 folder = self.out / self.scale / self.name
                 print((folder / "table.md").read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Tables and figures of the papers, each one entry: which runs, which measurements, what was published."""
+"""Experiments: the papers' tables and figures, each described by one entry and run by one command."""

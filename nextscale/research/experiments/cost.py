@@ -1,4 +1,4 @@
-"""What models cost side by side: seconds to sample an image and to train an epoch."""
+"""Cost of models: seconds to sample an image and to train an epoch."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from nextscale.pipeline import Pipeline
 from nextscale.training.engine.log import read_log
 
 BATCHES = (1, 8)
-_ROUNDS, _SETTLED = 5, 3  # training steps before this one are not counted
+_ROUNDS = 5
+_WARM_UP_STEPS = 3
+"""Training steps that are not counted."""
 
 
-def training_seconds(folder: Path, examples: int) -> float:
-    """Seconds that a training in `folder`, logged at every step, takes for this many examples: the median step's."""
+def compute_training_seconds(folder: Path, examples: int) -> float:
+    """Seconds of training on this many examples, from the median step of a run that logs every step."""
     rates = [r["images_per_s"] for r in read_log(folder / "log.jsonl") if "images_per_s" in r]
-    return examples / statistics.median(rates[_SETTLED:] or rates)
+    return examples / statistics.median(rates[_WARM_UP_STEPS:] or rates)
 
 
-def sampling_seconds(folders: Sequence[Path], settings: SampleConfig, world: World) -> list[dict[str, float]]:
-    """Seconds per image of each model, with its decoder, alone and in a batch: the median of rounds in which they take
-    turns, so that a machine that becomes slower does so for all."""
+def measure_sampling_seconds(folders: Sequence[Path], settings: SampleConfig, world: World) -> list[dict[str, float]]:
+    """Seconds per image of each model, decoder included, for each batch size.
+
+    Medians over rounds that time all models, so that a slower machine slows down all of them.
+    """
     pipelines = [Pipeline.from_pretrained(str(folder), device=str(world.device)) for folder in folders]
-    found: list[dict[str, float]] = [{} for _ in folders]
+    seconds: list[dict[str, float]] = [{} for _ in folders]
     for batch in BATCHES:
         times: list[list[float]] = [[] for _ in folders]
         for turn in tqdm(range(_ROUNDS + 1), desc=f"sampling, batch {batch}", unit="round"):
-            for pipeline, kept in zip(pipelines, times, strict=True):
+            for pipeline, model_times in zip(pipelines, times, strict=True):
                 scales, decode = time_batch(pipeline, batch, settings)
                 if turn:
-                    kept.append((sum(scales) + decode) / batch)
-        for figures, kept in zip(found, times, strict=True):
-            figures[f"seconds_per_image_of_{batch}"] = statistics.median(kept)
-    return found
+                    model_times.append((sum(scales) + decode) / batch)
+        for model_seconds, model_times in zip(seconds, times, strict=True):
+            model_seconds[f"seconds_per_image_of_{batch}"] = statistics.median(model_times)
+    return seconds

@@ -13,7 +13,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import PUBLISHED, SparsifyConfig
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
-from nextscale.research.experiments.keys import decides, key
+from nextscale.research.experiments.keys import compute_key, list_changed_settings
 from nextscale.sparsify.run import sparsify
 
 _TUNING_SETTINGS = ("data", "samples", "sampling", "images", "seed", "tune", "hoyer", "scales", "tuning")
@@ -47,7 +47,7 @@ def sparsify_once(config: SparsifyConfig, source: Path, data: str, parent: Path,
 
 def _run_stages(config: SparsifyConfig, source: Path, parent: Path, world: World) -> Path:
     """Sparsify, unless that is finished; finished.json has the figures of these stages and of those before."""
-    folder = parent / f"sparse-{key(str(source), decides(config))}"
+    folder = parent / f"sparse-{compute_key(str(source), list_changed_settings(config))}"
     if not (folder / "finished.json").exists():
         report = sparsify(source, folder, config, world)
         if world.main:
@@ -75,7 +75,7 @@ def match_flops(folder: Path, sampling: SampleConfig, share: float, file: Path, 
     return dataclasses.replace(sampling, tau=(read_json(file)["tau"],) * scales)
 
 
-def collect_figures(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
+def collect_metrics(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
     """What the stages measured, and the FLOPs that sampling with these settings executes; `file` stores those."""
     if world.main and not file.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))

@@ -1,10 +1,9 @@
-"""An experiment as a file: entries/NAME.yaml, over the common settings of each scale in entries/scales.yaml.
+"""Reads an experiment from entries/NAME.yaml and the common settings of each scale in entries/scales.yaml.
 
-An entry may be `like` another, whose settings at each scale then lie under its own. A row is one line of the table. Its
-settings are laid over those of the scale: `run` are settings of `nextscale train`,
+A row is one line of the table. Its settings override those of the scale: `run` holds settings of `nextscale train`,
 `tokenizer` of `nextscale tokenizer train`, `sampling` of `nextscale sample`, `sparsify` of `nextscale sparsify`, which
-then makes the row's model of the trained one. The encoder of semantic guidance,
-`run.loss.encoder`, may also be one of the names in `ENCODERS`. Needs no torch.
+is then applied to the trained model. The encoder of semantic guidance, `run.loss.encoder`, may be one of the names in
+`ENCODERS`. An entry that is `like` another inherits that entry's settings at each scale. Needs no torch.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from nextscale.config.transformer_training import RunConfig
 FOLDER = Path(__file__).parent / "entries"
 SCALES = ("tiny", "cifar", "paper")
 ENCODERS = ("given", "untrained", "features")
-"""What --encoder names; the experiment's own encoder as it would start; the feature network that measures."""
-_OVERLAYS = ("run", "sampling", "tokenizer", "sparsify", "recipe", "tokenizer_recipe")
+"""The encoder of --encoder; the experiment's encoder before training; the feature network of the metrics."""
+_LAYERED = ("run", "sampling", "tokenizer", "sparsify", "recipe", "tokenizer_recipe")
 
 
 @dataclass(frozen=True)
@@ -36,20 +35,20 @@ class Row:
 
     name: str
     x: float | None
-    """Where it stands on the picture's axis; None: it has a name alone."""
+    """Position on the x axis of the plot; None: the axis shows the name."""
     published: dict[str, float]
-    """Figures of the paper by neutral name (distance, score, ...); what is absent was not available."""
+    """The paper's values by metric (distance, score, ...), where available."""
     run: RunConfig
     tokenizer: TokenizerRunConfig
     sampling: SampleConfig
-    alone: bool = False
-    """The refiner is measured, without the row's own model."""
+    refiner_only: bool = False
+    """Measure the refiner instead of the row's model."""
     measured: bool = True
-    """False: a line of published figures alone."""
+    """False: the row has published values only."""
     sparsify: SparsifyConfig | None = None
-    """How the trained model is sparsified; None: it is not."""
+    """How the trained model is sparsified; None: it stays dense."""
     flops: float = 0.0
-    """The share of the dense FLOPs at which the row is measured: its threshold is found; 0 = as `sampling` says."""
+    """Measure the row at this share of the dense FLOPs, by searching the threshold; 0 = use that of `sampling`."""
 
 
 @dataclass(frozen=True)
@@ -59,49 +58,50 @@ class Experiment:
     name: str
     title: str
     source: str
-    """Which paper's table or figure, and where the published figures come from."""
+    """The paper's table or figure, and the source of the published values."""
     kind: str
+    """generator, tokenizer or cost: what a row measures."""
     x_name: str
-    figures: tuple[str, ...]
-    """Columns, by neutral name."""
+    metrics: tuple[str, ...]
+    """Columns of the table."""
     scale: str
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     images: int
-    """How many are measured of each row and seed."""
+    """Images measured for each row and seed."""
     needs: dict[str, str]
-    """Inputs (data, tokenizer, features, reference) to what they are by default; empty: the user must name one."""
+    """Default of each input (data, tokenizer, features, reference); empty: the user must give it."""
     classifier: ClassifierRunConfig | None
-    """Trained first, where no features are named."""
+    """The feature network to train, where none is given."""
     encoder: EncoderRunConfig | None
-    """Likewise for an encoder, and what an untrained one looks like."""
+    """The encoder to train, where none is given, or to use untrained."""
     views: int
-    """Of the token cache; 0 = none is made."""
+    """Views of the token cache; 0 = train on images without a cache."""
     refiner: RunConfig | None
-    """How the model is trained that draws the late scales in rows with `draft_scales`."""
+    """The training of the model that generates the last scales in rows with `draft_scales`."""
     against: str = ""
-    """A figure over which the others are drawn too, as curves; rows whose names differ after the last comma are one."""
+    """A metric for the x axis of curves.png; rows that have the same name up to the last comma form one line."""
     picture: str = ""
-    """What is drawn of the trained models beside the table: samples, routing, ...; empty = nothing."""
+    """A picture of the trained models besides the table: samples, routing, ...; empty = none."""
     note: str = ""
 
 
-def names() -> list[str]:
-    """All experiments."""
+def list_experiments() -> list[str]:
+    """The names of all experiments."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "scales")
 
 
 def read_entry(name: str) -> dict[str, Any]:
-    """The file of an experiment; UserError with the nearest name when there is none."""
-    if name not in names():
-        raise UserError(f"there is no experiment '{name}'{suggest_name(name, names())}")
+    """The content of an experiment's file; UserError with the most similar name when there is none."""
+    if name not in list_experiments():
+        raise UserError(f"there is no experiment '{name}'{suggest_name(name, list_experiments())}")
     return read_yaml(FOLDER / f"{name}.yaml")
 
 
-def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
-    """An experiment at a scale. `on_cpu`: in the size for two CPU cores, where the scale has one of its own.
+def load_experiment(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
+    """An experiment at a scale. `on_cpu`: at the reduced size for two CPU cores, where the scale has one.
 
-    Raises UserError when there is no such experiment or scale, or a file has a setting that is not known.
+    Raises UserError for an unknown experiment, scale or setting.
     """
     entry = read_entry(name)
     common = read_yaml(FOLDER / "scales.yaml")
@@ -113,9 +113,11 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
     layers = [layer for source in shared for layer in (source, *([source.get("cpu", {})] if on_cpu else []))]
     settings: dict[str, Any] = {}
     for layer in layers:
-        settings |= {key: value for key, value in layer.items() if key not in (*_OVERLAYS, "cpu", "note")}
+        settings |= {key: value for key, value in layer.items() if key not in (*_LAYERED, "cpu", "note")}
     note = " ".join(str(layer["note"]) for layer in layers if layer.get("note"))
-    rows = tuple(_row(row, layers, scale, where, on_cpu) for row in entry["rows"] if row.get(scale, {}) is not None)
+    rows = tuple(
+        _parse_row(row, layers, scale, where, on_cpu) for row in entry["rows"] if row.get(scale, {}) is not None
+    )
     classifier, encoder = None, settings.get("encoder")
     if "classifier" in settings:
         base = ClassifierRunConfig(classifier=ClassifierConfig())
@@ -132,7 +134,7 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         source=entry["source"],
         kind=entry["kind"],
         x_name=entry.get("x", ""),
-        figures=tuple(entry["figures"]),
+        metrics=tuple(entry["figures"]),
         scale=scale,
         rows=rows,
         seeds=tuple(settings["seeds"]),
@@ -141,35 +143,41 @@ def load(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
         classifier=classifier,
         encoder=encoder,
         views=int(settings.get("views", 0)),
-        refiner=_row(refiner, layers, scale, where, on_cpu).run if refiner else None,
+        refiner=_parse_row(refiner, layers, scale, where, on_cpu).run if refiner else None,
         against=entry.get("against", ""),
         picture=entry.get("picture", ""),
         note=note,
     )
 
 
-def _row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: str, on_cpu: bool) -> Row:
-    there = row.get(scale) or {}
-    own = [*layers, row, there, there.get("cpu", {}) if on_cpu else {}]
-    recipe = next((layer["recipe"] for layer in reversed(own) if "recipe" in layer), None)
+def _parse_row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, where: str, on_cpu: bool) -> Row:
+    """A row with the settings of all layers, later ones first."""
+    at_scale = row.get(scale) or {}
+    layers = [*layers, row, at_scale, at_scale.get("cpu", {}) if on_cpu else {}]
+    recipe = _find_setting(layers, "recipe")
     run = read_settings(RunConfig, Path(recipe)) if recipe else RunConfig()
-    code_recipe = next((layer["tokenizer_recipe"] for layer in reversed(own) if "tokenizer_recipe" in layer), None)
-    codes = read_settings(TokenizerRunConfig, Path(code_recipe)) if code_recipe else TokenizerRunConfig()
+    tokenizer_recipe = _find_setting(layers, "tokenizer_recipe")
+    tokenizer = read_settings(TokenizerRunConfig, Path(tokenizer_recipe)) if tokenizer_recipe else TokenizerRunConfig()
     sampling = run.sampling
-    for layer in own:
+    for layer in layers:
         run = from_dict(RunConfig, layer.get("run", {}), f"{where}: run", run)
-        codes = from_dict(TokenizerRunConfig, layer.get("tokenizer", {}), f"{where}: tokenizer", codes)
+        tokenizer = from_dict(TokenizerRunConfig, layer.get("tokenizer", {}), f"{where}: tokenizer", tokenizer)
         sampling = from_dict(SampleConfig, layer.get("sampling", {}), f"{where}: sampling", sampling)
-    published = {figure: float(value) for figure, value in row.get("published", {}).items()}  # YAML reads 3e8 as text
-    here = row | there  # a smaller model stands in for a published one under its own name
-    alone, measured = bool(here.get("alone")), bool(here.get("measured", True))
+    published = {metric: float(value) for metric, value in row.get("published", {}).items()}  # YAML reads 3e8 as text
+    merged = row | at_scale  # a scale may replace a published model by a smaller one with another name
     return Row(
-        here["name"], here.get("at"), published, run, codes, sampling, alone, measured,
-        _sparsify(own, where) if here.get("dynamic") else None, float(here.get("flops", 0)),
+        merged["name"], merged.get("at"), published, run, tokenizer, sampling,
+        bool(merged.get("alone")), bool(merged.get("measured", True)),
+        _parse_sparsify(layers, where) if merged.get("dynamic") else None, float(merged.get("flops", 0)),
     )  # fmt: skip
 
 
-def _sparsify(layers: list[dict[str, Any]], where: str) -> SparsifyConfig:
+def _find_setting(layers: list[dict[str, Any]], name: str) -> str | None:
+    """The setting of the last layer that has it."""
+    return next((layer[name] for layer in reversed(layers) if name in layer), None)
+
+
+def _parse_sparsify(layers: list[dict[str, Any]], where: str) -> SparsifyConfig:
     config = SparsifyConfig()
     for layer in layers:
         config = from_dict(SparsifyConfig, layer.get("sparsify", {}), f"{where}: sparsify", config)

@@ -1,4 +1,4 @@
-"""Pictures of an experiment's trained models, each by the analysis that `nextscale analyse` also makes."""
+"""Pictures of an experiment's trained models: samples, or one of the analyses of `nextscale analyse`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS, _CLASSES = 8, 4
 
 
 @dataclass(frozen=True)
-class Shown:
+class TrainedModel:
     """A trained model of a row."""
 
     name: str
@@ -31,12 +31,11 @@ class Shown:
     sampling: SampleConfig
 
 
-def draw(picture: str, models: Sequence[Shown], out: Path, device: str) -> None:
-    """Write PICTURE.png into `out`, of an analysis also what it found as PICTURE.json. Several models of one name are
-    one setting with several seeds."""
+def draw_picture(picture: str, models: Sequence[TrainedModel], out: Path, device: str) -> None:
+    """Write PICTURE.png into `out`, for an analysis also PICTURE.json. Models of one name are seeds of one setting."""
     folders, names = [str(m.folder) for m in models], [m.name for m in models]
     if picture == "samples":
-        return _samples(models, out / "samples.png", device)
+        return _draw_samples(models, out / "samples.png", device)
     if picture == "dynamic":
         model = models[-1]
         analyse_dynamic(str(model.folder), out, DynamicAnalysisConfig(device=device), model.sampling)
@@ -56,8 +55,8 @@ def draw(picture: str, models: Sequence[Shown], out: Path, device: str) -> None:
     analyse_routing(folders, run.data, out, config, names)
 
 
-def _samples(models: Sequence[Shown], path: Path, device: str) -> None:
-    """Samples of each model in turn, a row for each of the first classes."""
+def _draw_samples(models: Sequence[TrainedModel], path: Path, device: str) -> None:
+    """Samples of each model, with a row for each of the first classes."""
     tensors, captions = [], []
     for model in models:
         pipeline = Pipeline.from_pretrained(str(model.folder), device=device)

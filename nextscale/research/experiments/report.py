@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: results.json, a table with the published figures beside ours, a picture."""
+"""Writes the results of an experiment: results.json, a table of published and measured values, plots."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment
 
 if TYPE_CHECKING:
-    from nextscale.research.experiments.lab import Inputs
+    from nextscale.research.experiments.runner import Inputs
 
 _GROUPS = {"per_scale": "nats_", "per_expert": "load_E"}
-"""Names for many columns at once, and how those begin."""
+"""Names of groups of columns, and the prefix of their columns."""
 
 
 def write_results(
     experiment: Experiment, inputs: Inputs, values: dict[str, list[dict[str, Any]]], folder: Path, world: World
 ) -> dict[str, Any]:
-    """Write everything into `folder`; `values`: by row, the figures of each seed. Returns what results.json holds."""
+    """Write all results to `folder`; return the content of results.json. `values`: of each row, the metrics by seed."""
     rows: list[dict[str, Any]] = []
-    found = dict.fromkeys(f for row in experiment.rows for m in (row.published, *values[row.name]) for f in m)
-    columns = [
-        c for f in experiment.figures
-        for c in ([n for n in found if n.startswith(_GROUPS[f])] if f in _GROUPS else [f])
-    ]  # fmt: skip
+    available = dict.fromkeys(m for row in experiment.rows for v in (row.published, *values[row.name]) for m in v)
+    columns: list[str] = []
+    for metric in experiment.metrics:
+        columns += [m for m in available if m.startswith(_GROUPS[metric])] if metric in _GROUPS else [metric]
     for row in experiment.rows:
-        measured = values[row.name]
-        figures = {f: _spread([m[f] for m in measured]) for f in columns if measured and f in measured[0]}
-        rows.append({"name": row.name, "at": row.x, "published": row.published, "figures": figures})
-    network = next((m["network"] for found in values.values() for m in found if "network" in m), "")
+        seeds = values[row.name]
+        summaries = {m: _summarize_seeds([seed[m] for seed in seeds]) for m in columns if seeds and m in seeds[0]}
+        rows.append({"name": row.name, "at": row.x, "published": row.published, "figures": summaries})
+    network = next((seed["network"] for seeds in values.values() for seed in seeds if "network" in seed), "")
     results = {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -50,41 +49,43 @@ def write_results(
         "rows": rows,
     }
     write_json(folder / "results.json", results)
-    write_text(folder / "table.md", table(results))
-    panels = {
-        ours(figure, network): [
-            (row["name"] if row["at"] is None else row["at"], row["figures"][figure]["mean"],
-             row["figures"][figure]["deviation"])
-            for row in rows if figure in row["figures"]
-        ]
-        for figure in columns
-    }  # fmt: skip
-    plot_means({name: points for name, points in panels.items() if points}, experiment.x_name, folder / "figure.png")
+    write_text(folder / "table.md", format_table(results))
+    panels: dict[str, list[tuple[float | str, float, float]]] = {}
+    for metric in columns:
+        for line in rows:
+            if metric in line["figures"]:
+                x, summary = line["name"] if line["at"] is None else line["at"], line["figures"][metric]
+                panels.setdefault(name_column(metric, network), []).append((x, summary["mean"], summary["deviation"]))
+    plot_means(panels, experiment.x_name, folder / "figure.png")
     if experiment.against:
-        plot_curves(_over(experiment.against, rows, columns, network), folder / "curves.png", experiment.against)
+        lines = group_lines(experiment.against, rows, columns, network)
+        plot_curves(lines, folder / "curves.png", experiment.against)
     return results
 
 
-def _over(
+def group_lines(
     x: str, rows: list[dict[str, Any]], columns: list[str], network: str
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Each figure that was measured, as lines over the figure `x`: {figure: {line: [(x, mean), ...]}}."""
+    """The measured metrics as lines over the metric `x`: {metric: {line: [(x, mean), ...]}}.
+
+    Rows whose names agree up to the last comma form one line.
+    """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for figure in (column for column in columns if column in METRICS):
+    for metric in (column for column in columns if column in METRICS):
         for row in rows:
-            found = row["figures"]
-            if figure in found and x in found:
-                line = panels.setdefault(ours(figure, network), {}).setdefault(row["name"].rsplit(", ", 1)[0], [])
-                line.append((found[x]["mean"], found[figure]["mean"]))
+            summaries, name = row["figures"], row["name"].rsplit(", ", 1)[0]
+            if metric in summaries and x in summaries:
+                line = panels.setdefault(name_column(metric, network), {}).setdefault(name, [])
+                line.append((summaries[x]["mean"], summaries[metric]["mean"]))
     return panels
 
 
-def ours(figure: str, network: str) -> str:
-    """What a figure is called that was measured with these features."""
-    return name_metric(figure, network) if figure in METRICS and network else figure
+def name_column(metric: str, network: str) -> str:
+    """The name of a column; metrics of features carry the network's name."""
+    return name_metric(metric, network) if metric in METRICS and network else metric
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _summarize_seeds(values: list[float]) -> dict[str, Any]:
     return {
         "values": values,
         "mean": statistics.fmean(values),
@@ -92,25 +93,26 @@ def _spread(values: list[float]) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The Markdown table: published figures, under their published names, beside ours."""
+def format_table(results: dict[str, Any]) -> str:
+    """The Markdown table: published values under their published names, then the measured ones."""
     rows, network, inputs = results["rows"], results["features"], results["inputs"]
-    figures = [f for f in results["figures"] if any(f in row["figures"] for row in rows)]
-    published = [f for f in results["figures"] if any(f in row["published"] for row in rows)]
-    head = [results["experiment"], *(f"{ours(f, 'inception')}, published" for f in published)]
-    head += [ours(f, network) for f in figures]
-    lines = [f"# {results['title']}", "", f"{results['source']}.", "", _line(head), "|---" * len(head) + "|"]
+    measured = [m for m in results["figures"] if any(m in row["figures"] for row in rows)]
+    published = [m for m in results["figures"] if any(m in row["published"] for row in rows)]
+    head = [results["experiment"], *(f"{name_column(m, 'inception')}, published" for m in published)]
+    head += [name_column(m, network) for m in measured]
+    lines = [f"# {results['title']}", "", f"{results['source']}.", "", _format_line(head), "|---" * len(head) + "|"]
     for row in rows:
-        cells = [_number(row["published"][f]) if f in row["published"] else "not available" for f in published]
-        lines.append(_line([row["name"], *cells, *(_measured(row["figures"].get(f)) for f in figures)]))
+        cells = [_format_number(row["published"][m]) if m in row["published"] else "not available" for m in published]
+        cells += [_format_summary(row["figures"].get(m)) for m in measured]
+        lines.append(_format_line([row["name"], *cells]))
     seeds = ", ".join(map(str, results["seeds"]))
-    images = f"{results['images']:,} images of each row" if results["images"] else "no images drawn"
+    images = f"{results['images']:,} images of each row" if results["images"] else "no images sampled"
     about = f"Scale {results['scale']}: {images}, seeds {seeds}"
     about += "; mean ± standard deviation over seeds." if len(results["seeds"]) > 1 else "."
     if results["scale"] != "paper":
         about += (
-            " Published figures are of ImageNet at 256 pixels, ours of smaller models and images: compare rows with "
-            "rows, not columns."
+            " Published values are of ImageNet at 256 pixels, measured ones of smaller models and images: compare rows "
+            "with rows, not columns."
         )
     options = " ".join(f"--{name} {value}" for name, value in inputs.items() if value not in ("", "train"))
     command = f"nextscale experiment run {results['experiment']} --scale {results['scale']} {options}"
@@ -119,19 +121,20 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", about, "", f"`{command}`, {where}.", ""])
 
 
-def _line(cells: list[str]) -> str:
+def _format_line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _measured(figure: dict[str, Any] | None) -> str:
-    """Mean, with the deviation where the seeds differ; a dash where the row has no such figure."""
-    if figure is None:
+def _format_summary(summary: dict[str, Any] | None) -> str:
+    """Mean, with the deviation where the seeds differ; a dash where the row lacks the metric."""
+    if summary is None:
         return "-"
-    return _number(figure["mean"]) + (f" ± {_number(figure['deviation'])}" if figure["deviation"] else "")
+    mean, deviation = _format_number(summary["mean"]), summary["deviation"]
+    return f"{mean} ± {_format_number(deviation)}" if deviation else mean
 
 
-def _number(value: float) -> str:
-    """Four digits that matter, large counts with commas."""
+def _format_number(value: float) -> str:
+    """Four significant digits; large counts with commas."""
     if abs(value) >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"

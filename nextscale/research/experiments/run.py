@@ -1,6 +1,6 @@
-"""Running an experiment: what it needs first, then every row with every seed, then the table.
+"""Runs an experiment: its inputs first, then every row with every seed, then the table.
 
-What is finished is not done again: lab.py keeps it.
+Finished trainings and measurements are not repeated, see runner.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from nextscale.common.errors import UserError
 from nextscale.config.parse import to_dict
 from nextscale.data.cache import is_token_cache
 from nextscale.research.experiments.entry import Experiment
-from nextscale.research.experiments.keys import key
-from nextscale.research.experiments.lab import Inputs, Lab, own_path
+from nextscale.research.experiments.keys import compute_key
 from nextscale.research.experiments.report import write_results
+from nextscale.research.experiments.runner import ExperimentRunner, Inputs, resolve_model_path
 
 _OPTIONS = {
     "data": "images to train on",
@@ -26,14 +26,16 @@ _OPTIONS = {
 }
 
 
-def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
-    """The user's inputs over the entry's. UserError names an option that is missing, and what it wants."""
+def resolve_inputs(experiment: Experiment, given: dict[str, str]) -> Inputs:
+    """The user's inputs, else the entry's. UserError names a missing option and what it expects."""
     model = given.get("model", "")
-    if model and (experiment.kind != "generator" or len({key(to_dict(row.run)) for row in experiment.rows}) > 1):
+    if model and (
+        experiment.kind != "generator" or len({compute_key(to_dict(row.run)) for row in experiment.rows}) > 1
+    ):
         raise UserError(f"the rows of {experiment.name} differ in training: one --model cannot stand for them all")
     refiner = given.get("refiner", "")
     if experiment.refiner is None and refiner:
-        raise UserError(f"experiment {experiment.name} has no use for a --refiner")
+        raise UserError(f"experiment {experiment.name} takes no --refiner")
     if experiment.refiner is not None and bool(refiner) != bool(model):
         raise UserError(f"experiment {experiment.name} takes --model and --refiner together, or trains both")
     values = {"model": model, "refiner": refiner}
@@ -44,7 +46,7 @@ def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
                 f"experiment {experiment.name} at scale {experiment.scale} needs --{name}: {_OPTIONS[name]}. "
                 f"{experiment.note}".strip()
             )
-        values[name] = own_path(value)
+        values[name] = resolve_model_path(value)
     encoders = {row.run.loss.encoder for row in experiment.rows if row.measured} - {""}
     if len(encoders) > 1 and is_token_cache(Path(values["data"])):
         raise UserError(f"the rows of {experiment.name} differ in their encoder: --data must be images, not a cache")
@@ -52,15 +54,15 @@ def resolve(experiment: Experiment, given: dict[str, str]) -> Inputs:
 
 
 def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: World) -> dict[str, Any]:
-    """Run what is not done yet, in `out`/SCALE; write results.json, table.md and figure.png in `out`/SCALE/NAME.
+    """Run what is not finished in `out`/SCALE; write results.json, table.md and figure.png to `out`/SCALE/NAME.
 
     Returns the results; empty on all processes but the first. Raises what training and evaluation raise.
     """
     folder = out / experiment.scale
-    lab = Lab(experiment, inputs, folder, world)
+    runner = ExperimentRunner(experiment, inputs, folder, world)
     values: dict[str, list[dict[str, float]]] = {row.name: [] for row in experiment.rows}
     if experiment.kind == "cost":
-        values |= lab.cost(folder / experiment.name / "times.json")
+        values |= runner.measure_cost(folder / experiment.name / "times.json")
     jobs = [
         (row, seed)
         for seed in experiment.seeds
@@ -70,9 +72,9 @@ def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: Wor
     for number, (row, seed) in enumerate(jobs, start=1):
         if world.main:
             print(f"== {experiment.name}: {row.name}, seed {seed} ({number} of {len(jobs)})", flush=True)
-        figures = lab.generator(row, seed) if experiment.kind == "generator" else lab.tokenizer(row, seed)
-        values[row.name].append(figures)
+        measure = runner.measure_generator if experiment.kind == "generator" else runner.measure_tokenizer
+        values[row.name].append(measure(row, seed))
         world.wait()
     if experiment.picture:
-        lab.draw(folder / experiment.name)
+        runner.draw_picture(folder / experiment.name)
     return write_results(experiment, inputs, values, folder / experiment.name, world) if world.main else {}

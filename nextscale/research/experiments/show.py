@@ -1,4 +1,4 @@
-"""What an experiment would do, before it does it."""
+"""Describes an experiment before it runs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.transformer_training import LossConfig
 from nextscale.research.experiments.entry import Experiment
-from nextscale.research.experiments.keys import key
+from nextscale.research.experiments.keys import compute_key
 from nextscale.training.estimate import estimate_cost
 
 _estimate = functools.lru_cache(estimate_cost)
 
 
-def as_text(experiment: Experiment) -> str:
-    """Rows, published figures, needs, and for generators the cost of each training that is not shared."""
+def format_experiment(experiment: Experiment) -> str:
+    """Rows, published values, inputs, and for generators the cost of each training that is not shared."""
     lines = [
         f"{experiment.name} at scale {experiment.scale}: {experiment.title}",
         f"source      {experiment.source}",
-        f"measures    {', '.join(experiment.figures)}; {experiment.images:,} images, seeds "
+        f"metrics     {', '.join(experiment.metrics)}; {experiment.images:,} images, seeds "
         f"{', '.join(map(str, experiment.seeds))}",
     ]
-    lines += [f"needs       --{n} {v or '(name one)'}" for n, v in experiment.needs.items()]
+    lines += [f"input       --{n} {v or '(required)'}" for n, v in experiment.needs.items()]
     lines += [f"note        {experiment.note}"] if experiment.note else []
     shown: set[str] = set()
     for row in experiment.rows:
@@ -33,49 +33,46 @@ def as_text(experiment: Experiment) -> str:
         if not row.measured:
             continue
         if experiment.kind != "tokenizer":
-            lines.append(f"    sampling    {_plain(to_dict(row.sampling))}")
+            lines.append(f"    sampling    {_format_settings(to_dict(row.sampling))}")
             if row.run.loss.encoder:
-                lines.append(
-                    f"    guidance    {_encoder(experiment, row.run.loss.encoder)}; {row.run.loss.group} scales"
-                )
-            cost = key(to_dict(row.run))
-            if cost in shown:
+                encoder = _describe_encoder(experiment, row.run.loss.encoder)
+                lines.append(f"    guidance    {encoder}; {row.run.loss.group} scales")
+            training = compute_key(to_dict(row.run))
+            if training in shown:
                 lines.append("    training    shared with a row above")
             else:
-                codes = experiment.needs["tokenizer"]
-                folder = codes if Path(codes).is_dir() else ""
-                run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # names no encoder yet
+                tokenizer = experiment.needs["tokenizer"]
+                folder = tokenizer if Path(tokenizer).is_dir() else ""
+                run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # the encoder may not exist yet
                 lines += [f"    {line}" for line in _estimate(run).splitlines()]
-            shown.add(cost)
+            shown.add(training)
             if row.sparsify is not None:
                 at = f"; at {row.flops:.0%} of the dense FLOPs" if row.flops else ""
-                lines.append(f"    sparsify    {_changed(row.sparsify)}{at}")
+                lines.append(f"    sparsify    {_format_changes(row.sparsify)}{at}")
         else:
             train = row.tokenizer.train
             lines.append(f"    training    {train.steps:,} steps of {train.batch_size} images")
-            lines.append(f"    tokenizer   {_plain(to_dict(row.tokenizer.tokenizer))}")
-            lines.append(f"    codebook    {_plain(to_dict(row.tokenizer.codebook))}")
+            lines.append(f"    tokenizer   {_format_settings(to_dict(row.tokenizer.tokenizer))}")
+            lines.append(f"    codebook    {_format_settings(to_dict(row.tokenizer.codebook))}")
     return "\n".join(lines)
 
 
-def _encoder(experiment: Experiment, name: str) -> str:
-    """What a row's encoder is."""
-    named = experiment.needs.get("encoder")
-    meant = {
-        "given": f"--encoder {named}",
+def _describe_encoder(experiment: Experiment, name: str) -> str:
+    """A row's encoder in words."""
+    descriptions = {
+        "given": f"--encoder {experiment.needs.get('encoder')}",
         "untrained": "an untrained encoder",
         "features": "the feature network's map",
     }
-    return meant.get(name, name)
+    return descriptions.get(name, name)
 
 
-def _changed(config: SparsifyConfig) -> str:
-    """The settings that are not `nextscale sparsify`'s own."""
-    before = to_dict(SparsifyConfig())
-    return (
-        _plain({n: v for n, v in to_dict(config).items() if v != before[n] and not isinstance(v, dict)}) or "as it is"
-    )
+def _format_changes(config: SparsifyConfig) -> str:
+    """The settings that differ from the defaults of `nextscale sparsify`."""
+    defaults = to_dict(SparsifyConfig())
+    changes = {n: v for n, v in to_dict(config).items() if v != defaults[n] and not isinstance(v, dict)}
+    return _format_settings(changes) or "default settings"
 
 
-def _plain(settings: dict[str, object]) -> str:
+def _format_settings(settings: dict[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())

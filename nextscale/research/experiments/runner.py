@@ -1,0 +1,290 @@
+"""Runs the trainings and measurements of an experiment, and stores them.
+
+Each has a folder named after a checksum of all settings that affect it, so rows and experiments of one scale share
+them. An interrupted training is resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+from nextscale.checkpoints.native import read_config
+from nextscale.common.distributed import World
+from nextscale.common.files import write_json
+from nextscale.common.machine import describe_machine
+from nextscale.common.reading import read_json
+from nextscale.config.evaluation import EvaluationConfig
+from nextscale.config.model import ModelConfig
+from nextscale.config.parse import to_dict
+from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer_training import RunConfig
+from nextscale.data.cache import TokenCache, is_token_cache
+from nextscale.data.datasets import open_dataset
+from nextscale.encoders.classifier import is_classifier
+from nextscale.evaluation.compute import METRICS, name_metric
+from nextscale.evaluation.run import evaluate, make_statistics
+from nextscale.info import describe_config, sample_flops
+from nextscale.research.experiments.cost import compute_training_seconds, measure_sampling_seconds
+from nextscale.research.experiments.dynamic import collect_metrics, match_flops, remove_thresholds, sparsify_once
+from nextscale.research.experiments.entry import Experiment, Row
+from nextscale.research.experiments.keys import compute_key, list_changed_settings
+from nextscale.research.experiments.pictures import TrainedModel, draw_picture
+from nextscale.training.classifier import train_classifier
+from nextscale.training.encoder import train_encoder
+from nextscale.training.tokenize import tokenize
+from nextscale.training.tokenizer import evaluate_folder, train_tokenizer
+from nextscale.training.transformer import train_transformer
+
+_REPOSITORY = Path(__file__).parents[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The inputs of an experiment: paths, names on the hub, or "train"."""
+
+    data: str
+    tokenizer: str
+    features: str
+    reference: str
+    encoder: str = ""
+    """Encoder for semantic guidance, where the experiment uses it."""
+    model: str = ""
+    """A trained generator, used instead of training one."""
+    refiner: str = ""
+    """A trained generator for the last scales, where the experiment uses one."""
+
+
+def resolve_model_path(name: str) -> str:
+    """The path of a model of the repository (models/...), also from another working folder; other names unchanged."""
+    in_repository = name.startswith("models/") and not Path(name).exists() and (_REPOSITORY / name).exists()
+    return str(_REPOSITORY / name) if in_repository else name
+
+
+def read_training_metrics(finished: dict[str, Any], config: ModelConfig) -> dict[str, float]:
+    """Metrics of a training's last validation: loss over all scales and per scale (nats per token), expert load."""
+    if "validation_loss" not in finished:
+        return {}
+    scales = zip(config.pyramid.sides, finished["validation_loss_per_scale"], strict=True)
+    metrics = {"validation_loss": finished["validation_loss"]} | {f"nats_{h}x{w}": v for (h, w), v in scales}
+    if "validation_guidance" in finished:
+        metrics["guidance"] = finished["validation_guidance"]
+    if "validation_expert_load" in finished:
+        load = finished["validation_expert_load"]
+        metrics |= {f"load_E{j}": v for j, v in enumerate(load, start=1)} | {"load_variance": statistics.variance(load)}
+    return metrics
+
+
+class ExperimentRunner:
+    """Trains and measures the rows of an experiment at one scale, in one folder."""
+
+    def __init__(self, experiment: Experiment, inputs: Inputs, folder: Path, world: World):
+        self.experiment, self.folder, self.world = experiment, folder, world
+        self.data, self.reference = inputs.data, inputs.reference
+        self.features = inputs.features if inputs.features != "train" else self._train_classifier()
+        self.tokenizer, self.model, self.refiner = inputs.tokenizer, inputs.model, inputs.refiner
+        self.encoder = inputs.encoder
+
+    def _train_classifier(self) -> str:
+        """The folder of a classifier trained on the data."""
+        config = self.experiment.classifier
+        assert config is not None, "an entry that trains its feature network has its settings"
+        folder = self.folder / f"classifier-{compute_key(self.data, list_changed_settings(config))}"
+        if not (folder / "finished.json").exists():
+            values = train_classifier(config, self.data, folder, self.world)
+            self._finish(folder, values)
+        assert is_classifier(folder), "training wrote it"
+        return str(folder)
+
+    def _train_encoder(self, untrained: bool) -> str:
+        """The folder of an encoder trained on the data without labels, or of the untrained encoder."""
+        config = self.experiment.encoder
+        assert config is not None, "an entry that trains its encoder has its settings"
+        folder = self.folder / f"encoder-{compute_key(self.data, list_changed_settings(config), untrained)}"
+        if not (folder / "finished.json").exists():
+            self._finish(folder, train_encoder(config, self.data, folder, self.world, untrained=untrained))
+        return str(folder)
+
+    def _find_encoder(self, row: Row) -> str:
+        """The encoder for a row's semantic guidance; empty = no guidance."""
+        name = row.run.loss.encoder
+        if name == "features":
+            return self.features
+        if name == "untrained" or (name, self.encoder) == ("given", "train"):
+            return self._train_encoder(untrained=name == "untrained")
+        return resolve_model_path(self.encoder if name == "given" else name)
+
+    def _finish(self, folder: Path, values: dict[str, Any]) -> None:
+        """Mark a folder as finished."""
+        if self.world.main:
+            write_json(folder / "finished.json", values)
+        self.world.wait()
+
+    def _train_tokenizer(self, row: Row, seed: int) -> Path:
+        """The folder of the row's tokenizer, trained on the data."""
+        config = dataclasses.replace(row.tokenizer, train=dataclasses.replace(row.tokenizer.train, seed=seed))
+        folder = self.folder / f"tokenizer-{compute_key(self.data, list_changed_settings(config))}"
+        if not (folder / "finished.json").exists():
+            self._finish(folder, train_tokenizer(config, self.data, folder, self.world))
+        return folder
+
+    def _tokenize(self, row: Row, tokenizer: str, encoder: str) -> str:
+        """The token cache of the data, with the encoder's features; the data itself where no cache is used."""
+        views, images = self.experiment.views, row.run.images
+        if not views or is_token_cache(Path(self.data)):
+            return self.data
+        key = compute_key(self.data, tokenizer, list_changed_settings(images), views, encoder)
+        folder = self.folder / f"cache-{key}"
+        if not (folder / "finished.json").exists():
+            tokenize(self.data, Path(tokenizer), folder, images, 0, self.world, views=views, encoder=encoder)
+            self._finish(folder, {})
+        return str(folder)
+
+    def _train_generator(self, row: Row, seed: int) -> tuple[Path, dict[str, Any]]:
+        """The folder of the row's generator, trained or given by the user, and its last validation."""
+        if self.model:
+            return Path(self.model), {}
+        tokenizer = self.tokenizer
+        if tokenizer == "train":
+            tokenizer = str(self._train_tokenizer(self.experiment.rows[0], 0))
+        encoder = "" if is_token_cache(Path(self.data)) else self._find_encoder(row)
+        data = self._tokenize(row, tokenizer, encoder)
+        if row.run.loss.encoder and is_token_cache(Path(data)):
+            encoder = "cache"
+        loss, train = dataclasses.replace(row.run.loss, encoder=encoder), dataclasses.replace(row.run.train, seed=seed)
+        config: RunConfig = dataclasses.replace(
+            row.run, data=data, tokenizer=tokenizer, loss=loss, train=train, sampling=row.sampling
+        )
+        sampling = RunConfig().sampling  # affects the sample pictures, but no weight
+        folder = (
+            self.folder / f"run-{compute_key(list_changed_settings(dataclasses.replace(config, sampling=sampling)))}"
+        )
+        if not (folder / "finished.json").exists():
+            # Rows that share a training differ in sampling; the run's record must be the same for all of them.
+            config = dataclasses.replace(config, sampling=remove_thresholds(self.experiment.rows[0].sampling))
+            train_transformer(config, folder, self.world)
+        self.world.wait()
+        return folder, read_json(folder / "finished.json")
+
+    def _train_refiner(self, seed: int) -> tuple[Path, dict[str, Any]]:
+        """The folder of the model for the last scales, trained or given by the user, and its last validation."""
+        if self.refiner:
+            return Path(self.refiner), {}
+        run = self.experiment.refiner
+        assert run is not None, "an entry with draft_scales has settings of the refiner's training"
+        return self._train_generator(dataclasses.replace(self.experiment.rows[0], run=run), seed)
+
+    def measure_generator(self, row: Row, seed: int) -> dict[str, float]:
+        """The metrics of a generator: of its samples, its cost, its validation."""
+        folder, finished = self._train_refiner(seed) if row.refiner_only else self._train_generator(row, seed)
+        sampling, refiner_config = dataclasses.replace(row.sampling, seed=seed), None
+        executed = {"flops_share": 1.0} if "flops_share" in self.experiment.metrics else {}
+        if row.sparsify is not None:
+            folder, sampling, executed = self._sparsify(row, folder, sampling, seed)
+        config, _ = read_config(folder)
+        if sampling.draft_scales:
+            refiner, _ = self._train_refiner(seed)
+            sampling, (refiner_config, _) = dataclasses.replace(sampling, refiner=str(refiner)), read_config(refiner)
+        evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling)
+        metrics = self._evaluate(folder, evaluation) if evaluation.count else {}
+        costs = self._count_costs(row, config, sampling, refiner_config)
+        return metrics | costs | read_training_metrics(finished, config) | executed
+
+    def _sparsify(
+        self, row: Row, dense: Path, sampling: SampleConfig, seed: int
+    ) -> tuple[Path, SampleConfig, dict[str, float]]:
+        """The folder of the sparsified model, its sampling settings with the row's threshold, and its metrics."""
+        assert row.sparsify is not None, "called for rows that are sparsified"
+        if self.model:
+            data = self.data and self._tokenize(row, str(dense), "")
+        else:
+            data = read_json(dense / "run.json")["data"]
+        folder = sparsify_once(row.sparsify, dense, data, self.folder, self.world)
+        unseeded = dataclasses.replace(sampling, seed=0)
+        name = compute_key(dataclasses.asdict(unseeded), row.flops)
+        sampling = match_flops(folder, unseeded, row.flops, folder / f"thresholds-{name}.json", self.world)
+        metrics = collect_metrics(folder, sampling, folder / f"flops-{name}.json", self.world)
+        return folder, dataclasses.replace(sampling, seed=seed), metrics
+
+    def measure_cost(self, file: Path) -> dict[str, list[dict[str, float]]]:
+        """Parameters, FLOPs and seconds of all rows; the seconds are measured once and stored in `file`."""
+        rows = [row for row in self.experiment.rows if row.measured]
+        folders = [self._train_generator(row, self.experiment.seeds[0])[0] for row in rows]
+        key = compute_key([str(folder) for folder in folders], describe_machine(self.world.device)["device"])
+        if self.world.main and not (file.exists() and read_json(file)["about"] == key):
+            measured = measure_sampling_seconds(folders, rows[0].sampling, self.world)
+            for row, folder, seconds in zip(rows, folders, measured, strict=True):
+                seconds["seconds_per_epoch"] = compute_training_seconds(folder, self._count_examples(row, folder))
+            write_json(file, {"about": key, "rows": measured})
+        self.world.wait()
+        return {
+            row.name: [self._count_costs(row, read_config(folder)[0]) | seconds]
+            for row, folder, seconds in zip(rows, folders, read_json(file)["rows"], strict=True)
+        }
+
+    def draw_picture(self, out: Path) -> None:
+        """Draw the experiment's picture, unless it was drawn of the same models."""
+        jobs = [(row, seed) for row in self.experiment.rows if row.measured for seed in self.experiment.seeds]
+        models = [TrainedModel(row.name, self._train_model(row, seed), row.sampling) for row, seed in jobs]
+        key = compute_key([[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
+        record = out / "drawn.json"
+        if self.world.main and not (record.exists() and read_json(record) == key):
+            draw_picture(self.experiment.picture, models, out, str(self.world.device))
+            write_json(record, key)
+        self.world.wait()
+
+    def _train_model(self, row: Row, seed: int) -> Path:
+        """The folder of the row's model, sparsified where the row says so."""
+        folder = self._train_generator(row, seed)[0]
+        return self._sparsify(row, folder, row.sampling, seed)[0] if row.sparsify is not None else folder
+
+    def _count_examples(self, row: Row, folder: Path) -> int:
+        """Training examples in an epoch of a run."""
+        data, config = Path(read_json(folder / "run.json")["data"]), read_config(folder)[0]
+        if is_token_cache(data):
+            return int(TokenCache(data).head["examples"]["train"])
+        return len(open_dataset(str(data), config.square_side, row.run.images, self.experiment.seeds[0])[0])
+
+    @staticmethod
+    def _count_costs(
+        row: Row, config: ModelConfig, sampling: SampleConfig | None = None, refiner: ModelConfig | None = None
+    ) -> dict[str, float]:
+        """Parameters, and GFLOP of one image."""
+        facts = describe_config(row.name, config)
+        gflop = sample_flops(config, sampling or row.sampling, refiner) / 1e9
+        counts = {"parameters": facts["transformer_parameters"], "active_parameters": facts["active_parameters"]}
+        return counts | {"gflop": gflop}
+
+    def measure_tokenizer(self, row: Row, seed: int) -> dict[str, float]:
+        """The metrics of a tokenizer's reconstructions of the reference."""
+        folder = self._train_tokenizer(row, seed)
+        report = folder / "report.json"
+        if not report.exists() and self.world.main:
+            evaluate_folder(folder, self.reference, self.experiment.images, folder)
+        self.world.wait()
+        evaluation = EvaluationConfig(count=self.experiment.images, reconstruct=self.reference)
+        return read_json(report) | self._evaluate(folder, evaluation)
+
+    def _make_statistics(self, side: int) -> str:
+        """The file with the reference's statistics for images of this side."""
+        if self.reference.endswith(".npz"):
+            return self.reference
+        path = self.folder / f"reference-{compute_key(self.reference, self.features, side)}.npz"
+        if not path.exists():
+            make_statistics(self.reference, self.features, path, EvaluationConfig(size=side), self.world)
+        self.world.wait()
+        return str(path)
+
+    def _evaluate(self, folder: Path, config: EvaluationConfig) -> dict[str, float]:
+        """The metrics of `nextscale evaluate`, named independently of the feature network."""
+        name = f"measured-{compute_key(dataclasses.asdict(config), self.features, self.reference)}.json"
+        out = (self.folder / f"model-{compute_key(str(folder.resolve()))}" if self.model else folder) / name
+        if not out.exists():
+            reference = self._make_statistics(read_config(folder)[0].square_side)
+            evaluate(str(folder), out, [self.features], [reference], config, self.world)
+        self.world.wait()
+        ((network, report),) = read_json(out)["measures"].items()
+        names = {metric: name_metric(metric, network) for metric in METRICS}
+        return {metric: report[name] for metric, name in names.items() if name in report} | {"network": network}
