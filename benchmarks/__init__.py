@@ -1,1 +1,1 @@
-"""Measurements of speed, as ratios within one run on one machine."""
+"""Benchmarks of speed: ratios within one run on one machine."""

@@ -1,8 +1,8 @@
-"""How the cost of sampling grows, one axis at a time from VAR-d16, 256 px, batch 1: image size, batch, depth.
+"""Growth of the cost of sampling with image size, batch and depth, one at a time from VAR-d16, 256 px, batch 1.
 
     python -m benchmarks.growth --out docs/performance/growth [--dtype float32] [--limit-s 540]
 
-Random weights; every point in a process of its own. Writes growth.json and growth.png; goes on where it was stopped.
+Random weights; every point runs in a new process. Writes growth.json and growth.png; resumes after a stop.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024
 
 SCALES = {256: PYRAMID_256, 512: PYRAMID_512, 1024: PYRAMID_1024}
-START = {"size": 256, "batch": 1, "depth": 16}
+BASE = {"size": 256, "batch": 1, "depth": 16}
 AXES = {"size": (256, 512, 1024), "batch": (1, 4, 16, 64), "depth": (12, 16, 20, 24, 30)}
 
 
-def config_of(point: dict[str, int]) -> ModelConfig:
+def create_config(point: dict[str, int]) -> ModelConfig:
     return ModelConfig(pyramid=SCALES[point["size"]], transformer=TransformerConfig(depth=point["depth"]))
 
 
-def measure(point: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
-    """One batch of random weights; a single image after another one, in which the weights were packed."""
-    tokenizer, transformer = build_on_meta(config_of(point))
+def measure_point(point: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
+    """Time one batch of a model with random weights. Batch 1 runs twice, as the first run packs the weights."""
+    tokenizer, transformer = build_on_meta(create_config(point))
     assert transformer is not None, "this config has one"
     for module in (tokenizer, transformer):
         module.to(getattr(torch, dtype)).to_empty(device=device)
         for parameter in module.parameters():
             torch.nn.init.uniform_(parameter, -0.03, 0.03)
     tokenizer.set_compute_dtype(getattr(torch, dtype))
-    pipeline = Pipeline(config_of(point), tokenizer, transformer).optimize()
+    pipeline = Pipeline(create_config(point), tokenizer, transformer).optimize()
     settings = SampleConfig()
     if point["batch"] == 1:
         time_batch(pipeline, 1, settings)  # packs the weights
@@ -62,28 +62,28 @@ def measure(point: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
     }
 
 
-def points() -> list[dict[str, int]]:
-    """All points, each once."""
+def list_points() -> list[dict[str, int]]:
+    """All points, without repetition."""
     out = []
     for axis, values in AXES.items():
         for value in values:
-            point = {**START, axis: value}
+            point = {**BASE, axis: value}
             if point not in out:
                 out.append(point)
     return out
 
 
-def gflop(point: dict[str, int]) -> float:
-    """Of one image, guided."""
-    facts = describe_config("", config_of(point))
+def count_gflop(point: dict[str, int]) -> float:
+    """GFLOP of one image with guidance."""
+    facts = describe_config("", create_config(point))
     return (2 * facts["transformer_flops"] + facts["tokenizer_flops"]["decode"]) / 1e9
 
 
-def collect(options: argparse.Namespace) -> dict[str, Any]:
+def measure_points(options: argparse.Namespace) -> dict[str, Any]:
     file = options.out / "growth.json"
     report = json.loads(file.read_text()) if file.is_file() else {"dtype": options.dtype, "points": []}
-    done = [{name: p[name] for name in START} for p in report["points"]]
-    for point in points():
+    done = [{name: p[name] for name in BASE} for p in report["points"]]
+    for point in list_points():
         if point in done:
             continue
         command = [sys.executable, "-m", "benchmarks.growth", "--out", options.out, "--dtype", options.dtype]
@@ -94,16 +94,16 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             failed = "" if run.returncode == 0 else f"ended with status {run.returncode}: {run.stderr.strip()[-200:]}"
         except subprocess.TimeoutExpired:
             failed = f"took more than {options.limit_s} s"
-        found = {**point, "failed": failed} if failed else json.loads(run.stdout.splitlines()[-1])
-        found["gflop_per_image"] = gflop(point)
-        report["points"].append(found)
+        result = {**point, "failed": failed} if failed else json.loads(run.stdout.splitlines()[-1])
+        result["gflop_per_image"] = count_gflop(point)
+        report["points"].append(result)
         report["machine"] = describe_machine(find_device(options.device))
         write_json(file, report)
-        print(as_line(found), flush=True)
+        print(format_point(result), flush=True)
     return report
 
 
-def as_line(point: dict[str, Any]) -> str:
+def format_point(point: dict[str, Any]) -> str:
     where = f"{point['size']:>5} px, batch {point['batch']:>2}, depth {point['depth']}: "
     if point.get("failed"):
         return where + point["failed"]
@@ -114,8 +114,8 @@ def as_line(point: dict[str, Any]) -> str:
     )
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Seconds an image and peak memory along each axis."""
+def plot_growth(report: dict[str, Any], path: Path) -> None:
+    """Plot seconds per image and peak memory along each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,20 +123,20 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6))
     for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
-        held = {name: value for name, value in START.items() if name != axis}
+        held = {name: value for name, value in BASE.items() if name != axis}
         row = [p for p in report["points"] if all(p[n] == v for n, v in held.items()) and not p.get("failed")]
         row = sorted((p for p in row if p[axis] in values), key=lambda p: p[axis])
         x = [p[axis] for p in row]
-        panel.plot(x, [p["seconds"] / p["batch"] for p in row], "o-", label="seconds an image")
-        panel.plot(x, [p["seconds_decoder"] / p["batch"] for p in row], "^:", label="of these the decoder")
+        panel.plot(x, [p["seconds"] / p["batch"] for p in row], "o-", label="seconds per image")
+        panel.plot(x, [p["seconds_decoder"] / p["batch"] for p in row], "^:", label="decoder, seconds per image")
         panel.plot(x, [p["peak_bytes"] / 2**30 for p in row], "s--", label="peak memory, GiB")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(x, [str(v) for v in x])
-        panel.set_xlabel({"size": "image side, pixels", "batch": "images at once", "depth": "depth"}[axis])
+        panel.set_xlabel({"size": "image side, pixels", "batch": "batch size", "depth": "depth"}[axis])
         panel.grid(alpha=0.3)
     panels[0].legend()
-    figure.suptitle(f"Sampling VAR from depth 16, 256 px, batch 1, in {report['dtype']}, guided")
+    figure.suptitle(f"Sampling VAR from depth 16, 256 px, batch 1, in {report['dtype']}, with guidance")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -150,11 +150,11 @@ def main() -> None:
     parser.add_argument("--point", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
-        print(json.dumps(measure(json.loads(options.point), options.dtype, options.device)))
+        print(json.dumps(measure_point(json.loads(options.point), options.dtype, options.device)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    report = collect(options)
-    draw(report, options.out / "growth.png")
+    report = measure_points(options)
+    plot_growth(report, options.out / "growth.png")
 
 
 if __name__ == "__main__":

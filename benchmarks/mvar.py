@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.moe import build
+from benchmarks.moe import build_transformer
 from nextscale.backends import keep_freed_memory, optimize
 from nextscale.common.machine import describe_machine
 from nextscale.config.model import ModelConfig
@@ -121,7 +121,7 @@ def _measure_image_size(options: argparse.Namespace, image: int) -> dict[str, An
     config = create_config(options, image)
     models = {}
     for name in ("carried", "again"):
-        model = build(config, "cpu").eval()
+        model = build_transformer(config, "cpu").eval()
         optimize(model)
         for block in model.blocks:
             block.mixers[1] = TimedMixer(block.mixers[1], name == "again")  # type: ignore[index]
@@ -233,7 +233,7 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
     for image in options.image or (256, 512, 1024):
         configs = {"M-VAR": create_config(options, image), "VAR": create_config(options, image, ("attention",))}
         seconds: dict[str, list[float]] = {name: [] for name in configs}
-        models = {name: build(config, "cpu").eval() for name, config in configs.items()}
+        models = {name: build_transformer(config, "cpu").eval() for name, config in configs.items()}
         for model in models.values():
             optimize(model)
         for _ in range(options.rounds):

@@ -1,4 +1,4 @@
-"""The user's own clone of FoundationVision/VAR, with weights of ours, to be measured beside ours."""
+"""Builds the models of the user's clone of FoundationVision/VAR with our weights, to compare with them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nextscale.pipeline import Pipeline
 
 
 def build_official(clone: Path, shape: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """(VQVAE, VAR) by the clone's code, uninitialised. `shape`: patch_nums, num_classes, depth, shared_aln."""
+    """(VQVAE, VAR) by the clone's code, not initialised. `shape`: patch_nums, num_classes, depth, shared_aln."""
     if not (clone / "models" / "var.py").is_file():
         sys.exit(f"{clone} is no clone of FoundationVision/VAR: it has no models/var.py")
     sys.path.insert(0, str(clone))
     import dist
     from models import build_vae_var
 
-    # the clone turns the initialisation of these off for good
+    # the clone disables the initialisation of these for the whole process
     kinds = (nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)
     before = {kind: kind.reset_parameters for kind in (*kinds, nn.ConvTranspose2d)}
     with redirect_stdout(StringIO()):
@@ -33,8 +33,8 @@ def build_official(clone: Path, shape: dict[str, Any]) -> tuple[nn.Module, nn.Mo
     return vae, var
 
 
-def official_shape(config: ModelConfig) -> dict[str, Any]:
-    """What `build_official` must know of a generator."""
+def describe_shape(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `build_official` for a generator."""
     return {
         "patch_nums": [h for h, _ in config.pyramid.sides],
         "num_classes": config.transformer.condition.num_classes,
@@ -43,23 +43,23 @@ def official_shape(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def official_tensors(pipeline: Pipeline) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def export_tensors(pipeline: Pipeline) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The pipeline's weights under the official names: of VQVAE and of VAR."""
     config = pipeline.config
     vae = {translate_tokenizer_name(n, config, "list"): t for n, t in pipeline.tokenizer.state_dict().items()}
-    var = official_names(pipeline.transformer.state_dict())
+    var = rename_tensors(pipeline.transformer.state_dict())
     return vae, var | compute_buffers(config.transformer, config.pyramid)
 
 
 def load_official(clone: Path, pipeline: Pipeline) -> tuple[nn.Module, nn.Module]:
-    """(VQVAE, VAR) built by the clone's code for the pipeline's shape, holding the pipeline's weights."""
-    vae, var = build_official(clone, official_shape(pipeline.config))
-    tensors = official_tensors(pipeline)
+    """(VQVAE, VAR) built by the clone's code, with the pipeline's shape and weights."""
+    vae, var = build_official(clone, describe_shape(pipeline.config))
+    tensors = export_tensors(pipeline)
     vae.load_state_dict(tensors[0])
     var.load_state_dict(tensors[1])
     return vae.eval(), var.eval()
 
 
-def official_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of our transformer under the official names."""
     return {translate_transformer_name(name): tensor for name, tensor in tensors.items()}

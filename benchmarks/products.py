@@ -1,9 +1,10 @@
-"""The matrix products of a training step on a CPU, one by one: torch's own and oneDNN's, forward and backward. Which
-of them training takes is decided by `products.trains_by_onednn`.
+"""The matrix products of a training step on a CPU: PyTorch's and oneDNN's, forward and backward.
+
+`products.trains_by_onednn` says which of them training uses.
 
     python -m benchmarks.products [--model var-d12] [--batch 4] [--rounds 9]
 
-Prints GFLOP/s (median of alternating rounds, the best in brackets) and, last, one line of JSON.
+Prints GFLOP/s (median of alternating rounds, the best in parentheses) and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
     seconds = {"torch": 0.0, "oneDNN": 0.0}
     print(f"{rows} rows; GFLOP/s     torch forward   backward        oneDNN forward   backward")
     for name, (width, out, count) in shapes.items():
-        times = timed(rows, width, out, options.rounds)
+        times = time_products(rows, width, out, options.rounds)
         gflop = 2 * rows * width * out / 1e9
         rates = {k: (f * gflop / statistics.median(v), f * gflop / min(v)) for k, (f, v) in times.items()}
         result["gflop_s"][name] = rates
@@ -64,8 +65,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def timed(rows: int, width: int, out: int, rounds: int) -> dict[str, tuple[int, list[float]]]:
-    """Seconds of each way, with how many products it is."""
+def time_products(rows: int, width: int, out: int, rounds: int) -> dict[str, tuple[int, list[float]]]:
+    """For each library and direction the number of products, and the seconds of each round."""
     x = torch.randn(rows, width, requires_grad=True)
     weight, bias = torch.randn(out, width, requires_grad=True), torch.randn(out, requires_grad=True)
     gradient = torch.randn(rows, out)

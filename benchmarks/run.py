@@ -1,10 +1,10 @@
-"""Sampling with equal weights, ours beside the official code: time, memory, start-up, and whether it is one function.
+"""Sampling compared with the official code on equal weights: time, memory, start-up, and differences of the outputs.
 
     python -m benchmarks.run --official PATH [--model var-d16] [--batches 1 8] [--rounds 5] [--device cpu] [--start-up]
 
-PATH is your clone of FoundationVision/VAR; without it ours is measured against its own plain path. Every implementation
-works in a process of its own, with weights from a file; the timed rounds go through all of them in turn. Prints a table
-and, last, one line of JSON.
+PATH is your clone of FoundationVision/VAR; without it, nextscale's fast path is compared with its plain path. Every
+implementation runs in a separate process and reads its weights from a file; each timed round runs all of them. Prints a
+table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.official import official_shape, official_tensors
+from benchmarks.official import describe_shape, export_tensors
 from nextscale.common.devices import find_device
 from nextscale.common.machine import describe_machine
 from nextscale.config.presets import preset
@@ -33,7 +33,7 @@ from nextscale.pipeline import Pipeline
 FIRST_SCALE = """
 import os, sys, time
 sys.argv = ["nextscale", "sample", sys.argv[1], "--labels", "1", "--out", "first-scale.png"]
-from nextscale import cli
+from nextscale.cli.parser import main
 from nextscale.sampling.sampler import ModelPredictor
 step = ModelPredictor.__call__
 def stop(*given):
@@ -41,12 +41,12 @@ def stop(*given):
     print(time.time(), flush=True)
     os._exit(0)
 ModelPredictor.__call__ = stop
-cli.main(sys.argv[1:])
+main(sys.argv[1:])
 """
 
 
 class Process:
-    """A worker that answers one command at a time."""
+    """A worker process that answers one command at a time."""
 
     def __init__(self, name: str, folder: Path, options: argparse.Namespace):
         kind, _, dtype = name.partition(" ")
@@ -74,7 +74,7 @@ class Process:
 
 
 def write_weights(folder: Path, options: argparse.Namespace) -> Pipeline:
-    """One generator with random weights, away from the start where gammas are nearly 0, in both formats."""
+    """Write one generator with random weights (initial gammas would be nearly 0) in both formats."""
     torch.manual_seed(0)
     pipeline = Pipeline.from_config(preset(options.model))
     for parameter in pipeline.transformer.parameters():
@@ -82,31 +82,31 @@ def write_weights(folder: Path, options: argparse.Namespace) -> Pipeline:
             torch.nn.init.normal_(parameter, std=0.02)
     pipeline.save_pretrained(folder / "native")
     if options.official:
-        (folder / "shape.json").write_text(json.dumps(official_shape(pipeline.config)))
-        for name, tensors in zip(("vae.pth", "var.pth"), official_tensors(pipeline), strict=True):
+        (folder / "shape.json").write_text(json.dumps(describe_shape(pipeline.config)))
+        for name, tensors in zip(("vae.pth", "var.pth"), export_tensors(pipeline), strict=True):
             torch.save(tensors, folder / name)
     return pipeline
 
 
-def compare(names: list[str], folder: Path, pipeline: Pipeline, options: argparse.Namespace) -> dict[str, Any]:
-    """Of each implementation against the first: teacher-forced logits, and tokens under official seeding."""
+def compare_outputs(names: list[str], folder: Path, pipeline: Pipeline, options: argparse.Namespace) -> dict[str, Any]:
+    """Compare each implementation with the first: teacher-forced logits, and tokens with official seeding."""
     rng = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(pipeline.config.tokenizer.vocab_size, (2, pipeline.config.pyramid.length), generator=rng)
     given = {"labels": torch.tensor([1, 2]), "inputs": pipeline.tokenizer.teacher_inputs(tokens_BL)}
     torch.save(given, folder / "given.pt")
-    found: dict[str, dict[str, Tensor]] = {}
+    outputs: dict[str, dict[str, Tensor]] = {}
     for name in names:
         worker = Process(name, folder, options)
         worker.ask(do="compare", given=str(folder / "given.pt"), to=str(folder / "out.pt"))
         worker.close()
-        found[name] = torch.load(folder / "out.pt", weights_only=True)
-    base = found[names[0]]
+        outputs[name] = torch.load(folder / "out.pt", weights_only=True)
+    base = outputs[names[0]]
     out = {}
     for name in names[1:]:
-        error = (found[name]["logits"] - base["logits"]).abs()
-        is_same = found[name]["tokens"] == base["tokens"]
+        error = (outputs[name]["logits"] - base["logits"]).abs()
+        is_same = outputs[name]["tokens"] == base["tokens"]
         first = [int(row.logical_not().nonzero()[0]) if not row.all() else len(row) for row in is_same]
-        agree = (found[name]["logits"].argmax(-1) == base["logits"].argmax(-1)).float().mean()
+        agree = (outputs[name]["logits"].argmax(-1) == base["logits"].argmax(-1)).float().mean()
         out[name] = {
             "largest_logit_difference": float(error.max()),
             "rms_logit_difference": float(error.square().mean().sqrt()),
@@ -118,8 +118,10 @@ def compare(names: list[str], folder: Path, pipeline: Pipeline, options: argpars
     return out
 
 
-def time_all(names: list[str], folder: Path, options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
-    """Seconds of each round by implementation and batch; rounds go through all implementations in turn."""
+def time_implementations(
+    names: list[str], folder: Path, options: argparse.Namespace
+) -> dict[str, dict[int, list[float]]]:
+    """Seconds of each round by implementation and batch; each round runs all implementations."""
     workers = {name: Process(name, folder, options) for name in names}
     seconds: dict[str, dict[int, list[float]]] = {name: {b: [] for b in options.batches} for name in names}
     for turn in range(options.rounds + 1):
@@ -134,8 +136,8 @@ def time_all(names: list[str], folder: Path, options: argparse.Namespace) -> dic
     return seconds
 
 
-def peak_memory(names: list[str], folder: Path, options: argparse.Namespace) -> dict[str, dict[int, int]]:
-    """Peak bytes of a fresh process that loads the weights from a file and samples one batch."""
+def measure_peak_memory(names: list[str], folder: Path, options: argparse.Namespace) -> dict[str, dict[int, int]]:
+    """Peak bytes of a new process that loads the weights from a file and samples one batch."""
     out: dict[str, dict[int, int]] = {name: {} for name in names}
     for name in names:
         for batch in options.batches:
@@ -145,7 +147,7 @@ def peak_memory(names: list[str], folder: Path, options: argparse.Namespace) -> 
     return out
 
 
-def start_up(folder: Path, rounds: int) -> dict[str, list[float]]:
+def measure_start_up(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds from the start of a process: to the end of `import torch`, of the first scale, and of --help."""
     programs = {
         "import torch": ["-c", "import torch, time; print(time.time())"],
@@ -162,12 +164,12 @@ def start_up(folder: Path, rounds: int) -> dict[str, list[float]]:
     return out
 
 
-def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
+def compute_ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
     return summarize_spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-def report(names: list[str], result: dict[str, Any], options: argparse.Namespace) -> None:
-    """The table, the other figures, and the line of JSON."""
+def print_report(names: list[str], result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the table, the other measurements, and the line of JSON."""
     print(f"{'':<22}{'batch':>6}{'s/image':>9}{'times as fast (spread)':>26}{'GFLOP/s':>9}{'memory':>11}{'share':>7}")
     for batch in options.batches:
         for name in names:
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--start-up", action="store_true", help="measure the start-up alone")
     options = parser.parse_args()
 
-    # On a GPU the official code is run as its demo does, in 16 bits; on a CPU in float32.
+    # On a GPU the official code runs in 16 bits, as in its demo; on a CPU in float32.
     names = [f"nextscale {dtype}" for dtype in options.dtypes]
     slow_dtype = "float32" if options.device == "cpu" else options.dtypes[-1]
     names.insert(0, f"{'official' if options.official else 'plain'} {slow_dtype}")
@@ -203,19 +205,16 @@ def main() -> None:
         folder = Path(temporary)
         pipeline = write_weights(folder, options)
         if options.start_up:
-            print(
-                json.dumps(
-                    {name: summarize_spread(values) for name, values in start_up(folder, options.rounds).items()}
-                )
-            )
+            times = measure_start_up(folder, options.rounds)
+            print(json.dumps({name: summarize_spread(values) for name, values in times.items()}))
             return
         facts = describe_config(options.model, pipeline.config)
         gflop = (2 * facts["transformer_flops"] + facts["tokenizer_flops"]["decode"]) / 1e9
-        compared = compare(names, folder, pipeline, options)
+        compared = compare_outputs(names, folder, pipeline, options)
         del pipeline
-        seconds = time_all(names, folder, options)
-        memory = peak_memory(names, folder, options)
-        started = {name: summarize_spread(values) for name, values in start_up(folder, options.rounds).items()}
+        seconds = time_implementations(names, folder, options)
+        memory = measure_peak_memory(names, folder, options)
+        started = {name: summarize_spread(values) for name, values in measure_start_up(folder, options.rounds).items()}
     cases = {}
     for name in names:
         for batch in options.batches:
@@ -226,7 +225,7 @@ def main() -> None:
                 "memory_share": memory[name][batch] / memory[names[0]][batch],
             }
             if name != names[0]:
-                case["times_as_fast"] = ratios(seconds[names[0]][batch], seconds[name][batch])
+                case["times_as_fast"] = compute_ratios(seconds[names[0]][batch], seconds[name][batch])
     result = {
         "model": options.model,
         "rounds": options.rounds,
@@ -236,7 +235,7 @@ def main() -> None:
         "against_the_first": compared,
         "start_up": started,
     }
-    report(names, result, options)
+    print_report(names, result, options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How should a tokenizer's codes learn? Compare choices at equal training time on one machine.
+"""Compares codebook settings of the tokenizer at equal training time on one machine.
 
     python -m benchmarks.tokenizer_choices --train cifar10-train.parquet --test cifar10-test.parquet \
         --out runs/tokenizer-choices --minutes 10
 
-Every variant is `nextscale tokenizer train` with the recipe tokenizer-cifar10 and the options below, on one thread,
-two variants side by side. Steps are chosen so that each trains for the same number of minutes: a short run of every
-variant first measures its speed. Finished variants are not repeated; an interrupted one continues. Writes results.json,
+Every variant is `nextscale tokenizer train` with the recipe tokenizer-cifar10 and the options below, on one thread; two
+variants run in parallel. A short run measures each variant's speed, and sets the number of steps so that all train for
+the same number of minutes. Finished variants are not repeated; an interrupted one is resumed. Writes results.json,
 results.md and curves.png.
 """
 
@@ -37,19 +37,19 @@ VARIANTS = {
 COLUMNS = ("steps", "minutes", "psnr_db", "ssim", "perplexity", "usage", "revived")
 
 
-def nextscale(*arguments: str, log: Path) -> None:
+def run_command(*arguments: str, log: Path) -> None:
     """Run the command line on one thread; its output goes to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as output:
-        command = [sys.executable, "-m", "nextscale.cli.parser", *arguments]
+        command = [sys.executable, "-m", "nextscale.cli", *arguments]
         subprocess.run(command, stdout=output, stderr=output, env=environment, check=True)
 
 
-def train(options: argparse.Namespace, name: str, folder: Path, steps: int) -> list[dict]:
-    """Train a variant for some steps; its log."""
+def train_variant(options: argparse.Namespace, name: str, folder: Path, steps: int) -> list[dict]:
+    """Train a variant for some steps; returns its log."""
     save_every = max(1, steps // 8)
-    nextscale(
+    run_command(
         "tokenizer", "train", RECIPE, "--data", options.train, "--out", str(folder), *VARIANTS[name],
         "--train.steps", str(steps), "--train.save-every", str(save_every), "--train.log-every", "20",
         "--device", "cpu", log=folder.with_suffix(".log"),
@@ -57,21 +57,24 @@ def train(options: argparse.Namespace, name: str, folder: Path, steps: int) -> l
     return read_log(folder / "log.jsonl")
 
 
-def measure(options: argparse.Namespace, name: str) -> dict:
-    """Speed, then the training, then the test images."""
+def measure_variant(options: argparse.Namespace, name: str) -> dict:
+    """Measure a variant's speed, train it, and evaluate it on the test images."""
     folder = options.out / name.replace(" ", "-").replace(",", "")
-    speeds = [r["images_per_s"] for r in train(options, name, folder / "probe", PROBE_STEPS) if "images_per_s" in r]
+    probe = train_variant(options, name, folder / "probe", PROBE_STEPS)
+    speeds = [record["images_per_s"] for record in probe if "images_per_s" in record]
     steps = round(options.minutes * 60 * statistics.median(speeds[1:]) / BATCH)
-    log = train(options, name, folder / "run", steps)
-    nextscale("tokenizer", "evaluate", str(folder / "run"), "--data", options.test, "--out", str(folder / "test"),
-              log=folder / "test.log")  # fmt: skip
+    log = train_variant(options, name, folder / "run", steps)
+    run_command(
+        "tokenizer", "evaluate", str(folder / "run"), "--data", options.test, "--out", str(folder / "test"),
+        log=folder / "test.log",
+    )  # fmt: skip
     report = json.loads((folder / "test" / "report.json").read_text())
     seconds = sum(20 * BATCH / r["images_per_s"] for r in log if "images_per_s" in r)
     points = {key: [(r["step"], r[key]) for r in log if key in r] for key in ("psnr_db", "perplexity", "usage")}
     return {**report, "steps": steps, "minutes": seconds / 60, "revived": log[-1]["revived"], "curves": points}
 
 
-def table(results: dict[str, dict]) -> str:
+def format_table(results: dict[str, dict]) -> str:
     rows = [f"| variant | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, result in results.items():
         cells = [f"{result[c]:.3g}" if c in ("ssim", "usage") else f"{result[c]:.4g}" for c in COLUMNS]
@@ -88,12 +91,12 @@ def main() -> None:
     parser.add_argument("--side-by-side", type=int, default=2, help="variants trained at once, one thread each")
     options = parser.parse_args()
     with ThreadPoolExecutor(options.side_by_side) as pool:
-        results = dict(zip(VARIANTS, pool.map(lambda name: measure(options, name), VARIANTS), strict=True))
+        results = dict(zip(VARIANTS, pool.map(lambda name: measure_variant(options, name), VARIANTS), strict=True))
     write_json(options.out / "results.json", results)
-    write_text(options.out / "results.md", table(results))
+    write_text(options.out / "results.md", format_table(results))
     panels = ("psnr_db", "perplexity", "usage")
     plot_curves({p: {n: r["curves"][p] for n, r in results.items()} for p in panels}, options.out / "curves.png")
-    print(table(results))
+    print(format_table(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Forward and backward of one training step, beside the official code on equal weights and tokens.
+"""Forward and backward of one training step, compared with the official code on equal weights and tokens.
 
     python -m benchmarks.train_step --official PATH [--model var-d12] [--batch 4] [--rounds 5]
 
-PATH is your clone of FoundationVision/VAR; without it only ours is timed. Prints a table and, last, one line of JSON:
-seconds, the ratio over alternating runs with its spread, and the differences of loss and gradients.
+PATH is your clone of FoundationVision/VAR; without it only nextscale is timed. Prints a table and, last, one line of
+JSON: seconds, the ratio over alternating runs with its spread, and the differences of loss and gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.official import load_official, official_names
+from benchmarks.official import load_official, rename_tensors
 from nextscale.config.presets import preset
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pipeline import Pipeline
@@ -37,14 +37,14 @@ def main() -> None:
 
     pipeline = Pipeline.from_config(preset(options.model)).to(options.device, torch.float32)
     model, vocab = pipeline.transformer, pipeline.config.tokenizer.vocab_size
-    for parameter in model.parameters():  # away from the start, where the gammas are nearly 0
+    for parameter in model.parameters():  # initial gammas are nearly 0 and would hide differences
         torch.nn.init.normal_(parameter, std=0.02)
     rng = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(vocab, (options.batch, model.pyramid.length), generator=rng).to(options.device)
     labels_B = torch.randint(1000, (options.batch,), generator=rng).to(options.device)
     inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL)
 
-    def loss_of(forward: Callable[[], Tensor]) -> Tensor:
+    def compute_loss(forward: Callable[[], Tensor]) -> Tensor:
         with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
             logits_BLV = forward()
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten())
@@ -59,18 +59,18 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         for name, (module, forward) in runs.items():
             module.zero_grad(set_to_none=True)
-            _wait(options.device)
+            synchronize(options.device)
             began = time.perf_counter()
-            loss = loss_of(forward)
+            loss = compute_loss(forward)
             loss.backward()
-            _wait(options.device)
+            synchronize(options.device)
             if turn:  # the first one warms up
                 seconds[name].append(time.perf_counter() - began)
             losses[name] = loss.item()
-    report(options, pipeline, runs, seconds, losses)
+    print_report(options, pipeline, runs, seconds, losses)
 
 
-def report(options: argparse.Namespace, pipeline: Pipeline, runs: dict, seconds: dict, losses: dict) -> None:
+def print_report(options: argparse.Namespace, pipeline: Pipeline, runs: dict, seconds: dict, losses: dict) -> None:
     config = pipeline.config
     flops = condition_flops(config.transformer) + sum(scale_flops(config, k) for k in range(len(config.pyramid)))
     result = {
@@ -85,13 +85,13 @@ def report(options: argparse.Namespace, pipeline: Pipeline, runs: dict, seconds:
     }
     for name, times in seconds.items():
         rate = result["tflop_per_step"] / statistics.median(times)
-        print(f"{name:<10} {statistics.median(times):8.3f} s a step  {options.batch / statistics.median(times):8.2f} "
+        print(f"{name:<10} {statistics.median(times):8.3f} s per step  {options.batch / statistics.median(times):8.2f} "
               f"images/s  {1000 * rate:9.1f} GFLOP/s")  # fmt: skip
     if options.device == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if "official" in runs:
         ratios = [b / a for a, b in zip(seconds["nextscale"], seconds["official"], strict=True)]
-        ours = official_names({n: p.grad for n, p in pipeline.transformer.named_parameters()})
+        ours = rename_tensors({n: p.grad for n, p in pipeline.transformer.named_parameters()})
         theirs = {n: p.grad for n, p in runs["official"][0].named_parameters()}
         worst = max(
             (float((ours[n] - g).norm() / g.norm().clamp_min(1e-12)), n) for n, g in theirs.items() if g is not None
@@ -110,7 +110,7 @@ def report(options: argparse.Namespace, pipeline: Pipeline, runs: dict, seconds:
     print(json.dumps(result))
 
 
-def _wait(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 

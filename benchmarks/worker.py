@@ -1,4 +1,4 @@
-"""One implementation in a process of its own, told over standard input what to do: see benchmarks/run.py.
+"""Runs one implementation in a separate process, with commands on standard input, for benchmarks/run.py.
 
     python -m benchmarks.worker {official | nextscale | plain} FOLDER DTYPE DEVICE [CLONE]
 
@@ -50,7 +50,7 @@ class Official:
             return self.var(labels, inputs).float()
 
     def tokens(self, batch: int, seed: int) -> Any:
-        """Tokens that `sample` draws, as they reach the codebook."""
+        """The tokens of `sample`, recorded at the codebook lookup."""
         import torch
 
         drawn: list[torch.Tensor] = []
@@ -61,7 +61,7 @@ class Official:
 
 
 class Nextscale:
-    """Ours, from the native checkpoint."""
+    """nextscale, from the native checkpoint."""
 
     def __init__(self, folder: Path, dtype: str, device: str, backend: Literal["auto", "plain"] = "auto"):
         from nextscale.pipeline import Pipeline
@@ -84,13 +84,13 @@ class Nextscale:
         return self.pipeline.sample(labels, seed=seed, batch_size=batch, official_seeding=True, **SAMPLING).tokens
 
 
-def answer(worker: Official | Nextscale, command: dict[str, Any], device: str) -> dict[str, Any]:
+def run_command(worker: Official | Nextscale, command: dict[str, Any], device: str) -> dict[str, Any]:
     import torch
 
     if command["do"] == "sample":
-        began = _now(device)
+        began = read_clock(device)
         worker.sample(command["batch"], command["seed"])
-        return {"seconds": _now(device) - began}
+        return {"seconds": read_clock(device) - began}
     if command["do"] == "memory":
         worker.sample(command["batch"], 0)
         if device != "cpu":
@@ -104,7 +104,7 @@ def answer(worker: Official | Nextscale, command: dict[str, Any], device: str) -
     return {}
 
 
-def _now(device: str) -> float:
+def read_clock(device: str) -> float:
     if device != "cpu":
         import torch
 
@@ -115,7 +115,7 @@ def _now(device: str) -> float:
 def main() -> None:
     kind, folder, dtype, device, *clone = sys.argv[1:]
     worker: Official | Nextscale
-    with contextlib.redirect_stdout(sys.stderr):  # answers alone go to the pipe
+    with contextlib.redirect_stdout(sys.stderr):  # only answers may go to the pipe
         if kind == "official":
             worker = Official(Path(folder), dtype, device, *clone)
         else:
@@ -123,7 +123,7 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):
-            out = answer(worker, json.loads(line), device)
+            out = run_command(worker, json.loads(line), device)
         print(json.dumps(out), flush=True)
 
 

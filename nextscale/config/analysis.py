@@ -53,7 +53,7 @@ class ErrorsConfig:
         rules = {
             "num must be 1 or more": self.num >= 1,
             "share must lie above 0, up to 1": 0 < self.share <= 1,
-            "shown must be 1 or more": self.analysis >= 1,
+            "shown must be 1 or more": self.shown >= 1,
             "batch_size must be 1 or more": self.batch_size >= 1,
         }
         check_fields("errors", self, rules)

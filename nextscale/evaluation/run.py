@@ -79,11 +79,11 @@ def evaluate(
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
         measured = _measure_images(images, loaded, extraction, work / "samples", world)
     reference_config = replace(config, size=config.size or measured.width)
-    found = _load_references(references, loaded, reference_config, world, work, measured.fingerprints)
+    by_network = _load_references(references, loaded, reference_config, world, work, measured.fingerprints)
     if not world.main:
         return {}
     measures: dict[str, Any] = {
-        name: _report_network(name, measured, source, found.get(name), config) for name in measured.features
+        name: _report_network(name, measured, source, by_network.get(name), config) for name in measured.features
     }
     if measured.pair_distances is not None:
         distances = measured.pair_distances
