@@ -23,7 +23,6 @@ from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import InitConfig
 from nextscale.sampling import CreatePredictor, build_sampler
 from nextscale.sampling.sampler import (
     LogitsProcessor,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from nextscale.backends.twins import Backend
+    from nextscale.config.initialization import InitConfig
     from nextscale.data.images import ImageLike
     from nextscale.sampling.editing import Edit
 
@@ -92,6 +92,7 @@ class Pipeline:
             torch.manual_seed(fold_seed(seed, "tokenizer"))
             tokenizer, transformer = build_modules(config)
         if transformer is not None:
+            from nextscale.config.initialization import InitConfig
             from nextscale.transformer.initialization import initialize_transformer
 
             initialize_transformer(transformer, init or InitConfig(), make_generator(seed, "transformer"))

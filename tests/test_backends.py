@@ -14,7 +14,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.autoencoder import Decoder, Downsample, Upsample
 from nextscale.tokenizer.quantizer import Phi, Quantizer
-from nextscale.transformer.attention import Attention, ScaleAttention
+from nextscale.transformer.attention import Attention
 from nextscale.transformer.block import AdaLayerNorm
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import DenseFeedForward
@@ -24,6 +24,7 @@ from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.mamba import Mamba2
 from nextscale.transformer.precision import Float32Linear
+from nextscale.transformer.scale_attention import ScaleAttention
 from tests.conftest import randomised, tiny_config
 
 PYRAMID = Pyramid.parse("1,2,3,8,13")

@@ -13,9 +13,10 @@ from nextscale.checkpoints.adapt import adapt, match_scales
 from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
 from nextscale.common.registry import ROUTERS
+from nextscale.config.initialization import InitConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import AlignmentConfig, ExpertsConfig, InitConfig
+from nextscale.config.transformer import AlignmentConfig, ExpertsConfig
 from nextscale.info import as_text, describe_config, sample_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid

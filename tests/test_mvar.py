@@ -12,8 +12,9 @@ from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_shapes import Hints
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
+from nextscale.config.initialization import InitConfig
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import MVAR_MIXERS, ExpertsConfig, InitConfig, MambaConfig, TransformerConfig
+from nextscale.config.transformer import MVAR_MIXERS, ExpertsConfig, MambaConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
 from nextscale.sampling import build_sampler
 from nextscale.sampling.sampler import sample_scales

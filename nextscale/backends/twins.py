@@ -37,7 +37,7 @@ TRAINING_CPU: Twins = {
     f"{_T}.precision:Float32Linear": f"{_CPU}.linear:CpuFloat32Linear",
     f"{_T}.block:AdaLayerNorm": f"{_CPU}.attention:CpuAdaLayerNorm",
     f"{_T}.attention:Attention": f"{_CPU}.attention:CpuAttention",
-    f"{_T}.attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",
+    f"{_T}.scale_attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",
     f"{_T}.mamba:Mamba2": f"{_CPU}.mamba:CpuMamba2",
     f"{_FFN}:DenseFeedForward": f"{_CPU}.linear:CpuDenseFeedForward",
     f"{_FFN}.experts:StackedLinear": f"{_CPU}.experts:CpuStackedLinear",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
-from nextscale.config.transformer import TransformerConfig
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 
@@ -32,13 +31,6 @@ class Checkpoint:
     """Tensors of the original format that our modules do not have, stored for an export."""
 
 
-def get_transformer_config(config: ModelConfig, action: str) -> TransformerConfig:
-    """The transformer's config; UserError for a tokenizer alone. `action`: a verb for the message, such as adapt."""
-    if config.transformer is None:
-        raise UserError(f"this checkpoint is a tokenizer alone: there is no transformer to {action}")
-    return config.transformer
-
-
 def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
     """Tokenizer and transformer with uninitialised parameters, on torch's current default device."""
     tokenizer = Tokenizer(config.tokenizer, config.pyramid)
@@ -46,14 +38,6 @@ def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
         return tokenizer, None
     codes = config.tokenizer
     return tokenizer, VAR(config.transformer, config.pyramid, codes.vocab_size, codes.code_width)
-
-
-def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
-    """The checkpoint's tokenizer in float32, for the scales of `config`. Counts of code usage start at zero."""
-    tokenizer, _ = build_modules(replace(config, transformer=None, class_names=()))
-    weights = {n: t.float() for n, t in checkpoint.tokenizer.items() if n != "quantizer.usage_KV"}  # a row per scale
-    tokenizer.load_state_dict(weights, strict=False)
-    return tokenizer
 
 
 def build_on_meta(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.checkpoints import Checkpoint, get_transformer_config
+from nextscale.checkpoints import Checkpoint
+from nextscale.checkpoints.parts import get_transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig

@@ -17,14 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nextscale.checkpoints import (
-    Checkpoint,
-    Shape,
-    build_on_meta,
-    check_floating,
-    check_tensors,
-    list_shapes,
-)
+from nextscale.checkpoints import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, list_shapes
 from nextscale.common.errors import UserError
 from nextscale.common.reading import read_json
 from nextscale.config.model import ModelConfig

@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints import (
-    Checkpoint,
-    Shape,
-    build_on_meta,
-    check_floating,
-    check_tensors,
-    list_shapes,
-)
+from nextscale.checkpoints import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, list_shapes
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
 from nextscale.checkpoints.official_shapes import Hints, infer_config
 from nextscale.common.errors import UserError

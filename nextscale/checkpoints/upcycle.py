@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nextscale.checkpoints import Checkpoint, get_transformer_config
+from nextscale.checkpoints import Checkpoint
+from nextscale.checkpoints.parts import get_transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
 from nextscale.common.rng import make_generator

@@ -101,7 +101,7 @@ MIXERS: Registry[Any] = Registry(
     "mixer",
     {
         "attention": f"{_TRANSFORMER}.attention:Attention",
-        "scale-attention": f"{_TRANSFORMER}.attention:ScaleAttention",
+        "scale-attention": f"{_TRANSFORMER}.scale_attention:ScaleAttention",
         "mamba": f"{_TRANSFORMER}.mamba:Mamba2",
     },
 )

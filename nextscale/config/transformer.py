@@ -272,15 +272,3 @@ class TransformerConfig:
     def aligned_block(self) -> int:
         """The block, counted from 1, whose output the alignment head projects."""
         return self.alignment.block or max(self.depth // 2, 1)
-
-
-@dataclass(frozen=True)
-class InitConfig:
-    """Gains on VAR's initial weights. The published recipes lower `adaln_gamma` with depth (1e-3 for d16)."""
-
-    adaln: float = 0.5
-    """Gain on the adaLN projections, except for the rows below."""
-    adaln_gamma: float = 1e-3
-    """Gain on the rows that scale the outputs of mixers and FFN: near 0, every block starts as the identity."""
-    head: float = 0.02
-    """Gain on the output head: near 0, the first predictions are almost uniform."""

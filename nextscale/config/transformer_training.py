@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
+from nextscale.config.initialization import InitConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import InitConfig, TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)

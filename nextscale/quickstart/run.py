@@ -17,10 +17,11 @@ from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.plots import plot_curves
 from nextscale.config.files import record_settings
+from nextscale.config.initialization import InitConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
-from nextscale.config.transformer import ConditionConfig, InitConfig
+from nextscale.config.transformer import ConditionConfig
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder, load_small_encoder

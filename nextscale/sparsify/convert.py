@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints import Checkpoint, get_transformer_config
+from nextscale.checkpoints import Checkpoint
+from nextscale.checkpoints.parts import get_transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.transformer import DynamicConfig, TransformerConfig

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.checkpoints import Checkpoint, load_tokenizer
+from nextscale.checkpoints import Checkpoint
+from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nextscale.checkpoints import Checkpoint, build_modules, load_tokenizer
+from nextscale.checkpoints import Checkpoint, build_modules
 from nextscale.checkpoints.native import read_checkpoint
+from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator

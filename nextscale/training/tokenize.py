@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextscale.backends import optimize
-from nextscale.checkpoints import load_tokenizer
 from nextscale.checkpoints.native import read_checkpoint
+from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.common.distributed import World
 from nextscale.common.files import write_text
 from nextscale.config.data import DataConfig

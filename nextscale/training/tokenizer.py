@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nextscale.backends import optimize
-from nextscale.checkpoints import Checkpoint, build_modules, load_tokenizer
+from nextscale.checkpoints import Checkpoint, build_modules
 from nextscale.checkpoints.native import read_checkpoint
+from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json

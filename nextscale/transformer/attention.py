@@ -104,29 +104,6 @@ class Attention(Mixer):
         return 2 * config.width * cached
 
 
-class ScaleAttention(Attention):
-    """Attention within each scale alone (M-VAR, arXiv 2411.10433): no mask, and nothing to keep for later scales."""
-
-    def new_state(self, batch: int, length: int) -> None:
-        """None: no scale looks at another."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: ScaleContext) -> Tensor:
-        """Attention (B, H, N, d) to the tokens of the same scale."""
-        pieces = [
-            self.attention(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], None)
-            for start, end in context.list_spans(q.shape[2])
-        ]
-        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
-
-    @classmethod
-    def count_multiply_adds(cls, config: TransformerConfig, tokens: int, visible: int) -> int:
-        return super().count_multiply_adds(config, tokens, tokens)
-
-    @classmethod
-    def count_state_values(cls, config: TransformerConfig, cached: int) -> int:
-        return 0
-
-
 def scale_to_length(x_BHNd: Tensor, length: Tensor | float = 1.0) -> Tensor:
     """Vectors scaled to `length` along the last dimension, in one pass; vectors of length 0 stay 0."""
     norm = torch.linalg.vector_norm(x_BHNd, dim=-1, keepdim=True).clamp_min(1e-12)

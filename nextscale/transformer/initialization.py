@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from nextscale.config.transformer import InitConfig
+from nextscale.config.initialization import InitConfig
 from nextscale.transformer.var import VAR
 
 

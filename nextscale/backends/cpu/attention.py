@@ -13,9 +13,10 @@ from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.blocks import attend, modulate
 from nextscale.backends.cpu.linear import CpuLinear
 from nextscale.backends.segments import attend_segments
-from nextscale.transformer.attention import Attention, KVCache, ScaleAttention
+from nextscale.transformer.attention import Attention, KVCache
 from nextscale.transformer.block import AdaLayerNorm
 from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.scale_attention import ScaleAttention
 
 _SCORES = 2**23
 """Attention scores that are written out together in inference; they should stay in the cache."""
