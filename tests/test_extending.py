@@ -13,7 +13,7 @@ import yaml
 
 from nextscale import Pipeline
 from nextscale.cli.parser import main
-from nextscale.common.registry import MIXERS, ROUTERS, list_own_modules
+from nextscale.common.registry import CONDITIONS, FEED_FORWARDS, MIXERS, ROUTERS, list_own_modules
 from tests.conftest import check_flops
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ SETTINGS = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """The working folder of a user. What is imported and registered there is forgotten after the test."""
-    for registry in (MIXERS, ROUTERS):
+    for registry in (MIXERS, ROUTERS, FEED_FORWARDS, CONDITIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
@@ -43,25 +43,54 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def test_examples_are_trained_saved_loaded_sampled_and_counted(folder, tiny_folder, capsys):
-    """Both in one model."""
+    """A router and a mixer in one model."""
+    train(folder, SETTINGS, IMPORTS, tiny_folder)
+    check_refusals(capsys)
+    pipeline = check_commands(IMPORTS, capsys)
+    assert "my_router" in list_own_modules(), "so that the process that measures peak memory imports it too"
+    assert pipeline.transformer.blocks[0].ffn.router.p == 0.7
+
+
+def test_a_feed_forward_and_a_condition_of_the_page(folder, tiny_folder, capsys):
+    settings = {name: SETTINGS[name] for name in ("images", "train")} | {
+        "transformer": {"depth": 2, "width": 32, "heads": 4, "feed_forward": "swiglu"}
+        | {"condition": {"kind": "normalized-class", "num_classes": 10}}
+    }
+    imports = ["--import", "my_ffn", "--import", "my_condition"]
+    train(folder, settings, imports, tiny_folder)
+    pipeline = check_commands(imports, capsys)
+    block = pipeline.transformer.blocks[0]
+    assert type(block.ffn).__name__ == "SwiGLU"
+    x_BND = torch.randn(1, 3, 32)
+    gate, up = block.ffn.gate_and_up(x_BND).split([128, 128], dim=-1)
+    output, record = block.ffn(x_BND, None, None)
+    assert record is None
+    assert torch.allclose(output, block.ffn.down(gate * torch.sigmoid(gate) * up), atol=1e-6)
+    cond_BD = pipeline.transformer.condition(pipeline.transformer.condition.parse([0, 3, None]))
+    assert torch.allclose(cond_BD.norm(dim=-1), torch.ones(3))
+
+
+def train(folder: Path, settings: dict, imports: list[str], tokenizer: Path) -> None:
+    """Train with the examples of the page, in a process of its own."""
     for name, code in EXAMPLES.items():
         assert len(code.splitlines()) < 40
         (folder / f"{name}.py").write_text(code)
-    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
-    command = [*IMPORTS, "train", "config.yaml", "--data", "digits", "--tokenizer", str(tiny_folder), "--out", "run"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [*imports, "train", "config.yaml", "--data", "digits", "--tokenizer", str(tokenizer), "--out", "run"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "nextscale.cli", *command, "--device", "cpu"]
     trained = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert trained.returncode == 0, trained.stderr
-    check_refusals(capsys)
 
+
+def check_commands(imports: list[str], capsys) -> Pipeline:
+    """The trained model is sampled, its FLOPs counted; the loaded model."""
     for command in (["sample", "run", "--labels", "1,2", "--out", "grid.png"], ["info", "run"]):
-        assert main([*IMPORTS, *command]) == 0, capsys.readouterr().err
-    assert "my_router" in list_own_modules(), "so that the process that measures peak memory imports it too"
+        assert main([*imports, *command]) == 0, capsys.readouterr().err
     pipeline = Pipeline.from_pretrained("run")
-    assert pipeline.transformer.blocks[0].ffn.router.p == 0.7
     check_flops(pipeline.config)
     check_one_function(pipeline)
+    return pipeline
 
 
 def check_refusals(capsys) -> None:
