@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from nextscale.common.distributed import World
-from tests.train_worker import parse, train
+from tests.train_worker import parse, train_case
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("NEXTSCALE_SOAK", 3))
@@ -49,6 +49,6 @@ def test_kills_at_random_moments(threads_set, tmp_path):
         kills += 1
     print(f"{kills} kills, {in_a_save} of them while a state was written")
     for folder in (cut, tmp_path / "whole"):
-        train(folder, 1, dict(map(parse, SETTINGS)), World())
+        train_case(folder, 1, dict(map(parse, SETTINGS)), World())
     assert kills == KILLS or states(cut) == STEPS
     assert (cut / "final.pt").read_bytes() == (tmp_path / "whole" / "final.pt").read_bytes()
