@@ -14,7 +14,7 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("models/*/README.md"))]
 }
 on_every_page = pytest.mark.parametrize("page", PAGES)
-OWN_MODULES = {"my_router.py", "my_mixer.py"}
+OWN_MODULES = {"my_router.py", "my_mixer.py", "my_ffn.py", "my_condition.py"}
 PLACEHOLDERS = {"SOURCE", "NETWORK", "REFERENCE", "NAME", "MODEL", "RUN", "COMMAND"}
 
 
