@@ -51,7 +51,7 @@ def test_attention_equals_the_formula(
     batch, heads, d, count, start, kept, normalise, length, thread_count, seed, at_once
 ):
     """Counts that fill no vector, room in the cache or none, sharp and flat softmaxes, more threads than heads,
-    portions of cached keys, of new ones and of both."""
+    chunks of cached keys, of new ones and of both."""
     qkv, lengths = drawn(batch, count, 3, heads, d, seed=seed), torch.rand(heads) + length
     if not normalise:
         lengths = lengths / d**0.5

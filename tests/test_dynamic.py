@@ -321,13 +321,13 @@ def test_what_thresholds_record_is_what_the_formulas_say():
     pipeline = dynamic_pipeline(activation="relu")
     layer, x = pipeline.transformer.blocks[0].ffn, torch.randn(2, 9, 32)
 
-    def record_of(what):
+    def make_record(what):
         with torch.no_grad():
             record = layer(x, _context(pipeline, 2, Thresholds((1.0,) * 4, record=what)))[1]
             return getattr(record, what)
 
     a = np.maximum(x.numpy() @ layer.fc1.weight.detach().numpy().T + layer.fc1.bias.detach().numpy(), 0)
-    sparsity, norms, contribution = (record_of(what) for what in ("sparsity", "norms", "contribution"))
+    sparsity, norms, contribution = (make_record(what) for what in ("sparsity", "norms", "contribution"))
     assert isinstance(sparsity, Sparsity)
     assert sparsity.hoyer.item() == pytest.approx((a.sum(-1) ** 2 / (a**2).sum(-1)).mean(), rel=1e-4)
     assert sparsity.zeros.item() == pytest.approx((a == 0).mean())

@@ -70,7 +70,7 @@ def resize_map(map_hwE, grid):
     return np.einsum("gh,hwe,vw->gve", rows, map_hwE, columns)
 
 
-def sums_of(projected_NE, pyramid, grid):
+def sum_regions(projected_NE, pyramid, grid):
     """z_j of Eq. 11, from the definition: for each j the sum over all i up to j anew."""
     maps = [projected_NE[start:end].reshape(*side, -1) for side, (start, end) in zip(
         pyramid.sides, pyramid.spans, strict=True) if end <= len(projected_NE)]  # fmt: skip
@@ -82,7 +82,7 @@ def guidance_by_hand(projected, features, pyramid, scales):
     B, g, h, _ = features.shape
     total = 0.0
     for b in range(B):
-        z = sums_of(projected[b], pyramid, (g, h))
+        z = sum_regions(projected[b], pyramid, (g, h))
         for r in range(g):
             for c in range(h):
                 for j in scales:
@@ -106,7 +106,7 @@ def test_aggregation_and_loss_against_the_formulas(pyramid, batch, g, h, width, 
     assert len(z) == max(scales) + 1, "as many as there are features of"
     for b in range(batch):
         largest = projected[b].abs().max().item()  # of what is summed: the sums themselves may cancel
-        for ours, theirs in zip(z, sums_of(projected[b].double().numpy(), pyramid, (g, h)), strict=True):
+        for ours, theirs in zip(z, sum_regions(projected[b].double().numpy(), pyramid, (g, h)), strict=True):
             atol = 1e-5 * max(np.abs(theirs).max(), 0.1 * largest)
             np.testing.assert_allclose(ours[b].permute(1, 2, 0).numpy(), theirs, atol=atol)
     loss = compute_alignment_loss(projected, features, pyramid, scales)
@@ -194,7 +194,7 @@ def test_a_block_beyond_the_depth_is_named():
 EXPERTS = {"none": {}, "stmoe": {}, "moe++": {"zero": 1, "copy": 2, "constant": 1}}
 
 
-def task_of(router="stmoe", loss=None, features=True, config=None, **transformer):
+def build_task(router="stmoe", loss=None, features=True, config=None, **transformer):
     """A task on random tokens with features, whose model has an alignment head and perhaps experts."""
     experts = ExpertsConfig(router=router, count=4, active=2, **EXPERTS.get(router, {}))
     pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=8), **transformer))
@@ -215,7 +215,7 @@ def task_of(router="stmoe", loss=None, features=True, config=None, **transformer
 def test_the_whole_loss_by_hand(router, group):
     """L_SG + lambda L_CE + w sum of L_b over the blocks (Eq. 10 to 13), each from its own formula."""
     settings_ = LossConfig(balance=0.3, idle_balance=0.6, encoder="cache", group=group, cross_entropy=0.7)
-    task = task_of(router, settings_)
+    task = build_task(router, settings_)
     batch = task.examples.fetch(range(3), None)
     noise = task.draw_noise(3, torch.Generator().manual_seed(0))
     loss, scalars = task(batch, noise, 0)
@@ -257,7 +257,7 @@ def test_the_whole_loss_by_hand(router, group):
 @torch.no_grad()
 def test_without_guidance_the_cross_entropy_counts_once():
     """Lambda belongs to Eq. 13; no encoder, no lambda and no projection, even with a head."""
-    task = task_of("none", LossConfig(cross_entropy=0.5), features=False)
+    task = build_task("none", LossConfig(cross_entropy=0.5), features=False)
     batch = task.examples.fetch(range(3), None)
     loss, scalars = task(batch, task.draw_noise(3, torch.Generator()), 0)
     assert torch.equal(loss, scalars["cross_entropy"])
@@ -266,7 +266,7 @@ def test_without_guidance_the_cross_entropy_counts_once():
 
 def test_an_unknown_group_stops_before_training():
     with pytest.raises(UserError, match="loss.group is 'early'; give one of"):
-        task_of(loss=LossConfig(encoder="cache", group="early"))
+        build_task(loss=LossConfig(encoder="cache", group="early"))
 
 
 @pytest.mark.parametrize("name", ["balance", "idle_balance", "cross_entropy"])

@@ -94,7 +94,7 @@ def test_forward_against_the_formula(router, renormalise):
         np.testing.assert_allclose(logits[b], expected, atol=2e-5 * np.abs(expected).max())
 
 
-# ---- in portions
+# ---- in parts
 
 
 @pytest.mark.parametrize("router", ROUTERS.names)

@@ -23,7 +23,7 @@ from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from tests.conftest import losses_by_precision, randomised, tiny_config
 from tests.test_data import write_folder
-from tests.test_guidance import task_of
+from tests.test_guidance import build_task
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -43,7 +43,7 @@ MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)
 @pytest.mark.parametrize(("router", "mixers"), [*((router, {}) for router in ROUTERS.names), ("stmoe", MVAR)])
 def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
     """Bit for bit with experts, guidance and averages, in the middle of an epoch, with a fresh process's modules."""
-    whole = task_of(router, LOSS, config=SETTINGS, **mixers)
+    whole = build_task(router, LOSS, config=SETTINGS, **mixers)
     train(whole, SETTINGS, tmp_path / "whole")
 
     class StopAfterFive(type(whole)):
@@ -52,11 +52,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
                 raise KeyboardInterrupt
             return super().forward(batch, noise, step)
 
-    first = task_of(router, LOSS, config=SETTINGS, **mixers)
+    first = build_task(router, LOSS, config=SETTINGS, **mixers)
     first.__class__ = StopAfterFive
     with pytest.raises(KeyboardInterrupt):
         train(first, SETTINGS, tmp_path / "parts")
-    second = task_of(router, LOSS, config=SETTINGS, **mixers)
+    second = build_task(router, LOSS, config=SETTINGS, **mixers)
     for tensor in second.trained.state_dict().values():
         tensor.fill_(9)  # all must come from the state
     train(second, SETTINGS, tmp_path / "parts")
@@ -76,7 +76,7 @@ def test_micro_batches_sum_up_to_the_whole_batch(router, micro_batch, tmp_path):
     found = {}
     for size in (0, micro_batch):
         config = replace(SETTINGS, steps=1, clip=0.0, micro_batch=size, drop_path=0.3, label_drop=0.3)
-        task, grads = task_of(router, LOSS, config=config), {}
+        task, grads = build_task(router, LOSS, config=config), {}
 
         def note_gradients(optimizer, arguments, options, task=task, grads=grads):
             grads.update({n: p.grad for n, p in task.trained.named_parameters()})
@@ -99,14 +99,14 @@ def test_micro_batches_sum_up_to_the_whole_batch(router, micro_batch, tmp_path):
 @pytest.mark.parametrize("router", ROUTERS.names)
 def test_lower_precision_stays_near_and_recomputation_changes_nothing(router, tmp_path):
     settings = replace(SETTINGS, steps=4)
-    losses = losses_by_precision(lambda config: task_of(router, LOSS, config=config), settings, tmp_path)
+    losses = losses_by_precision(lambda config: build_task(router, LOSS, config=config), settings, tmp_path)
     for name in ("bf16", "fp16"):
         assert losses[name] == pytest.approx(losses["fp32"], abs=0.1)
 
 
 def test_training_with_guidance_learns_both(tmp_path):
     """On labels that decide tokens and features, both losses fall far below their beginnings."""
-    task = task_of("stmoe", replace(LOSS, group="last", balance=0.01))
+    task = build_task("stmoe", replace(LOSS, group="last", balance=0.01))
     tensors_ = task.examples.tensors
     tensors_["tokens"] = (tensors_["label"][:, None] * 5).expand(-1, 30).contiguous()
     directions = torch.nn.functional.one_hot(tensors_["label"], 6).half()
@@ -123,7 +123,7 @@ def test_the_balance_loss_evens_the_load(tmp_path):
     nearly as much."""
     variance = {}
     for weight in (0.0, 1.0):
-        task = task_of("stmoe", LossConfig(balance=weight), features=False)
+        task = build_task("stmoe", LossConfig(balance=weight), features=False)
         with torch.no_grad():
             for block in task.model.blocks:
                 block.ffn.router.score.weight.mul_(0.05)
@@ -277,7 +277,7 @@ def test_digits_by_every_other_router(router, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_names_the_block(tmp_path):
     """An expert's weights, deep inside: found by the guard like any layer's."""
-    task = task_of("stmoe", LOSS)
+    task = build_task("stmoe", LOSS)
     with torch.no_grad():
         task.model.blocks[1].ffn.experts.fc2.bias.fill_(float("nan"))
     with pytest.raises(UserError, match=r"at step 0 are not both finite; .*the first layer at fault is blocks\.1\.ffn"):

@@ -14,7 +14,7 @@ from nextscale.pyramid import Pyramid
 from tests.conftest import read_fixture
 
 
-def pipeline_of(fixture) -> Pipeline:
+def build_pipeline(fixture) -> Pipeline:
     hints = Hints(heads=fixture.meta["num_heads"])
     return Pipeline.from_checkpoint(import_official(*fixture.files, hints))
 
@@ -26,7 +26,7 @@ def close(ours, theirs, tolerance=1e-4):
 
 @torch.no_grad()
 def test_tokenizer_and_logits(official):
-    pipeline, io = pipeline_of(official), official.io
+    pipeline, io = build_pipeline(official), official.io
     tokenizer = pipeline.tokenizer
     close(tokenizer.extract_features(io["in.image"]), io["out.encoder_features"])
     assert torch.equal(tokenizer.encode(io["in.image"]), io["out.tokens"])
@@ -37,7 +37,7 @@ def test_tokenizer_and_logits(official):
 
 
 def test_sampling(official):
-    pipeline, io, meta = pipeline_of(official), official.io, official.meta
+    pipeline, io, meta = build_pipeline(official), official.io, official.meta
     seeding = {"cfg": meta["cfg"], "seed": meta["seed"], "official_seeding": True}
     greedy = pipeline.sample(io["in.label"], top_k=1, top_p=0.0, **seeding)
     assert torch.equal(greedy.tokens, io["out.greedy.tokens"])
@@ -53,7 +53,7 @@ def test_image_files(official):
     if not (official.folder / "png.safetensors").exists():
         pytest.skip("this fixture has no image files")
     expected = load_file(official.folder / "png.safetensors")
-    images = pipeline_of(official).reconstruct([official.folder / "image0.png", official.folder / "image1.png"])
+    images = build_pipeline(official).reconstruct([official.folder / "image0.png", official.folder / "image1.png"])
     assert torch.equal(images.tokens, expected["tokens"])
     close(images.tensor * 2 - 1, expected["reconstruction"])
 
@@ -71,7 +71,7 @@ def assert_same_tensors(ours, theirs):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_round_trip_restores_every_tensor(official, suffix, tmp_path):
     """Official -> native folder -> pipeline in float32 -> native folder -> official: same names, types, bits."""
-    pipeline_of(official).save_pretrained(tmp_path / "one")
+    build_pipeline(official).save_pretrained(tmp_path / "one")
     Pipeline.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     out = tmp_path / f"vae{suffix}", tmp_path / f"var{suffix}"
     export_official(Pipeline.from_pretrained(tmp_path / "two").to_checkpoint(), *out)

@@ -83,7 +83,7 @@ def test_packed_weights_refuse_to_be_trained(tiny_folder):
     Pipeline.from_pretrained(tiny_folder, backend="plain").transformer.train()
 
 
-def folder_of(pipeline, path):
+def save_folder(pipeline, path):
     pipeline.save_pretrained(path)
     return path
 
@@ -92,7 +92,7 @@ def folder_of(pipeline, path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_packed_models_keep_the_promise_about_batches(dtype, threads, threads_set, tmp_path):
     threads_set(threads)
-    folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
+    folder = save_folder(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
     pipeline = Pipeline.from_pretrained(folder, dtype=dtype)
     labels = [3, 1, 4, 1, 0, 2, 2] + [1] * 11
     fresh = pipeline.sample([4], top_k=8, seed=5, first_image=2)
@@ -105,7 +105,7 @@ def test_packed_models_keep_the_promise_about_batches(dtype, threads, threads_se
 
 
 def test_packed_model_samples_and_saves_as_the_plain_one(tmp_path):
-    folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
+    folder = save_folder(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
     packed = Pipeline.from_pretrained(folder)
     a = packed.sample([0, 1, 2], seed=3)
     packed.save_pretrained(tmp_path / "again")
@@ -143,7 +143,7 @@ def test_winograd_is_for_decoders_in_inference_alone(tiny):
 
 
 def test_without_onednn_and_nnpack_the_plain_path_runs(tmp_path, monkeypatch):
-    folder = folder_of(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
+    folder = save_folder(randomised(tiny_config("1,2,4,8")), tmp_path / "model")
     usual = Pipeline.from_pretrained(folder).sample([0, 1], seed=3)
     monkeypatch.setattr(products, "has_onednn", False)
     monkeypatch.setattr(convolution, "has_nnpack", lambda: False)
@@ -166,13 +166,13 @@ def test_attention_in_portions_equals_attention_at_once(masked, monkeypatch):
     with torch.no_grad():
         whole = compute_attention(q, k, v, mask, 0.5)
         monkeypatch.setattr(cpu_attention, "_SCORES", 2 * 4 * 130 * 40)
-        portions = compute_attention(q, k, v, mask, 0.5)
+        chunks = compute_attention(q, k, v, mask, 0.5)
         exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=0.5)
         alone = compute_attention(q[1:2], k[1:2], v[1:2], mask, 0.5)
-    assert portions.shape == whole.shape
-    for ours in (whole, portions):
+    assert chunks.shape == whole.shape
+    for ours in (whole, chunks):
         assert (ours.double() - exact).abs().max() <= 0.02 * exact.abs().max()
-    assert torch.equal(alone[0], portions[1])
+    assert torch.equal(alone[0], chunks[1])
 
 
 @needs_onednn

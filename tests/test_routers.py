@@ -299,7 +299,7 @@ def test_a_mixture_adds_its_idle_experts_and_counts_them_last():
 # ---- balance
 
 
-def routing_of(scores, chosen):
+def route(scores, chosen):
     return Routing(scores.log(), scores, chosen, torch.where(chosen, scores, 0))
 
 
@@ -317,24 +317,24 @@ def test_balance_loss_against_eq_10(batch, tokens, count, idle, idle_weight, see
             P = sum(scores[b, i, j].item() for i in range(tokens)) / tokens
             total += f * P * (idle_weight if j >= count else 1)
         losses.append((count + idle) * total)
-    ours = compute_balance_loss(routing_of(scores, chosen), idle, idle_weight)
+    ours = compute_balance_loss(route(scores, chosen), idle, idle_weight)
     assert ours.item() == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
 
 
 def test_even_use_is_worth_m_and_collapse_costs_more():
     even = torch.eye(8, dtype=torch.bool).roll(1, 0) | torch.eye(8, dtype=torch.bool)  # 2 of 8, in turn
     flat = torch.full((1, 8, 8), 1 / 8)
-    assert compute_balance_loss(routing_of(flat, even[None])).item() == pytest.approx(2)
+    assert compute_balance_loss(route(flat, even[None])).item() == pytest.approx(2)
     sure = torch.full((1, 8, 8), 1e-9)
     sure[..., :2] = 0.5
-    assert compute_balance_loss(routing_of(sure, sure > 0.1)).item() == pytest.approx(8)
+    assert compute_balance_loss(route(sure, sure > 0.1)).item() == pytest.approx(8)
 
 
 def test_balance_loss_teaches_through_the_scores_alone():
     logits = torch.randn(2, 5, 4, requires_grad=True)
     scores = logits.softmax(-1)
     chosen = select_largest(scores.detach(), 2, -1)
-    compute_balance_loss(routing_of(scores, chosen)).backward()
+    compute_balance_loss(route(scores, chosen)).backward()
     share = chosen.float().mean(1, keepdim=True)
     s = scores.detach()
     expected = 4 * s * (share - (s * share).sum(-1, keepdim=True)) / (2 * 5)

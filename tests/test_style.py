@@ -10,12 +10,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {f: ast.parse(f.read_text()) for f in FILES}
 
 
-def module_of(file: Path) -> str:
+def name_module(file: Path) -> str:
     parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(p for p in parts if p != "__init__")
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_of)
+@pytest.mark.parametrize("file", FILES, ids=name_module)
 def test_asserts_speak_and_no_exception_is_swallowed(file):
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Assert):
@@ -24,7 +24,7 @@ def test_asserts_speak_and_no_exception_is_swallowed(file):
             assert node.type is not None, f"{file}:{node.lineno}: a bare except"
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_of)
+@pytest.mark.parametrize("file", FILES, ids=name_module)
 def test_files_and_functions_can_be_read_in_one_go(file):
     assert len(file.read_text().splitlines()) <= 400
     for node in ast.walk(TREES[file]):

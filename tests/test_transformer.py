@@ -1,4 +1,4 @@
-"""The transformer against a formula written out in NumPy, and its two portions against each other."""
+"""The transformer against a formula written out in NumPy, and its cached passes against its teacher-forced ones."""
 
 import math
 

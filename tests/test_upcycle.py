@@ -31,7 +31,7 @@ def largest_difference(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def logits_of(pipeline, values, inputs):
+def compute_logits(pipeline, values, inputs):
     with torch.no_grad():
         return pipeline.transformer(values, inputs).logits_BNV
 
@@ -46,8 +46,8 @@ def test_outputs_equal_the_dense_model_s(router, count, data, embedded, seed):
     assert after.config.transformer.experts == replace(experts, renormalise=True)
     mixture = Pipeline.from_checkpoint(after)
     inputs, values = torch.randn(3, 29, 4), torch.tensor([0, 3, 5])
-    expected = logits_of(dense, values, inputs)
-    assert largest_difference(logits_of(mixture, values, inputs), expected) <= 1e-5
+    expected = compute_logits(dense, values, inputs)
+    assert largest_difference(compute_logits(mixture, values, inputs), expected) <= 1e-5
     total = sum(p.numel() for p in mixture.transformer.parameters())
     ffn = 2 * 32 * 128 + 128 + 32
     routers = sum(p.numel() for n, p in mixture.transformer.named_parameters() if ".router." in n)
@@ -64,7 +64,7 @@ def test_samples_and_likelihoods_equal_the_dense_model_s(official):
     labels = official.io["in.label"]
     assert torch.equal(mixture.sample(labels, seed=1).tokens, dense.sample(labels, seed=1).tokens)
     inputs = official.io["out.teacher_forcing_input"]
-    assert largest_difference(logits_of(mixture, labels, inputs), logits_of(dense, labels, inputs)) <= 1e-5
+    assert largest_difference(compute_logits(mixture, labels, inputs), compute_logits(dense, labels, inputs)) <= 1e-5
 
 
 def test_everything_else_is_kept_and_experts_are_copies():

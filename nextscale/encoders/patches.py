@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from nextscale.common.fingerprint import compute_fingerprint
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class PatchEncoder(nn.Module):
+class PatchEncoder(nn.Module, ABC):
     """Resizes and normalises images, then calls `forward_features`, which subclasses define. Computes no gradients."""
 
     mean_3: Tensor
@@ -47,9 +49,9 @@ class PatchEncoder(nn.Module):
             image_B3HW = F.interpolate(image_B3HW, size, mode="bicubic", antialias=True).clamp(-1, 1)
         return ((image_B3HW + 1) / 2 - self.mean_3) / self.std_3
 
+    @abstractmethod
     def forward_features(self, image_B3HW: Tensor) -> Tensor:
         """Features (B, h, w, C) of normalised images whose sides are multiples of the patch."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """A checksum of the weights."""

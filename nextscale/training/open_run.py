@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def open_image_run(
     return run, examples, held_out, source
 
 
-class MainProcessCallbacks(Callbacks):
+class MainProcessCallbacks(Callbacks, ABC):
     """Callbacks of a model that only the main process validates and writes."""
 
     def __init__(self, folder: Path, world: World):
@@ -101,13 +102,13 @@ class MainProcessCallbacks(Callbacks):
             for folder in list_model_folders(self.folder, best):
                 self.write_model(folder, step)
 
+    @abstractmethod
     def measure_model(self) -> Values:
         """Measure the model on held-out examples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_model(self, folder: Path, step: int) -> None:
         """Write the model's files to a folder."""
-        raise NotImplementedError
 
 
 def list_model_folders(folder: Path, best: bool) -> list[Path]:

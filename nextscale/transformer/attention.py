@@ -28,7 +28,7 @@ class KVCache:
         self.v_BHLd = like.new_empty(batch, heads, length, head_width)
 
     def update(self, span: tuple[int, int], k_BHNd: Tensor, v_BHNd: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values up to the end of `span`, whose own are given; they are stored if there is room."""
+        """Keys and values up to the end of `span`, from those of the span, which are stored if there is room."""
         start, end = span
         if end > self.k_BHLd.shape[2]:
             past_k, past_v = self.k_BHLd[:, :, :start], self.v_BHLd[:, :, :start]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from nextscale.common.distributed import World
 from nextscale.data.examples import Batch, Examples
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """Examples, a loss on them, and the module that is trained.
 
     `forward(batch, noise, step)` returns the loss, a mean over the batch's examples, and scalars to log (vectors over
@@ -33,8 +34,9 @@ class Task(nn.Module):
         """Random numbers of a complete batch, one row for each example."""
         return {}
 
+    @abstractmethod
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError
+        """Loss and scalars of a batch."""
 
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Update what does not learn by gradients, from the batch of this step over all processes."""
