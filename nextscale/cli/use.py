@@ -36,7 +36,8 @@ class Sample:
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 16
-    """Batch size, 1 or more. Results do not depend on it; --official-seeding makes one batch of all images."""
+    """Batch size, 1 or more. On a CPU with the default backend images do not depend on it. --official-seeding makes one
+    batch of all images."""
     dtype: Dtype | None = None
     """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
