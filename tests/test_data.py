@@ -16,7 +16,9 @@ from nextscale.data.cache import CacheWriter, TokenCache, fingerprint_tokenizer
 from nextscale.data.datasets import ImageExamples, load_images, open_dataset, split_rows
 from nextscale.data.examples import BatchDataset, MemoryExamples, load_batches
 from nextscale.data.images import crop_randomly, resize_and_crop
-from nextscale.data.sources import Parquet, open_folder, open_source
+from nextscale.data.sources import open_source
+from nextscale.data.sources.folder import open_folder
+from nextscale.data.sources.parquet import Parquet
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from tests.conftest import randomised, tiny_config
 

@@ -1,0 +1,44 @@
+"""scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nextscale.common.errors import UserError
+from nextscale.data.images import ImageLike
+from nextscale.data.sources.source import shuffle_rows
+
+
+@dataclass
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels with 17 grey levels."""
+
+    size: int
+    where: str = "digits"
+    class_names: tuple[str, ...] = tuple(map(str, range(10)))
+    splits: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise UserError("the bundled digits come with scikit-learn: pip install 'nextscale[quickstart]'") from None
+        digits = load_digits()
+        self._pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        self.labels = digits.target.tolist()
+
+    def read(self, i: int) -> tuple[str, ImageLike | None]:
+        scan = Image.fromarray(self._pixels[i])
+        return f"digit {i}", scan.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"kind": "digits", "size": self.size}
+
+    def order(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        return shuffle_rows(rows, rng)
