@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -41,6 +43,8 @@ def _is_named_tensor(name: object, value: object) -> bool:
 def _load_pickle(path: Path) -> object:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
+    if zipped:
+        check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
@@ -49,6 +53,25 @@ def _load_pickle(path: Path) -> object:
         ) from error
     except Exception as error:  # a damaged pickle raises nearly every type
         raise UserError(f"{path} is damaged or no torch checkpoint: {_first_line(error)}") from error
+
+
+def check_zip(path: Path) -> None:
+    """Compare each member of a zip archive with its CRC-32, which torch.load does not. UserError names a damaged one.
+
+    Members without a CRC-32 (`torch.serialization.set_crc32_options(False)`) are passed over.
+    """
+    name = "its directory"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if not member.CRC:
+                    continue
+                name = f"'{member.filename}'"
+                with archive.open(member) as content:
+                    while content.read(2**20):
+                        pass
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged: {name} in the archive cannot be read ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
