@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from nextscale.cli.use import Dtype
 from nextscale.common.errors import UserError
+from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.sampling import SampleConfig
 
@@ -44,8 +45,9 @@ class Evaluate:
     """Images to compare with pair by pair, in any of the forms of SOURCE; a model uses the same seed and labels."""
     lpips: tuple[Path, Path] | None = None
     """LPIPS's two files: torchvision's VGG-16 or AlexNet, and the linear heads of LPIPS 0.1."""
-    size: int = 0
-    """Resize and centre-crop images to this size; 0 = leave them unchanged, and resize references to their size."""
+    size: str = "0"
+    """Resize and centre-crop images to this size: the side of squares, or HEIGHTxWIDTH such as 24x32. 0 = leave them
+    unchanged, and resize references to their size."""
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 50
@@ -64,8 +66,8 @@ class Evaluate:
 
         check_positive("--batch-size, --shard", self.batch_size, self.shard)
         config = EvaluationConfig(
-            self.num, self.settings, self.size, shard=self.shard, batch=self.batch_size, dtype=self.dtype,
-            reconstruct=self.reconstruct,
+            self.num, self.settings, parse_size("--size", self.size), shard=self.shard, batch=self.batch_size,
+            dtype=self.dtype, reconstruct=self.reconstruct,
         )  # fmt: skip
         with init_distributed(self.device) as world:
             report = evaluate(
@@ -89,8 +91,9 @@ class Statistics:
     """Feature network, as in `nextscale evaluate`."""
     out: Path
     """.npz file to write."""
-    size: int = 0
-    """Resize and centre-crop images to this size; 0 = leave them unchanged."""
+    size: str = "0"
+    """Resize and centre-crop images to this size: the side of squares, or HEIGHTxWIDTH such as 24x32. 0 = leave them
+    unchanged."""
     keep: int = 10_000
     """Number of images, evenly spaced, whose features are stored."""
     batch_size: int = 50
@@ -106,7 +109,7 @@ class Statistics:
         from nextscale.evaluation.run import make_statistics
 
         check_positive("--batch-size, --shard, --keep", self.batch_size, self.shard, self.keep)
-        config = EvaluationConfig(size=self.size, shard=self.shard, batch=self.batch_size)
+        config = EvaluationConfig(size=parse_size("--size", self.size), shard=self.shard, batch=self.batch_size)
         with init_distributed(self.device) as world:
             reference = make_statistics(self.data, self.features, self.out, config, world, feature_images=self.keep)
         if reference is not None:

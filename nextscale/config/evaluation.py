@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nextscale.common.sizes import Size
 from nextscale.config.sampling import SampleConfig
 
 
@@ -15,8 +16,9 @@ class EvaluationConfig:
     """Images; 0 = all of a data set, 50,000 of a model."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How a model samples."""
-    size: int = 0
-    """Resize and crop to this size; 0 = leave images as they are, resize references to the size of the images."""
+    size: Size = 0
+    """Resize and crop to this size, the side of squares or (height, width); 0 = leave images as they are, resize
+    references to the size of the images."""
     split: int = 5000
     """Images of one split of the Inception Score."""
     neighbours: int = 3

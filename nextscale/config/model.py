@@ -33,14 +33,6 @@ class ModelConfig:
         h, w = self.pyramid.last
         return h * self.tokenizer.downsampling, w * self.tokenizer.downsampling
 
-    @property
-    def square_side(self) -> int:
-        """Side of the images in pixels; UserError when they are not square, as images of a data set are."""
-        height, width = self.image_size
-        if height != width:
-            raise UserError(f"images of data sets are square; this model's images have {height} x {width} pixels")
-        return height
-
     def find_class(self, label: str) -> int:
         """The index of a class name, or of an index as text; UserError when there is no such class name."""
         if label in self.class_names:

@@ -44,9 +44,11 @@ class QuickstartConfig:
     """'digits' (scikit-learn's, no download), a folder of images or of class sub-folders, or a .parquet file with
     columns image and label."""
     image_size: int = 0
-    """Side of the square images in pixels; 0 means 16 for the digits and 32 for others."""
+    """Side of square images in pixels; 0 = 16 for the digits and 32 for others. Images that are not square have the
+    size that `scales` give."""
     scales: str = ""
-    """Sides of the token maps, coarse to fine, such as 1,2,3,4; empty derives them from the image size."""
+    """Sides of the token maps, coarse to fine, such as 1,2,3,4, or height x width for images that are not square, such
+    as 1,2,3x4,6x8; empty derives them from the image size."""
     limit: int = 20000
     """Largest number of images to use, drawn at random."""
     held_out: float = 0.2
@@ -84,7 +86,9 @@ class QuickstartConfig:
         if self.loss.encoder not in ("own", ""):
             raise UserError(f"quickstart: loss.encoder is '{self.loss.encoder}'; give own, or nothing for no guidance")
 
-    def geometry(self) -> tuple[int, Pyramid]:
-        """Image size in pixels, and the pyramid."""
-        size = self.image_size or (16 if self.data == "digits" else 32)
-        return size, derive_pyramid(size, self.tokenizer.downsampling, self.scales)
+    def geometry(self) -> tuple[tuple[int, int], Pyramid]:
+        """(height, width) of the images in pixels, and the pyramid."""
+        factor, default = self.tokenizer.downsampling, 16 if self.data == "digits" else 32
+        pyramid = derive_pyramid(self.image_size, factor, self.scales, default)
+        height, width = pyramid.last
+        return (height * factor, width * factor), pyramid

@@ -67,10 +67,11 @@ class TokenizerRunConfig:
     """A run of `nextscale tokenizer train`."""
 
     image_size: int = 0
-    """Side of the square images in pixels; 0 = that of the start checkpoint, or 32 without one."""
+    """Side of square images in pixels; 0 = that of the start checkpoint, or 32 without one. Images that are not square
+    have the size that `scales` give."""
     scales: str = ""
-    """Sides of the token maps, coarse to fine. Empty = those of the start checkpoint at its image size; otherwise they
-    are derived from the image size."""
+    """Sides of the token maps, coarse to fine: 1,2,4,8, or height x width for images that are not square, 1,2,3x4,6x8.
+    Empty = those of the start checkpoint at its image size; otherwise they are derived from the image size."""
     images: DataConfig = field(default_factory=DataConfig)
     start: str = ""
     """Checkpoint folder to fine-tune, such as an imported official tokenizer. Its tokenizer settings are used."""
@@ -80,18 +81,22 @@ class TokenizerRunConfig:
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
 
 
-def derive_pyramid(size: int, factor: int, scales: str) -> Pyramid:
-    """The pyramid for square images of `size` pixels and a tokenizer that downsamples `factor` times.
+def derive_pyramid(size: int, factor: int, scales: str, default: int = 32) -> Pyramid:
+    """The pyramid for square images of `size` pixels (0 = `default`) and a tokenizer that downsamples `factor` times.
 
-    `scales` as text, or empty for sides like the published ones up to size / factor. UserError when they do not fit.
+    `scales` as text, or empty for sides like the published ones up to size / factor. Scales whose last one is not
+    square give the size of the images themselves; `size` is 0 then. UserError when they do not fit.
     """
+    pyramid = Pyramid.parse(scales) if scales else None
+    if pyramid and not size and pyramid.last[0] != pyramid.last[1]:
+        return pyramid
+    size = size or default
     if size < factor or size % factor:
         raise UserError(f"image_size {size} must be a multiple of {factor}, the tokenizer's reduction")
     last = size // factor
-    if not scales:
+    if pyramid is None:
         sides = [s for s in (1, 2, 3, 4, 6, 8, 10, 13, 16, 24, 32) if s < last]
         return Pyramid.parse(" ".join(map(str, [*sides, last])))
-    pyramid = Pyramid.parse(scales)
     if pyramid.last != (last, last):
         raise UserError(
             f"the last of the scales {pyramid} must be {last} for images of {size} pixels and a tokenizer that "

@@ -253,12 +253,12 @@ def open_examples(
 ) -> tuple[Examples, Examples, tuple[str, ...]]:
     """(training, held-out) examples of a token cache or of a data set of images, and the names of their classes.
 
-    Raises UserError when a cache was made by another tokenizer than the model's, when data are images and the model's
-    are not square, and in the same cases as `open_dataset`.
+    Images of a data set get the model's size. Raises UserError when a cache was made by another tokenizer than the
+    model's, and in the same cases as `open_dataset`.
     """
     if is_token_cache(Path(data)):
         cache = TokenCache(Path(data))
         cache.check_tokenizer(tokenizer)
         return cache.load_examples("train"), cache.load_examples("held_out"), cache.class_names
-    train, held_out, source = open_dataset(data, model.square_side, config, seed)
+    train, held_out, source = open_dataset(data, model.image_size, config, seed)
     return train, held_out, source.class_names

@@ -6,6 +6,7 @@ every class, drawn with the seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
+from nextscale.common.sizes import Size, expand_size
 from nextscale.config.data import DataConfig
 from nextscale.data.examples import Batch
 from nextscale.data.images import crop_randomly, load_image, resize_and_crop
@@ -63,6 +65,11 @@ class ImageSet:
         images_B3HW, labels_B = self.images_B3HW[index], self.labels_B[index]
         return replace(self, images_B3HW=images_B3HW, labels_B=labels_B, is_held_out_B=is_held_out_B)
 
+    def crop_centre(self, side: int) -> ImageSet:
+        """The set with the central squares of this side of its images."""
+        top, left = ((length - side) // 2 for length in self.images_B3HW.shape[-2:])
+        return replace(self, images_B3HW=self.images_B3HW[..., top : top + side, left : left + side])
+
     def split(self, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
         """(training, held-out) images, see `split_rows`."""
         train_rows, held_out_rows = split_rows(self.labels_B, self.is_held_out_B, held_out, seed)
@@ -84,8 +91,8 @@ def split_rows(labels_B: Tensor, is_held_out_B: Tensor | None, held_out: float, 
     return order[~is_held_out_B[order]], order[is_held_out_B[order]]
 
 
-def load_images(data: str, size: int, limit: int = 10**9, seed: int = 0) -> ImageSet:
-    """Read the images of `data` (see `open_source`) into memory as size x size pixels.
+def load_images(data: str, size: Size, limit: int = 10**9, seed: int = 0) -> ImageSet:
+    """Read the images of `data` (see `open_source`) into memory, resized and centre-cropped to `size`.
 
     At most `limit` images, drawn with `seed`. The result names unreadable files, which are skipped, and enlarged ones.
     Raises UserError when more than a tenth of the files are unreadable, when more than half are smaller than `size`,
@@ -94,19 +101,20 @@ def load_images(data: str, size: int, limit: int = 10**9, seed: int = 0) -> Imag
     return read_images(open_source(data, size), size, limit, seed)
 
 
-def read_images(source: Source, size: int, limit: int, seed: int, max_unreadable: float = 0.1) -> ImageSet:
+def read_images(source: Source, size: Size, limit: int, seed: int, max_unreadable: float = 0.1) -> ImageSet:
     """Like `load_images`, from a source. `max_unreadable`: the largest accepted share of unreadable images."""
+    height, width = expand_size(size)
     rows, is_held_out_B = choose_rows(source, limit, seed)
     images, readable, unreadable, enlarged = [], [], [], []
     for i, row in enumerate(tqdm(rows.tolist(), desc="reading images", unit="image", disable=len(rows) < 500)):
         try:
-            pixels, original = decode_image(source, row, size)
+            pixels, original = decode_image(source, row, (height, width))
         except UserError as error:
             unreadable.append(str(error))
             continue
         images.append(torch.from_numpy(pixels))
         readable.append(i)
-        if min(original) < size:
+        if original[0] < width or original[1] < height:
             name, _ = source.read(row)
             enlarged.append(f"{name} ({original[0]} x {original[1]})")
     if not images or len(unreadable) > max_unreadable * len(rows):
@@ -114,9 +122,9 @@ def read_images(source: Source, size: int, limit: int, seed: int, max_unreadable
         raise UserError(f"{len(unreadable)} of {len(rows)} images in {source.where} cannot be read: {first}")
     if len(enlarged) > _MAX_ENLARGED * len(images):
         raise UserError(
-            f"{len(enlarged)} of {len(images)} images in {source.where} are smaller than the model's {size} x {size}, "
-            f"such as {enlarged[0]}: a model trained on enlarged images would draw blurred ones; choose a smaller "
-            "size, or larger images"
+            f"{len(enlarged)} of {len(images)} images in {source.where} are smaller than the model's {width} x "
+            f"{height}, such as {enlarged[0]}: a model trained on enlarged images would draw blurred ones; choose a "
+            "smaller size, or larger images"
         )
     stacked = torch.stack(images).permute(0, 3, 1, 2).contiguous()
     labels_B = torch.tensor(source.labels)[rows[readable]]
@@ -137,11 +145,12 @@ def choose_rows(source: Source, limit: int, seed: int) -> tuple[Tensor, Tensor |
 
 
 def decode_image(
-    source: Source, row: int, size: int, crop: Callable[[Image.Image], Image.Image] | None = None
+    source: Source, row: int, size: tuple[int, int] | None, crop: Callable[[Image.Image], Image.Image] | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Pixels (size, size, 3) of a row, uint8, and the image's original width and height.
+    """Pixels (H, W, 3) of a row, uint8, and the image's original width and height.
 
-    `size` 0: do not resize. `crop`: used in place of the centre crop. UserError names a row that cannot be read.
+    `size`: (height, width); None: do not resize. `crop`: used in place of the centre crop. UserError names a row that
+    cannot be read.
     """
     name, picture = source.read(row)
     if picture is None:
@@ -150,7 +159,7 @@ def decode_image(
         image = load_image(picture)
     except UserError as error:
         raise UserError(f"{name} ({error})" if isinstance(picture, bytes) else str(error)) from error
-    cropped = crop(image) if crop else resize_and_crop(image, (size, size)) if size else image
+    cropped = crop(image) if crop else resize_and_crop(image, size) if size else image
     return np.array(cropped), image.size
 
 
@@ -165,7 +174,8 @@ class ImageExamples:
     source: Source | None = None
     rows_B: Tensor | None = None
     """Rows of the source."""
-    size: int = 0
+    size: Size = 0
+    """Of the images that are decoded."""
     random_crop: bool = False
     skipped: Sequence[str] = ()
 
@@ -207,20 +217,21 @@ class ImageExamples:
         for attempt in range(_REPLACEMENT_TRIES):
             i = (index + attempt) % len(self)
             try:
-                return i, decode_image(self.source, int(self.rows_B[i]), self.size, crop)[0]
+                return i, decode_image(self.source, int(self.rows_B[i]), expand_size(self.size), crop)[0]
             except UserError as error:
                 unreadable.append(str(error))
         raise UserError(f"{_REPLACEMENT_TRIES} images in a row cannot be read: {'; '.join(unreadable[-3:])}")
 
 
-def open_dataset(data: str, size: int, config: DataConfig, seed: int) -> tuple[ImageExamples, ImageExamples, Source]:
-    """(training, held-out) examples of `data` at `size` x `size`, and the source with its class names.
+def open_dataset(data: str, size: Size, config: DataConfig, seed: int) -> tuple[ImageExamples, ImageExamples, Source]:
+    """(training, held-out) examples of `data` in this size, and the source with its class names.
 
     A set that fits into memory is read at once; images of others are decoded when they are fetched. Raises UserError
     in the same cases as `load_images`.
     """
     source = open_source(data, size)
-    if not config.random_crop and 3 * size * size * min(len(source.labels), config.limit) <= _MEMORY_LIMIT:
+    image_bytes = 3 * math.prod(expand_size(size))
+    if not config.random_crop and image_bytes * min(len(source.labels), config.limit) <= _MEMORY_LIMIT:
         images = read_images(source, size, config.limit, seed, config.max_unreadable)
         images.print_notes()
         train_images, held_out_images = images.split(config.held_out, seed)

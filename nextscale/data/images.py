@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.common.sizes import Size, expand_size
 
 ImageLike = str | Path | bytes | Image.Image
 
@@ -94,17 +95,19 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def crop_randomly(image: Image.Image, size: int, draws: Sequence[float]) -> Image.Image:
-    """VAR's training crop: resize (Lanczos) the short side to 1.125 times the size, then crop a square at random.
+def crop_randomly(image: Image.Image, size: Size, draws: Sequence[float]) -> Image.Image:
+    """VAR's training crop: resize (Lanczos) to the smallest image that covers 1.125 times `size`, then crop at random.
 
-    `draws`: two random numbers in [0, 1), the position of the square from left and from top.
+    For squares the short side is resized. `draws`: two random numbers in [0, 1), the position of the crop from left and
+    from top.
     """
-    image = _crop_extreme_aspect(image, 1.0)
-    scale = round(1.125 * size) / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = int(draws[0] * (width - size + 1)), int(draws[1] * (height - size + 1))
-    return image.crop((left, top, left + size, top + size))
+    height, width = expand_size(size)
+    image = _crop_extreme_aspect(image, width / height)
+    scale = max(round(1.125 * width) / image.width, round(1.125 * height) / image.height)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(covering, Image.Resampling.LANCZOS)
+    left, top = int(draws[0] * (covering[0] - width + 1)), int(draws[1] * (covering[1] - height + 1))
+    return image.crop((left, top, left + width, top + height))
 
 
 def _crop_extreme_aspect(image: Image.Image, aspect: float) -> Image.Image:

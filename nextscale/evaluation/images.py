@@ -16,6 +16,7 @@ from torch import Tensor
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.pictures import to_uint8
+from nextscale.common.sizes import Size, expand_size
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.data.datasets import decode_image
@@ -28,8 +29,8 @@ class MeasuredImages(Protocol):
     """Images by number."""
 
     where: str
-    width: int
-    """Width of each image in pixels."""
+    size: tuple[int, int]
+    """(height, width) of each image in pixels."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +51,7 @@ class ModelImages:
         if settings.official_seeding:
             raise UserError("official_seeding makes an image depend on its batch; it cannot be measured in shards")
         self.pipeline, self.where, self.count, self.settings, self.batch = pipeline, where, count, settings, batch
-        self.classes, self.width = pipeline.transformer.config.condition.num_classes, pipeline.config.image_size[1]
+        self.classes, self.size = pipeline.transformer.config.condition.num_classes, pipeline.config.image_size
 
     def __len__(self) -> int:
         return self.count
@@ -78,13 +79,14 @@ class ModelImages:
 class StoredImages:
     """Images of a folder or a table, in the order of their names, unchanged or resized and centre-cropped."""
 
-    def __init__(self, data: str, size: int = 0, count: int = 0):
+    def __init__(self, data: str, size: Size = 0, count: int = 0):
+        """`size`: resize and crop to it; 0 = leave images unchanged, and refuse those that are not of one size."""
         self.where = data
         self.source = open_source(data, size or 8)
         self.count = _check_count(data, len(self.source.labels), count)
-        self.size, (self.width, self.height) = size, (size, size)
-        if not size:
-            self.width, self.height = decode_image(self.source, 0, 0)[1]
+        self.resized = bool(size)
+        width, height = decode_image(self.source, 0, None)[1] if not size else expand_size(size)[::-1]
+        self.size = height, width
 
     def __len__(self) -> int:
         return self.count
@@ -92,11 +94,11 @@ class StoredImages:
     def fetch(self, start: int, stop: int) -> Tensor:
         pixels = []
         for i in range(start, stop):
-            image_HW3, (width, height) = decode_image(self.source, i, self.size)
-            if not self.size and (width, height) != (self.width, self.height):
+            image_HW3, (width, height) = decode_image(self.source, i, self.size if self.resized else None)
+            if not self.resized and (height, width) != self.size:
                 raise UserError(
                     f"{self.source.read(i)[0]} is {width} x {height}, the first image of {self.where} "
-                    f"{self.width} x {self.height}; give --size to resize and crop them all"
+                    f"{self.size[1]} x {self.size[0]}; give --size to resize and crop them all"
                 )
             pixels.append(torch.from_numpy(image_HW3))
         return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
@@ -109,8 +111,8 @@ class StoredImages:
         return {
             "pictures": self.where,
             "images": self.count,
-            "size": [self.height, self.width],
-            "resized": self.size > 0,
+            "size": list(self.size),
+            "resized": self.resized,
         }
 
 
@@ -118,7 +120,7 @@ class Reconstructions:
     """Images encoded and decoded by a model's tokenizer. Their metrics bound those of its generators."""
 
     def __init__(self, pipeline: Pipeline, where: str, originals: MeasuredImages):
-        self.pipeline, self.where, self.originals, self.width = pipeline, where, originals, originals.width
+        self.pipeline, self.where, self.originals, self.size = pipeline, where, originals, originals.size
 
     def __len__(self) -> int:
         return len(self.originals)
@@ -152,7 +154,7 @@ class NpzImages:
             raise UserError(f"{path} is no .npz with samples in arr_0: {error}") from error
         if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3); got {self.dtype} {self.shape}")
-        self.count, self.width = _check_count(self.where, self.shape[0], count), self.shape[2]
+        self.count, self.size = _check_count(self.where, self.shape[0], count), (self.shape[1], self.shape[2])
 
     def __len__(self) -> int:
         return self.count
@@ -184,7 +186,7 @@ def _check_count(where: str, available: int, requested: int) -> int:
 
 
 def open_images(
-    source: str, count: int, size: int, settings: SampleConfig, batch: int, reconstruct: str = "", **load: Any
+    source: str, count: int, size: Size, settings: SampleConfig, batch: int, reconstruct: str = "", **load: Any
 ) -> MeasuredImages:
     """The images of a checkpoint folder, an .npz of samples, or a data set (folder, table, name on the hub).
 
@@ -197,7 +199,7 @@ def open_images(
         return NpzImages(path, count)
     if reconstruct:
         pipeline = Pipeline.from_pretrained(source, **load)
-        return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.square_side, count))
+        return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.image_size, count))
     if (path / "config.json").is_file():
         return ModelImages(Pipeline.from_pretrained(source, **load), source, count or 50_000, settings, batch)
     return StoredImages(source, size, count)

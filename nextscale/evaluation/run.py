@@ -16,6 +16,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import save_image, to_pil
+from nextscale.common.sizes import Size
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.encoders.load import load_feature_network
 from nextscale.encoders.network import FeatureNetwork
@@ -37,8 +38,8 @@ class _ImageFeatures:
     """By network and kind (pool, spatial, logits)."""
     fingerprints: dict[str, str]
     """Of the networks."""
-    width: int = 0
-    """Width of the images; 0 = unknown."""
+    size: Size = 0
+    """(height, width) of the images; 0 = unknown."""
     protocol: dict[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
     pair_distances: Tensor | None = None
@@ -78,7 +79,7 @@ def evaluate(
             raise UserError(f"{source} has {len(images)} images, {against} {len(partner)}: give --num to pair as many")
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
         measured = _measure_images(images, loaded, extraction, work / "samples", world)
-    reference_config = replace(config, size=config.size or measured.width)
+    reference_config = replace(config, size=config.size or measured.size)
     by_network = _load_references(references, loaded, reference_config, world, work, measured.fingerprints)
     if not world.main:
         return {}
@@ -212,7 +213,7 @@ def _measure_images(
     return _ImageFeatures(
         {name: _select_network(tensors, name) for name in networks},
         {name: network.fingerprint() for name, network in networks.items()},
-        images.width,
+        images.size,
         images.identity(),
         images.labels(),
         tensors.get("pairing"),

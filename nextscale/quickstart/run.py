@@ -66,7 +66,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     tokens_BL = encode_tokens(pipeline, train_images.images_B3HW)
     examples = {"tokens": tokens_BL, "label": train_images.labels_B}
     if config.loss.encoder:
-        encoder = train_encoder(config, train_images, held_out, size, folder)
+        encoder = train_encoder(config, train_images, held_out, min(size), folder)
         examples["features"] = encode_features(train_images, encoder, pyramid.last)
     task = TransformerTask(
         pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), config.train_transformer, config.loss
@@ -89,10 +89,12 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     return metrics
 
 
-def check_data(config: QuickstartConfig, data: ImageSet, train_images: ImageSet, held_out: ImageSet, size: int) -> None:
+def check_data(
+    config: QuickstartConfig, data: ImageSet, train_images: ImageSet, held_out: ImageSet, size: tuple[int, int]
+) -> None:
     """Print how many images there are; UserError when there are too few."""
     print(
-        f"{config.data}: {len(data)} images as {size}x{size}, {len(data.class_names)} classes; "
+        f"{config.data}: {len(data)} images as {size[1]}x{size[0]}, {len(data.class_names)} classes; "
         f"{len(train_images)} to train on, {len(held_out)} held out"
     )
     data.print_notes()
@@ -111,10 +113,14 @@ def create_pipeline(config: QuickstartConfig, pyramid: Pyramid, class_names: tup
 
 
 def train_encoder(
-    config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet, size: int, folder: Path
+    config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet, side: int, folder: Path
 ) -> SmallEncoder:
-    """A self-supervised encoder of the training images, as `nextscale encoder train` makes it, in `folder`/encoder."""
-    settings = dataclasses.replace(config.encoder, image_size=size)
+    """A self-supervised encoder of the training images, as `nextscale encoder train` makes it, in `folder`/encoder.
+
+    It learns from the centre of the images, squares of `side` pixels.
+    """
+    train_images, held_out = train_images.crop_centre(side), held_out.crop_centre(side)
+    settings = dataclasses.replace(config.encoder, image_size=side)
     task = create_encoder_task(settings, train_images.to_examples(), config.moco, config.views, config.seed)
     classes, bank = len(train_images.class_names), len(train_images)
     callbacks = EncoderCallbacks(task, held_out.to_examples(), classes, bank, folder / "encoder", World())

@@ -14,6 +14,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.plots import plot_curves
+from nextscale.common.sizes import Size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.parse import to_dict
@@ -68,12 +69,12 @@ class Run:
 
 
 def open_image_run(
-    folder: Path, data: str, config: ImageRunConfig, size: int, world: World, *,
+    folder: Path, data: str, config: ImageRunConfig, size: Size, world: World, *,
     accept_changes: bool, about: str = "", other_settings: Mapping[str, Any] | None = None,
 ) -> tuple[Run, ImageExamples, ImageExamples, Source]:  # fmt: skip
     """A run that trains on the images of `data`: (run, training examples, held-out examples, source).
 
-    Images have `size` x `size` pixels. `about`: text that is printed beside the number of images; the number of
+    Images are resized and cropped to `size`. `about`: text that is printed beside the number of images; the number of
     classes, if empty. `other_settings` are recorded beside the config. Raises UserError naming what differs from an
     earlier run's settings, unless `accept_changes`, and as `open_dataset`.
     """
@@ -116,7 +117,7 @@ def list_model_folders(folder: Path, best: bool) -> list[Path]:
     return [folder, folder / "best"] if best else [folder]
 
 
-def load_test_images(data: str, size: int, limit: int = 10**9) -> ImageSet:
+def load_test_images(data: str, size: Size, limit: int = 10**9) -> ImageSet:
     """Images of a data set, to evaluate a model on, at most `limit`; notes about them are printed."""
     images = load_images(data, size, limit)
     images.print_notes()

@@ -30,7 +30,7 @@ def tokenize(
     config = checkpoint.config
     tokenizer = load_tokenizer(checkpoint, config).to(world.device)
     optimize(tokenizer)
-    train, held_out, source = open_dataset(data, config.square_side, images, seed)
+    train, held_out, source = open_dataset(data, config.image_size, images, seed)
     splits: dict[str, Examples] = {"train": train, "held_out": held_out}
     feature_encoder = load_encoder(encoder).to(world.device) if encoder else None
     tokenizer.eval()

@@ -23,6 +23,7 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.rng import fold_seed
+from nextscale.common.sizes import shorten_size
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer_training import (
     CodebookConfig,
@@ -143,7 +144,7 @@ def train_tokenizer(
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_choose_pyramid(config, start), codes, None)
     run, examples, held_out, _ = open_image_run(
-        folder, data, config, model.square_side, world, accept_changes=accept_changes, about=model.summarize()
+        folder, data, config, model.image_size, world, accept_changes=accept_changes, about=model.summarize()
     )
     tokenizer = load_tokenizer(start, model) if start else _create_tokenizer(model, config.train.seed)
     with torch.random.fork_rng(devices=[]):  # the discriminator's weights follow from the seed, too
@@ -177,11 +178,12 @@ class _Callbacks(MainProcessCallbacks):
 def _choose_pyramid(config: TokenizerRunConfig, start: Checkpoint | None) -> Pyramid:
     """The start checkpoint's pyramid, unless the config asks for another one."""
     if start is None:
-        return derive_pyramid(config.image_size or 32, config.tokenizer.downsampling, config.scales)
-    side = start.config.square_side
+        return derive_pyramid(config.image_size, config.tokenizer.downsampling, config.scales)
+    side = shorten_size(start.config.image_size)
     if not config.scales and config.image_size in (0, side):
         return start.config.pyramid
-    return derive_pyramid(config.image_size or side, start.config.tokenizer.downsampling, config.scales)
+    default = side if isinstance(side, int) else 32
+    return derive_pyramid(config.image_size, start.config.tokenizer.downsampling, config.scales, default)
 
 
 def _create_tokenizer(model: ModelConfig, seed: int) -> Tokenizer:
@@ -230,7 +232,7 @@ def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> di
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
     tokenizer = load_tokenizer(checkpoint, model).eval()
     optimize(tokenizer)
-    images = load_test_images(data, model.square_side, limit)
+    images = load_test_images(data, model.image_size, limit)
     report = evaluate_tokenizer(tokenizer, images.to_examples())
     if out is not None:
         write_json(out / "report.json", report)

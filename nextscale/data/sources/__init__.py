@@ -6,19 +6,20 @@ from pathlib import Path
 
 from nextscale.common.errors import UserError
 from nextscale.common.reading import is_hub_name
+from nextscale.common.sizes import Size, expand_size
 from nextscale.data.sources.digits import Digits
 from nextscale.data.sources.folder import list_images, open_folder
 from nextscale.data.sources.parquet import Parquet, list_hub_files
 from nextscale.data.sources.source import Source
 
 
-def open_source(data: str, size: int) -> Source:
-    """The images of `data`: "digits" (enlarged to `size` pixels), a folder, a .parquet file, or owner/name on the hub.
+def open_source(data: str, size: Size) -> Source:
+    """The images of `data`: "digits" (enlarged to cover `size`), a folder, a .parquet file, or owner/name on the hub.
 
     Raises UserError when it is none of these, when it holds no images, or when a parquet column is missing.
     """
     if data == "digits":
-        return Digits(size)
+        return Digits(max(expand_size(size)))
     path = Path(data)
     if path.is_dir():
         tables = sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])

@@ -16,6 +16,7 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.machine import describe_machine
 from nextscale.common.reading import read_json
+from nextscale.common.sizes import Size, shorten_size
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
@@ -245,7 +246,7 @@ class ExperimentRunner:
         data, config = Path(read_json(folder / "run.json")["data"]), read_config(folder)[0]
         if is_token_cache(data):
             return int(TokenCache(data).head["examples"]["train"])
-        return len(open_dataset(str(data), config.square_side, row.run.images, self.experiment.seeds[0])[0])
+        return len(open_dataset(str(data), config.image_size, row.run.images, self.experiment.seeds[0])[0])
 
     @staticmethod
     def _count_costs(
@@ -267,13 +268,13 @@ class ExperimentRunner:
         evaluation = EvaluationConfig(count=self.experiment.images, reconstruct=self.reference)
         return read_json(report) | self._evaluate(folder, evaluation)
 
-    def _make_statistics(self, side: int) -> str:
-        """The file with the reference's statistics for images of this side."""
+    def _make_statistics(self, size: Size) -> str:
+        """The file with the reference's statistics for images of this size."""
         if self.reference.endswith(".npz"):
             return self.reference
-        path = self.folder / f"reference-{compute_key(self.reference, self.features, side)}.npz"
+        path = self.folder / f"reference-{compute_key(self.reference, self.features, size)}.npz"
         if not path.exists():
-            make_statistics(self.reference, self.features, path, EvaluationConfig(size=side), self.world)
+            make_statistics(self.reference, self.features, path, EvaluationConfig(size=size), self.world)
         self.world.wait()
         return str(path)
 
@@ -282,7 +283,7 @@ class ExperimentRunner:
         name = f"measured-{compute_key(dataclasses.asdict(config), self.features, self.reference)}.json"
         out = (self.folder / f"model-{compute_key(str(folder.resolve()))}" if self.model else folder) / name
         if not out.exists():
-            reference = self._make_statistics(read_config(folder)[0].square_side)
+            reference = self._make_statistics(shorten_size(read_config(folder)[0].image_size))
             evaluate(str(folder), out, [self.features], [reference], config, self.world)
         self.world.wait()
         ((network, report),) = read_json(out)["measures"].items()
