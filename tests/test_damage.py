@@ -1,10 +1,23 @@
 """Damaged files: every one is named in one line, and none gives another result in silence."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.official_files import read_tensors
+from nextscale.checkpoints.verify import accept_changes, verify
+from nextscale.cli.parser import main
+from nextscale.common import digest
 from nextscale.common.errors import UserError
+from nextscale.config.classifier import ClassifierConfig
+from nextscale.config.encoder import EncoderConfig
+from nextscale.encoders.classifier import Classifier, load_classifier
+from nextscale.encoders.self_supervised import SmallEncoder, load_small_encoder
+from nextscale.pipeline import Pipeline
 
 
 def flip_byte(path, position):
@@ -31,3 +44,88 @@ def test_a_pth_file_without_checksums_is_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(before)
     assert read_tensors(tmp_path / "x.pth", "")["a"].tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def copy(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refuse(action, match):
+    """The one line of the UserError that `action` raises, which must match."""
+    with pytest.raises(UserError, match=match) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.safetensors", "transformer.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "zeros", "float16", "another model"])
+def test_changed_weights_do_not_load(damage, file, copy):
+    path = copy / file
+    if damage == "flip":
+        flip_byte(path, -1001)
+    elif damage == "zeros":
+        content = path.read_bytes()
+        path.write_bytes(content[:-5000] + bytes(5000))
+    else:
+        tensors = load_file(path)
+        name = max(tensors, key=lambda n: tensors[n].numel())
+        tensors[name] = tensors[name].half() if damage == "float16" else tensors[name].flip(0)
+        save_file(tensors, path)
+    for action in (lambda: Pipeline.from_pretrained(copy), lambda: read_checkpoint(copy), lambda: verify(copy)):
+        line = refuse(action, rf"{file} does not match its digest in config.json: it is damaged, or another tool")
+        assert "--accept-changes" in line
+    accept_changes(copy)
+    Pipeline.from_pretrained(copy)
+    verify(copy)
+
+
+def test_an_edited_config_is_refused_until_it_is_accepted(copy, capsys):
+    head = json.loads((copy / "config.json").read_text())
+    head["model"]["tokenizer"]["phi_ratio"] = 0.25
+    (copy / "config.json").write_text(json.dumps(head))
+    refuse(lambda: Pipeline.from_pretrained(copy), r"config.json does not match the digest .*--accept-changes")
+    assert main(["info", str(copy), "--accept-changes"]) == 0
+    assert Pipeline.from_pretrained(copy).config.tokenizer.phi_ratio == 0.25
+    assert main(["info", str(copy), "--verify"]) == 0
+    assert "3 files match their digests" in capsys.readouterr().out
+
+
+def test_a_folder_of_an_earlier_version_loads_and_its_values_are_checked(copy):
+    head = json.loads((copy / "config.json").read_text())
+    del head["digests"], head["digest"]
+    (copy / "config.json").write_text(json.dumps(head))
+    Pipeline.from_pretrained(copy)
+    tensors = load_file(copy / "tokenizer.safetensors")
+    for value in (float("nan"), float("-inf"), 1e30):
+        spoiled = {n: t.clone() for n, t in tensors.items()}
+        spoiled["decoder.conv_out.bias"][1] = value
+        save_file(spoiled, copy / "tokenizer.safetensors")
+        refuse(lambda: Pipeline.from_pretrained(copy), r"tokenizer.safetensors is damaged: .*'decoder.conv_out.bias'")
+
+
+def test_large_files_are_verified_by_commands_that_read_them_whole(copy, monkeypatch):
+    monkeypatch.setattr(digest, "SMALL", 1000)
+    flip_byte(copy / "transformer.safetensors", -1001)
+    Pipeline.from_pretrained(copy)
+    refuse(lambda: read_checkpoint(copy), "transformer.safetensors does not match its digest")
+    refuse(lambda: verify(copy), "1 damaged files in .*transformer.safetensors does not match its digest")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "encoder"])
+def test_changed_feature_networks_do_not_load(kind, tmp_path):
+    if kind == "classifier":
+        module = Classifier(ClassifierConfig(image_size=8, widths=(16,)), ("a", "b"))
+    else:
+        module = SmallEncoder(EncoderConfig(image_size=8, widths=(16,), blocks=(1,)))
+    module.save(tmp_path)
+    load = {"classifier": load_classifier, "encoder": load_small_encoder}[kind]
+    load(tmp_path)
+    head = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(head | {"class_names": ["b", "a"], "steps": 7}))
+    refuse(lambda: load(tmp_path), "config.json does not match the digest")
+    (tmp_path / "config.json").write_text(json.dumps(head))
+    flip_byte(tmp_path / "model.safetensors", -10)
+    refuse(lambda: load(tmp_path), "model.safetensors does not match its digest")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from nextscale.checkpoints.verify import accept_changes
 from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.encoder import EncoderConfig
@@ -202,6 +203,7 @@ def test_an_encoder_stored_in_half_precision_is_read(tmp_path):
     small_encoder().save(tmp_path)
     tensors = {n: t.half() for n, t in load_file(tmp_path / "model.safetensors").items()}
     save_file(tensors, tmp_path / "model.safetensors")
+    accept_changes(tmp_path)
     assert {p.dtype for p in load_encoder(str(tmp_path)).parameters()} == {torch.float32}
 
 

@@ -1,6 +1,6 @@
 """The native checkpoint: a folder with config.json and safetensors files.
 
-    config.json                format, version, the ModelConfig with the class names, origin
+    config.json                format, version, the ModelConfig with the class names, origin, digests of all files
     tokenizer.safetensors
     transformer.safetensors    absent for a tokenizer alone
     original.safetensors       only for imported checkpoints with tensors that our modules do not have
@@ -11,6 +11,7 @@ Tensors keep their stored dtype on disk. The dtype that a model computes in is c
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nextscale.checkpoints import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, list_shapes
+from nextscale.common.digest import check_digest, read_digests, verify_weights
 from nextscale.common.errors import UserError
 from nextscale.common.reading import read_json
 from nextscale.config.model import ModelConfig
@@ -33,12 +35,22 @@ _LARGE = 2**18
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The folder's ModelConfig and its `origin`, without reading the weights. UserError when it is no checkpoint."""
-    config, origin, _ = _read_head(folder)
-    return config, origin
+    head = _read_head(folder)
+    return head.config, head.origin
 
 
-def _read_head(folder: Path) -> tuple[ModelConfig, dict[str, Any], int]:
-    """Config, origin and format version of a folder."""
+@dataclass(frozen=True)
+class _Head:
+    """What config.json holds."""
+
+    config: ModelConfig
+    origin: dict[str, Any]
+    version: int
+    digests: dict[str, str]
+
+
+def _read_head(folder: Path) -> _Head:
+    """The content of a folder's config.json."""
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
     if not (folder / "config.json").is_file():
@@ -61,24 +73,34 @@ def _read_head(folder: Path) -> tuple[ModelConfig, dict[str, Any], int]:
             from nextscale.config.migrate import rename_settings
 
             settings = rename_settings(settings)
-        return from_dict(ModelConfig, settings, "model"), origin, version
+        config = from_dict(ModelConfig, settings, "model")
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
+    digests = read_digests(folder / "config.json", head)
+    check_digest(folder / "config.json", head, f"accept it with `nextscale info {folder} --accept-changes`")
+    return _Head(config, origin, version, digests)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a folder. Raises UserError naming the file and the tensor at fault."""
-    return read_modules(folder)[0]
+    """Read a folder and compare all weights with their digests. UserError names the file and the tensor at fault."""
+    return read_modules(folder, verify=True)[0]
 
 
-def read_modules(folder: Path) -> tuple[Checkpoint, tuple[Tokenizer, VAR | None]]:
-    """A folder's checkpoint and its modules on the meta device, against which names and shapes were checked."""
-    config, origin, version = _read_head(folder)
+def read_modules(folder: Path, *, verify: bool = False) -> tuple[Checkpoint, tuple[Tokenizer, VAR | None]]:
+    """A folder's checkpoint and its modules on the meta device, against which names and shapes were checked.
+
+    Small files are compared with their digests, see `digest.SMALL`; with `verify` all are.
+    """
+    head = _read_head(folder)
+    config, origin = head.config, head.origin
     tokenizer, transformer = build_on_meta(config)
     tensors = read_safetensors(folder / TOKENIZER, list_shapes(tokenizer))
     weights = read_safetensors(folder / TRANSFORMER, list_shapes(transformer)) if transformer is not None else {}
-    extras = read_safetensors(folder / ORIGINAL) if (folder / ORIGINAL).exists() else {}
-    if version == 1 and config.transformer is not None and config.transformer.dynamic.router_fingerprint:
+    extras = read_safetensors(folder / ORIGINAL) if ORIGINAL in head.digests or (folder / ORIGINAL).exists() else {}
+    for name, part in ((TOKENIZER, tensors), (TRANSFORMER, weights), (ORIGINAL, extras)):
+        if part:
+            verify_weights(folder / name, part, head.digests.get(name), verify)
+    if head.version == 1 and config.transformer is not None and config.transformer.dynamic.router_fingerprint:
         from nextscale.checkpoints.migrate import migrate_router_fingerprint
 
         config = migrate_router_fingerprint(config, weights)

@@ -10,6 +10,7 @@ from torch import Tensor
 import nextscale
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.native import FORMAT, ORIGINAL, TOKENIZER, TRANSFORMER, VERSION
+from nextscale.common.digest import add_digest, compute_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.config.parse import to_dict
@@ -18,20 +19,21 @@ from nextscale.config.parse import to_dict
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint folder. All files are complete on disk before the first one replaces an older one."""
     files = {TOKENIZER: checkpoint.tokenizer, TRANSFORMER: checkpoint.transformer, ORIGINAL: checkpoint.extras}
-    files = {name: tensors for name, tensors in files.items() if tensors}
+    files = {name: unshare_storage(tensors) for name, tensors in files.items() if tensors}
     head = {
         "format": FORMAT,
         "version": VERSION,
         "library": nextscale.__version__,
         "model": to_dict(checkpoint.config),
         "origin": checkpoint.origin,
+        "digests": {name: compute_digest(tensors) for name, tensors in files.items()},
     }
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot save to {folder}: it is a file, not a folder")
     with write_atomically(*(folder / name for name in files), folder / "config.json") as drafts:
         for draft, tensors in zip(drafts[:-1], files.values(), strict=True):
-            save_file(unshare_storage(tensors), draft)
-        write_json(drafts[-1], head)
+            save_file(tensors, draft)
+        write_json(drafts[-1], add_digest(head))
     for name in {TOKENIZER, TRANSFORMER, ORIGINAL} - set(files):
         (folder / name).unlink(missing_ok=True)
 

@@ -140,16 +140,34 @@ class Edit:
 
 @dataclass
 class Info:
-    """Show parameters, FLOPs and memory per scale of a named model (var-d12 ... var-d36) or a checkpoint folder."""
+    """Show parameters, FLOPs and memory per scale of a named model (var-d12 ... var-d36) or a checkpoint folder.
+
+    With --verify: compare files with the digests that were written with them, to find damaged ones.
+    """
 
     model: Positional[str]
-    """Name or folder."""
+    """Name or folder. With --verify any folder or file that nextscale wrote: a model, classifier, encoder, token cache
+    or run, with all folders in it."""
     json: bool = False
     """Print JSON instead of a table."""
+    verify: bool = False
+    """Read all weights, shards and training states, and name those that do not match their digests."""
+    accept_changes: bool = False
+    """Record the digests of a model's files anew, after you changed its config.json or weights on purpose."""
 
     def run(self) -> None:
         import json
 
+        if self.accept_changes:
+            from nextscale.checkpoints.verify import accept_changes
+
+            print(f"recorded the digests of {', '.join(accept_changes(Path(self.model)))} in {self.model}/config.json")
+        if self.verify:
+            from nextscale.checkpoints.verify import verify
+
+            verify(Path(self.model))
+        if self.verify or self.accept_changes:
+            return
         from nextscale.info import as_text, describe
 
         facts = describe(self.model)

@@ -106,7 +106,7 @@ def load_classifier(folder: Path) -> Classifier:
         raise UserError(f"{folder}/config.json: class_names must be a list of names")
     config = from_dict(ClassifierConfig, head.get("classifier"), f"{folder}/config.json")
     model = Classifier(config, tuple(names))
-    load_frozen_weights(model, folder)
+    load_frozen_weights(model, folder, head)
     return model
 
 

@@ -11,16 +11,20 @@ from torch import nn
 from nextscale.checkpoints import list_shapes
 from nextscale.checkpoints.native import read_safetensors
 from nextscale.checkpoints.saving import unshare_storage
+from nextscale.common.digest import add_digest, check_digest, compute_digest, read_digests, verify_weights
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.common.reading import read_json
 
+WEIGHTS = "model.safetensors"
+
 
 def save_module(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:
-    """Write the weights to model.safetensors and `head` (format, version, settings) to config.json."""
-    with write_atomically(folder / "model.safetensors", folder / "config.json") as (tensors, config):
-        save_file(unshare_storage(dict(module.state_dict())), tensors)
-        write_json(config, head)
+    """Write the weights to model.safetensors, and `head` (format, version, settings) with digests to config.json."""
+    weights = unshare_storage(dict(module.state_dict()))
+    with write_atomically(folder / WEIGHTS, folder / "config.json") as (tensors, config):
+        save_file(weights, tensors)
+        write_json(config, add_digest({**head, "digests": {WEIGHTS: compute_digest(weights)}}))
 
 
 def read_head(folder: Path, format_name: str, version: int, kind: str) -> dict[str, Any]:
@@ -31,7 +35,14 @@ def read_head(folder: Path, format_name: str, version: int, kind: str) -> dict[s
     return head
 
 
-def load_frozen_weights(module: nn.Module, folder: Path) -> None:
-    """Load model.safetensors into the module, and set it to evaluation mode without gradients."""
-    module.load_state_dict(read_safetensors(folder / "model.safetensors", list_shapes(module)))
+def load_frozen_weights(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:
+    """Load model.safetensors into the module, and set it to evaluation mode without gradients.
+
+    UserError when the file or `head`, the content of config.json, does not match its digest.
+    """
+    digests = read_digests(folder / "config.json", head)
+    check_digest(folder / "config.json", head, f"accept it with `nextscale info {folder} --accept-changes`")
+    weights = read_safetensors(folder / WEIGHTS, list_shapes(module))
+    verify_weights(folder / WEIGHTS, weights, digests.get(WEIGHTS), everything=True)
+    module.load_state_dict(weights)
     module.eval().requires_grad_(False)

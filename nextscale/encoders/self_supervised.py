@@ -101,6 +101,6 @@ def load_small_encoder(folder: Path) -> SmallEncoder:
     if not isinstance(steps, int) or steps < 0:
         raise UserError(f"{folder}/config.json: steps must be 0 or more, got {steps!r}")
     encoder = SmallEncoder(from_dict(EncoderConfig, head.get("encoder"), f"{folder}/config.json"))
-    load_frozen_weights(encoder, folder)
+    load_frozen_weights(encoder, folder, head)
     encoder.set_steps(steps)
     return encoder
