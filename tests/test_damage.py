@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nextscale.checkpoints.native import read_checkpoint
@@ -17,7 +18,9 @@ from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.encoder import EncoderConfig
 from nextscale.encoders.classifier import Classifier, load_classifier
 from nextscale.encoders.self_supervised import SmallEncoder, load_small_encoder
+from nextscale.evaluation.compute import compute_metrics
 from nextscale.pipeline import Pipeline
+from tests.conftest import randomised, tiny_config
 
 
 def flip_byte(path, position):
@@ -129,3 +132,39 @@ def test_changed_feature_networks_do_not_load(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(head))
     flip_byte(tmp_path / "model.safetensors", -10)
     refuse(lambda: load(tmp_path), "model.safetensors does not match its digest")
+
+
+@pytest.mark.parametrize("official_seeding", [False, True])
+def test_weights_that_are_not_finite_are_named_by_what_they_spoil(official_seeding):
+    pipeline = randomised(tiny_config(), backend="plain")
+    images = torch.rand(2, 3, 8, 8)
+    parameters = dict(pipeline.tokenizer.named_parameters()) | dict(pipeline.transformer.named_parameters())
+
+    def sample():
+        return pipeline.sample([1, 2], seed=3, official_seeding=official_seeding)
+
+    for name, words, actions in (
+        ("decoder.conv_out.bias", "the decoder's images", [sample, lambda: pipeline.reconstruct(images)]),
+        ("encoder.conv_in.weight", "the encoder's features", [lambda: pipeline.encode(images)]),
+        ("head.weight", "the model's logits", [sample, lambda: pipeline.score(images, [1, 2])]),
+    ):
+        for value in (float("nan"), float("inf")):
+            kept = parameters[name].data.clone()
+            parameters[name].data.view(-1)[0] = value
+            for action in actions:
+                refuse(action, f"{words} are not finite: (the tokenizer's|its) weights are damaged")
+            parameters[name].data.copy_(kept)
+    sample()
+
+
+def test_a_classifier_that_is_not_finite_measures_nothing(tmp_path, capsys):
+    model = Classifier(ClassifierConfig(image_size=8, widths=(16,)), ("0", "1"))
+    model.head.bias.data[0] = float("nan")
+    model.save(tmp_path / "classifier")  # its digest is right
+    for name in ("0", "1"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "x.png")
+    assert main(["classifier", "evaluate", str(tmp_path / "classifier"), "--data", str(tmp_path / "data")]) == 2
+    assert "the classifier's cross-entropy is nan; its weights are damaged" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"features \(logits\) are not finite"):
+        compute_metrics("classifier", {"logits": torch.tensor([[0.0, float("nan")]])}, "x", None, 1, 3)

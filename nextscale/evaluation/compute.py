@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
@@ -36,7 +37,15 @@ def name_metric(metric: str, network: str) -> str:
 def compute_metrics(
     network: str, samples: dict[str, Tensor], where: str, reference: Reference | None, split: int, neighbours: int
 ) -> dict[str, Any]:
-    """All metrics that these features (pool, spatial, logits) allow. Raises UserError as the metrics do."""
+    """All metrics that these features (pool, spatial, logits) allow.
+
+    Raises UserError as the metrics do, and when features are not finite.
+    """
+    for kind, tensor in samples.items():
+        if not tensor.sum(dtype=torch.float64).isfinite():
+            raise UserError(
+                f"{where}: {network}'s features ({kind}) are not finite; its weights are damaged"
+            )
     values: dict[str, float] = {}
     notes: list[str] = []
     if "logits" in samples:

@@ -14,7 +14,7 @@ class OfficialRandom:
 
     def draw_tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
         B, N, V = logits_BNV.shape
-        rows = logits_BNV.softmax(dim=-1).view(-1, V)
+        rows = logits_BNV.softmax(dim=-1).view(-1, V).nan_to_num(nan=1.0)  # the sampler reports logits that are NaN
         return torch.multinomial(rows, 1, replacement=True, generator=self.generator).view(B, N)
 
     def draw_gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:

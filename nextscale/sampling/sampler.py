@@ -125,5 +125,10 @@ def check_finite(steps: Iterator[ScaleStep]) -> Iterator[ScaleStep]:
     for step in steps:
         finite = step.logits_BNV.isfinite().all() & finite
         yield step
+    check_finite_logits(finite)
+
+
+def check_finite_logits(finite: Tensor | bool) -> None:
+    """Raise UserError unless logits are finite."""
     if not finite:
         raise UserError("the model's logits are not finite: its weights are damaged, or overflow in this dtype")

@@ -59,10 +59,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tensor:
-        """Tokens (B, L) of images (B, 3, H, W) in [-1, 1]."""
-        return torch.cat(
-            [scale.tokens_BN for scale in self.quantizer.encode_scales(self.extract_features(image_B3HW))], dim=1
-        )
+        """Tokens (B, L) of images (B, 3, H, W) in [-1, 1]. UserError when the encoder's features are not finite."""
+        features_BChw = self.extract_features(image_B3HW)
+        _check_finite("the encoder's features", features_BChw)
+        return torch.cat([scale.tokens_BN for scale in self.quantizer.encode_scales(features_BChw)], dim=1)
 
     # tokens -> canvas -> what the transformer may see
 
@@ -114,8 +114,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode_canvas(self, canvas_BChw: Tensor) -> Tensor:
-        """Image (B, 3, H, W) in [-1, 1], float32, of a canvas."""
-        return self.decode_features(canvas_BChw).clamp(-1, 1)
+        """Image (B, 3, H, W) in [-1, 1], float32, of a canvas. UserError when the decoder's output is not finite."""
+        image_B3HW = self.decode_features(canvas_BChw)
+        _check_finite("the decoder's images", image_B3HW)
+        return image_B3HW.clamp(-1, 1)
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
@@ -127,3 +129,9 @@ class Tokenizer(nn.Module):
         """Training: reconstruction (B, 3, H, W), not clamped, and what the quantiser says of the pass."""
         quantized = self.quantizer(self.extract_features(image_B3HW))
         return self.decode_features(quantized.features_BChw), quantized
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    """Raise UserError when a value is not finite, or all are so large that their sum is not: a synchronisation."""
+    if not values.sum().isfinite():
+        raise UserError(f"{what} are not finite: the tokenizer's weights are damaged, or overflow in this dtype")

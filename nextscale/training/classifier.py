@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed
 from nextscale.config.classifier import ClassifierRunConfig
@@ -130,7 +132,10 @@ def evaluate_classifier(folder: Path, data: str, out: Path | None) -> dict[str, 
     images = load_test_images(data, model.config.image_size)
     check_class_names(data, images.class_names, str(folder), model.class_names, verb="knows")
     task = ClassifierTask(model, images.to_examples(), max_shift=0, label_smoothing=0.0)
-    report = {"data": data, "images": len(images)} | measure_classifier(task, task.examples)
+    values = measure_classifier(task, task.examples)
+    if not math.isfinite(values["loss"]):
+        raise UserError(f"{folder}: the classifier's cross-entropy is {values['loss']}; its weights are damaged")
+    report = {"data": data, "images": len(images)} | values
     if out is not None:
         write_json(out, report)
     return report
