@@ -43,9 +43,7 @@ def compute_metrics(
     """
     for kind, tensor in samples.items():
         if not tensor.sum(dtype=torch.float64).isfinite():
-            raise UserError(
-                f"{where}: {network}'s features ({kind}) are not finite; its weights are damaged"
-            )
+            raise UserError(f"{where}: {network}'s features ({kind}) are not finite; its weights are damaged")
     values: dict[str, float] = {}
     notes: list[str] = []
     if "logits" in samples:
