@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.common.sizes import Size, expand_size
+from nextscale.data.depth import convert_to_8_bits, read_depth
 
 ImageLike = str | Path | bytes | Image.Image
 
@@ -29,7 +31,7 @@ def load_image(source: ImageLike, size: tuple[int, int] | None = None) -> Image.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = convert_to_rgb(_open(source))
+            image = convert_to_rgb(_open(source), name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name} is too large to be opened safely: {error}") from error
     except FileNotFoundError as error:
@@ -54,29 +56,34 @@ def _is_empty(source: ImageLike) -> bool:
     )
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB. PIL converts greyscale, palette, CMYK and the rest; alpha is blended over white."""
+def convert_to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """Any PIL image as 8-bit RGB. PIL converts greyscale, palette, CMYK and the rest; alpha is blended over white.
+
+    Values of more than 8 bits are scaled as `nextscale.data.depth` says. `name`: for notes.
+    """
+    if 0 in image.size:
+        raise UserError("it has no pixels")
+    depth = read_depth(image)
     image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # the pixels are intact, only the orientation is unknown
-        warnings.warn(f"ignored a damaged EXIF block: {error}", stacklevel=2)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _convert_to_8_bits(image)
+    image = _turn_upright(image)
+    if depth is not None:
+        low = _turn_upright(depth.low) if depth.low is not None else None
+        image = convert_to_8_bits(image, replace(depth, low=low), name)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image  # PIL does not convert it to others
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
-def _convert_to_8_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits, or float, as 8-bit greyscale. PIL's own conversion would clip at 255."""
-    values = np.asarray(image).astype(np.float64)
-    white = 65535.0
-    if image.mode == "F":  # 0..1 by convention; other ranges are taken as 0..255
-        white = 1.0 if values.max(initial=0) <= 1 else 255.0
-    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """The image rotated as its EXIF block says."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # the pixels are intact, only the orientation is unknown
+        warnings.warn(f"ignored a damaged EXIF block: {error}", stacklevel=2)
+        return image
 
 
 def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
