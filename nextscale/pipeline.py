@@ -21,8 +21,7 @@ from nextscale.common.devices import find_device, find_dtype
 from nextscale.common.errors import UserError
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
-from nextscale.config.parse import suggest_name
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import SampleConfig, parse_count, parse_sampling
 from nextscale.sampling import CreatePredictor, build_sampler
 from nextscale.sampling.sampler import (
     LogitsProcessor,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
     from nextscale.backends.twins import Backend
     from nextscale.config.initialization import InitConfig
-    from nextscale.data.images import ImageLike
+    from nextscale.data.arrays import ImageInput, ImagesInput
     from nextscale.sampling.editing import Edit
 
 Labels = Tensor | Sequence["int | str | None"]
@@ -254,9 +253,10 @@ class Pipeline:
         """
         settings = self._parse_settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices(labels))
-        size = len(values) if settings.official_seeding else max(batch_size, 1)
         if not len(values):
             raise UserError("sampling needs at least one label; got none")
+        batch_size, first_image = parse_count("batch_size", batch_size, 1), parse_count("first_image", first_image)
+        size = len(values) if settings.official_seeding else batch_size
         batches = []
         for i in tqdm(range(0, len(values), size), desc="sampling", unit="batch", disable=not progress):
             sampler = self._build_sampler(values[i : i + size], settings, first_image + i, logits_processors)
@@ -273,46 +273,49 @@ class Pipeline:
         settings = self._parse_settings(config, overrides)
         return sample_scales(self._build_sampler(values, settings, first_image, logits_processors))
 
-    def reconstruct(self, images: Sequence[ImageLike] | Tensor) -> Images:
-        """Encode and decode images: paths, PIL images, or a tensor (B, 3, H, W) in [0, 1].
+    def reconstruct(self, images: ImagesInput | Images) -> Images:
+        """Encode and decode images: one or several paths, PIL images, arrays of uint8 or of floats in [0, 1].
 
-        An image of another size is resized on its short side and centre-cropped. Images are encoded one at a time, so
-        that each gives the same tokens in every batch.
+        `nextscale.data.arrays` says which arrays are taken. An image of another size is resized on its short side and
+        centre-cropped. Images are encoded one at a time, so that each gives the same tokens in every batch.
         """
         inputs, captions = self._load_images(images)
-        tokens = torch.cat([self.tokenizer.encode(x[None].to(self.device)) for x in inputs])
+        tokens = self._encode_images(inputs)
         decoded = torch.cat([self.tokenizer.decode(t[None]) for t in tokens])
         return Images(tokens.cpu(), (decoded.cpu() + 1) / 2, captions)
 
     def edit(
-        self, image: ImageLike, mask: Tensor | ImageLike, label: int | str | None = None,
+        self, image: ImageInput, mask: ImageInput, label: int | str | None = None,
         config: SampleConfig | None = None, *, first_image: int = 0,
         logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
     ) -> Images:  # fmt: skip
         """Generate the part of an image that `mask` does not keep.
 
-        `mask`: an image, white where the image stays and black where it is generated anew, or a tensor (H, W) of the
-        model's size with 1 and 0. `label`: the class to generate; None (the default) continues the image, for
-        in-painting and out-painting. Settings and processors as in `sample`. A mask that keeps everything gives the
-        reconstruction, one that keeps nothing the sample of that seed.
+        `mask`: an image, white where the image stays and black where it is generated anew, or an array (H, W) of the
+        model's or the image's size with 1 and 0. `label`: the class to generate; None (the default) continues the
+        image, for in-painting and out-painting. Settings and processors as in `sample`. A mask that keeps everything
+        gives the reconstruction, one that keeps nothing the sample of that seed.
         """
-        from nextscale.data.images import load_mask
+        from nextscale.data.arrays import fit_picture, list_pictures, read_mask
         from nextscale.sampling.editing import build_edit
 
         settings = self._parse_settings(config, overrides)
         values = self.transformer.condition.parse(self.label_indices([label]))
-        mask_HW = mask if isinstance(mask, Tensor) else load_mask(mask, image, self.config.image_size)[0]
-        edit = build_edit(mask_HW, self.encode([image]).to(self.device), self.config)
+        pictures, _ = list_pictures(image, self.config.image_size)
+        if len(pictures) != 1:
+            raise UserError(f"edit takes one image; got {len(pictures)}")
+        mask_HW = read_mask(mask, pictures[0], self.config.image_size)
+        tokens_BL = self._encode_images(fit_picture(pictures[0], self.config.image_size)[None])
+        edit = build_edit(mask_HW, tokens_BL, self.config)
         edited = sample_images(self._build_sampler(values, settings, first_image, logits_processors, edit))
         return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(values[0]),))
 
-    def encode(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
+    def encode(self, images: ImagesInput | Images) -> Tensor:
         """Tokens (B, L) of images, given as in `reconstruct`."""
-        inputs, _ = self._load_images(images)
-        return torch.cat([self.tokenizer.encode(x[None].to(self.device)) for x in inputs]).cpu()
+        return self._encode_images(self._load_images(images)[0]).cpu()
 
-    def score(self, images: Sequence[ImageLike] | Tensor, labels: Labels) -> Tensor:
-        """Log-likelihood in nats of the images' tokens given their labels, per scale: (B, K)."""
+    def score(self, images: ImagesInput | Images, labels: Labels) -> Tensor:
+        """Log-likelihood in nats of the images' tokens given their labels, per scale: (B, K); images as in `encode`."""
         from nextscale.sampling.likelihood import compute_log_likelihood
 
         values = self.transformer.condition.parse(self.label_indices(labels))
@@ -337,13 +340,7 @@ class Pipeline:
 
     def _parse_settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
         """The settings, with functions of the scale as lists and thresholds in place of a budget."""
-        known = [f.name for f in dataclasses.fields(SampleConfig)]
-        for name in overrides:
-            if name not in known:
-                raise UserError(f"sampling has no setting '{name}'{suggest_name(name, known)}")
-        scales = range(len(self.config.pyramid))
-        values: dict[str, Any] = {n: tuple(v(k) for k in scales) if callable(v) else v for n, v in overrides.items()}
-        settings = dataclasses.replace(config or SampleConfig(), **values)
+        settings = parse_sampling(config, overrides, len(self.config.pyramid))
         if not settings.budget:
             return settings
         from nextscale.sampling.thresholds import resolve_budget
@@ -355,21 +352,20 @@ class Pipeline:
         edit: Edit | None = None,
     ) -> Sampler:  # fmt: skip
         return build_sampler(
-            self.tokenizer, self.transformer, values, settings, first_image=first_image, edit=edit,
+            self.tokenizer, self.transformer, values, settings, first_image=parse_count("first_image", first_image),
+            edit=edit,
             refiner=self._load_refiner(settings), logits_processors=processors, captured=self._captured,
         )  # fmt: skip
 
-    def _load_images(self, images: Sequence[ImageLike] | Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    def _load_images(self, images: ImagesInput | Images) -> tuple[Tensor, tuple[str, ...]]:
         """Images in [-1, 1] (B, 3, H, W) and a caption for each."""
-        if isinstance(images, Tensor):
-            return images.float() * 2 - 1, tuple(str(i) for i in range(len(images)))
-        if not images:
-            raise UserError("at least one image is needed; got none")
-        from nextscale.data.images import load_image, to_tensor
+        from nextscale.data.arrays import load_batch
 
-        size = self.config.image_size
-        captions = tuple(Path(i).name if isinstance(i, str | Path) else str(n) for n, i in enumerate(images))
-        return torch.stack([to_tensor(load_image(image, size)) for image in images]), captions
+        return load_batch(images.tensor if isinstance(images, Images) else images, self.config.image_size)
+
+    def _encode_images(self, images_B3HW: Tensor) -> Tensor:
+        """Tokens (B, L) of images in [-1, 1], on the model's device; one at a time."""
+        return torch.cat([self.tokenizer.encode(x_3HW[None].to(self.device)) for x_3HW in images_B3HW])
 
 
 def _find_folder(source: str | Path, revision: str | None, token: str | None) -> Path:

@@ -21,6 +21,7 @@ SMAX, SMIN, LARGEST, PHOTOMETRIC = 341, 340, 281, 262
 @pytest.fixture(autouse=True)
 def _forget_notes():
     notes._counts.clear()
+    notes._printed.clear()
 
 
 def read(data: bytes, tmp_path, name="x.img") -> np.ndarray:

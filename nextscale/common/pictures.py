@@ -18,7 +18,9 @@ _CAPTION = 14
 
 
 def to_uint8(images_B3HW: Tensor) -> Tensor:
-    """Float images in [0, 1] as uint8, rounded to the nearest value."""
+    """Float images in [0, 1] as uint8, rounded to the nearest value. UserError for images of another type."""
+    if not images_B3HW.is_floating_point():
+        raise UserError(f"images must be floating point in [0, 1]; got {images_B3HW.dtype}")
     return (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nextscale.common.errors import UserError
-from nextscale.config.parse import check_fields
+from nextscale.config.parse import check_fields, from_dict
 from nextscale.config.transformer import Selection
 
 Number = TypeVar("Number", int, float)
@@ -84,6 +86,37 @@ class SampleConfig:
     def sets_thresholds(self) -> bool:
         """Whether thresholds of dynamic experts replace the model's own."""
         return bool(self.tau or self.budget) or self.selection != "threshold"
+
+
+def parse_sampling(config: SampleConfig | None, overrides: Mapping[str, Any], scales: int) -> SampleConfig:
+    """The settings of a Python caller: `config` or the defaults, changed by `overrides`.
+
+    A setting may be a scalar or an array of numpy or torch, and a function from the scale to a number. UserError names
+    a setting that does not exist or is of another type.
+    """
+    if config is not None and not isinstance(config, SampleConfig):
+        raise UserError(f"config must be a SampleConfig; got {type(config).__name__}: give settings as keywords")
+    values = {}
+    for name, value in overrides.items():
+        given = [value(k) for k in range(scales)] if callable(value) else value
+        values[name] = [_to_plain(v) for v in given] if isinstance(given, list | tuple) else _to_plain(given)
+    return from_dict(SampleConfig, values, "sampling", config or SampleConfig())
+
+
+def parse_count(name: str, value: Any, least: int = 0) -> int:
+    """A whole number of any library, `least` or more; UserError for others."""
+    try:
+        number = operator.index(_to_plain(value))
+    except TypeError:
+        number = None
+    if number is None or isinstance(_to_plain(value), bool) or number < least:
+        raise UserError(f"{name} must be a whole number, {least} or more; got {value!r}")
+    return number
+
+
+def _to_plain(value: Any) -> Any:
+    """A scalar or an array of numpy or torch as numbers of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def list_per_scale(name: str, value: Number | tuple[Number, ...], scales: int) -> tuple[Number, ...]:

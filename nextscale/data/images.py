@@ -132,11 +132,15 @@ def load_mask(mask: ImageLike, image: ImageLike, size: tuple[int, int]) -> tuple
     White is 1. A mask of another size than the image is first resized to it; then it is resized and cropped exactly as
     `load_image` does with the image. Raises UserError in the same cases as `load_image`.
     """
-    picture, target = load_image(mask), load_image(image).size
-    resized = picture.size != target
+    return fit_mask(load_image(mask), load_image(image).size, size)
+
+
+def fit_mask(mask: Image.Image, target: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, bool]:
+    """As `load_mask`, of a mask and the (width, height) of the image."""
+    resized = mask.size != target
     if resized:
-        picture = picture.resize(target, Image.Resampling.BILINEAR)
-    grey_HW = np.asarray(resize_and_crop(picture, size).convert("L"), dtype=np.float32) / 255
+        mask = mask.resize(target, Image.Resampling.BILINEAR)
+    grey_HW = np.asarray(resize_and_crop(mask, size).convert("L"), dtype=np.float32) / 255
     return torch.from_numpy(grey_HW), resized
 
 

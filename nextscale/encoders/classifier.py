@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.common.checks import check_uint8
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.reading import has_format
@@ -52,6 +53,7 @@ class Classifier(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> Features:
         """Features and logits; with `mirror` in the config, the mean over the image and its mirror image."""
+        check_uint8(self.name, image_B3HW)
         pool_BD, logits_BC = self.forward_once(image_B3HW)
         if self.config.mirror:
             mirror_BD, mirror_BC = self.forward_once(image_B3HW.flip(-1))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nextscale.common.checks import check_uint8
 from nextscale.common.errors import UserError
 from nextscale.common.reading import read_json
 from nextscale.encoders.network import Features
@@ -48,6 +49,7 @@ class DinoFeatureNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, image_B3HW: Tensor) -> Features:
         """Features of uint8 images, resized to the largest multiple of the patch up to 224 (bicubic, antialiased)."""
+        check_uint8(self.name, image_B3HW)
         return Features(self.encoder.forward_class_token(image_B3HW.float() / 127.5 - 1))
 
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nextscale.checkpoints import check_tensors
 from nextscale.checkpoints.official_files import read_tensors
+from nextscale.common.checks import check_uint8
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.encoders.network import Features
@@ -165,6 +166,7 @@ class Inception(nn.Module):
     def forward(self, image_B3HW: Tensor) -> Features:
         """`spatial`: the first 7 channels of the 1x1 branch of Mixed_6d, in the order (h, w, channel), as in ADM's
         evaluator. `logits`: without the bias, as in ADM's Inception Score."""
+        check_uint8(self.name, image_B3HW)
         x = (resize_like_tensorflow(image_B3HW.float(), _SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x)))

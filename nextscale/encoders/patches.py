@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.common.checks import check_floats
 from nextscale.common.fingerprint import compute_fingerprint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,6 +44,7 @@ class PatchEncoder(nn.Module, ABC):
 
     def preprocess(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images in [-1, 1], resized (bicubic, antialiased) to grid times patch pixels and normalised."""
+        check_floats(f"the {self.kind} encoder", image_B3HW)
         size = (grid[0] * self.patch, grid[1] * self.patch)
         image_B3HW = image_B3HW.float()
         if image_B3HW.shape[-2:] != size:

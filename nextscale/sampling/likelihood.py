@@ -19,7 +19,7 @@ def compute_log_likelihood(tokenizer: Tokenizer, model: VAR, tokens_BL: Tensor, 
     No guidance, temperature or filter: what the cross-entropy of training measures, times the tokens of the scale.
     UserError when the logits are not finite.
     """
-    tokenizer.check_tokens(tokens_BL)
+    tokens_BL = tokenizer.check_tokens(tokens_BL)
     logits_BLV = model(values, tokenizer.teacher_inputs(tokens_BL)).logits_BNV
     token_BL = logits_BLV.log_softmax(dim=-1).gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
     check_finite_logits(token_BL.isfinite().all())

@@ -7,10 +7,12 @@ Teacher forcing, sampling and reconstruction are made of four functions: `encode
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nextscale.common.checks import check_floats, check_range, check_uint8
 from nextscale.common.errors import UserError
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
@@ -19,7 +21,8 @@ from nextscale.tokenizer.quantizer import Quantized, Quantizer
 
 
 def scale_to_unit(images_u8: Tensor) -> Tensor:
-    """uint8 images to float32 in [-1, 1]."""
+    """uint8 images (B, 3, H, W) to float32 in [-1, 1]. UserError for others."""
+    check_uint8("scaling to [-1, 1]", images_u8)
     return images_u8.float() / 127.5 - 1
 
 
@@ -52,14 +55,20 @@ class Tokenizer(nn.Module):
 
     def extract_features(self, image_B3HW: Tensor) -> Tensor:
         """Feature map (B, c, h, w), float32, of images (B, 3, H, W) in [-1, 1]."""
+        check_floats("the tokenizer", image_B3HW)
         h, w = (s * self.config.downsampling for s in self.pyramid.last)
-        if image_B3HW.ndim != 4 or image_B3HW.shape[1:] != (3, h, w):
+        if image_B3HW.shape[1:] != (3, h, w):
             raise UserError(f"the tokenizer takes images of shape (B, 3, {h}, {w}); got {tuple(image_B3HW.shape)}")
         return self.quant_conv(self.encoder(image_B3HW.to(self.quant_conv.weight.dtype))).float()
 
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tensor:
-        """Tokens (B, L) of images (B, 3, H, W) in [-1, 1]. UserError when the encoder's features are not finite."""
+        """Tokens (B, L) of images (B, 3, H, W) in [-1, 1].
+
+        UserError for images of another kind, shape or range, and when the encoder's features are not finite.
+        """
+        check_floats("the tokenizer", image_B3HW)
+        check_range("the tokenizer", image_B3HW)
         features_BChw = self.extract_features(image_B3HW)
         _check_finite("the encoder's features", features_BChw)
         return torch.cat([scale.tokens_BN for scale in self.quantizer.encode_scales(features_BChw)], dim=1)
@@ -92,19 +101,27 @@ class Tokenizer(nn.Module):
 
     def build_canvases(self, tokens_BL: Tensor) -> Iterator[Tensor]:
         """The canvas (B, c, h, w) after each scale."""
-        self.check_tokens(tokens_BL)
+        tokens_BL = self.check_tokens(tokens_BL)
         canvas = self.new_canvas(tokens_BL.shape[0])
         for k, (start, end) in enumerate(self.pyramid.spans):
             canvas = self.add_scale(canvas, tokens_BL[:, start:end], k)
             yield canvas
 
-    def check_tokens(self, tokens_BL: Tensor) -> None:
-        """Raise UserError unless tokens are (B, L) indices into the codebook."""
+    def check_tokens(self, tokens_BL: Any) -> Tensor:
+        """Tokens of any integer type, of torch or numpy, as int64 on the model's device.
+
+        Raises UserError unless they are (B, L) indices into the codebook.
+        """
         length, vocab = self.pyramid.length, self.config.vocab_size
+        tokens_BL = torch.as_tensor(tokens_BL)
+        if tokens_BL.is_floating_point() or tokens_BL.is_complex() or tokens_BL.dtype == torch.bool:
+            raise UserError(f"tokens must be whole numbers; got {str(tokens_BL.dtype).removeprefix('torch.')}")
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] != length:
             raise UserError(f"pyramid {self.pyramid} takes tokens (B, {length}); got {tuple(tokens_BL.shape)}")
+        tokens_BL = tokens_BL.to(self.quantizer.codebook.weight.device, torch.int64)
         if tokens_BL.numel() and not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < vocab:
             raise UserError(f"tokens must lie in 0 to {vocab - 1}; got {int(tokens_BL.min())}..{int(tokens_BL.max())}")
+        return tokens_BL
 
     # canvas -> image
 

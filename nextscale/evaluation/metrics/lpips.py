@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.checkpoints import check_tensors
 from nextscale.checkpoints.official_files import read_tensors
+from nextscale.common.checks import check_floats, check_range
 from nextscale.common.errors import UserError
 
 
@@ -109,6 +110,12 @@ class Lpips(nn.Module):
         return model
 
     def forward(self, a_B3HW: Tensor, b_B3HW: Tensor) -> Tensor:
+        for image_B3HW in (a_B3HW, b_B3HW):
+            check_floats("LPIPS", image_B3HW)
+            if not torch.is_grad_enabled():  # in training, reconstructions may exceed the range
+                check_range("LPIPS", image_B3HW)
+        if a_B3HW.shape != b_B3HW.shape:
+            raise UserError(f"LPIPS compares images of equal shape; got {tuple(a_B3HW.shape)}, {tuple(b_B3HW.shape)}")
         a, b = ((x - self.shift) / self.scale for x in (a_B3HW, b_B3HW))
         distance = a.new_zeros(len(a))
         for i, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
