@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
+from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
 from nextscale.common.pictures import to_uint8
 from nextscale.config.classifier import ClassifierConfig
@@ -358,3 +360,31 @@ def test_pictures_in_memory_keep_what_files_have():
     opened = Image.open(io.BytesIO(buffer.getvalue()))
     (picture,), _ = list_pictures(opened, SIZE)
     assert torch.equal(fit_picture(picture, SIZE), load(PIXELS[0])[0])
+
+
+# ---- nextscale reconstruct
+
+
+def test_reconstruct_takes_a_folder(tiny_folder, tmp_path, capsys):
+    """Of the classes in turn, with what cannot be read named; the same pictures as from the files one by one."""
+    names = ["b/2.png", "a/3.png", "a/1.png"]
+    for i, name in enumerate(names):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        shape = (4, 5, 3) if i == 0 else (20 + i, 30, 3)
+        Image.fromarray(RNG.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "b" / "9.png").write_bytes(b"no picture")
+    folder, files = tmp_path / "photos", [tmp_path / "photos" / name for name in sorted(names)]
+    for out, paths in (("all", [folder]), ("each", files)):
+        options = ["--out", tmp_path / f"{out}.png", "--tokens-out", tmp_path / f"{out}.safetensors"]
+        assert main([str(a) for a in ("reconstruct", tiny_folder, *paths, *options)]) == 0
+        text = capsys.readouterr().out
+        assert "wrote 3 reconstructions" in text
+        assert f"note: {folder}/b/2.png is 5 x 4, smaller than the model's 8 x 8; it is enlarged" in text
+        assert ("note: left out 1 unreadable images: cannot read image" in text) == (out == "all")
+    assert (tmp_path / "all.png").read_bytes() == (tmp_path / "each.png").read_bytes()
+    both = [load_file(tmp_path / f"{out}.safetensors") for out in ("all", "each")]
+    assert torch.equal(both[0]["tokens"], both[1]["tokens"])
+    (tmp_path / "empty").mkdir()
+    for wrong in (tmp_path / "empty", tmp_path / "photos" / "b" / "9.png"):
+        assert main(["reconstruct", str(tiny_folder), str(wrong), "--out", str(tmp_path / "x.png")]) == 2
+        assert not (tmp_path / "x.png").exists()

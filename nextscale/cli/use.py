@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,13 +60,13 @@ class Sample:
 class Reconstruct:
     """Encode and decode images, to judge the tokenizer's quality.
 
-    Images of another size than the model's are resized on the short side and centre-cropped.
+    Images of another size than the model's are resized to cover it and centre-cropped.
     """
 
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
     images: Positional[tuple[Path, ...]]
-    """Image files."""
+    """Image files; a folder or a parquet file gives all its images, in the order of a data set."""
     out: Path
     """The reconstructions as one grid, a PNG file."""
     tokens_out: Path | None = None
@@ -82,13 +81,15 @@ class Reconstruct:
     """auto: the fast modules of the device. plain: plain PyTorch."""
 
     def run(self) -> None:
+        from nextscale.data.files import load_named_images
         from nextscale.pipeline import Pipeline
 
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
-        _note_small_images(self.images, pipeline.config.image_size)
-        images = pipeline.reconstruct(self.images)
+        given = load_named_images(self.images, pipeline.config.image_size)
+        given.print_notes(pipeline.config.image_size)
+        images = replace(pipeline.reconstruct(given.images), captions=tuple(Path(name).name for name in given.names))
         _write_outputs(images, self.out, self.tokens_out, self.images_out)
-        print(f"wrote {len(self.images)} reconstructions to {self.out}")
+        print(f"wrote {len(given.images)} reconstructions to {self.out}")
 
 
 @dataclass
@@ -118,6 +119,7 @@ class Edit:
     """auto: the fast modules of the device. plain: plain PyTorch."""
 
     def run(self) -> None:
+        from nextscale.data.files import load_named_images
         from nextscale.data.images import load_mask
         from nextscale.pipeline import Pipeline
 
@@ -125,7 +127,7 @@ class Edit:
         if len(labels) != 1:
             raise UserError(f"--label takes one class; got '{self.label}'")
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
-        _note_small_images([self.image], pipeline.config.image_size)
+        load_named_images([self.image], pipeline.config.image_size).print_notes(pipeline.config.image_size)
         mask, resized = load_mask(self.mask, self.image, pipeline.config.image_size)
         if resized:
             print(f"note: {self.mask} is not of the size of {self.image} and was resized to it")
@@ -180,16 +182,6 @@ def parse_labels(text: str) -> list[str | None]:
     if not all(parts):
         raise UserError(f"--labels '{text}' has an empty entry; write indices or names separated by commas: 3,7")
     return [None if part == "none" else part for part in parts]
-
-
-def _note_small_images(images: Sequence[Path], size: tuple[int, int]) -> None:
-    """Print a line for each image that is smaller than the model's size (height, width)."""
-    from nextscale.data.images import load_image
-
-    for path in images:
-        width, height = load_image(path).size
-        if height < size[0] or width < size[1]:
-            print(f"note: {path} is {width} x {height}, smaller than the model's {size[1]} x {size[0]}; it is enlarged")
 
 
 def _write_outputs(  # type: ignore[no-untyped-def]
