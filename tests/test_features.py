@@ -64,7 +64,7 @@ def test_the_cache_keeps_features_of_every_view(tmp_path):
     encoder, tokenizer = load_encoder(str(tmp_path / "encoder")), randomised(tiny_config()).tokenizer
     parts = cache_parts(tokenizer)
     writer = CacheWriter(tmp_path / "cache", tokenizer, parts, views=2, shard=8, encoder=encoder)
-    writer.record_settings(("a",), {})
+    writer.record_settings(("a", "b", "c"), {})
     writer.write(show=False)
     batch = TokenCache(tmp_path / "cache").load_examples("train").fetch([5, 20], [5, 20])
     images = [parts["train"].fetch([i], [(i % 2) * 21 + i])["image"] for i in (5, 20)]
@@ -73,4 +73,4 @@ def test_the_cache_keeps_features_of_every_view(tmp_path):
     assert torch.allclose(batch["features"].float(), expected, atol=2e-3)
     plain = CacheWriter(tmp_path / "cache", tokenizer, parts, views=2, shard=8)
     with pytest.raises(UserError, match="with other settings .encoder was"):
-        plain.record_settings(("a",), {})
+        plain.record_settings(("a", "b", "c"), {})

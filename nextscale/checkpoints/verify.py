@@ -9,7 +9,7 @@ from typing import Any
 
 from nextscale.checkpoints.native import read_safetensors
 from nextscale.checkpoints.official_files import check_zip
-from nextscale.checkpoints.shards import verify_shard
+from nextscale.checkpoints.shards import check_place, read_owner, verify_shard
 from nextscale.common.digest import add_digest, check_digest, compute_digest, read_digests, verify_weights
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
@@ -43,6 +43,8 @@ def verify(path: Path, report: Report = print) -> None:
     report(f"{path}: {verified} files match their digests" if verified else f"{path}: no file has a digest")
 
 
+_SET_TABLES = ("cache.json", "features.json", "samples.json")
+"""JSON files that describe a set of shards."""
 _MATCHES, _NO_DIGEST = "matches its digest", "has no digest (an earlier version or another program wrote it)"
 
 
@@ -80,6 +82,8 @@ def _verify_safetensors(file: Path) -> str:
     table = read_json(config) if config.is_file() else {}
     digest = read_digests(config, table).get(file.name) if isinstance(table, dict) else None
     if digest is None and verify_shard(file):
+        tables = [file.parent / name for name in _SET_TABLES if (file.parent / name).is_file()]
+        check_place(file, read_owner(tables[0]) if tables else "", "move it back, or delete it and write it again")
         return _MATCHES
     verify_weights(file, read_safetensors(file), digest, everything=True)
     return _MATCHES if digest else _NO_DIGEST

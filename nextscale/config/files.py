@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nextscale.common.digest import add_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.reading import read_json
@@ -44,12 +45,12 @@ def _find_recipe(name: str) -> Path:
 
 
 def record_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write a run's settings to `path`, a JSON file in its folder.
+    """Write a run's settings to `path`, a JSON file in its folder, with their digest.
 
     Raises UserError naming what differs when the file holds the settings of another run.
     """
     if not path.exists():
-        write_json(path, settings)
+        write_json(path, add_digest(settings))
         return
     before = migrate_record(read_json(path))
     if not isinstance(before, dict):

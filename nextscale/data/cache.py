@@ -6,22 +6,24 @@
     held_out-00000.safetensors ...
 
 Shards are memory-mapped when read. Each is written atomically, so an interrupted run continues with the first missing
-one. With several processes each encodes every n-th shard.
+one. With several processes each encodes every n-th shard. A shard knows its name and the cache that it belongs to, and
+carries digests, see `nextscale.checkpoints.shards`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from nextscale.checkpoints.shards import Form, check_range, read_owner, read_shard, verify_shard, write_shard
+from nextscale.common.digest import add_digest, check_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.common.fingerprint import compute_fingerprint
@@ -31,10 +33,14 @@ from nextscale.config.model import ModelConfig
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.encoders.patches import PatchEncoder
+from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
 FORMAT, VERSION = "nextscale-tokens", 1
 SPLITS = ("train", "held_out")
+_REMEDY = "delete it and run `nextscale tokenize` again"
+_LARGE = 2**28
+"""Bytes of a tensor above which only `nextscale info --verify` compares it with its digest."""
 
 
 def is_token_cache(path: Path) -> bool:
@@ -96,7 +102,7 @@ class CacheWriter:
             for draft in self.folder.glob(".*.part*"):  # left by a run that was killed while writing
                 draft.unlink(missing_ok=True)
         else:
-            write_json(path, head)
+            write_json(path, add_digest(head))
 
     def write(self, rank: int = 0, size: int = 1, batch: int = 64, show: bool = True) -> None:
         """Encode every missing shard whose number is `rank` modulo `size`."""
@@ -107,11 +113,13 @@ class CacheWriter:
             if number % size == rank and not (self.folder / _name_shard(split, number)).exists()
         ]
         total = sum(len(self._select_rows(split, number)) * self._count_views(split) for split, number in missing)
+        owner = read_owner(self.folder / "cache.json")
         with tqdm(total=total, desc="encoding", unit="image", disable=not show) as bar:
             for split, number in missing:
                 tensors = self._encode_rows(split, self._select_rows(split, number), batch, bar)
-                with write_atomically(self.folder / _name_shard(split, number)) as (draft,):
-                    save_file(tensors, draft)
+                path = self.folder / _name_shard(split, number)
+                with write_atomically(path) as (draft,):
+                    write_shard(draft, path, tensors, owner)
 
     def _select_rows(self, split: str, number: int) -> range:
         """The examples of a shard."""
@@ -142,12 +150,16 @@ class CacheWriter:
 
     def _encode_batch(self, images: Batch) -> dict[str, Tensor]:
         """Tokens, labels and, with an encoder, features."""
-        dtype = torch.int16 if self.tokenizer.config.vocab_size <= 2**15 else torch.int32
+        dtype = _choose_dtype(self.tokenizer.config.vocab_size)
         image_B3HW = scale_to_unit(images["image"].to(self.tokenizer.quantizer.codebook.weight.device))
         encoded = {"tokens": self.tokenizer.encode(image_B3HW).to(dtype), "labels": images["label"]}
         if self.encoder is not None:
             encoded["features"] = self.encoder(image_B3HW, self.tokenizer.pyramid.last).half()
         return encoded
+
+
+def _choose_dtype(vocab_size: int) -> torch.dtype:
+    return torch.int16 if vocab_size <= 2**15 else torch.int32
 
 
 def _name_shard(split: str, number: int) -> str:
@@ -162,6 +174,7 @@ class TokenCache:
         self.head: dict[str, Any] = read_json(folder / "cache.json")
         if not isinstance(self.head, dict) or self.head.get("format") != FORMAT or self.head.get("version") != VERSION:
             raise UserError(f"{folder}/cache.json is not of a token cache that this nextscale can read")
+        check_digest(folder / "cache.json", self.head, _REMEDY)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -185,31 +198,74 @@ class TokenCache:
             if not path.exists():
                 raise UserError(f"{path} is missing: the cache is unfinished; run `nextscale tokenize` again to go on")
             shards.append(path)
-        return CachedExamples(shards, count, size)
+        views, length = self.head["views"] if split == "train" else 1, Pyramid.parse(self.head["scales"]).length
+        limits = ShardLimits(
+            str(self.head.get("digest", "")), views, length, self.head["vocab_size"], len(self.class_names),
+            bool(self.head.get("encoder")),
+        )  # fmt: skip
+        return CachedExamples(shards, count, size, limits)
+
+
+@dataclass(frozen=True)
+class ShardLimits:
+    """What the shards of a cache must hold."""
+
+    cache: str
+    """Digest of cache.json; empty where an earlier version wrote it."""
+    views: int
+    length: int
+    """Tokens of an image."""
+    vocab_size: int
+    classes: int
+    features: bool
+
+    def list_forms(self, rows: int) -> dict[str, Form]:
+        """Dtype and shape of each tensor of a shard with so many examples."""
+        forms: dict[str, Form] = {
+            "tokens": ([_choose_dtype(self.vocab_size)], (rows, self.views, self.length)),
+            "labels": ([torch.int64], (rows,)),
+        }
+        return forms | ({"features": ([torch.float16], (rows, self.views, None, None, None))} if self.features else {})
+
+    def check_values(self, path: Path, shard: dict[str, Tensor]) -> None:
+        """Raise UserError when a token is beyond the codebook or a label beyond the classes."""
+        check_range(path, shard, {"tokens": self.vocab_size, "labels": self.classes}, _REMEDY)
 
 
 class CachedExamples:
-    """Tokens and labels of a cache's split. Epoch e uses view (e + index) mod views of an image."""
+    """Tokens and labels of a cache's split. Epoch e uses view (e + index) mod views of an image.
+
+    The values of a shard are compared with its digests when it is first used, tensors above 256 MiB excepted.
+    """
 
     skipped: Sequence[str] = ()
 
-    def __init__(self, shards: Sequence[Path], count: int, size: int):
-        self.paths, self.count, self.size = shards, count, size
-        expected = [min(size, count - i * size) for i in range(len(shards))]
-        for path, shard, rows in zip(shards, self._shards, expected, strict=True):
-            if not {"tokens", "labels"} <= shard.keys() or any(len(tensor) != rows for tensor in shard.values()):
-                raise UserError(f"{path} does not hold the {rows} examples it should; delete it and tokenize again")
+    def __init__(self, shards: Sequence[Path], count: int, size: int, limits: ShardLimits):
+        self.paths, self.count, self.size, self.limits = shards, count, size, limits
+        self._verified: set[int] = set()
+        if shards:
+            _ = self._shards  # names what is missing or damaged before training starts
 
     @cached_property
     def _shards(self) -> list[dict[str, Tensor]]:
-        out = []
-        for path in self.paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    out.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is damaged ({error}); delete it and run `nextscale tokenize` again") from error
-        return out
+        rows = [min(self.size, self.count - i * self.size) for i in range(len(self.paths))]
+        return [
+            read_shard(path, self.limits.cache, self.limits.list_forms(n), _REMEDY)
+            for path, n in zip(self.paths, rows, strict=True)
+        ]
+
+    def _use_shard(self, number: int) -> dict[str, Tensor]:
+        """A shard, whose values are verified at its first use."""
+        shard = self._shards[number]
+        if number not in self._verified:
+            names = [name for name, tensor in shard.items() if tensor.nbytes <= _LARGE]
+            verify_shard(self.paths[number], names, _REMEDY)
+            self.limits.check_values(self.paths[number], shard)
+            self._verified.add(number)
+        return shard
+
+    def _use_shards(self) -> list[dict[str, Tensor]]:
+        return [self._use_shard(number) for number in range(len(self.paths))]
 
     def __len__(self) -> int:
         return self.count
@@ -217,12 +273,12 @@ class CachedExamples:
     @property
     def tokens_NVL(self) -> Tensor:
         """All tokens (N, views, L)."""
-        return torch.cat([shard["tokens"] for shard in self._shards])
+        return torch.cat([shard["tokens"] for shard in self._use_shards()])
 
     @property
     def labels_N(self) -> Tensor:
         """All labels."""
-        return torch.cat([shard["labels"] for shard in self._shards])
+        return torch.cat([shard["labels"] for shard in self._use_shards()])
 
     @property
     def feature_width(self) -> int:
@@ -236,7 +292,7 @@ class CachedExamples:
     def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
         rows: dict[str, list[Tensor]] = {}
         for n, i in enumerate(indices):
-            shard, row = self._shards[i // self.size], i % self.size
+            shard, row = self._use_shard(i // self.size), i % self.size
             epoch = positions[n] // self.count if positions is not None else 0
             view = (epoch + i) % shard["tokens"].shape[1] if positions is not None else 0
             for name, tensor in shard.items():
@@ -245,7 +301,7 @@ class CachedExamples:
         return {"label": batch.pop("labels"), **batch}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"} | {"_verified": set()}
 
 
 def open_examples(

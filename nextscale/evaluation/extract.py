@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.checkpoints.native import read_safetensors
+from nextscale.checkpoints.shards import Form, read_owner, read_shard, verify_shard, write_shard
+from nextscale.common.digest import check_values
+from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
 from nextscale.config.files import record_settings
 from nextscale.encoders.network import FeatureNetwork
@@ -20,6 +22,7 @@ from nextscale.evaluation.images import MeasuredImages
 
 PairDistance = Callable[[Tensor, Tensor], Tensor]
 """A distance (B,) between two batches of uint8 images (B, 3, H, W)."""
+_REMEDY = "delete it and run the command again"
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,47 @@ def extract_features(
         if number % size == rank and not _shard_path(folder, number).exists()
     ]
     total = sum(min(start + extraction.shard, len(images)) - start for _, start in missing)
+    owner = read_owner(folder / "features.json")
     with tqdm(total=total, desc=f"features of {images.where}", unit="image", disable=rank > 0 or not total) as bar:
         for number, start in missing:
             rows = range(start, min(start + extraction.shard, len(images)))
             tensors = _extract_shard(images, rows, extraction, bar)
-            with write_atomically(_shard_path(folder, number)) as (draft,):
-                save_file(tensors, draft)
+            path = _shard_path(folder, number)
+            with write_atomically(path) as (draft,):
+                write_shard(draft, path, tensors, owner)
 
 
-def read_features(folder: Path, count: int, shard: int) -> dict[str, Tensor]:
-    """The features of all `count` images from the shards of a folder: {"inception.pool": (N, D), ...}."""
-    shards = [read_safetensors(_shard_path(folder, number)) for number in range(-(-count // shard))]
-    return {name: torch.cat([tensors[name] for tensors in shards]) for name in shards[0]}
+def read_features(folder: Path, count: int, extraction: Extraction) -> dict[str, Tensor]:
+    """The features of all `count` images from the shards of a folder: {"inception.pool": (N, D), ...}.
+
+    Raises UserError naming a shard that is damaged, that belongs to other images, or whose tensors are not those of
+    the extraction.
+    """
+    owner = read_owner(folder / "features.json")
+    forms: dict[str, Form] = {}
+    shards = []
+    for start in range(0, count, extraction.shard):
+        path, rows = _shard_path(folder, start // extraction.shard), min(extraction.shard, count - start)
+        widths = {name: shape[1:] for name, (_, shape) in forms.items()} or _list_widths(path, extraction)
+        forms = {name: ([torch.float32], (rows, *width)) for name, width in widths.items()}
+        tensors = read_shard(path, owner, forms, _REMEDY)
+        if not verify_shard(path, remedy=_REMEDY):
+            check_values(path, tensors)
+        shards.append(tensors)
+    return {name: torch.cat([tensors[name] for tensors in shards]) for name in forms}
+
+
+def _list_widths(path: Path, extraction: Extraction) -> dict[str, tuple[int, ...]]:
+    """Names and widths of the tensors of the first shard, which all have. UserError when they are not the networks'."""
+    widths = {name: tuple(tensor.shape[1:]) for name, tensor in read_safetensors(path).items()}
+    needed = {f"{network.name}.pool" for network in extraction.networks} | (
+        {"pairing"} if extraction.partner else set()
+    )
+    known = needed | {f"{network.name}.{kind}" for network in extraction.networks for kind in ("spatial", "logits")}
+    if not needed <= widths.keys() <= known:
+        found = ", ".join(widths) or "nothing"
+        raise UserError(f"{path} holds {found} instead of {', '.join(sorted(known))}; {_REMEDY}")
+    return widths
 
 
 def _shard_path(folder: Path, number: int) -> Path:

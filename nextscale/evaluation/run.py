@@ -198,7 +198,7 @@ def _extract(images: MeasuredImages, extraction: Extraction, folder: Path, world
     world.wait()
     extract_features(images, extraction, folder, world.rank, world.size)
     world.wait()
-    return read_features(folder, len(images), extraction.shard) if world.main else {}
+    return read_features(folder, len(images), extraction) if world.main else {}
 
 
 def _select_network(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.parts import load_tokenizer
+from nextscale.checkpoints.shards import Form, check_range, read_owner, read_shard, verify_shard, write_shard
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
 from nextscale.config.files import record_settings
+from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
@@ -27,6 +28,7 @@ from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
 _HELD_OUT_EVERY = 10
 """One in so many of the model's samples is held out."""
+_REMEDY = "delete it and run the command again"
 _SHARD_SIZE = 64
 """Samples in one file."""
 
@@ -48,7 +50,7 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
     assert checkpoint.config.transformer is not None, "check_dense has been called"
     if not config.data:
         _draw_samples(source, checkpoint, config, samples, world)
-        return _load_samples(samples, config.samples)
+        return _load_samples(samples, config.samples, checkpoint.config)
     tokenizer = load_tokenizer(checkpoint, checkpoint.config)
     train, held_out, names = open_examples(config.data, checkpoint.config, tokenizer, config.images, config.seed)
     classes = checkpoint.config.transformer.condition.num_classes
@@ -74,8 +76,10 @@ def _draw_samples(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, 
         for start in tqdm(missing, desc="drawing samples", unit="file"):
             labels = [i % classes for i in range(start, min(start + _SHARD_SIZE, config.samples))]
             images = pipeline.sample(labels, sampling, batch_size=config.batch_size, first_image=start)
-            with write_atomically(_shard_path(folder, start)) as (draft,):
-                save_file({"tokens": images.tokens.to(torch.int32), "label": torch.tensor(labels)}, draft)
+            path = _shard_path(folder, start)
+            with write_atomically(path) as (draft,):
+                tensors = {"tokens": images.tokens.to(torch.int32), "label": torch.tensor(labels)}
+                write_shard(draft, path, tensors, read_owner(folder / "samples.json"))
     world.wait()
 
 
@@ -86,8 +90,20 @@ def _select_all_experts(checkpoint: Checkpoint, sampling: SampleConfig) -> Sampl
     return dataclasses.replace(sampling, tau=all_experts, budget=0.0, selection="threshold")
 
 
-def _load_samples(folder: Path, count: int) -> Data:
-    shards = [load_file(_shard_path(folder, start)) for start in range(0, count, _SHARD_SIZE)]
+def _load_samples(folder: Path, count: int, config: ModelConfig) -> Data:
+    assert config.transformer is not None, "check_dense has been called"
+    owner, shards = read_owner(folder / "samples.json"), []
+    stops = {"tokens": config.tokenizer.vocab_size, "label": config.transformer.condition.num_classes}
+    for start in range(0, count, _SHARD_SIZE):
+        path, rows = _shard_path(folder, start), min(_SHARD_SIZE, count - start)
+        forms: dict[str, Form] = {
+            "tokens": ([torch.int32], (rows, config.pyramid.length)),
+            "label": ([torch.int64], (rows,)),
+        }
+        tensors = read_shard(path, owner, forms, _REMEDY)
+        verify_shard(path, remedy=_REMEDY)
+        check_range(path, tensors, stops, _REMEDY)
+        shards.append(tensors)
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in ("tokens", "label")}
     held_out_N = torch.arange(count) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
     if not held_out_N.any():
