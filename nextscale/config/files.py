@@ -21,6 +21,8 @@ def read_settings(kind: type[T], path: Path) -> T:
     if not path.is_file() and not path.suffix:
         path = _find_recipe(str(path))
     data = rename_settings(read_yaml(path))
+    if isinstance(data, dict):
+        data.pop("digest", None)  # of the record of a run
     return from_dict(kind, {} if data is None else data, str(path), kind())
 
 
