@@ -33,10 +33,11 @@ from nextscale.backends import keep_freed_memory, optimize
 from nextscale.common.machine import describe_machine
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import DynamicConfig, TransformerConfig
+from nextscale.evaluation.flops import count_sampled_flops
 from nextscale.evaluation.latency import summarize_spread
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256
-from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
+from nextscale.research.analysis.dynamic import find_threshold
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import DenseFeedForward
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nextscale.data.arrays import ImageInput, ImagesInput
     from nextscale.sampling.editing import Edit
 
-Labels = Tensor | Sequence["int | str | None"]
+Labels = Tensor | Sequence["int | str | None"] | int | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Pipeline:
         self._extras: dict[str, Tensor] = {}
         self._stored: dict[str, torch.dtype] = {}
         self._refiner: VAR | None = None
-        self._refiner_source = ""
+        self._refiner_source, self._refiner_labels = "", cast(Tensor | None, None)
         self._captured: CreatePredictor | None = None
         self._backend: Backend = "plain"
 
@@ -169,15 +169,17 @@ class Pipeline:
     def refine_with(self, refiner: Pipeline) -> Pipeline:
         """Let another model, usually a smaller one, generate the scales from the setting `draft_scales` on (CoDe).
 
-        Both must share the tokenizer, the scales and the classes; UserError otherwise.
+        Both must share the tokenizer, the scales and, in any order, the classes; UserError otherwise.
         """
+        from nextscale.data.classes import match_model_classes
         from nextscale.sampling.collaborative import check_refiner
 
         check_refiner(self.config, self.tokenizer, refiner.config, refiner.tokenizer)
+        self._refiner_labels = match_model_classes(self.config, refiner.config, "the refiner")
         self._refiner, self._refiner_source = refiner.transformer, ""
         return self
 
-    def _load_refiner(self, settings: SampleConfig) -> VAR | None:
+    def load_refiner(self, settings: SampleConfig) -> VAR | None:
         """The refiner of these settings, loaded at its first use; or the one that `refine_with` was given."""
         if settings.refiner and settings.refiner != self._refiner_source:
             source, dtype = settings.refiner, next(self.transformer.parameters()).dtype
@@ -325,9 +327,8 @@ class Pipeline:
         return compute_log_likelihood(self.tokenizer, self.transformer, tokens, values).cpu()
 
     def label_indices(self, labels: Labels) -> list[int | None]:
-        """Labels as indices: a string is a class name or else an index; numbers and None stay."""
-        given = labels.tolist() if isinstance(labels, Tensor) else labels
-        return [self.config.find_class(label) if isinstance(label, str) else label for label in given]
+        """Labels as class numbers, None for no label; a text is read like that of `nextscale sample --labels`."""
+        return self.config.index_labels(labels)
 
     def caption(self, value: Any) -> str:
         """The caption of an image of this class index; empty where images are not conditioned on classes."""
@@ -353,8 +354,8 @@ class Pipeline:
     ) -> Sampler:  # fmt: skip
         return build_sampler(
             self.tokenizer, self.transformer, values, settings, first_image=parse_count("first_image", first_image),
-            edit=edit,
-            refiner=self._load_refiner(settings), logits_processors=processors, captured=self._captured,
+            edit=edit, refiner=self.load_refiner(settings), refiner_labels=self._refiner_labels,
+            logits_processors=processors, captured=self._captured,
         )  # fmt: skip
 
     def _load_images(self, images: ImagesInput | Images) -> tuple[Tensor, tuple[str, ...]]:

@@ -98,6 +98,7 @@ def test_class_syntax(tiny_folder):
     config = read_checkpoint(tiny_folder).config
     assert parse_classes("3", config) == (NewClass("0"), NewClass("1"), NewClass("2"))
     assert parse_classes("cat=4, dog", config) == (NewClass("cat", 4), NewClass("dog"))
-    for wrong, message in (("cat=,dog", "neither NAME nor NAME=OLD"), ("a,,b", "neither"), ("cat=9", "no class '9'")):
+    mistakes = {"cat=,dog": "neither NAME nor NAME=OLD", "a,,b": "empty entry", "cat=9": "label 9 is out of range"}
+    for wrong, message in mistakes.items():
         with pytest.raises(UserError, match=message):
             parse_classes(wrong, config)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from nextscale.cli.commands import COMMANDS
 from nextscale.cli.parser import main, parse
-from nextscale.cli.use import parse_labels
 from nextscale.common.errors import UserError
 from nextscale.config.files import read_settings
 from nextscale.config.sampling import SampleConfig
@@ -145,10 +144,6 @@ def test_a_bad_image_leaves_the_old_output(tiny_folder, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     fails(capsys, "reconstruct", tiny_folder, tmp_path / "bad.png", "--out", tmp_path / "grid.png")
     assert (tmp_path / "grid.png").read_bytes() == b"old"
-
-
-def test_labels():
-    assert parse_labels("3, 7,none,sea lion,-1") == ["3", "7", None, "sea lion", "-1"]
 
 
 def test_config_file_and_overrides(tmp_path, capsys):

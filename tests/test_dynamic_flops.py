@@ -6,9 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from nextscale.backends.cpu import products
 from nextscale.config.sampling import SampleConfig
+from nextscale.evaluation.flops import count_dense_flops, count_sampled_flops, count_step_flops
 from nextscale.info import sample_flops
-from nextscale.research.analysis.dynamic import count_sampled_flops
-from nextscale.sparsify.flops import count_dense_flops, count_step_flops
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.test_dynamic import dynamic_pipeline

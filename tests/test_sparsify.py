@@ -20,12 +20,12 @@ from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import ExpertsConfig
 from nextscale.data.examples import MemoryExamples
+from nextscale.evaluation.flops import count_dense_flops
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.thresholds import Budget, interpolate_tau, read_budgets, resolve_budget
 from nextscale.sparsify import stages
 from nextscale.sparsify.calibrate import GRID, Measurement, calibrate_thresholds, choose_thresholds
 from nextscale.sparsify.convert import replace_gelu
-from nextscale.sparsify.flops import count_dense_flops
 from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask
 from nextscale.training.engine.log import read_log
 from nextscale.transformer.feed_forward.thresholds import Thresholds

@@ -7,6 +7,7 @@ copied or drawn; position embeddings are resampled map by map.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,9 +19,11 @@ from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.parts import get_transformer_config
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
+from nextscale.config.classes import index_names, list_names, parse_entries
 from nextscale.config.model import ModelConfig
-from nextscale.config.parse import suggest_name
 from nextscale.pyramid import Pyramid, Side
+
+_MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -35,27 +38,37 @@ class NewClass:
 def parse_classes(text: str, config: ModelConfig) -> tuple[NewClass, ...]:
     """Parse "5" (five new classes), or names separated by commas; NAME=OLD starts from a class of the model.
 
-    OLD is an index or a name of the given model. "cat=281,dog,my bird=ostrich" gives three classes.
+    OLD is a class of the given model as `nextscale.config.classes` reads it. "cat=281,dog,my bird=ostrich" gives three
+    classes. A name with a comma or an equals sign is put in double quotes. Raises UserError for an entry that is
+    neither form, for a number of classes that makes no sense, and for two classes of one name.
     """
-    if text.strip().isdigit():
+    get_transformer_config(config, "adapt")
+    if re.fullmatch(r"\s*-?[0-9]+\s*", text):
+        if len(text.strip()) > 18 or not 1 <= int(text) <= _MAX_CLASSES:
+            raise UserError(f"--classes must be 1 to {_MAX_CLASSES:,} or names; got {text.strip()[:40]}")
         return tuple(NewClass(str(i)) for i in range(int(text)))
-    classes = []
-    for part in text.split(","):
-        name, equals, old = (piece.strip() for piece in part.partition("="))
-        if not name or (equals and not old):
-            raise UserError(f"--classes '{text}': '{part}' is neither NAME nor NAME=OLD")
-        classes.append(NewClass(name, _find_class(old, config) if equals else None))
+    table = index_names(config.class_names)
+    classes = parse_entries(text, lambda entry: _parse_new_class(entry, config), table, "--classes")
+    names = [new.name for new in classes]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--classes '{text}' names a class twice: {list_names(repeated)}")
     return tuple(classes)
 
 
-def _find_class(old: str, config: ModelConfig) -> int:
-    count = get_transformer_config(config, "adapt").condition.num_classes
-    if old.isdigit() and int(old) < count:
-        return int(old)
-    if old in config.class_names:
-        return config.class_names.index(old)
-    hint = suggest_name(old, list(config.class_names)) if config.class_names else ""
-    raise UserError(f"the model has no class '{old}' ({count} classes, 0 to {count - 1}){hint}")
+def _parse_new_class(entry: str, config: ModelConfig) -> NewClass:
+    """NAME or NAME=OLD."""
+    match = re.fullmatch(r'\s*("(?:[^"]|"")*"|[^"=][^=]*?)\s*(?:=(.*))?', entry, re.DOTALL)
+    if not match or (match[2] is not None and not match[2].strip()):
+        raise UserError(f"--classes: '{entry}' is neither NAME nor NAME=OLD")
+    name, old = match[1], match[2]
+    if name.startswith('"'):
+        name = name[1:-1].replace('""', '"')
+    elif "," in name and not index_names(config.class_names).find(name):
+        raise UserError(f"--classes: '{entry}' has a comma in the new name; put the name in double quotes")
+    source = config.find_class(old) if old is not None else None
+    if not name or (old is not None and source is None):
+        raise UserError(f"--classes: '{entry}' is neither NAME nor NAME=OLD, with a class of the model as OLD")
+    return NewClass(name, source)
 
 
 def adapt(

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from nextscale.cli.use import parse_labels
 from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
 from nextscale.config.sampling import SampleConfig
 
@@ -113,7 +112,7 @@ class AnalyseErrors:
     names: tuple[str, ...] = ()
     """Names of the models in the figure; default: their folders."""
     labels: str = ""
-    """Classes to sample in turn, indices or names: 3,7; empty = all."""
+    """Classes to sample in turn, names or numbers: 3,7; empty = all."""
     errors: Annotated[ErrorsConfig, arg(name="")] = field(default_factory=ErrorsConfig)
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
@@ -122,8 +121,7 @@ class AnalyseErrors:
     def run(self) -> None:
         from nextscale.research.analysis.errors import analyse_errors
 
-        labels = parse_labels(self.labels) if self.labels else ()
-        report = analyse_errors(self.models, self.out, self.errors, self.settings, self.names, labels=labels)
+        report = analyse_errors(self.models, self.out, self.errors, self.settings, self.names, labels=self.labels)
         for model in report["models"]:
             distances = ", ".join(
                 f"{model['scales'][e['scale'] - 1]}: {e['image_distance']:.3f}" for e in model["errors"]

@@ -22,7 +22,7 @@ class Sample:
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
     labels: str
-    """Classes, separated by commas: indices or names, or 'none' for no label. One image for each."""
+    """Classes, separated by commas: names or numbers, or 'none' for no label. One image for each."""
     out: Path
     """The grid, a PNG file."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
@@ -47,10 +47,10 @@ class Sample:
     def run(self) -> None:
         from nextscale.pipeline import Pipeline
 
-        labels = parse_labels(self.labels)
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be 1 or more; got {self.batch_size}")
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
+        labels = pipeline.config.parse_classes(self.labels, "--labels")
         images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
         _write_outputs(images, self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")
@@ -105,7 +105,7 @@ class Edit:
     out: Path
     """The edited image, a PNG file."""
     label: str = "none"
-    """Class to generate, index or name; 'none' continues the image."""
+    """Class to generate, name or number; 'none' continues the image."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line override it."""
@@ -123,10 +123,10 @@ class Edit:
         from nextscale.data.images import load_mask
         from nextscale.pipeline import Pipeline
 
-        labels = parse_labels(self.label)
+        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
+        labels = pipeline.config.parse_classes(self.label, "--label")
         if len(labels) != 1:
             raise UserError(f"--label takes one class; got '{self.label}'")
-        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
         load_named_images([self.image], pipeline.config.image_size).print_notes(pipeline.config.image_size)
         mask, resized = load_mask(self.mask, self.image, pipeline.config.image_size)
         if resized:
@@ -174,14 +174,6 @@ class Info:
 
         facts = describe(self.model)
         print(json.dumps(facts, indent=2) if self.json else as_text(facts))
-
-
-def parse_labels(text: str) -> list[str | None]:
-    """ "3,7,none,cat" as ["3", "7", None, "cat"]; the pipeline knows which are names and which are indices."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise UserError(f"--labels '{text}' has an empty entry; write indices or names separated by commas: 3,7")
-    return [None if part == "none" else part for part in parts]
 
 
 def _write_outputs(  # type: ignore[no-untyped-def]

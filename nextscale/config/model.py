@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from nextscale.common.errors import UserError
-from nextscale.config.parse import suggest_name
+from nextscale.config.classes import find_class, index_labels, parse_classes
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import PYRAMID_256, Pyramid
@@ -33,15 +33,29 @@ class ModelConfig:
         h, w = self.pyramid.last
         return h * self.tokenizer.downsampling, w * self.tokenizer.downsampling
 
-    def find_class(self, label: str) -> int:
-        """The index of a class name, or of an index as text; UserError when there is no such class name."""
-        if label in self.class_names:
-            return self.class_names.index(label)
-        if re.fullmatch(r"-?[0-9]{1,18}", label):
-            return int(label)
-        names = list(self.class_names)
-        hint = suggest_name(label, names) if names else "; this checkpoint has no class names, use numbers"
-        raise UserError(f"there is no class named '{label}'{hint}")
+    @property
+    def count_of_classes(self) -> int | None:
+        """Number of classes; None where images are not conditioned on classes."""
+        condition = self.transformer.condition if self.transformer else None
+        return condition.num_classes if condition and condition.kind == "class" else None
+
+    def find_class(self, label: str) -> int | None:
+        """The class that a user wrote, None for no label: see `nextscale.config.classes`."""
+        return find_class(label, self.class_names, self.count_of_classes)
+
+    def parse_classes(self, text: str, option: str = "labels") -> list[int | None]:
+        """The classes of a list that a user wrote, such as `cat,3,none`. `option`: what messages call the list."""
+        return parse_classes(text, self.class_names, self.count_of_classes, option)
+
+    def index_labels(self, labels: Any) -> list[int | None]:
+        """Labels of a Python caller as class numbers, None for no label: see `nextscale.config.classes.index_labels`.
+
+        Values of a condition of your own that are no text stay as they are.
+        """
+        if self.count_of_classes is not None or isinstance(labels, str):
+            return index_labels(labels, self.class_names, self.count_of_classes)
+        values = labels.tolist() if hasattr(labels, "tolist") else labels
+        return [self.find_class(value) if isinstance(value, str) else value for value in values]
 
     def summarize(self) -> str:
         """One line of text: classes, scales, image size."""

@@ -12,6 +12,7 @@ carries digests, see `nextscale.checkpoints.shards`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -242,6 +243,7 @@ class CachedExamples:
 
     def __init__(self, shards: Sequence[Path], count: int, size: int, limits: ShardLimits):
         self.paths, self.count, self.size, self.limits = shards, count, size, limits
+        self._label_of: Tensor | None = None
         self._verified: set[int] = set()
         if shards:
             _ = self._shards  # names what is missing or damaged before training starts
@@ -270,6 +272,15 @@ class CachedExamples:
     def __len__(self) -> int:
         return self.count
 
+    def relabel(self, label_of: Tensor) -> CachedExamples:
+        """The same examples with label `label_of[i]` in place of i."""
+        changed = copy.copy(self)
+        changed._label_of = label_of
+        return changed
+
+    def _map_labels(self, labels: Tensor) -> Tensor:
+        return labels if self._label_of is None else self._label_of[labels]
+
     @property
     def tokens_NVL(self) -> Tensor:
         """All tokens (N, views, L)."""
@@ -278,7 +289,7 @@ class CachedExamples:
     @property
     def labels_N(self) -> Tensor:
         """All labels."""
-        return torch.cat([shard["labels"] for shard in self._use_shards()])
+        return self._map_labels(torch.cat([shard["labels"] for shard in self._use_shards()]))
 
     @property
     def feature_width(self) -> int:
@@ -298,7 +309,7 @@ class CachedExamples:
             for name, tensor in shard.items():
                 rows.setdefault(name, []).append(tensor[row] if name == "labels" else tensor[row, view])
         batch = {name: torch.stack(tensors) for name, tensors in rows.items()}
-        return {"label": batch.pop("labels"), **batch}
+        return {"label": self._map_labels(batch.pop("labels")), **batch}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_shards"} | {"_verified": set()}

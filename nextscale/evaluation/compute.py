@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.data.classes import Classes, match_classes
 from nextscale.evaluation.metrics.frechet import Moments, frechet_distance
 from nextscale.evaluation.metrics.manifold import precision_recall
 from nextscale.evaluation.metrics.score import inception_score
@@ -65,13 +66,19 @@ def compute_metrics(
     return {name_metric(name, network): value for name, value in values.items()} | ({"notes": notes} if notes else {})
 
 
-def compute_class_accuracy(logits_NC: Tensor, labels_N: Tensor) -> float:
-    """Share of generated images that the classifier assigns to the class they were generated for."""
-    if int(labels_N.max()) >= logits_NC.shape[1]:
-        raise UserError(
-            f"the images' classes go up to {int(labels_N.max())}, the classifier knows {logits_NC.shape[1]}"
-        )
-    return float((logits_NC.argmax(dim=1) == labels_N).double().mean())
+def compute_class_accuracy(
+    logits_NC: Tensor, labels_N: Tensor, classes: Classes, known: Classes
+) -> tuple[float | None, str]:
+    """(share of images that the classifier assigns to the class they were generated for, a note).
+
+    `classes`: of the labels, by name among the classifier's, `known`, which may have more. The share is None, and the
+    note says why, where they cannot be matched; the note is empty where they have the same names.
+    """
+    try:
+        match = match_classes(classes, known, subset=True)
+    except UserError as error:
+        return None, f"no classifier_read_as_asked: {error}"
+    return float((logits_NC.argmax(dim=1) == match.map_labels(labels_N)).double().mean()), match.note
 
 
 def summarize_values(values_N: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ from nextscale.common.pictures import to_uint8
 from nextscale.common.sizes import Size, expand_size
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
+from nextscale.data.classes import Classes, match_classes
 from nextscale.data.datasets import decode_image
 from nextscale.data.sources import open_source
 from nextscale.pipeline import Pipeline
@@ -40,29 +41,45 @@ class MeasuredImages(Protocol):
     def labels(self) -> Tensor | None:
         """The class of each image, int64; None where it is unknown."""
 
+    def classes(self) -> Classes | None:
+        """The classes that the labels count; None where labels are unknown."""
+
     def identity(self) -> dict[str, Any]:
         """Everything that determines the images, as JSON values."""
 
 
 class ModelImages:
-    """Samples of a model: image i has class i modulo the number of classes, and its own random stream of the seed."""
+    """Samples of a model: image i has class i modulo the number of classes, and its own random stream of the seed.
+
+    `match_order` takes the classes in another order instead.
+    """
 
     def __init__(self, pipeline: Pipeline, where: str, count: int, settings: SampleConfig, batch: int):
         if settings.official_seeding:
             raise UserError("official_seeding makes an image depend on its batch; it cannot be measured in shards")
         self.pipeline, self.where, self.count, self.settings, self.batch = pipeline, where, count, settings, batch
-        self.classes, self.size = pipeline.transformer.config.condition.num_classes, pipeline.config.image_size
+        self.order = tuple(range(pipeline.transformer.config.condition.num_classes))
+        self.size = pipeline.config.image_size
 
     def __len__(self) -> int:
         return self.count
 
     def fetch(self, start: int, stop: int) -> Tensor:
-        labels = [i % self.classes for i in range(start, stop)]
+        labels = [self.order[i % len(self.order)] for i in range(start, stop)]
         images = self.pipeline.sample(labels, self.settings, batch_size=self.batch, first_image=start)
         return to_uint8(images.tensor)
 
     def labels(self) -> Tensor:
-        return torch.arange(self.count) % self.classes
+        return torch.tensor(self.order)[torch.arange(self.count) % len(self.order)]
+
+    def classes(self) -> Classes:
+        return Classes.of_model(self.where, self.pipeline.config)
+
+    def match_order(self, other: ModelImages) -> str:
+        """Give each image the class that it has in `other`, by name; UserError when the classes differ. The note."""
+        match = match_classes(other.classes(), self.classes())
+        self.order = match.index
+        return match.note
 
     def identity(self) -> dict[str, Any]:
         networks = torch.nn.ModuleList([self.pipeline.tokenizer, self.pipeline.transformer])
@@ -72,7 +89,8 @@ class ModelImages:
             "compute_dtype": str(next(self.pipeline.transformer.parameters()).dtype).removeprefix("torch."),
             "sampling": to_dict(self.settings),
             "images": self.count,
-            "samples_per_class": self.count / self.classes,
+            "samples_per_class": self.count / len(self.order),
+            **({} if self.order == tuple(range(len(self.order))) else {"order of classes": list(self.order)}),
         }
 
 
@@ -104,8 +122,11 @@ class StoredImages:
         return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
 
     def labels(self) -> Tensor | None:
-        known = len(self.source.class_names) > 1
-        return torch.tensor(self.source.labels[: self.count]) if known else None
+        return torch.tensor(self.source.labels[: self.count]) if self.classes() else None
+
+    def classes(self) -> Classes | None:
+        names = self.source.class_names
+        return Classes.of_data(self.where, names) if len(names) > 1 else None
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -133,6 +154,9 @@ class Reconstructions:
 
     def labels(self) -> Tensor | None:
         return self.originals.labels()
+
+    def classes(self) -> Classes | None:
+        return self.originals.classes()
 
     def identity(self) -> dict[str, Any]:
         weights = compute_fingerprint(self.pipeline.tokenizer.state_dict())
@@ -172,6 +196,10 @@ class NpzImages:
     def labels(self) -> Tensor | None:
         with np.load(self.path) as arrays:
             return torch.from_numpy(arrays["arr_1"][: self.count].astype(np.int64)) if "arr_1" in arrays else None
+
+    def classes(self) -> Classes | None:
+        labels = self.labels()
+        return None if labels is None else Classes.of_data(self.where, list(map(str, range(int(labels.max()) + 1))))
 
     def identity(self) -> dict[str, Any]:
         stat = self.path.stat()

@@ -18,11 +18,13 @@ from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import save_image, to_pil
 from nextscale.common.sizes import Size
 from nextscale.config.evaluation import EvaluationConfig
+from nextscale.data.classes import Classes
+from nextscale.encoders.classifier import Classifier
 from nextscale.encoders.load import load_feature_network
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.evaluation.compute import compute_class_accuracy, compute_metrics, summarize_values
 from nextscale.evaluation.extract import Extraction, extract_features, read_features, record_extraction
-from nextscale.evaluation.images import MeasuredImages, NpzImages, open_images
+from nextscale.evaluation.images import MeasuredImages, ModelImages, NpzImages, open_images
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.evaluation.reference import NpzFile, Reference, choose_evenly, read_npz
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -42,6 +44,8 @@ class _ImageFeatures:
     """(height, width) of the images; 0 = unknown."""
     protocol: dict[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
+    classes: Classes | None = None
+    """Of the labels."""
     pair_distances: Tensor | None = None
 
 
@@ -75,6 +79,8 @@ def evaluate(
         if not (loaded or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
         partner = _open_images(against, config, world) if against else None
+        if isinstance(partner, ModelImages) and isinstance(images, ModelImages):
+            _print_note(partner.match_order(images), world)
         if partner is not None and len(partner) != len(images):
             raise UserError(f"{source} has {len(images)} images, {against} {len(partner)}: give --num to pair as many")
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
@@ -86,6 +92,7 @@ def evaluate(
     measures: dict[str, Any] = {
         name: _report_network(name, measured, source, by_network.get(name), config) for name in measured.features
     }
+    notes = [note for name in measures if (note := _add_class_accuracy(measures[name], loaded.get(name), measured))]
     if measured.pair_distances is not None:
         distances = measured.pair_distances
         measures["lpips"] = summarize_values(distances) | {"against": against, "images": len(distances)}
@@ -95,6 +102,7 @@ def evaluate(
         "protocol": measured.protocol,
         "settings": {"split": config.split, "neighbours": config.neighbours},
         "measures": measures,
+        **({"notes": notes} if notes else {}),
         "seconds": round(time.monotonic() - began, 1),
     }
     write_json(out, report)
@@ -127,6 +135,7 @@ def format_report(report: dict[str, Any], out: Path) -> str:
         lines.append(f"{network}, {metrics['images']} images:")
         lines += [f"  {name:<28}{value:>12.4f}" for name, value in metrics.items() if isinstance(value, float)]
         lines += [f"  note: {note}" for note in metrics.get("notes", ())]
+    lines += [f"note: {note}" for note in report.get("notes", ())]
     return "\n".join([*lines, f"wrote {out}"])
 
 
@@ -161,6 +170,11 @@ def _open_images(source: str, config: EvaluationConfig, world: World, reconstruc
         source, config.count, config.size, config.sampling, config.batch, reconstruct,
         dtype=config.dtype, device=world.device,
     )  # fmt: skip
+
+
+def _print_note(note: str, world: World) -> None:
+    if note and world.main:
+        print(f"note: {note}")
 
 
 def _plan_extraction(
@@ -216,6 +230,7 @@ def _measure_images(
         images.size,
         images.identity(),
         images.labels(),
+        images.classes(),
         tensors.get("pairing"),
     )
 
@@ -226,12 +241,22 @@ def _report_network(
     """All metrics of one network's features."""
     tensors = measured.features[name]
     metrics = compute_metrics(name, tensors, source, reference, config.split, config.neighbours)
-    if name == "classifier" and measured.labels is not None and "logits" in tensors:
-        metrics["classifier_read_as_asked"] = compute_class_accuracy(tensors["logits"], measured.labels)
     metrics |= {"weights": measured.fingerprints[name], "images": len(tensors["pool"])}
     if reference is not None:
         metrics["reference"] = {"from": reference.where, "images": reference.images or "unknown"}
     return metrics
+
+
+def _add_class_accuracy(metrics: dict[str, Any], network: FeatureNetwork | None, measured: _ImageFeatures) -> str:
+    """Add `classifier_read_as_asked` to a classifier's metrics where classes are known; return a note, or nothing."""
+    if not isinstance(network, Classifier) or measured.labels is None or measured.classes is None:
+        return ""
+    known = Classes.of_data("the classifier", network.class_names)
+    logits_NC = measured.features[network.name]["logits"]
+    accuracy, note = compute_class_accuracy(logits_NC, measured.labels, measured.classes, known)
+    if accuracy is not None:
+        metrics["classifier_read_as_asked"] = accuracy
+    return note
 
 
 # ---- the reference

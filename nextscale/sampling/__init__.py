@@ -35,6 +35,7 @@ def build_sampler(
     first_image: int = 0,
     edit: Edit | None = None,
     refiner: VAR | None = None,
+    refiner_labels: Tensor | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     captured: CreatePredictor | None = None,
 ) -> Sampler:
@@ -42,9 +43,10 @@ def build_sampler(
 
     `values`: the condition as `model.condition.parse` returned it. `first_image`: number of the batch's first image
     under the seed, so that a long run can be cut into batches without changing an image. `edit`: cells that hold given
-    tokens instead of drawn ones. `refiner`: the model that generates the scales from `draft_scales` on.
-    `logits_processors`: your own, applied after guidance and before temperature and filters. `captured`: creates
-    predictors that run captured graphs (`GraphPool.create_predictor`).
+    tokens instead of drawn ones. `refiner`: the model that generates the scales from `draft_scales` on;
+    `refiner_labels`: its labels for those of the model, and for "no label", where they differ. `logits_processors`:
+    your own, applied after guidance and before temperature and filters. `captured`: creates predictors that run
+    captured graphs (`GraphPool.create_predictor`).
     """
     if settings.prune or settings.draft_scales or settings.official_seeding or refiner is not None or captured:
         from nextscale.sampling.combinations import Request, check_combinations
@@ -54,10 +56,11 @@ def build_sampler(
     strengths = schedule_guidance(settings.cfg, model.pyramid)
     filters = build_filters(settings, len(model.pyramid))
     if settings.guided:
-        predict = _build_predictor(model, model.condition.add_unconditional(values), settings, refiner, captured)
+        both = model.condition.add_unconditional(values)
+        predict = _build_predictor(model, both, settings, refiner, refiner_labels, captured)
         predict = GuidedPredictor(predict, strengths)
     else:
-        predict = _build_predictor(model, values, settings, refiner, captured)
+        predict = _build_predictor(model, values, settings, refiner, refiner_labels, captured)
     random: RandomSource = PerImageRandom(settings.seed, first_image)
     if settings.official_seeding:
         from nextscale.sampling.official_seeding import OfficialRandom
@@ -71,8 +74,9 @@ def build_sampler(
 
 
 def _build_predictor(
-    model: VAR, values: Any, settings: SampleConfig, refiner: VAR | None, captured: CreatePredictor | None
-) -> Predictor:
+    model: VAR, values: Any, settings: SampleConfig, refiner: VAR | None, refiner_labels: Tensor | None,
+    captured: CreatePredictor | None,
+) -> Predictor:  # fmt: skip
     """The predictor of logits before guidance."""
     thresholds = _find_thresholds(model, settings)
     if captured is not None:
@@ -88,7 +92,8 @@ def _build_predictor(
     from nextscale.sampling.collaborative import CollaborativePredictor, check_draft_scales
 
     check_draft_scales(settings, len(model.pyramid))
-    start_refiner = partial(ModelPredictor, refiner, values, _find_thresholds(refiner, settings))
+    theirs = values if refiner_labels is None else refiner_labels.to(values.device)[values]
+    start_refiner = partial(ModelPredictor, refiner, theirs, _find_thresholds(refiner, settings))
     return CollaborativePredictor(predict, start_refiner, settings.draft_scales)
 
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import Selection
+from nextscale.evaluation.flops import count_dense_flops, count_step_flops
 from nextscale.info import condition_flops
 from nextscale.sampling.thresholds import Budget
-from nextscale.sparsify.flops import count_dense_flops, count_step_flops, select_scale
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
@@ -92,7 +92,7 @@ def _add_measurement(
     activities = collect(output.records, "activity")
     for k, span in enumerate(config.pyramid.spans):
         columns = slice(*span)
-        at_scale = [select_scale(activity, span) for activity in activities]
+        at_scale = [activity.select(span) for activity in activities]
         active = torch.stack([a.share_BN(config.transformer.ffn_width).mean() for a in at_scale]).mean()
         total_5K[:, k] += torch.tensor([
             count_step_flops(config, k, at_scale, sequences) / 2,

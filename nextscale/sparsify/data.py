@@ -21,7 +21,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
-from nextscale.data.cache import open_examples
+from nextscale.data.classes import Classes, open_matched_examples
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
@@ -52,12 +52,12 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
         _draw_samples(source, checkpoint, config, samples, world)
         return _load_samples(samples, config.samples, checkpoint.config)
     tokenizer = load_tokenizer(checkpoint, checkpoint.config)
-    train, held_out, names = open_examples(config.data, checkpoint.config, tokenizer, config.images, config.seed)
-    classes = checkpoint.config.transformer.condition.num_classes
-    if len(names) != classes:
-        raise UserError(
-            f"{config.data} has {len(names)} classes, the model {classes}: give data of the model's classes"
-        )
+    known = Classes.of_model(str(source), checkpoint.config)
+    train, held_out, match = open_matched_examples(
+        config.data, known, checkpoint.config, tokenizer, config.images, config.seed
+    )
+    if world.main:
+        match.print_note()
     if not len(held_out):
         raise UserError(f"{config.data} holds out no images, on which thresholds are calibrated")
     return Data(config.data, train, held_out)

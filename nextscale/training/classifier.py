@@ -15,13 +15,13 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed
 from nextscale.config.classifier import ClassifierRunConfig
+from nextscale.data.classes import Classes, match_classes, read_trained_classes, relabel
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.classifier import Classifier, load_classifier
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.task import Task
 from nextscale.training.open_run import (
     MainProcessCallbacks,
-    check_class_names,
     load_test_images,
     open_image_run,
     plot_log,
@@ -84,9 +84,12 @@ def train_classifier(
     run, examples, held_out, source = open_image_run(
         folder, data, config, config.classifier.image_size, world, accept_changes=accept_changes
     )
+    classes = Classes.of_data(data, source.class_names)
+    match = match_classes(classes, read_trained_classes(folder) or classes)
+    examples, held_out = relabel(examples, match), relabel(held_out, match)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(config.train.seed, "classifier"))
-        model = Classifier(config.classifier, source.class_names)
+        model = Classifier(config.classifier, match.names)
     task = ClassifierTask(model, examples, config.shift, config.train.label_smoothing)
     run.train(task, config.train, _Callbacks(task, held_out, folder, world), config.images.max_unreadable)
     if not world.main:
@@ -127,11 +130,12 @@ def measure_classifier(task: ClassifierTask, examples: Examples) -> dict[str, fl
 
 
 def evaluate_classifier(folder: Path, data: str, out: Path | None) -> dict[str, Any]:
-    """Loss and accuracy of a classifier on all images of `data`; UserError when the classes have other names."""
+    """Loss and accuracy of a classifier on all images of `data`; UserError when it has other classes."""
     model = load_classifier(folder)
     images = load_test_images(data, model.config.image_size)
-    check_class_names(data, images.class_names, str(folder), model.class_names, verb="knows")
-    task = ClassifierTask(model, images.to_examples(), max_shift=0, label_smoothing=0.0)
+    match = match_classes(Classes.of_data(data, images.class_names), Classes.of_data(str(folder), model.class_names))
+    match.print_note()
+    task = ClassifierTask(model, relabel(images, match).to_examples(), max_shift=0, label_smoothing=0.0)
     values = measure_classifier(task, task.examples)
     if not math.isfinite(values["loss"]):
         raise UserError(f"{folder}: the classifier's cross-entropy is {values['loss']}; its weights are damaged")

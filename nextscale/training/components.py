@@ -18,6 +18,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import CachedExamples, open_examples
+from nextscale.data.classes import Classes, ClassMatch, match_classes, read_trained_classes, relabel
 from nextscale.data.examples import Examples
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
@@ -25,6 +26,8 @@ from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.initialization import initialize_transformer
 from nextscale.transformer.var import VAR
+
+_LISTED_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,11 @@ class Components:
     """The encoder of semantic guidance, where the examples hold no features."""
 
 
-def load_components(config: RunConfig, world: World) -> Components:
-    """Load or create the components of a run. Raises UserError when they do not fit together."""
+def load_components(config: RunConfig, world: World, folder: Path | None = None) -> Components:
+    """Load or create the components of a run. Raises UserError when they do not fit together.
+
+    `folder`: the run's, whose model, where there is one, decides the order of the classes.
+    """
     checkpoint = read_checkpoint(Path(config.start or config.tokenizer))
     if config.scales and config.tokenizer:
         checkpoint.config = dataclasses.replace(checkpoint.config, pyramid=Pyramid.parse(config.scales))
@@ -51,12 +57,37 @@ def load_components(config: RunConfig, world: World) -> Components:
     examples, held_out, names = open_examples(
         config.data, checkpoint.config, tokenizer, config.images, config.train.seed
     )
+    match = _match_classes(config, checkpoint, folder, names)
+    if world.main:
+        match.print_note()
+    examples, held_out = relabel(examples, match), relabel(held_out, match)
     encoder, width = _load_guidance(config, examples, world)
-    model = _build_config(config, checkpoint, names, width)
+    model = _build_config(config, checkpoint, match.names, width)
     transformer = _build_transformer(config, model, checkpoint.transformer)
     if world.main:
         print(f"{config.data}: {len(examples)} examples to train on, {len(held_out)} held out; {model.summarize()}")
     return Components(model, tokenizer, weights, transformer, examples, held_out, encoder)
+
+
+def _match_classes(
+    config: RunConfig, checkpoint: Checkpoint, folder: Path | None, names: tuple[str, ...]
+) -> ClassMatch:
+    """The classes of the data, `names`, matched with those of the start checkpoint, or of the run that is resumed."""
+    data = Classes.of_data(config.data, names)
+    if not config.start:
+        known = read_trained_classes(folder) if folder else None
+        return match_classes(data, known or data)
+    if checkpoint.config.transformer is None:
+        raise UserError(f"{config.start} is a tokenizer alone: give it as --tokenizer to train a new transformer")
+    known = Classes.of_model(config.start, checkpoint.config)
+    try:
+        return match_classes(data, known)
+    except UserError as error:
+        classes = ",".join(f"{name}={name}" if name in known.names else name for name in names)
+        advice = len(names) if known.unnamed or len(names) > _LISTED_CLASSES else f"'{classes}'"
+        raise UserError(
+            f"{error}; carry the model over first with `nextscale adapt {config.start} --classes {advice} --out DIR`"
+        ) from None
 
 
 def _load_guidance(config: RunConfig, examples: Examples, world: World) -> tuple[PatchEncoder | None, int]:
@@ -101,18 +132,13 @@ def _build_config(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, .
         transformer: TransformerConfig | None = config.with_classes(len(names), width)
         return dataclasses.replace(checkpoint.config, transformer=transformer, class_names=names)
     transformer = checkpoint.config.transformer
-    if transformer is None:
-        raise UserError(f"{config.start} is a tokenizer alone: give it as --tokenizer to train a new transformer")
+    assert transformer is not None, "_match_classes has checked it"
     if transformer.dynamic.router_fingerprint:
         raise UserError(
             f"{config.start} has routers that were trained for its FFNs, which training would change: train the model "
             "that it was made of, then `nextscale sparsify` that one"
         )
-    if transformer.condition.num_classes != len(names):
-        raise UserError(
-            f"{config.start} knows {transformer.condition.num_classes} classes, {config.data} has {len(names)}: "
-            f"carry the model over first with `nextscale adapt {config.start} --classes {len(names)} --out DIR`"
-        )
+    start = dataclasses.replace(checkpoint.config, class_names=names)
     if width and transformer.alignment.width != width:
         if transformer.alignment.width:
             raise UserError(
@@ -120,5 +146,5 @@ def _build_config(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, .
                 f"{transformer.alignment.width}; those of {config.loss.encoder} have {width}"
             )
         head = dataclasses.replace(config.transformer.alignment, width=width)
-        return dataclasses.replace(checkpoint.config, transformer=dataclasses.replace(transformer, alignment=head))
-    return checkpoint.config
+        return dataclasses.replace(start, transformer=dataclasses.replace(transformer, alignment=head))
+    return start

@@ -12,6 +12,7 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed
 from nextscale.config.encoder import EncoderConfig, EncoderRunConfig, MocoConfig, ViewConfig
+from nextscale.data.classes import Classes, match_classes, relabel
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
@@ -23,7 +24,6 @@ from nextscale.training.engine.task import Task
 from nextscale.training.moco import Moco
 from nextscale.training.open_run import (
     MainProcessCallbacks,
-    check_class_names,
     load_test_images,
     open_image_run,
     plot_log,
@@ -145,11 +145,14 @@ def evaluate_encoder(source: str, data: str, test: str, size: int, out: Path | N
     """k-NN accuracy: the class of each image of `test` by the weighted vote of its nearest neighbours in `data`.
 
     `source`: any encoder that `load_encoder` knows; its feature of an image is the mean over its patches. `size`:
-    images are read at this side; 0 = the encoder's own. UserError when the two sets have classes of other names.
+    images are read at this side; 0 = the encoder's own. UserError when the two sets have other classes.
     """
     encoder = load_encoder(source)
     test_images, bank_images = (load_test_images(d, size or encoder.size) for d in (test, data))
-    check_class_names(test, test_images.class_names, data, bank_images.class_names, verb="has")
+    bank_classes = Classes.of_data(data, bank_images.class_names)
+    match = match_classes(Classes.of_data(test, test_images.class_names), bank_classes)
+    match.print_note()
+    test_images = relabel(test_images, match)
     samples, labels = encode_images(encoder, test_images.to_examples(), len(test_images), [])
     bank, bank_labels = encode_images(encoder, bank_images.to_examples(), len(bank_images), [])
     report = {

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from nextscale.common.distributed import World
-from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.plots import plot_curves
 from nextscale.common.sizes import Size
@@ -122,14 +121,6 @@ def load_test_images(data: str, size: Size, limit: int = 10**9) -> ImageSet:
     images = load_images(data, size, limit)
     images.print_notes()
     return images
-
-
-def check_class_names(data: str, names: tuple[str, ...], other: str, expected: tuple[str, ...], verb: str) -> None:
-    """Raise UserError unless a data set has the class names that are expected by `other`."""
-    if names != expected:
-        raise UserError(
-            f"{data} has the classes {', '.join(names[:5])}, ...; {other} {verb} {', '.join(expected[:5])}, ..."
-        )
 
 
 def read_batches(

@@ -187,7 +187,7 @@ def train_transformer(
         raise UserError(
             f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
         )
-    components = load_components(config, world)
+    components = load_components(config, world, folder)
     run.record_settings()
     if world.main:
         (folder / "finished.json").unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.machine import describe_machine
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.config.transformer import ExpertsConfig
-from nextscale.data.cache import open_examples
+from nextscale.data.classes import Classes, open_matched_examples
 from nextscale.data.examples import Examples, check_unreadable
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
@@ -131,21 +131,14 @@ def check_distinct(names: list[str]) -> list[str]:
 
 def _open_held_out(data: str, pipeline: Pipeline, name: str, config: AnalysisConfig) -> Examples:
     """The held-out images of `data`; UserError when they have other classes than the model."""
-    _, held_out, classes = open_examples(data, pipeline.config, pipeline.tokenizer, config.images, config.seed)
-    model_classes, number = pipeline.config.class_names, pipeline.transformer.config.condition.num_classes
-    if len(classes) != number or (model_classes and number > 1 and model_classes != classes):
-        raise UserError(
-            f"{data} has other classes ({_abbreviate(classes)}) than {name} was trained on "
-            f"({_abbreviate(model_classes) if model_classes else number}): give images of the model's classes"
-        )
+    known = Classes.of_model(name, pipeline.config)
+    _, held_out, match = open_matched_examples(
+        data, known, pipeline.config, pipeline.tokenizer, config.images, config.seed
+    )
+    match.print_note()
     if not len(held_out):
         raise UserError(f"{data} holds out no images: encode it again with a larger --images.held-out")
     return held_out
-
-
-def _abbreviate(names: Sequence[str]) -> str:
-    more = f", ... {len(names)} in all" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def describe_analysis(data: str, config: AnalysisConfig, device: torch.device) -> dict[str, Any]:

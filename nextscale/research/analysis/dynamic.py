@@ -19,63 +19,11 @@ from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import save_image, tile_images, to_pil
 from nextscale.config.analysis import DynamicAnalysisConfig
 from nextscale.config.sampling import SampleConfig
-from nextscale.info import condition_flops
+from nextscale.evaluation.flops import count_sampled_flops
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.analyzed_model import name_scales
 from nextscale.research.analysis.figures import plot_map_grids
-from nextscale.sparsify.flops import count_dense_flops, count_step_flops
 from nextscale.transformer.feed_forward import collect
-
-
-@dataclass(frozen=True)
-class ExecutedFlops:
-    """What sampling cost the transformer; means over images."""
-
-    flops: float
-    """Of an image, with guidance and routers."""
-    share: float
-    """Over the FLOPs of the same model with all experts."""
-    deviation: float
-    """Standard deviation of the share over batches; 0 for one batch."""
-    active_K: tuple[float, ...]
-    """Share of the FFNs' hidden units that ran, per scale."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "flops": self.flops, "share": self.share, "deviation": self.deviation,
-            "active_per_scale": list(self.active_K),
-        }  # fmt: skip
-
-
-@torch.no_grad()
-def count_sampled_flops(
-    pipeline: Pipeline, labels: Sequence[int | None], settings: SampleConfig, batch_size: int = 16
-) -> ExecutedFlops:
-    """Sample images of these labels, and count the FLOPs that were executed from the records of every scale."""
-    if settings.prune or settings.draft_scales:
-        raise UserError("FLOPs of dynamic experts are counted without prune and refiner: leave those settings out")
-    config, model = pipeline.config, pipeline.transformer.config
-    branches = 2 if settings.guided else 1
-    flops, sizes, active = list[int](), list[int](), list[torch.Tensor]()
-    for start in range(0, len(labels), batch_size):
-        batch = list(labels[start : start + batch_size])
-        sequences = branches * len(batch)
-        total = sequences * condition_flops(model)
-        share_K = torch.ones(len(config.pyramid), dtype=torch.float64)
-        for step in pipeline.sample_scales(batch, settings, first_image=start):
-            total += count_step_flops(config, step.k, collect(step.records, "activity"), sequences)
-            shares = [activity.share_BN(model.ffn_width).mean() for activity in collect(step.records, "activity")]
-            if shares:
-                share_K[step.k] = torch.stack(shares).mean()
-        flops.append(total)
-        sizes.append(len(batch))
-        active.append(share_K * len(batch))
-    dense = count_dense_flops(config, branches)
-    per_batch = torch.tensor([f / n / dense for f, n in zip(flops, sizes, strict=True)], dtype=torch.float64)
-    deviation = float(per_batch.std()) if len(per_batch) > 1 else 0.0
-    mean = sum(flops) / len(labels)
-    return ExecutedFlops(mean, mean / dense, deviation, tuple((torch.stack(active).sum(dim=0) / len(labels)).tolist()))
 
 
 def find_threshold(

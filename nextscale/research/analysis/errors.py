@@ -22,7 +22,7 @@ from nextscale.common.rng import make_generator
 from nextscale.config.analysis import ErrorsConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
-from nextscale.pipeline import Pipeline
+from nextscale.pipeline import Labels, Pipeline
 from nextscale.research.analysis.analyzed_model import check_distinct, choose_names, name_scales
 from nextscale.research.analysis.figures import Row, plot_error_propagation, plot_image_rows
 from nextscale.sampling import build_sampler
@@ -37,13 +37,13 @@ def analyse_errors(
     sampling: SampleConfig | None = None,
     names: Sequence[str] = (),
     *,
-    labels: Sequence[int | str | None] = (),
+    labels: Labels = (),
 ) -> dict[str, Any]:
     """Inject errors at each scale; writes errors.json, errors.png (images after each scale) and distance.png to `out`.
 
-    `labels`: classes of the images in turn; empty = all classes. Returns the content of errors.json
-    (docs/measuring.md). Raises UserError for a scale that does not exist, and for sampling settings under which the
-    image is not determined by its tokens.
+    `labels`: classes of the images in turn, as `Pipeline.sample` takes them; empty = all classes. Returns the content
+    of errors.json (docs/measuring.md). Raises UserError for a scale that does not exist, and for sampling settings
+    under which the image is not determined by its tokens.
     """
     config, sampling = config or ErrorsConfig(), sampling or SampleConfig()
     if sampling.official_seeding or sampling.smooth or sampling.draft_scales or sampling.refiner:
@@ -77,9 +77,11 @@ def _parse_scales(config: ErrorsConfig, pipeline: Pipeline, name: str) -> list[i
     return sorted({s - 1 for s in config.scales}) or list(range(max(count - 1, 1)))
 
 
-def _parse_labels(pipeline: Pipeline, labels: Sequence[int | str | None], count: int) -> Tensor:
+def _parse_labels(pipeline: Pipeline, labels: Labels, count: int) -> Tensor:
     """The condition of each image: these labels in turn, or all classes in turn."""
-    chosen = pipeline.label_indices(labels) or list(range(pipeline.transformer.config.condition.num_classes))
+    none_given = isinstance(labels, str | Sequence) and not labels
+    every = range(pipeline.transformer.config.condition.num_classes)
+    chosen = pipeline.label_indices(list(every) if none_given else labels)
     return pipeline.transformer.condition.parse([chosen[i % len(chosen)] for i in range(count)])
 
 

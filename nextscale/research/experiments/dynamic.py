@@ -11,8 +11,9 @@ from nextscale.common.files import write_json
 from nextscale.common.reading import read_json
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import PUBLISHED, SparsifyConfig
+from nextscale.evaluation.flops import count_sampled_flops
 from nextscale.pipeline import Pipeline
-from nextscale.research.analysis.dynamic import count_sampled_flops, find_threshold
+from nextscale.research.analysis.dynamic import find_threshold
 from nextscale.research.experiments.keys import compute_key, list_changed_settings
 from nextscale.sparsify.run import sparsify
 

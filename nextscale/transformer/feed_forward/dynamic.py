@@ -191,7 +191,7 @@ class DynamicFeedForward(FeedForward):
 
     @classmethod
     def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
-        """With all experts, as with tau 1; what a pass executed is counted from its records (`sparsify.flops`)."""
+        """With all experts, as with tau 1; what a pass executed is counted from its records (`evaluation.flops`)."""
         return tokens * 2 * config.width * config.ffn_width
 
     @classmethod

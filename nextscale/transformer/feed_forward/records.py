@@ -25,6 +25,11 @@ class Activity:
         """Share of the hidden units that worked, float64. `width`: hidden units of an FFN."""
         return self.units_BN.double() / width
 
+    def select(self, span: tuple[int, int]) -> Activity:
+        """The activity of the positions start to end - 1."""
+        start, end = span
+        return Activity(self.units_BN[:, start:end], self.routed_BN[:, start:end])
+
 
 @dataclass(frozen=True)
 class ExpertSelection:
