@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -168,3 +169,44 @@ def test_a_classifier_that_is_not_finite_measures_nothing(tmp_path, capsys):
     assert "the classifier's cross-entropy is nan; its weights are damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"features \(logits\) are not finite"):
         compute_metrics("classifier", {"logits": torch.tensor([[0.0, float("nan")]])}, "x", None, 1, 3)
+
+
+CONFIG_BOUNDS = [
+    ("tokenizer.res_blocks", 10**6, "res_blocks must be 1 to 100"),
+    ("tokenizer.res_blocks", 90, "model.tokenizer.res_blocks is 90, but tokenizer.safetensors holds 1"),
+    ("tokenizer.num_phi", 900, "model.tokenizer.num_phi is 900, but tokenizer.safetensors holds 4"),
+    ("tokenizer.vocab_size", 2**24, "tokenizer.safetensors does not fit its model: misshapen tensor"),
+    ("transformer.depth", 900, "model.transformer.depth is 900, but transformer.safetensors holds 2"),
+    ("transformer.depth", 10**9, "depth must be 1 to 1000"),
+    ("transformer.width", 2**20, "transformer.safetensors does not fit its model: misshapen tensor"),
+    ("transformer.condition.num_classes", 2**24, "transformer.safetensors does not fit its model: misshapen tensor"),
+    ("pyramid", [[1, 1], [4000, 4000]], "model.pyramid has 16000001 tokens, but transformer.safetensors holds 30"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "words"), CONFIG_BOUNDS)
+def test_a_config_that_asks_for_more_than_the_weights_hold(key, value, words, copy):
+    head = json.loads((copy / "config.json").read_text())
+    *tables, last = key.split(".")
+    place = head["model"]
+    for table in tables:
+        place = place[table]
+    place[last] = value
+    head.pop("digest")
+    (copy / "config.json").write_text(json.dumps(head))
+    began = time.monotonic()
+    refuse(lambda: Pipeline.from_pretrained(copy), words)
+    assert time.monotonic() - began < 5
+
+
+def test_encoders_take_no_memory_for_a_forged_width(tmp_path):
+    Classifier(ClassifierConfig(image_size=8, widths=(16,)), ("a", "b")).save(tmp_path)
+    head = json.loads((tmp_path / "config.json").read_text())
+    head["classifier"]["widths"] = [65536]
+    (tmp_path / "config.json").write_text(json.dumps(head))
+    refuse(lambda: load_classifier(tmp_path), "model.safetensors does not fit its model: misshapen tensor")
+
+
+def test_a_new_model_beyond_the_memory_is_refused():
+    config = tiny_config(width=2**20, heads=1, depth=1000)
+    refuse(lambda: Pipeline.from_config(config), "would need .* GiB, and this machine has")

@@ -11,6 +11,7 @@ Tensors keep their stored dtype on disk. The dtype that a model computes in is c
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def read_modules(folder: Path, *, verify: bool = False) -> tuple[Checkpoint, tup
     """
     head = _read_head(folder)
     config, origin = head.config, head.origin
+    _check_layers(folder, config)
     tokenizer, transformer = build_on_meta(config)
     tensors = read_safetensors(folder / TOKENIZER, list_shapes(tokenizer))
     weights = read_safetensors(folder / TRANSFORMER, list_shapes(transformer)) if transformer is not None else {}
@@ -105,6 +107,44 @@ def read_modules(folder: Path, *, verify: bool = False) -> tuple[Checkpoint, tup
 
         config = migrate_router_fingerprint(config, weights)
     return Checkpoint(config, tensors, weights, origin, extras), (tokenizer, transformer)
+
+
+def _check_layers(folder: Path, config: ModelConfig) -> None:
+    """Raise UserError where config.json asks for more or fewer layers, scales or tokens than the weights' headers list.
+
+    This comes before modules are built, as a damaged number could ask for millions.
+    """
+    codes, model = config.tokenizer, config.transformer
+    layers = [
+        (TOKENIZER, "tokenizer.res_blocks", codes.res_blocks, r"encoder\.levels\.0\.blocks\.(\d+)\."),
+        (
+            TOKENIZER,
+            "the length of tokenizer.channel_multipliers",
+            len(codes.channel_multipliers),
+            r"encoder\.levels\.(\d+)\.",
+        ),
+        (TOKENIZER, "tokenizer.num_phi", codes.num_phi if codes.phi_ratio > 0 else 0, r"quantizer\.phi\.(\d+)\."),
+    ]
+    layers += [(TRANSFORMER, "transformer.depth", model.depth, r"blocks\.(\d+)\.")] if model else []
+    shapes = {name: read_shapes(folder / name) for name in {name for name, *_ in layers}}
+    for name, setting, asked, pattern in layers:
+        found = 1 + max((int(m[1]) for n in shapes[name] if (m := re.match(pattern, n))), default=-1)
+        if found != asked:
+            raise UserError(f"{folder}/config.json: model.{setting} is {asked}, but {name} holds {found}")
+    held, length = shapes.get(TRANSFORMER, {}).get("pos_embed", ()), config.pyramid.length
+    if len(held) == 3 and held[1] != length:
+        raise UserError(f"{folder}/config.json: model.pyramid has {length} tokens, but {TRANSFORMER} holds {held[1]}")
+
+
+def read_shapes(path: Path) -> dict[str, Shape]:
+    """Name and shape of each tensor of a safetensors file, from its header alone."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> dict[str, Tensor]:

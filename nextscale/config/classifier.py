@@ -24,10 +24,10 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "widths must be 1 to 8 numbers that groups divides": 1 <= len(self.widths) <= 8
+            "widths must be 1 to 8 numbers of up to 65536 that groups divides": 1 <= len(self.widths) <= 8
             and self.groups >= 1
-            and all(w >= 1 and w % self.groups == 0 for w in self.widths),
-            "image_size must be a multiple of 2 for each of the widths": self.image_size >= 8
+            and all(1 <= w <= 2**16 and w % self.groups == 0 for w in self.widths),
+            "image_size must be 8 to 65536 and a multiple of 2 for each of the widths": 8 <= self.image_size <= 2**16
             and self.image_size % 2 ** len(self.widths) == 0,
         }
         check_fields("classifier", self, rules)

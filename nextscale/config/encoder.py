@@ -24,12 +24,12 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "widths must be 1 to 8 numbers that groups divides": 1 <= len(self.widths) <= 8
+            "widths must be 1 to 8 numbers of up to 65536 that groups divides": 1 <= len(self.widths) <= 8
             and self.groups >= 1
-            and all(w >= 1 and w % self.groups == 0 for w in self.widths),
-            "blocks must be one number of 0 or more for each of the widths": len(self.blocks) == len(self.widths)
-            and min(self.blocks) >= 0,
-            "image_size must be a multiple of 2 for each of the widths": self.image_size >= 8
+            and all(1 <= w <= 2**16 and w % self.groups == 0 for w in self.widths),
+            "blocks must be one number of 0 to 100 for each of the widths": len(self.blocks) == len(self.widths)
+            and 0 <= min(self.blocks) <= max(self.blocks) <= 100,
+            "image_size must be 8 to 65536 and a multiple of 2 for each of the widths": 8 <= self.image_size <= 2**16
             and self.image_size % self.patch == 0,
         }
         check_fields("encoder", self, rules)

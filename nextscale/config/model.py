@@ -57,6 +57,18 @@ class ModelConfig:
         values = labels.tolist() if hasattr(labels, "tolist") else labels
         return [self.find_class(value) if isinstance(value, str) else value for value in values]
 
+    def estimate_parameters(self) -> int:
+        """A lower bound of the number of parameters, without building the model."""
+        codes, model = self.tokenizer, self.transformer
+        widest = codes.base_channels * max(codes.channel_multipliers)
+        count = codes.vocab_size * codes.code_width + 2 * codes.base_channels * widest
+        if model is not None:
+            experts = model.experts.count if model.experts.router != "none" else 1
+            count += model.depth * model.width * model.width * 4
+            count += 2 * model.depth * experts * model.width * model.ffn_width
+            count += (codes.vocab_size + model.condition.num_classes) * model.width
+        return count
+
     def summarize(self) -> str:
         """One line of text: classes, scales, image size."""
         height, width = self.image_size

@@ -46,12 +46,13 @@ class TokenizerConfig:
             "tokenizer",
             self,
             {
-                "vocab_size, code_width, base_channels, res_blocks and norm_groups must be 1 to 2^24": all(
-                    1 <= n <= 2**24
-                    for n in (self.vocab_size, self.code_width, self.base_channels, self.res_blocks, self.norm_groups)
-                ),
-                "channel_multipliers must be 1 to 8 positive numbers": 1 <= len(self.channel_multipliers) <= 8
-                and min(self.channel_multipliers) >= 1,
+                "vocab_size must be 1 to 2^24": 1 <= self.vocab_size <= 2**24,
+                "code_width must be 1 to 65536": 1 <= self.code_width <= 2**16,
+                "base_channels must be 1 to 65536": 1 <= self.base_channels <= 2**16,
+                "res_blocks must be 1 to 100": 1 <= self.res_blocks <= 100,
+                "norm_groups must be 1 to 65536": 1 <= self.norm_groups <= 2**16,
+                "channel_multipliers must be 1 to 8 numbers of 1 to 1024": 1 <= len(self.channel_multipliers) <= 8
+                and 1 <= min(self.channel_multipliers) <= max(self.channel_multipliers) <= 1024,
                 "quant_conv_kernel must be odd": 1 <= self.quant_conv_kernel <= 99 and self.quant_conv_kernel % 2 == 1,
                 "num_phi must be 0 to 1000": 0 <= self.num_phi <= 1000,
                 "phi_ratio must lie in 0 to 1": 0 <= self.phi_ratio <= 1,

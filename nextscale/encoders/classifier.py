@@ -17,7 +17,7 @@ from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.reading import has_format
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.parse import from_dict, to_dict
-from nextscale.encoders.files import load_frozen_weights, read_head, save_module
+from nextscale.encoders.files import load_frozen, read_head, save_module
 from nextscale.encoders.network import Features
 from nextscale.encoders.patches import PatchEncoder
 
@@ -107,9 +107,7 @@ def load_classifier(folder: Path) -> Classifier:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder}/config.json: class_names must be a list of names")
     config = from_dict(ClassifierConfig, head.get("classifier"), f"{folder}/config.json")
-    model = Classifier(config, tuple(names))
-    load_frozen_weights(model, folder, head)
-    return model
+    return load_frozen(lambda: Classifier(config, tuple(names)), folder, head)
 
 
 def is_classifier(folder: Path) -> bool:

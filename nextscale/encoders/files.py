@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +19,7 @@ from nextscale.common.files import write_atomically, write_json
 from nextscale.common.reading import read_json
 
 WEIGHTS = "model.safetensors"
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_module(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:
@@ -35,14 +38,18 @@ def read_head(folder: Path, format_name: str, version: int, kind: str) -> dict[s
     return head
 
 
-def load_frozen_weights(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:
-    """Load model.safetensors into the module, and set it to evaluation mode without gradients.
+def load_frozen(build: Callable[[], Module], folder: Path, head: dict[str, Any]) -> Module:
+    """The module that `build` makes, with the weights of model.safetensors, in evaluation mode without gradients.
 
-    UserError when the file or `head`, the content of config.json, does not match its digest.
+    UserError when the file does not fit the module, which is found before memory is taken for it, or when the file or
+    `head`, the content of config.json, does not match its digest.
     """
+    with torch.device("meta"):
+        expected = list_shapes(build())
+    weights = read_safetensors(folder / WEIGHTS, expected)
     digests = read_digests(folder / "config.json", head)
     check_digest(folder / "config.json", head, f"accept it with `nextscale info {folder} --accept-changes`")
-    weights = read_safetensors(folder / WEIGHTS, list_shapes(module))
     verify_weights(folder / WEIGHTS, weights, digests.get(WEIGHTS), everything=True)
+    module = build()
     module.load_state_dict(weights)
-    module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False)
