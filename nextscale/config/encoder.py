@@ -24,7 +24,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "widths must be 1 to 8 numbers of up to 65536 that groups divides": 1 <= len(self.widths) <= 8
+            "widths must be 1 to 8 numbers that groups divides, up to 65536": 1 <= len(self.widths) <= 8
             and self.groups >= 1
             and all(1 <= w <= 2**16 and w % self.groups == 0 for w in self.widths),
             "blocks must be one number of 0 to 100 for each of the widths": len(self.blocks) == len(self.widths)
