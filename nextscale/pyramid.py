@@ -7,21 +7,25 @@ no torch, so that configs and the command line parse without it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import SupportsIndex
 
 from nextscale.common.errors import UserError
 
 Side = tuple[int, int]
+_LONGEST_SIDE, _MOST_TOKENS, _MOST_SCALES = 4096, 2**24, 256
 
 
 @dataclass(frozen=True)
 class Pyramid:
     """Sides of the K token maps of an image, coarse to fine.
 
-    `sides` takes integers (square maps) and (h, w) pairs. Raises UserError when there is no scale, a side is not
-    positive, or a map is larger than the last one in either direction.
+    `sides` takes integers (square maps) and (h, w) pairs. Raises UserError when there is no scale, a side is not an
+    integer of 1 to 4096, a map is larger than the last one in either direction, or there are more than
+    256 scales or 2^24 tokens.
     """
 
     sides: tuple[Side, ...]
@@ -37,6 +41,12 @@ class Pyramid:
                     f"scale {k} of the pyramid is {hk}x{wk}, larger than the last one, {h}x{w}; "
                     "order the scales from coarse to fine"
                 )
+        tokens = sum(hk * wk for hk, wk in self.sides)
+        if tokens > _MOST_TOKENS or len(self.sides) > _MOST_SCALES:
+            raise UserError(
+                f"a pyramid has up to {_MOST_SCALES} scales and {_MOST_TOKENS} tokens; "
+                f"this one has {len(self.sides)} and {tokens}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Pyramid:
@@ -108,16 +118,25 @@ class Pyramid:
 def _side(value: object) -> Side:
     """One side as (h, w): from 4, (2, 3), [2, 3], "4" or "2x3"."""
     parts = value.lower().split("x") if isinstance(value, str) else value
-    parts = [parts] if isinstance(parts, int) else parts
-    try:
-        numbers = [int(p) for p in parts]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        numbers = []
+    parts = list(parts) if isinstance(parts, list | tuple) else [parts]
+    numbers = [_parse_length(part) for part in parts[:3]]
     if len(numbers) == 1:
         numbers *= 2
-    if len(numbers) != 2 or min(numbers) < 1:
-        raise UserError(f"'{value}' is no side of a token map; write a positive integer (4) or height x width (2x3)")
+    if len(numbers) != 2 or not all(1 <= n <= _LONGEST_SIDE for n in numbers):
+        raise UserError(
+            f"'{str(value)[:80]}' is no side of a token map; write a positive integer (4) or height x width (2x3), "
+            f"up to {_LONGEST_SIDE}"
+        )
     return numbers[0], numbers[1]
+
+
+def _parse_length(value: object) -> int:
+    """An integer, or one as text; 0 for anything else, such as 1.5 or true."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else 0
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return 0
+    return value.__index__()
 
 
 PYRAMID_256 = Pyramid.parse("1,2,3,4,5,6,8,10,13,16")

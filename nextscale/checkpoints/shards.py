@@ -19,7 +19,7 @@ from torch import Tensor
 from nextscale.checkpoints.native import read_safetensors
 from nextscale.common.digest import compute_digest
 from nextscale.common.errors import UserError
-from nextscale.common.reading import read_json
+from nextscale.common.reading import parse_json, read_json
 
 _KEY = "nextscale"
 """Of the metadata."""
@@ -105,7 +105,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text, "its metadata")
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict):

@@ -9,6 +9,7 @@ from nextscale.common.digest import add_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.reading import read_json
+from nextscale.common.reading_yaml import read_yaml
 from nextscale.config.migrate import migrate_record, rename_settings
 from nextscale.config.parse import from_dict, suggest_name
 
@@ -23,19 +24,10 @@ def read_settings(kind: type[T], path: Path) -> T:
     data = rename_settings(read_yaml(path))
     if isinstance(data, dict):
         data.pop("digest", None)  # of the record of a run
-    return from_dict(kind, {} if data is None else data, str(path), kind())
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse a YAML or JSON file; UserError when it cannot be read."""
-    import yaml
-
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
+        return from_dict(kind, {} if data is None else data, str(path), kind())
+    except UserError as error:
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
 
 
 def _find_recipe(name: str) -> Path:

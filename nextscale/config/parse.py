@@ -8,11 +8,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from nextscale.common.digest import check_digest
 from nextscale.common.errors import UserError
+from nextscale.common.reading import read_json
 from nextscale.pyramid import Pyramid
 
 T = TypeVar("T")
@@ -42,19 +47,61 @@ def to_dict(config: Any) -> Any:
 def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = None) -> T:
     """Build dataclass `cls` from parsed JSON or YAML. Raises UserError naming the place of an unknown key or value.
 
-    Settings that `data` leaves out keep their value in `base`, at every depth. Without a base they get their defaults.
+    Settings that `data` leaves out keep their value in `base`, at every depth. Without a base they get their defaults;
+    UserError names those that have none. Numbers must be finite, and integers of up to 64 bits.
     """
     if not isinstance(data, dict):
-        raise UserError(f"{where} must be a table of settings, got {data!r}")
+        raise UserError(f"{where} must be a table of settings, got {quote_value(data)}")
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    known = [f.name for f in fields]
     for key in data:
         if key not in known:
-            raise UserError(f"{where} has no setting '{key}'{suggest_name(str(key), known)}")
+            raise UserError(f"{where} has no setting '{str(key)[:80]}'{suggest_name(str(key), known)}")
     values = {
         key: _convert(hints[key], value, f"{where}.{key}", getattr(base, key, None)) for key, value in data.items()
     }
-    return cls(**values) if base is None else dataclasses.replace(reset_derived(base), **values)  # type: ignore[type-var]
+    if base is not None:
+        return dataclasses.replace(reset_derived(base), **values)  # type: ignore[type-var]
+    absent = [f.name for f in fields if f.name not in data and f.default is f.default_factory is dataclasses.MISSING]
+    if absent:
+        raise UserError(f"{where} lacks '{absent[0]}'")
+    return cls(**values)
+
+
+def read_record(cls: type[T], path: Path, *, finite: bool = True) -> T:
+    """Read a JSON file that this package wrote into dataclass `cls`, whose `__post_init__` checks the ranges.
+
+    Names that `cls` does not have are refused, or collected in its field `other` where it has one. `finite`: as in
+    `read_json`. Raises UserError naming the file and the field.
+    """
+    return parse_record(cls, read_json(path, finite=finite), path)
+
+
+def parse_record(cls: type[T], data: Any, path: Path, remedy: str = "delete the file") -> T:
+    """The content of a JSON file as dataclass `cls`; see `read_record`. A digest in it must match.
+
+    `remedy`: what accepts or mends a file that does not match its digest.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = data
+    if isinstance(data, dict):
+        other = {name: value for name, value in data.items() if name not in known and name != "digest"}
+        fields = {name: value for name, value in data.items() if name in known}
+        fields |= {"other": other} if "other" in known else other
+    try:
+        record = from_dict(cls, fields, str(path))
+    except UserError as error:
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
+    if isinstance(data, dict):
+        check_digest(path, data, remedy)
+    return record
+
+
+def quote_value(value: Any) -> str:
+    """A value as it stands in a message: its Python form, cut to 80 characters."""
+    text = repr(value[:100] if isinstance(value, str | list | tuple) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def reset_derived(config: T) -> T:
@@ -82,14 +129,14 @@ def suggest_name(name: str, known: list[str]) -> str:
 def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     """`value` as the type `hint`, or a UserError that says where it stands."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if hint is Pyramid:
-        if not isinstance(value, str | list | tuple):
-            raise UserError(f"{where} is {value!r}; it must list map sides, coarse to fine: [1, 2, 4]")
-        return Pyramid.parse(value) if isinstance(value, str) else Pyramid(tuple(value))
+        return _parse_pyramid(value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where, base)
     if origin is dict:
-        return {**(base or {}), **_scalars(value, where)}
+        return {**(base or {}), **_convert_table(arguments[1], value, where)}
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -97,38 +144,50 @@ def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
         listed = [a for a in kinds if typing.get_origin(a) is tuple] if isinstance(value, list | tuple) else []
         return _convert([*listed, *kinds][0], value, where, base)
     if origin is Literal:
-        if value in arguments:
+        if isinstance(value, str) and value in arguments:
             return value
-        raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, arguments))}")
+        raise UserError(f"{where} is {quote_value(value)}; it must be one of {', '.join(map(repr, arguments))}")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    return _scalar(hint, value, where)
+    return _convert_scalar(hint, value, where)
 
 
-def _scalars(value: Any, where: str) -> dict[str, Scalar]:
-    """A table of names and JSON scalars."""
+def _parse_pyramid(value: Any, where: str) -> Pyramid:
+    """A pyramid from text or a list of sides."""
+    if not isinstance(value, str | list | tuple):
+        raise UserError(f"{where} is {quote_value(value)}; it must list map sides, coarse to fine: [1, 2, 4]")
+    try:
+        return Pyramid.parse(value) if isinstance(value, str) else Pyramid(tuple(value))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _convert_table(hint: Any, value: Any, where: str) -> dict[str, Any]:
+    """A table of names and values of the type `hint`: JSON scalars, or another type."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{where} must be a table of settings, got {value!r}")
+        raise UserError(f"{where} must be a table of settings, got {quote_value(value)}")
+    if typing.get_origin(hint) is not types.UnionType:
+        return {name: _convert(hint, entry, f"{where}.{name}") for name, entry in value.items()}
     for name, entry in value.items():
+        if isinstance(entry, float) and not math.isfinite(entry):
+            raise UserError(f"{where}.{name} is {entry}; it must be a finite number")
         if entry is not None and not isinstance(entry, str | int | float | bool):
-            raise UserError(f"{where}.{name} is {entry!r}; it must be a number, text, true, false or null")
+            raise UserError(f"{where}.{name} is {quote_value(entry)}; it must be a number, text, true, false or null")
     return value
 
 
-def _scalar(hint: Any, value: Any, where: str) -> Any:
-    """A bool, int, float or str. YAML reads 1e-4 as a string, so strings that spell a number are accepted."""
-    if hint is bool and isinstance(value, bool):
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    """A bool, int, float or str. Text that spells a number is accepted for a float: YAML reads 1e-4 as text."""
+    if hint in (bool, str) and isinstance(value, hint):
         return value
-    if hint is str and isinstance(value, str):
-        return value
-    if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if hint is float:
-                return number
-            if number == int(number):
-                return int(value)
-        except (ValueError, OverflowError):
-            pass
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
+        value = float(value)
+    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where} is {value}; it must be a finite number")
+        if hint is float and abs(value) < 2**1023:
+            return float(value)
+        if hint is int and value == int(value) and abs(value) < 2**64:
+            return int(value)
     kind = getattr(hint, "__name__", None) or "list"
-    raise UserError(f"{where} is {value!r}; it must be {'a list' if kind == 'tuple' else 'of type ' + kind}")
+    raise UserError(f"{where} is {quote_value(value)}; it must be {'a list' if kind == 'tuple' else 'of type ' + kind}")

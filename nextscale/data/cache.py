@@ -24,21 +24,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.checkpoints.shards import Form, check_range, read_owner, read_shard, verify_shard, write_shard
-from nextscale.common.digest import add_digest, check_digest
+from nextscale.common.digest import add_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.common.fingerprint import compute_fingerprint
-from nextscale.common.reading import read_json
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ModelConfig
+from nextscale.data.cache_head import FORMAT, SPLITS, VERSION, read_cache_head
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
-FORMAT, VERSION = "nextscale-tokens", 1
-SPLITS = ("train", "held_out")
 _REMEDY = "delete it and run `nextscale tokenize` again"
 _LARGE = 2**28
 """Bytes of a tensor above which only `nextscale info --verify` compares it with its digest."""
@@ -94,7 +92,7 @@ class CacheWriter:
         }
         path = self.folder / "cache.json"
         if path.exists():
-            before = read_json(path)
+            before = read_cache_head(path)
             changed = [f"{k} was {before.get(k)}, now {v}" for k, v in head.items() if before.get(k) != v]
             if changed:
                 raise UserError(
@@ -172,10 +170,7 @@ class TokenCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.head: dict[str, Any] = read_json(folder / "cache.json")
-        if not isinstance(self.head, dict) or self.head.get("format") != FORMAT or self.head.get("version") != VERSION:
-            raise UserError(f"{folder}/cache.json is not of a token cache that this nextscale can read")
-        check_digest(folder / "cache.json", self.head, _REMEDY)
+        self.head = read_cache_head(folder / "cache.json", _REMEDY)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nextscale.common.errors import UserError
+from nextscale.common.reading import parse_json
 from nextscale.common.registry import list_own_modules
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
@@ -46,7 +47,9 @@ def main() -> None:
     for module in modules:
         importlib.import_module(module)
     pipeline = Pipeline.from_pretrained(model, dtype=dtype or None)
-    pipeline.sample([None] * int(batch), from_dict(SampleConfig, json.loads(settings)), batch_size=int(batch))
+    pipeline.sample(
+        [None] * int(batch), from_dict(SampleConfig, parse_json(settings, "settings")), batch_size=int(batch)
+    )
     print(read_peak_resident())
 
 

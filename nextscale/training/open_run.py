@@ -155,5 +155,7 @@ def plot_log(folder: Path, task: str, panels: Mapping[str, Mapping[str, LogName]
 
 def list_points(log: list[dict], name: LogName) -> list[tuple[int, float]]:
     """(step, value) of every record that has this value."""
-    key, *index = (name,) if isinstance(name, str) else name
-    return [(r["step"], r[key][index[0]] if index else r[key]) for r in log if key in r]
+    if isinstance(name, str):
+        return [(r["step"], r[name]) for r in log if name in r and not isinstance(r[name], list)]
+    key, k = name
+    return [(r["step"], r[key][k]) for r in log if isinstance(r.get(key), list) and k < len(r[key])]

@@ -19,7 +19,7 @@ from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.reading import read_json
 from nextscale.config.migrate import rename_settings
-from nextscale.config.parse import from_dict, to_dict
+from nextscale.config.parse import parse_record, to_dict
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import CachedExamples
@@ -210,7 +210,8 @@ def read_run_config(folder: Path) -> RunConfig:
     """The settings of the run in `folder`."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run: it has no run.json")
-    return from_dict(RunConfig, rename_settings(read_json(folder / "run.json")), f"{folder}/run.json")
+    path = folder / "run.json"
+    return parse_record(RunConfig, rename_settings(read_json(path)), path)
 
 
 class _Callbacks(Callbacks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import fingerprint_files
+from nextscale.common.reading import parse_json
 from nextscale.data.images import ImageLike
 from nextscale.data.sources.source import HELD_OUT, TRAIN, shuffle_rows
 
@@ -89,7 +89,8 @@ def _read_metadata(path: Path) -> list[tuple[Path, str]]:
         return []
     try:
         with table.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file)) if table.suffix == ".csv" else [json.loads(line) for line in file if line]
+            jsonl = table.suffix == ".jsonl"
+            rows = [parse_json(line, str(table)) for line in file if line] if jsonl else list(csv.DictReader(file))
         label = next((n for n in ("label", "labels") if n in rows[0]), None)
         files = [(path / row["file_name"], path.resolve().name if label is None else str(row[label])) for row in rows]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:

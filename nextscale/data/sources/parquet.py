@@ -7,7 +7,6 @@ without a shuffle buffer's state.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import fingerprint_files
+from nextscale.common.reading import parse_json
 from nextscale.data.images import ImageLike
 from nextscale.data.sources.source import HELD_OUT, TRAIN, shuffle_rows
 
@@ -169,7 +169,7 @@ def _parse_split(name: str) -> str:
 
 def _name_classes(metadata: dict[bytes, bytes], raw: list) -> tuple[tuple[str, ...], list[int]]:
     """(class names, label of each row), from the file's ClassLabel feature, else from the sorted distinct values."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = parse_json(metadata.get(b"huggingface", b"{}"), "its metadata").get("info", {}).get("features", {})
     names = next((f["names"] for f in features.values() if isinstance(f, dict) and f.get("names")), None)
     if names and all(isinstance(v, int) and 0 <= v < len(names) for v in raw):
         return tuple(names), raw

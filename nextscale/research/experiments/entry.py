@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.common.errors import UserError
+from nextscale.common.reading_yaml import read_yaml
 from nextscale.config.classifier import ClassifierConfig, ClassifierRunConfig
 from nextscale.config.encoder import EncoderRunConfig
-from nextscale.config.files import read_settings, read_yaml
+from nextscale.config.files import read_settings
 from nextscale.config.parse import from_dict, suggest_name
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig

@@ -16,6 +16,9 @@ from tqdm import tqdm
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_text
+from nextscale.common.notes import print_note
+from nextscale.common.reading import parse_json
+from nextscale.config.parse import quote_value
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import check_unreadable
 from nextscale.training.engine.task import Task
@@ -109,16 +112,43 @@ def open_loggers(
 
 
 def read_log(path: Path) -> list[dict]:
-    """All complete lines of a log; a last line cut short by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
+    """All complete lines of a log. A last line cut short by a crash is left out; others that are no record are named.
+
+    Raises UserError when the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    records, broken = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
-        if isinstance(record, dict) and {"task", "step"} <= record.keys():
-            records.append(record)
+        try:
+            records.append(_parse_line(line))
+        except UserError as error:
+            if number < len(lines):  # what follows the last line break was cut short
+                broken.append((number, error))
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        first, fault = broken[0]
+        print_note(f"log {path}", f"{path}: line {first}{more} cannot be used and was passed over: {fault}")
     return records
+
+
+def _parse_line(line: bytes) -> dict:
+    """A record of the log: its task, its step, and numbers or lists of numbers. UserError when the line is none."""
+    record = parse_json(line, "it", finite=False)
+    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
+        raise UserError("it is no record with a task")
+    step = record.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise UserError(f"step is {quote_value(step)}; it must be 0 or more")
+    for name, value in record.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name != "task" and not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+            raise UserError(f"{name} is {quote_value(value)}; it must be a number or a list of numbers")
+    return record
 
 
 class StepMetrics:

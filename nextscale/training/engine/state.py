@@ -10,6 +10,7 @@ States are gathered from all processes, so a run may be resumed with another num
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.common.reading import read_json
 from nextscale.config.migrate import migrate_record
+from nextscale.config.parse import check_fields, read_record
 from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.optimizer import Ema
@@ -41,6 +43,30 @@ class TrainState:
     """Steps done."""
 
 
+@dataclass(frozen=True)
+class BestState:
+    """The step with the lowest validation loss so far, and that loss."""
+
+    step: int
+    loss: float
+
+    def __post_init__(self) -> None:
+        check_fields("best state", self, {"step must be 0 or more": self.step >= 0})
+
+
+@dataclass(frozen=True)
+class StateNote:
+    """What is written beside a state."""
+
+    step: int
+    sha256: str
+    """Of the state's file."""
+
+    def __post_init__(self) -> None:
+        digits = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
+        check_fields("state", self, {"step must be 0 or more": self.step >= 0, "sha256 must be 64 hex digits": digits})
+
+
 class StateFiles:
     """The states of one task in a run folder."""
 
@@ -51,10 +77,10 @@ class StateFiles:
         """The file of the state after this many steps."""
         return self.folder / f"{self.task}-{step:08d}.pt"
 
-    def read_best(self) -> dict[str, Any]:
-        """{"step", "loss"} of the best state so far, or {}."""
+    def read_best(self) -> BestState | None:
+        """The best state so far. Raises UserError naming the file when its record is damaged."""
         path = self.folder / f"{self.task}-best.json"
-        return read_json(path) if path.exists() else {}
+        return read_record(BestState, path) if path.exists() else None
 
     def record_best(self, step: int, values: Values) -> bool:
         """Whether this validation has the lowest validation_loss so far; if so its state will be kept.
@@ -62,12 +88,13 @@ class StateFiles:
         All processes must call it; the main one has the values.
         """
         loss = values.get("validation_loss")
-        (best,) = self.world.any(self.world.main and isinstance(loss, float) and self._write_best(step, loss))
+        measured = self.world.main and isinstance(loss, float) and math.isfinite(loss)
+        (best,) = self.world.any(measured and self._write_best(step, float(loss or 0)))
         return best
 
     def _write_best(self, step: int, loss: float) -> bool:
         best = self.read_best()
-        if best and best["step"] != step and not loss < best["loss"]:
+        if best and best.step != step and not loss < best.loss:
             return False
         write_json(self.folder / f"{self.task}-best.json", {"step": step, "loss": loss})
         return True
@@ -99,7 +126,8 @@ class StateFiles:
         self.world.wait()
 
     def _delete_old(self) -> None:
-        kept = {*self.list_steps()[: self.keep], self.read_best().get("step")}
+        best = self.read_best()
+        kept = {*self.list_steps()[: self.keep], best.step if best else None}
         for step in set(self.list_steps()) - kept:
             self.path(step).unlink(missing_ok=True)
             self.path(step).with_suffix(".json").unlink(missing_ok=True)
@@ -111,6 +139,7 @@ class StateFiles:
 
         Raises UserError naming settings that differ from the state's, unless `accept_changes`.
         """
+        self.read_best()  # a damaged record is an error now, and not after training up to the next save
         content, path = self._read_latest()
         if content is None:
             return
@@ -140,16 +169,25 @@ class StateFiles:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        note = read_json(path.with_suffix(".json"))
-        if _compute_digest(path) != note["sha256"]:
+        note = read_record(StateNote, path.with_suffix(".json"))
+        if note.step != _parse_step(path):
+            raise UserError(f"{path.with_suffix('.json')} is of step {note.step}")
+        if _compute_digest(path) != note.sha256:
             raise UserError("its content does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not {"step", "settings", "module", "optimizer", "ema", "scaler"} <= content.keys():
             raise UserError("it lacks parts of a state")
+        if content["step"] != note.step or not isinstance(content["settings"], dict):
+            raise UserError("its content is not of its step")
         return content
     except Exception as error:  # a damaged pickle raises nearly every type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"training state {path} cannot be used ({reason})") from error
+
+
+def _parse_step(path: Path) -> int:
+    """The step in the name of a state's file."""
+    return int(path.stem.rsplit("-", 1)[1])
 
 
 def _compute_digest(path: Path) -> str:
