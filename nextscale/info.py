@@ -25,6 +25,9 @@ from nextscale.pyramid import Pyramid
 from nextscale.sampling.pruning import PruningPlan
 from nextscale.tokenizer.tokenizer import Tokenizer
 
+_KNOWN_ROUTERS = ("none", "stmoe", "smoe", "expert-choice")
+"""Routers that select the same number of experts whatever the tokens are."""
+
 
 def count_cached_tokens(pyramid: Pyramid, k: int) -> int:
     """Tokens in the cache after scale k; the last scale is not kept."""
@@ -67,6 +70,7 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
     }
     if config.transformer is not None:
         facts["classes"] = config.transformer.condition.num_classes
+        facts["flops_are"] = describe_flops(config.transformer)
         facts["flops_once_per_image"] = condition_flops(config.transformer)
         facts["per_scale"] = [
             {
@@ -80,6 +84,18 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
         facts["transformer_flops"] = facts["flops_once_per_image"] + sum(s["flops"] for s in facts["per_scale"])
     facts["weight_bytes_float32"] = 4 * sum(counts.values())
     return facts
+
+
+def depends_on_tokens(model: TransformerConfig) -> bool:
+    """Whether FLOPs depend on the tokens that are drawn, so that only the records of sampling know them."""
+    return model.dynamic.experts > 0 or model.experts.router not in _KNOWN_ROUTERS
+
+
+def describe_flops(model: TransformerConfig) -> str:
+    """How the counts of this page relate to what is executed; empty where they are equal."""
+    if model.dynamic.experts:
+        return "with all experts"
+    return "at most" if depends_on_tokens(model) else ""
 
 
 def count_active_parameters(config: ModelConfig, total: int) -> int:
@@ -167,7 +183,8 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     if "per_scale" in facts:
         lines.append(f"  classes              {facts['classes']}")
-        lines.append(f"  transformer          {_flop(facts['transformer_flops'])} per image, twice with guidance")
+        how = f"{facts['flops_are']} " if facts["flops_are"] else ""
+        lines.append(f"  transformer          {how}{_flop(facts['transformer_flops'])} per image, twice with guidance")
         lines.append("\n  scale      tokens        arithmetic   kept for later, float32")
         for scale in facts["per_scale"]:
             h, w = scale["side"]

@@ -17,7 +17,7 @@ import torch
 from nextscale.common.registry import ROUTERS
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
-from nextscale.info import condition_flops, sample_flops, scale_flops
+from nextscale.info import condition_flops, depends_on_tokens, sample_flops, scale_flops
 from nextscale.pipeline import Pipeline
 from nextscale.sampling.pruning import PruningPlan
 from nextscale.sampling.sampler import ScaleStep
@@ -148,17 +148,7 @@ def count_sampled_flops(
     return ExecutedFlops(mean, mean / dense, deviation, tuple((torch.stack(active).sum(dim=0) / len(labels)).tolist()))
 
 
-def depends_on_tokens(config: ModelConfig) -> bool:
-    """Whether the FLOPs of this model depend on the tokens that are drawn, so that only records know them."""
-    model = config.transformer
-    return model is not None and (model.dynamic.experts > 0 or model.experts.router not in _KNOWN_ROUTERS)
-
-
-_KNOWN_ROUTERS = ("none", "stmoe", "smoe", "expert-choice")
-"""Routers that select the same number of experts whatever the tokens are."""
-
-
 def count_planned_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConfig | None = None) -> int | None:
     """FLOPs of an image as the config and these settings decide them; None where they depend on the tokens."""
-    models = [model for model in (config, refiner) if model is not None]
+    models = [m.transformer for m in (config, refiner) if m is not None and m.transformer is not None]
     return None if any(map(depends_on_tokens, models)) else sample_flops(config, settings, refiner)

@@ -1,6 +1,7 @@
 """`nextscale bench`: the time that a model takes at each scale, optionally compared with a second model.
 
-Both models are timed in every round, so that a slower machine slows down both.
+Both models are timed in every round, so that a slower machine slows down both. FLOPs are those that the warm-up round
+executed: every round samples the same images.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.machine import describe_machine
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
+from nextscale.evaluation.flops import FlopCounter
 from nextscale.evaluation.peak_memory import measure_peak_memory
 from nextscale.info import describe_config
 from nextscale.pipeline import Pipeline
@@ -58,15 +60,16 @@ def compare_models(
         pipelines = [Pipeline.from_pretrained(model, dtype=dtype, device=device) for model in models]
         for batch in batches:
             times = [BatchTimes() for _ in models]
+            counters = [FlopCounter(pipeline, settings, batch) for pipeline in pipelines]
             for turn in tqdm(range(rounds + 1), desc=f"{dtype or 'default'} batch {batch}", unit="round"):
-                for pipeline, model_times in zip(pipelines, times, strict=True):
-                    scales, decode = time_batch(pipeline, batch, settings)
+                for pipeline, counter, model_times in zip(pipelines, counters, times, strict=True):
+                    scales, decode = time_batch(pipeline, batch, settings, None if turn else counter)
                     if turn:
                         model_times.scales.append(scales)
                         model_times.decode.append(decode)
-            for model, pipeline, model_times in zip(models, pipelines, times, strict=True):
+            for model, pipeline, counter, model_times in zip(models, pipelines, counters, times, strict=True):
                 memory = measure_peak_memory(model, dtype, batch, settings, pipeline)
-                cases.append(_report_case(model, pipeline, batch, model_times, settings, memory))
+                cases.append(_report_case(model, pipeline, batch, model_times, counter.flops, memory))
             if len(models) == 2:
                 ratios = [b / a for a, b in zip(times[0].totals, times[1].totals, strict=True)]
                 cases[-2]["times_as_fast"] = summarize_spread(ratios)
@@ -79,8 +82,13 @@ def compare_models(
     }
 
 
-def time_batch(pipeline: Pipeline, batch: int, settings: SampleConfig) -> tuple[list[float], float]:
-    """Seconds of each scale and of the decoder for one batch, whose images have the classes in turn."""
+def time_batch(
+    pipeline: Pipeline, batch: int, settings: SampleConfig, counter: FlopCounter | None = None
+) -> tuple[list[float], float]:
+    """Seconds of each scale and of the decoder for one batch, whose images have the classes in turn.
+
+    `counter` counts the FLOPs of its steps, which takes time: for a round that is not timed.
+    """
     assert pipeline.config.transformer is not None, "a generator has a transformer"
     classes = pipeline.config.transformer.condition.num_classes
     times = [_read_clock(pipeline.device)]
@@ -88,6 +96,8 @@ def time_batch(pipeline: Pipeline, batch: int, settings: SampleConfig) -> tuple[
     for step in pipeline.sample_scales([i % classes for i in range(batch)], settings):
         canvas = step.canvas_BChw
         times.append(_read_clock(pipeline.device))
+        if counter is not None:
+            counter.add(step)
     assert canvas is not None, "a pyramid has a scale"
     with torch.no_grad():
         pipeline.tokenizer.decode_canvas(canvas)
@@ -102,10 +112,11 @@ def _read_clock(device: torch.device) -> float:
 
 
 def _report_case(
-    model: str, pipeline: Pipeline, batch: int, times: BatchTimes, settings: SampleConfig, memory: int
+    model: str, pipeline: Pipeline, batch: int, times: BatchTimes, transformer_flops: int, memory: int
 ) -> dict[str, Any]:
-    facts = describe_config(model, pipeline.config)
-    flops = facts["transformer_flops"] * (2 if settings.guided else 1) + facts["tokenizer_flops"]["decode"]
+    """`transformer_flops`: those that the batch executed."""
+    decoder = describe_config(model, pipeline.config)["tokenizer_flops"]["decode"]
+    flops = transformer_flops / batch + decoder
     seconds = statistics.median(times.totals)
     return {
         "model": model,
@@ -117,6 +128,7 @@ def _report_case(
         "seconds_per_scale": [statistics.median(column) for column in zip(*times.scales, strict=True)],
         "seconds_decoder": statistics.median(times.decode),
         "gflop_per_image": flops / 1e9,
+        "gflop_decoder": decoder / 1e9,
         "gflop_per_s": flops * batch / seconds / 1e9,
         "peak_memory_bytes": memory,
     }
@@ -130,12 +142,16 @@ def summarize_spread(values: Sequence[float]) -> dict[str, float]:
 def format_comparison(report: dict[str, Any]) -> str:
     """The report of `compare_models` as a table."""
     lines = [f"{report['machine']['device']}, {report['machine']['threads']} threads, {report['rounds']} rounds"]
-    lines.append(f"{'model':<28}{'dtype':<10}{'batch':>6}{'s/image':>10}{'spread':>16}{'GFLOP/s':>9}{'memory':>12}")
+    lines.append(
+        f"{'model':<28}{'dtype':<10}{'batch':>6}{'s/image':>10}{'spread':>16}"
+        f"{'GFLOP/image':>13}{'GFLOP/s':>9}{'memory':>12}"
+    )
     for case in report["cases"]:
         low, high = (case["seconds"][n] / case["batch"] for n in ("min", "max"))
         lines.append(
             f"{case['model'][-27:]:<28}{case['dtype']:<10}{case['batch']:>6}{case['seconds_per_image']:>10.4f}"
-            f"{f'{low:.4f}-{high:.4f}':>16}{case['gflop_per_s']:>9.1f}{case['peak_memory_bytes'] / 2**20:>8.0f} MiB"
+            f"{f'{low:.4f}-{high:.4f}':>16}{case['gflop_per_image']:>13.4g}{case['gflop_per_s']:>9.1f}"
+            f"{case['peak_memory_bytes'] / 2**20:>8.0f} MiB"
         )
         per_scale = " ".join(f"{s / case['batch'] * 1000:.1f}" for s in case["seconds_per_scale"])
         decoder = case["seconds_decoder"] / case["batch"] * 1000
