@@ -260,9 +260,7 @@ class Pipeline:
         guidance and before temperature, top-k and top-p. `nextscale.sampling.filters` has an example.
         """
         settings = self._parse_settings(config, overrides)
-        values = self.transformer.condition.parse(self.label_indices(labels))
-        if not len(values):
-            raise UserError("sampling needs at least one label; got none")
+        values = self._parse_labels(labels)
         batch_size, first_image = parse_count("batch_size", batch_size, 1), parse_count("first_image", first_image)
         size = len(values) if settings.official_seeding else batch_size
         batches = []
@@ -277,7 +275,7 @@ class Pipeline:
         logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
     ) -> Iterator[ScaleStep]:  # fmt: skip
         """As `sample` for one batch, yielding each scale as it is done, with the canvas that it leaves."""
-        values = self.transformer.condition.parse(self.label_indices(labels))
+        values = self._parse_labels(labels)
         settings = self._parse_settings(config, overrides)
         return sample_scales(self._build_sampler(values, settings, first_image, logits_processors))
 
@@ -308,7 +306,7 @@ class Pipeline:
         from nextscale.sampling.editing import build_edit
 
         settings = self._parse_settings(config, overrides)
-        values = self.transformer.condition.parse(self.label_indices([label]))
+        values = self._parse_labels([label])
         pictures, _ = list_pictures(image, self.config.image_size)
         if len(pictures) != 1:
             raise UserError(f"edit takes one image; got {len(pictures)}")
@@ -326,7 +324,7 @@ class Pipeline:
         """Log-likelihood in nats of the images' tokens given their labels, per scale: (B, K); images as in `encode`."""
         from nextscale.sampling.likelihood import compute_log_likelihood
 
-        values = self.transformer.condition.parse(self.label_indices(labels))
+        values = self._parse_labels(labels)
         tokens = self.encode(images).to(self.device)
         if len(tokens) != len(values):
             raise UserError(f"score needs one label per image; got {len(tokens)} images and {len(values)} labels")
@@ -344,6 +342,13 @@ class Pipeline:
         if value >= condition.num_classes:
             return "no label"
         return self.config.class_names[value] if self.config.class_names else str(int(value))
+
+    def _parse_labels(self, labels: Labels) -> Any:
+        """The condition of labels; UserError when there is none."""
+        indices = self.label_indices(labels)
+        if not indices:
+            raise UserError("at least one label is needed; got none")
+        return self.transformer.condition.parse(indices)
 
     def _parse_settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
         """The settings, with functions of the scale as lists and thresholds in place of a budget."""

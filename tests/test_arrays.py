@@ -388,3 +388,40 @@ def test_reconstruct_takes_a_folder(tiny_folder, tmp_path, capsys):
     for wrong in (tmp_path / "empty", tmp_path / "photos" / "b" / "9.png"):
         assert main(["reconstruct", str(tiny_folder), str(wrong), "--out", str(tmp_path / "x.png")]) == 2
         assert not (tmp_path / "x.png").exists()
+
+
+# ---- labels
+
+
+def test_labels_of_every_kind(pipeline):
+    for labels in (3, np.int64(3), torch.tensor(3), np.array(3), [3], (3,), range(3, 4), np.array([3], np.uint8),
+                   torch.tensor([3], dtype=torch.int16), [np.int8(3)], [torch.tensor(3)], "3", iter([3])):  # fmt: skip
+        assert pipeline.label_indices(labels) == [3]
+    assert pipeline.label_indices([None, "2", np.str_("1"), 0]) == [None, 2, 1, 0]
+    assert torch.equal(pipeline.sample(np.int64(3)).tokens, pipeline.sample([3]).tokens)
+    assert torch.equal(pipeline.score(PIXELS[0], torch.tensor(3)), pipeline.score(PIXELS[:1], [3]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "at least one label is needed; got none"),
+        (np.zeros(0, np.int64), "at least one label"),
+        ([[1, 2]], r"got \[1, 2\]"),
+        (np.ones((2, 1), np.int64), r"got \[1\]"),
+        (torch.eye(5), "a label is a class name, a whole number or None"),
+        ([True], "got True"),
+        (torch.tensor([True, False]), "got True"),
+        ([1.5], "got 1.5"),
+        ([np.nan], "got nan"),
+        (b"3", "got bytes"),
+        ({1, 2}, "labels are one label or a list of them; got set"),
+        ({"label": 1}, "got dict"),
+        ([5], "label 5 is out of range"),
+        ([-1], "label -1 is out of range"),
+    ],
+)
+def test_what_is_no_label_is_refused(labels, message, pipeline):
+    for call in (pipeline.sample, pipeline.sample_scales, lambda x: pipeline.score(PIXELS, x)):
+        with pytest.raises(UserError, match=message):
+            call(labels)

@@ -17,7 +17,7 @@ import difflib
 import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -187,12 +187,17 @@ def index_labels(labels: Any, names: tuple[str, ...], count: int | None) -> list
 
     A label is a name (as `find_class` reads it), a whole number of any library, or None for no label.
     """
+    if isinstance(labels, str):
+        return parse_classes(labels, names, count)
+    return [_index_label(label, names, count) for label in list_labels(labels)]
+
+
+def list_labels(labels: Any) -> list[Any]:
+    """One label, or several of any library, as a list. UserError for what has no order, such as a set."""
     given = labels.tolist() if hasattr(labels, "tolist") else labels
-    if isinstance(given, str):
-        return parse_classes(given, names, count)
-    if not isinstance(given, Iterable):
-        given = [given]
-    return [_index_label(label, names, count) for label in given]
+    if isinstance(given, bytes | bytearray | Mapping | Set):
+        raise UserError(f"labels are one label or a list of them; got {type(given).__name__} {given!r:.60}")
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
 
 
 def _index_label(label: Any, names: tuple[str, ...], count: int | None) -> int | None:

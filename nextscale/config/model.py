@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nextscale.common.errors import UserError
-from nextscale.config.classes import find_class, index_labels, parse_classes
+from nextscale.config.classes import find_class, index_labels, list_labels, parse_classes
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import PYRAMID_256, Pyramid
@@ -54,8 +54,7 @@ class ModelConfig:
         """
         if self.count_of_classes is not None or isinstance(labels, str):
             return index_labels(labels, self.class_names, self.count_of_classes)
-        values = labels.tolist() if hasattr(labels, "tolist") else labels
-        return [self.find_class(value) if isinstance(value, str) else value for value in values]
+        return [self.find_class(value) if isinstance(value, str) else value for value in list_labels(labels)]
 
     def estimate_parameters(self) -> int:
         """A lower bound of the number of parameters, without building the model."""
