@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
@@ -21,7 +21,7 @@ class Adapt:
     model: Positional[Path]
     """Checkpoint folder."""
     out: Path
-    """Folder to write."""
+    """Folder to write, for `nextscale train --start`."""
     classes: str | None = None
     """Number of new classes (5), or their names. NAME=OLD starts from an old class: cat=281,dog,koi=goldfish."""
     scales: str | None = None
@@ -96,6 +96,20 @@ class Sparsify:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
+    main_options: ClassVar[tuple[str, ...]] = (
+        "model",
+        "out",
+        "data",
+        "stages",
+        "budget",
+        "budgets",
+        "expert-size",
+        "scales",
+        "tuning.epochs",
+        "routers.epochs",
+        "device",
+    )
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.sparsify.report import summarize_report
@@ -115,7 +129,7 @@ class ImportOfficial:
     vae: Path
     """Tokenizer file, such as vae_ch160v4096z32.pth."""
     out: Path
-    """Folder to write."""
+    """Checkpoint folder to write, which every command takes."""
     var: Path | None = None
     """Transformer file, such as var_d16.pth or mvar_d16.pth. Without it the folder holds a tokenizer alone."""
     scales: str | None = None
@@ -153,9 +167,9 @@ class ExportOfficial:
     model: Positional[Path]
     """Checkpoint folder."""
     vae: Path | None = None
-    """Tokenizer file to write."""
+    """Tokenizer file to write, .pth or .safetensors."""
     var: Path | None = None
-    """Transformer file to write."""
+    """Transformer file to write, .pth or .safetensors."""
 
     def run(self) -> None:
         from nextscale.checkpoints.native import read_checkpoint

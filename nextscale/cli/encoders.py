@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
@@ -33,6 +33,19 @@ class EncoderTrain:
     """Resume even though settings have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+
+    main_options: ClassVar[tuple[str, ...]] = (
+        "config",
+        "data",
+        "out",
+        "encoder.image-size",
+        "encoder.widths",
+        "train.steps",
+        "train.epochs",
+        "train.batch-size",
+        "train.learning-rate",
+        "device",
+    )
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
@@ -66,7 +79,7 @@ class EncoderEvaluate:
     size: int = 0
     """Read images at this side, which the encoder then resizes; 0 = the one that it was made for."""
     out: Path | None = None
-    """JSON file to write."""
+    """JSON file to write the result to."""
 
     def run(self) -> None:
         from nextscale.training.encoder import evaluate_encoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -90,14 +90,14 @@ class Statistics:
     features: str
     """Feature network, as in `nextscale evaluate`."""
     out: Path
-    """.npz file to write."""
+    """.npz file to write, for --reference of `nextscale evaluate`."""
     size: str = "0"
     """Resize and centre-crop images to this size: the side of squares, or HEIGHTxWIDTH such as 24x32. 0 = leave them
     unchanged."""
     keep: int = 10_000
     """Number of images, evenly spaced, whose features are stored."""
     batch_size: int = 50
-    """Batch size."""
+    """Batch size. Statistics depend on it by rounding only; lower it if memory is short."""
     shard: int = 1000
     """Images of one file of features; a resumed run repeats at most this many."""
     device: str = "auto"
@@ -128,7 +128,7 @@ class Bench:
     against: str = ""
     """A second model. Each round times both, and the report has the ratio of each round."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Batch sizes to time."""
+    """Batch sizes to time, one after the other."""
     dtypes: tuple[Dtype, ...] = ()
     """Computing types to time; default float32 on a CPU, the stored type elsewhere."""
     rounds: int = 5
@@ -137,7 +137,7 @@ class Bench:
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """Where to compute: cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
         import json
@@ -170,7 +170,7 @@ class ExperimentShow:
     name: Positional[str]
     """As `nextscale experiment list` shows it."""
     scale: Scale = "paper"
-    """tiny, cifar or paper."""
+    """Size of the experiment: tiny, cifar or paper."""
     device: str = "auto"
     """cpu shows the reduced size for two CPU cores, where the scale has one."""
 
@@ -250,6 +250,19 @@ class ClassifierTrain:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
+    main_options: ClassVar[tuple[str, ...]] = (
+        "config",
+        "data",
+        "out",
+        "classifier.image-size",
+        "images.flip",
+        "train.steps",
+        "train.epochs",
+        "train.batch-size",
+        "train.learning-rate",
+        "device",
+    )
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.training.classifier import train_classifier
@@ -271,7 +284,7 @@ class ClassifierEvaluate:
     data: str
     """'digits', a folder of class sub-folders, parquet, or owner/name on the Hugging Face hub."""
     out: Path | None = None
-    """JSON file to write."""
+    """JSON file to write the result to."""
 
     def run(self) -> None:
         from nextscale.training.classifier import evaluate_classifier

@@ -14,8 +14,10 @@ import tyro
 
 from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
+from nextscale.cli.help import HELP, hide_options, list_required
 from nextscale.common.errors import UserError
 from nextscale.config.files import read_settings
+from nextscale.config.idle import check_steps, print_setting_notes
 from nextscale.config.parse import reset_derived, suggest_name
 
 _INTRO = f"""nextscale {__version__}: next-scale image generation.
@@ -38,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = parse(arguments)
         if command is not None:
+            if os.environ.get("RANK", "0") == "0":
+                print_setting_notes(command)
             from nextscale.backends.cpu.memory import keep_freed_memory
 
             keep_freed_memory()  # the process is ours
@@ -80,14 +84,24 @@ def parse(arguments: list[str]) -> Any:
         name = " ".join(arguments[:2]) if any(c.startswith(f"{name} ") for c in COMMANDS) else name
         raise UserError(f"there is no command '{name}'{suggest_name(name, list(COMMANDS))}")
     kind, rest = COMMANDS[name], _move_lists_last(rest)
-    return tyro.cli(
+    defaults = read_defaults(kind, [word for word in rest if word not in HELP])
+    description = inspect.cleandoc(kind.__doc__ or "")
+    if not HELP.isdisjoint(rest):
+        if "--help-all" not in rest:
+            kind, defaults, hint = hide_options(kind, defaults)
+            description += hint.format(name=name)
+        rest = ["--help"]
+    command = tyro.cli(
         kind,
         prog=f"nextscale {name}",
-        description=inspect.cleandoc(kind.__doc__ or ""),
+        description=description,
         args=rest,
-        default=read_defaults(kind, rest),
+        default=defaults,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if hasattr(command, "settings"):
+        check_steps(command.settings, get_default_settings(kind) if defaults is None else defaults.settings)
+    return command
 
 
 def _import_modules(arguments: list[str]) -> list[str]:
@@ -151,6 +165,13 @@ def _is_number_list(word: str) -> bool:
         return False
 
 
+def get_default_settings(kind: type) -> Any:
+    """The default of a command's settings."""
+    (factory,) = (f.default_factory for f in dataclasses.fields(kind) if f.name == "settings")
+    assert callable(factory), "settings are tables"
+    return factory()
+
+
 def read_defaults(kind: type, arguments: list[str]) -> Any:
     """The command with the settings of its config file as defaults; None when no file is given."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -164,8 +185,7 @@ def read_defaults(kind: type, arguments: list[str]) -> Any:
     if path is None:
         return None
     settings = read_settings(get_type_hints(kind)["settings"], path)
-    required = {n: tyro.MISSING for n, f in fields.items() if f.default is f.default_factory}  # both are "missing"
-    return kind(**required, settings=reset_derived(settings))
+    return kind(**dict.fromkeys(list_required(kind), tyro.MISSING), settings=reset_derived(settings))
 
 
 def _find_config_word(arguments: list[str]) -> Path | None:

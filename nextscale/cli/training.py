@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
@@ -33,6 +33,19 @@ class Quickstart:
     """Run folder: checkpoints, pictures, curves, metrics.json. `nextscale sample` takes it as a model."""
     config: Path | None = None
     """YAML or JSON file with settings, in the form of the run folder's quickstart.json."""
+
+    main_options: ClassVar[tuple[str, ...]] = (
+        "data",
+        "out",
+        "config",
+        "image-size",
+        "limit",
+        "held-out",
+        "max-epochs",
+        "train-tokenizer.steps",
+        "train-transformer.steps",
+        "seed",
+    )
 
     def run(self) -> None:
         from nextscale.quickstart.run import run_quickstart
@@ -63,6 +76,20 @@ class TokenizerTrain:
     """Resume even though settings have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+
+    main_options: ClassVar[tuple[str, ...]] = (
+        "config",
+        "data",
+        "out",
+        "start",
+        "image-size",
+        "train.steps",
+        "train.epochs",
+        "train.batch-size",
+        "train.learning-rate",
+        "images.flip",
+        "device",
+    )
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
@@ -107,14 +134,14 @@ class Tokenize:
     tokenizer: Path
     """Checkpoint folder whose tokenizer is used."""
     out: Path
-    """Folder of the cache."""
+    """Folder of the cache to write, for `nextscale train --data`."""
     images: DataConfig = field(default_factory=DataConfig)
     views: int = 1
     """Encode each training image this many times, with another random crop and mirroring each time."""
     encoder: str = ""
     """Store the features of a self-supervised encoder too (DINOv2, DINOv3): its folder, or its name on the hub."""
     shard: int = 8192
-    """Images per file."""
+    """Images per file of the cache; an interrupted call repeats at most this many."""
     batch_size: int = 64
     """Batch size. Tokens do not depend on it."""
     seed: int = 0
@@ -157,6 +184,22 @@ class Train:
     """Print parameters, memory, arithmetic and time, and do not train."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+
+    main_options: ClassVar[tuple[str, ...]] = (
+        "config",
+        "data",
+        "tokenizer",
+        "start",
+        "out",
+        "train.steps",
+        "train.epochs",
+        "train.batch-size",
+        "train.learning-rate",
+        "transformer.depth",
+        "loss.encoder",
+        "dry-run",
+        "device",
+    )
 
     def run(self) -> None:
         if self.dry_run:

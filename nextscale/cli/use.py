@@ -40,7 +40,7 @@ class Sample:
     dtype: Dtype | None = None
     """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """Where to compute: cpu, cuda, cuda:1, ..."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
 
@@ -76,7 +76,7 @@ class Reconstruct:
     dtype: Dtype | None = None
     """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """Where to compute: cpu, cuda, cuda:1, ..."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
 
@@ -114,7 +114,7 @@ class Edit:
     dtype: Dtype | None = None
     """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """Where to compute: cpu, cuda, cuda:1, ..."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
 

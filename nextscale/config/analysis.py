@@ -21,7 +21,7 @@ class AnalysisConfig:
     batch_size: int = 16
     """Batch size. It changes results by rounding only."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """Where to compute: cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -37,7 +37,7 @@ class ErrorsConfig:
     """Errors that are injected while images are sampled."""
 
     num: int = 20
-    """Number of images."""
+    """Number of images that are sampled with errors."""
     scales: tuple[int, ...] = ()
     """Scales that get errors, one at a time, counted from 1: 1 2 3. Empty = all but the last."""
     share: float = 1.0
@@ -47,7 +47,7 @@ class ErrorsConfig:
     batch_size: int = 16
     """Batch size. Results do not depend on it."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """Where to compute: cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -72,7 +72,7 @@ class DynamicAnalysisConfig:
     batch_size: int = 16
     """Batch size. Results do not depend on it."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """Where to compute: cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
         rules = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nextscale.config.data import DataConfig
+from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields
-from nextscale.config.training import TrainConfig
+from nextscale.config.training import NO_GENERATOR, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,7 @@ class ClassifierRunConfig:
     def __post_init__(self) -> None:
         limit = self.classifier.image_size // 2
         check_fields("run", self, {f"shift must be 0 to {limit}": 0 <= self.shift <= limit})
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        return {"a classifier's training does not use it": tuple(f"train.{name}" for name in NO_GENERATOR)}

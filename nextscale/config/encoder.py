@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nextscale.config.data import DataConfig
+from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields
-from nextscale.config.training import TrainConfig
+from nextscale.config.training import NO_GENERATOR, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,21 @@ class ViewConfig:
         }
         check_fields("views", self, rules)
 
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        if not self.jitter_share:
+            return {"no view's colours are jittered ({at}jitter_share is 0)": ("jitter", "hue")}
+        if not self.jitter and not self.hue:
+            return {"{at}jitter and {at}hue are 0": ("jitter_share",)}
+        return {}
+
+    def list_doubts(self) -> list[str]:
+        """Values under which both views of an image are equal."""
+        jitters = self.jitter_share and (self.jitter or self.hue)
+        if self.flip or self.grey_share or jitters or self.smallest_crop < 1:
+            return []
+        return ["no augmentation of the views is left: both views of an image are equal and teach nothing"]
+
 
 @dataclass(frozen=True)
 class MocoConfig:
@@ -78,9 +94,11 @@ class MocoConfig:
     momentum: float = 0.99
     """Momentum of the key encoder, a moving average of the trained one."""
     temperature: float = 0.2
+    """Divides the similarities in the contrastive loss: a lower one makes it depend on the hardest negatives."""
     hidden: int = 256
     """Hidden width of the projection head, which is used in training only."""
     key_width: int = 128
+    """Width of the keys and queries that are compared, the head's output."""
 
     def __post_init__(self) -> None:
         rules = {f"{n} must be 1 or more": getattr(self, n) >= 1 for n in ("queue", "hidden", "key_width")}
@@ -109,3 +127,8 @@ class EncoderRunConfig:
         check_fields("run", self, rules)
         batch = self.train.batch_size
         check_fields("moco", self.moco, {f"queue must hold a batch ({batch}) at least": self.moco.queue >= batch})
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        names = (*NO_GENERATOR, "label_smoothing")
+        return {"an encoder's training does not use it": tuple(f"train.{name}" for name in names)}

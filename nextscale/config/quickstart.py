@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 from nextscale.common.errors import UserError
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
+from nextscale.config.idle import Idle
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.tokenizer_training import derive_pyramid
-from nextscale.config.training import TrainConfig
+from nextscale.config.training import NO_GENERATOR, TrainConfig
 from nextscale.config.transformer import AlignmentConfig, ExpertsConfig, TransformerConfig
-from nextscale.config.transformer_training import LossConfig
+from nextscale.config.transformer_training import (
+    LossConfig,
+    check_trainable,
+    list_generator_doubts,
+    list_generator_idle,
+)
 from nextscale.pyramid import Pyramid
 
 
@@ -30,6 +37,21 @@ def _transformer() -> TransformerConfig:
     experts = ExpertsConfig(router="stmoe", count=8, active=3)
     head = AlignmentConfig(hidden=256)
     return TransformerConfig(depth=4, width=192, heads=6, ffn_ratio=2, experts=experts, alignment=head)
+
+
+_SMALLEST_BATCH = 8
+
+
+def _bound(train: TrainConfig, images: int, max_epochs: float) -> TrainConfig:
+    """A training that passes over the images at most `max_epochs` times."""
+    steps, warmup = train.schedule_steps(images)
+    budget = max_epochs * images
+    if steps * train.batch_size <= budget:
+        return train
+    batch = min(train.batch_size, max(_SMALLEST_BATCH, int(budget / steps)))
+    bounded = max(1, min(steps, int(budget / batch)))
+    warmup = round(warmup * bounded / steps)
+    return replace(train, steps=bounded, epochs=0.0, batch_size=batch, warmup_steps=warmup, warmup_epochs=0.0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,12 @@ class QuickstartConfig:
     """Largest number of images to use, drawn at random."""
     held_out: float = 0.2
     """Share of the images that is held out for validation."""
+    max_epochs: float = 50.0
+    """Largest number of passes over the training images in each of the three trainings, so that a small set is not
+    learned by heart: beyond it, batches are smaller and steps fewer. 0 = no bound; the digits do not reach it."""
     seed: int = 0
+    """Seed of all random choices: which images are held out, initial weights, batches, samples. Change it to see how
+    much a result varies."""
     tokenizer: TokenizerConfig = field(default_factory=_tokenizer)
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(widths=(32, 64), blocks=(1, 1), groups=8))
     """Its features guide the transformer. image_size is set to that of the data."""
@@ -85,6 +112,39 @@ class QuickstartConfig:
             raise UserError("quickstart: limit and measure_images must be at least 1")
         if self.loss.encoder not in ("own", ""):
             raise UserError(f"quickstart: loss.encoder is '{self.loss.encoder}'; give own, or nothing for no guidance")
+        if not 0 <= self.max_epochs < math.inf:
+            raise UserError(f"quickstart: max_epochs must be 0 (no bound) or more; got {self.max_epochs}")
+        check_trainable(self.transformer)
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        unused = (*NO_GENERATOR, "label_smoothing")
+        idle = dict(list_generator_idle(self.transformer, self.loss))
+        if not self.loss.encoder:
+            idle["there is no guidance (loss.encoder is empty)"] += ("encoder", "moco", "views", "train_encoder")
+        idle["the quickstart's trainings do not use it"] = (
+            *(f"train_tokenizer.{name}" for name in unused),
+            *(f"train_encoder.{name}" for name in unused),
+            "train_transformer.sample_every",
+        )
+        idle["it is that of the data"] = ("encoder.image_size",)
+        return idle
+
+    def list_doubts(self) -> list[str]:
+        """Values under which a part of the model learns nothing."""
+        return list_generator_doubts(self.train_transformer, self.transformer, self.sampling, "train_transformer.")
+
+    def fit_to_data(self, images: int) -> QuickstartConfig:
+        """These settings for so many training images: where a training would pass over them more than `max_epochs`
+        times, in smaller batches, and below a batch of 8 with fewer steps."""
+        if not self.max_epochs:
+            return self
+        return replace(
+            self,
+            train_tokenizer=_bound(self.train_tokenizer, images, self.max_epochs),
+            train_encoder=_bound(self.train_encoder, images, self.max_epochs),
+            train_transformer=_bound(self.train_transformer, images, self.max_epochs),
+        )
 
     def geometry(self) -> tuple[tuple[int, int], Pyramid]:
         """(height, width) of the images in pixels, and the pyramid."""

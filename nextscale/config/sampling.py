@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from nextscale.common.errors import UserError
+from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields, from_dict
 from nextscale.config.transformer import Selection
 
@@ -31,6 +32,7 @@ class SampleConfig:
     temperature: float | tuple[float, ...] = 1.0
     """Divides the guided logits before they are filtered."""
     seed: int = 0
+    """Seed of the random numbers of the images. The same seed gives the same images; change it for others."""
     smooth: bool = False
     """Decode a Gumbel-softmax mixture of codes instead of one code per token. Smoother images; do not use it for
     metrics."""
@@ -76,6 +78,15 @@ class SampleConfig:
             "budget and tau cannot be combined": not (self.budget and self.tau),
         }
         check_fields("sampling", self, rules)
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if not any(self.prune):
+            idle["no token is pruned ({at}prune is empty or 0)"] = ("prune", "prune_first_block")
+        if all(k == 1 for k in _list_values(self.top_k)):
+            idle["{at}top_k 1 always takes the likeliest token"] = ("top_p", "temperature", "smooth")
+        return idle
 
     @property
     def guided(self) -> bool:

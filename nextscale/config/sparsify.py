@@ -7,9 +7,10 @@ from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
+from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.training import TrainConfig
+from nextscale.config.training import NO_GENERATOR, TrainConfig
 
 Stage = Literal["tune", "split", "routers", "adapt", "thresholds"]
 STAGES: tuple[Stage, ...] = ("tune", "split", "routers", "adapt", "thresholds")
@@ -96,3 +97,35 @@ class SparsifyConfig:
             raise UserError(f"sparsify: stages must follow one another as {', '.join(STAGES)}; got {self.stages}")
         if "adapt" in self.stages and not self.budget:
             raise UserError("sparsify: stage adapt needs a budget, the share of the FLOPs that the model adapts to")
+        if "thresholds" in self.stages and not self.budget and not self.budgets:
+            raise UserError("sparsify: stage thresholds needs budgets or a budget to calibrate for")
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        routers = tuple(f"routers.{name}" for name in (*NO_GENERATOR[1:], "label_smoothing"))
+        idle: dict[str, tuple[str, ...]] = {
+            "thresholds of the model are not used in sampling for data": (
+                "sampling.tau", "sampling.budget", "sampling.selection",
+            ),
+            "sparsify draws no samples while it trains": ("tuning.sample_every", "adapting.sample_every"),
+            "the training of routers does not use it": routers,
+        }  # fmt: skip
+        if self.data:
+            idle["--data is given, so nothing is sampled"] = ("samples", "sampling")
+        else:
+            idle["the data are samples of the model (--data is empty)"] = ("images",)
+        if "tune" not in self.stages:
+            idle["stage tune is not run"] = ("tune", "hoyer", "tuning")
+        elif self.tune == "none":
+            idle["tune is none"] = ("hoyer", "tuning")
+        if "split" not in self.stages:
+            idle["stage split is not run"] = ("expert_size", "router_width")
+        if "routers" not in self.stages:
+            idle["stage routers is not run"] = ("routers",)
+        if "adapt" not in self.stages:
+            idle["stage adapt is not run"] = ("adapting",)
+        if "thresholds" not in self.stages:
+            idle["stage thresholds is not run"] = ("budgets",)
+            if "adapt" not in self.stages:
+                idle["neither stage thresholds nor adapt is run"] = ("budget",)
+        return idle

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nextscale.common.errors import UserError
+from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields
 
 
@@ -65,6 +66,12 @@ class TokenizerConfig:
                     f"tokenizer: {self.base_channels} x {multiplier} channels cannot be divided into "
                     f"norm_groups={self.norm_groups}; change base_channels or norm_groups"
                 )
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        if not self.num_phi:
+            return {"there is no phi ({at}num_phi is 0)": ("phi_ratio",)}
+        return {} if self.phi_ratio else {"there is no phi ({at}phi_ratio is 0)": ("num_phi",)}
 
     @property
     def downsampling(self) -> int:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
+from nextscale.config.idle import Idle
 from nextscale.config.tokenizer import TokenizerConfig
-from nextscale.config.training import TrainConfig
+from nextscale.config.training import NO_GENERATOR, TrainConfig
 from nextscale.pyramid import Pyramid
 
 
@@ -17,7 +18,9 @@ class TokenizerLossConfig:
     """Weights of the losses. Codebook and commitment losses have weight 1 (commitment beta is a tokenizer setting)."""
 
     l1: float = 1.0
+    """Weight of the mean absolute error of the pixels. It keeps edges sharper than l2."""
     l2: float = 1.0
+    """Weight of the mean squared error of the pixels, which PSNR measures."""
     lpips: float = 0.0
     """Weight of the perceptual loss; above 0 it needs both files below."""
     lpips_vgg: str = ""
@@ -29,17 +32,31 @@ class TokenizerLossConfig:
     adversarial_start: int = 1000
     """First step at which the tokenizer gets the adversarial loss. The discriminator is trained from step 0."""
     discriminator_channels: int = 64
+    """Channels of the discriminator's first layer; each layer doubles them, up to eight times."""
     discriminator_layers: int = 3
+    """Layers of the discriminator that halve the resolution: more layers judge larger patches."""
 
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "lpips", "adversarial"):
             if getattr(self, name) < 0:
                 raise UserError(f"losses: {name} must be 0 or more; got {getattr(self, name)}")
+        if not (self.l1 or self.l2 or self.lpips):
+            raise UserError("losses: l1, l2 and lpips are all 0: the decoder would learn nothing; give one of them")
         if self.lpips > 0 and not (self.lpips_vgg and self.lpips_linear):
             raise UserError(
                 "losses: lpips needs two weight files: lpips_vgg (torchvision's vgg16-397923af.pth) and lpips_linear "
                 "(vgg.pth of the LPIPS repository, version 0.1); or set lpips to 0"
             )
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if not self.lpips:
+            idle["there is no perceptual loss ({at}lpips is 0)"] = ("lpips_vgg", "lpips_linear")
+        if not self.adversarial:
+            names = ("adversarial_start", "discriminator_channels", "discriminator_layers")
+            idle["there is no discriminator ({at}adversarial is 0)"] = names
+        return idle
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class CodebookConfig:
     update: Literal["gradient", "ema"] = "gradient"
     """gradient: by the codebook loss. ema: as moving averages of the vectors assigned to them."""
     ema_decay: float = 0.99
+    """Decay of the moving averages with update ema: nearer to 1, codes move more slowly."""
     revive_every: int = 50
     """Steps between revivals of dead codes; 0 = never."""
     revive_below: float = 0.05
@@ -60,6 +78,17 @@ class CodebookConfig:
                 f"codebook: ema_decay must lie between 0 and 1 (got {self.ema_decay}), revive_every be 0 or more "
                 f"(got {self.revive_every}), revive_below lie in 0 to below 1 (got {self.revive_below})"
             )
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.update != "ema":
+            idle["{at}update is gradient"] = ("ema_decay",)
+        if not self.revive_every:
+            idle["dead codes are never revived ({at}revive_every is 0)"] = ("revive_below",)
+        elif not self.revive_below:
+            idle["no code counts as dead ({at}revive_below is 0)"] = ("revive_every",)
+        return idle
 
 
 @dataclass(frozen=True)
@@ -79,6 +108,33 @@ class TokenizerRunConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-3, save_every=500))
     losses: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
+
+    def __post_init__(self) -> None:
+        if not self.train.epochs:
+            self.check_length(self.train.steps)
+
+    def check_length(self, steps: int) -> None:
+        """Raise UserError when a part of the losses would not be used in a run of so many steps."""
+        if self.losses.adversarial > 0 and self.losses.adversarial_start >= steps:
+            raise UserError(
+                f"losses: adversarial_start {self.losses.adversarial_start:,} is not before the end of the run, step "
+                f"{steps:,}: the adversarial loss would never be used; start earlier, or set adversarial to 0"
+            )
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        idle: dict[str, tuple[str, ...]] = {
+            "a tokenizer's training does not use it": tuple(f"train.{n}" for n in (*NO_GENERATOR, "label_smoothing"))
+        }
+        if self.start:
+            idle["the tokenizer is that of --start"] = ("tokenizer",)
+        return idle
+
+    def list_doubts(self) -> list[str]:
+        """Settings under which dead codes are never revived."""
+        every, steps = self.codebook.revive_every, self.train.steps
+        never = not self.train.epochs and every > steps
+        return [f"codebook.revive_every {every} is more than the {steps} steps: codes are not revived"] * never
 
 
 def derive_pyramid(size: int, factor: int, scales: str, default: int = 32) -> Pyramid:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextscale.common.errors import UserError
+from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields
+
+_MANY_PASSES = 500
+"""Passes over the data that no recipe of the papers reaches (VAR-d30: 350)."""
+NO_GENERATOR = ("label_drop", "drop_path", "sample_every", "compile", "activation_checkpointing")
+"""Settings that only transformers use: they have labels to drop, blocks, and samples to draw."""
 
 
 @dataclass(frozen=True)
@@ -15,20 +21,24 @@ class TrainConfig:
     """Training of one model: AdamW, a linear warm-up, then a decay to the final learning rate."""
 
     steps: int = 1000
-    """Optimizer steps in all."""
+    """Optimizer steps in all. More steps lower the loss until the held-out one rises; with few images take fewer."""
     epochs: float = 0.0
-    """Passes over the training examples, instead of steps; 0 = use `steps`."""
+    """Length of the run as passes over the training examples, in place of steps; 0 = use `steps`."""
     batch_size: int = 64
-    """Examples per optimizer step, over all processes."""
+    """Examples per optimizer step, over all processes. Larger batches give smoother steps and want a larger learning
+    rate; if memory is short, set micro_batch."""
     micro_batch: int = 0
     """Examples per forward pass and process: gradients of several passes are accumulated to batch_size. 0 = all."""
     learning_rate: float = 1e-3
+    """Largest learning rate, reached after the warm-up. Lower it when the loss is not finite or jumps."""
     final_learning_rate: float = 1e-5
+    """Learning rate of the last step, usually a hundredth of the largest one or less."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """After the warm-up: half a cosine, or flat for a while and then a straight line (VAR's recipe)."""
     flat: float = 0.05
     """Linear schedule: share of the steps after the warm-up at the full learning rate."""
     warmup_steps: int = 50
+    """Steps in which the learning rate rises to its largest value. Give more when the first steps are unstable."""
     warmup_epochs: float = 0.0
     """Warm-up in epochs, instead of warmup_steps, when above 0."""
     warmup_start: float = 0.005
@@ -38,6 +48,8 @@ class TrainConfig:
     final_weight_decay: float | None = None
     """Reached along half a cosine; none = constant."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the averages of the gradient and of its square. Raise the second, to 0.999, when small batches
+    make the loss noisy."""
     clip: float = 2.0
     """Largest norm of the gradient; 0 = off."""
     ema: float = 0.0
@@ -45,6 +57,7 @@ class TrainConfig:
     label_drop: float = 0.1
     """Share of labels replaced by "no label", so that guidance has an unconditional model."""
     label_smoothing: float = 0.0
+    """Share of the target probability that is spread over all tokens (or classes), against overconfidence; 0 = off."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks have proportionally less."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -52,7 +65,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
-    """torch.compile every block."""
+    """torch.compile every block: faster steps on a GPU, after minutes of compiling."""
     sharding: Literal["none", "full", "experts"] = "none"
     """Over several processes. none: each holds the complete model (DDP). full: each holds a part of all weights and of
     the optimizer (FSDP2). experts: each holds a part of the experts, to which tokens are sent (expert parallelism)."""
@@ -61,16 +74,17 @@ class TrainConfig:
     workers: int = 0
     """Data workers per training process, which read and decode examples ahead; 0 = none."""
     save_every: int = 200
-    """Steps between checkpoints."""
+    """Steps between checkpoints, each with a validation. Also the most that a crash can lose."""
     keep: int = 2
     """Training states to keep beside the best one. If the last one is damaged, the one before it is used."""
     log_every: int = 10
-    """Steps between log lines."""
+    """Steps between lines of log.jsonl, which curves.png shows."""
     sample_every: int = 0
     """Steps between sample grids; 0 = at the end only."""
     loggers: tuple[str, ...] = ()
-    """Besides log.jsonl: tensorboard, wandb."""
+    """Where values are logged besides log.jsonl: tensorboard, wandb, or both."""
     seed: int = 0
+    """Seed of initial weights, split, order and augmentation. Change it to see how much a result varies."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -91,6 +105,54 @@ class TrainConfig:
             "loggers must be tensorboard or wandb": set(self.loggers) <= {"tensorboard", "wandb"},
         }
         check_fields("training", self, rules)
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.epochs:
+            idle[f"{{at}}epochs {self.epochs:g} sets the number of steps; 0 would leave it to {{at}}steps"] = ("steps",)
+        if self.warmup_epochs:
+            idle[f"{{at}}warmup_epochs {self.warmup_epochs:g} sets the warm-up"] = ("warmup_steps",)
+        elif not self.warmup_steps:
+            idle["there is no warm-up ({at}warmup_steps is 0)"] = ("warmup_start",)
+        if self.schedule != "linear":
+            idle["it belongs to {at}schedule linear"] = ("flat",)
+        if self.micro_batch > self.batch_size:
+            idle[f"{{at}}batch_size is only {self.batch_size}"] = ("micro_batch",)
+        return idle
+
+    def list_doubts(self) -> list[str]:
+        """Values under which a run learns nothing or does not do what its schedule says."""
+        doubts = {
+            "{at}learning_rate is 0: nothing is learned": self.learning_rate == 0,
+            f"{{at}}final_learning_rate {self.final_learning_rate:g} is above {{at}}learning_rate "
+            f"{self.learning_rate:g}: the rate rises until the end": 0 < self.learning_rate < self.final_learning_rate,
+        }
+        return [doubt for doubt, applies in doubts.items() if applies]
+
+    def list_schedule_doubts(self, examples: int, processes: int = 1) -> list[str]:
+        """Sentences about settings that do not fit the length of the run, for this many training examples."""
+        steps, warmup = self.schedule_steps(examples)
+        passes, kept = steps * self.batch_size / max(examples, 1), self.ema**steps
+        doubts = {
+            f"the warm-up takes all {steps:,} steps: the learning rate does not stay at its peak; give fewer "
+            "warmup_steps": 1 < steps <= warmup,
+            f"save_every {self.save_every:,} is more than the {steps:,} steps: the model is validated and saved at the "
+            "end only": self.save_every > steps and self.save_every != TrainConfig.save_every,
+            f"sample_every {self.sample_every:,} is more than the {steps:,} steps: samples are drawn at the end "
+            "only": self.sample_every > steps,
+            f"ema {self.ema:g} is too slow for {steps:,} steps: {kept:.0%} of the averaged weights, which are saved, "
+            "are the initial ones; give a smaller ema": self.ema > 0 and kept > 0.05,
+            f"{steps:,} steps of {self.batch_size} are {passes:,.0f} passes over {examples:,} training examples, far "
+            f"more than so few can teach: give less, such as epochs {_MANY_PASSES // 5} "
+            f"({-(-_MANY_PASSES // 5 * examples // self.batch_size):,} steps)": passes > _MANY_PASSES,
+            f"batch_size {self.batch_size} is more than the {examples:,} training examples: a step sees some of them "
+            "several times": self.batch_size > examples,
+            f"micro_batch {self.micro_batch} has no effect: a process computes only {self.batch_size // processes} "
+            "examples": self.batch_size > self.micro_batch > self.batch_size // processes,
+            f"sharding {self.sharding} has no effect: there is one process": self.sharding != "none" and processes == 1,
+        }
+        return [doubt for doubt, applies in doubts.items() if applies]
 
     def split_batch(self, processes: int) -> list[list[slice]]:
         """The micro-batches of each process, as slices of the batch: [process][micro-batch].

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from nextscale.common.errors import UserError
 from nextscale.common.registry import CONDITIONS, FEED_FORWARDS, MIXERS, ROUTERS
+from nextscale.config.idle import Idle
 from nextscale.config.parse import Scalar, check_fields
 
 Selection = Literal["threshold", "top-k", "oracle", "pruned"]
@@ -51,6 +52,32 @@ class ExpertsConfig:
         }
         check_fields("experts", self, rules)
 
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        moe_plus_plus = ("zero", "copy", "constant", "gating_residual")
+        if self.router == "none":
+            names = ("count", "active", "renormalise", "scale_embedding", *moe_plus_plus)
+            return {"there is no mixture of experts ({at}router is none)": names}
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.router in ("stmoe", "smoe", "expert-choice"):
+            idle["it belongs to the router moe++"] = moe_plus_plus
+        if self.router in ("smoe", "expert-choice", "moe++"):
+            idle["it belongs to the router stmoe"] = ("scale_embedding",)
+        return idle
+
+    def list_doubts(self) -> list[str]:
+        """Values under which the router learns nothing from the cross-entropy."""
+        token_choice = self.router in ("stmoe", "smoe", "moe++")
+        doubts = {
+            "{at}count 1: the router has nothing to choose from": self.router != "none"
+            and self.count + self.zero_computation == 1,
+            "{at}renormalise with {at}active 1: every gate is 1, so the router learns from the load-balance loss "
+            "alone": token_choice and self.renormalise and self.active == 1 and self.count > 1,
+            "{at}active selects all experts: nothing is routed, and a dense FFN as wide computes as much": token_choice
+            and 1 < self.active == self.count + self.zero_computation,
+        }
+        return [doubt for doubt, applies in doubts.items() if applies]
+
     @property
     def zero_computation(self) -> int:
         """Number of experts without an FFN (moe++)."""
@@ -92,6 +119,15 @@ class DynamicConfig:
         }
         check_fields("dynamic", self, rules)
 
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if not self.experts:
+            idle["the FFNs are not divided ({at}experts is 0)"] = ("router_width",)
+        if not self.experts and not self.late_ffn:
+            idle["no scale is sparse ({at}experts is 0)"] = ("scales",)
+        return idle
+
     @property
     def on(self) -> bool:
         """Whether the FFN differs from VAR's dense one."""
@@ -109,6 +145,7 @@ class ConditionConfig:
     kind: str = "class"
     """class: a class label. Or the name of a condition that you registered."""
     num_classes: int = 1000
+    """Number of classes. Training takes it from the data."""
 
     def __post_init__(self) -> None:
         CONDITIONS.check(self.kind, "condition.kind")
@@ -159,7 +196,7 @@ class TransformerConfig:
     """Block-causal transformer of VAR. `depth` alone gives a published model: width 64 x depth, heads = depth."""
 
     depth: int = 16
-    """Number of blocks."""
+    """Number of blocks. A deeper model learns more from many images and takes longer."""
     width: int = 0
     """Model width D; 0 means 64 x depth."""
     heads: int = 0
@@ -172,6 +209,7 @@ class TransformerConfig:
     shared_adaln: bool = False
     """One adaLN projection for all blocks, plus a learned offset per block (published 512 px model)."""
     norm_eps: float = 1e-6
+    """Added to the variance in layer norms; a checkpoint needs the value that it was trained with."""
     mixers: tuple[str, ...] = ("attention",)
     """What mixes tokens in a block ahead of the FFN, in this order. attention: over all scales so far (VAR).
     scale-attention: within each scale, and mamba: from scale to scale (both M-VAR). Or names of mixers that you
@@ -243,6 +281,17 @@ class TransformerConfig:
                 f"transformer: an FFN of {self.ffn_width} hidden units cannot be divided into {self.dynamic.experts} "
                 "experts of one size"
             )
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.mixers == ("attention",):
+            idle["every block has attention over all scales ({at}mixers)"] = ("global_blocks",)
+        elif self.global_blocks >= self.depth:
+            idle[f"{{at}}global_blocks {self.global_blocks} puts attention in every block"] = ("mixers",)
+        if "mamba" not in {mixer for i in range(self.depth) for mixer in self.block_mixers(i)}:
+            idle["no block has the mixer mamba"] = ("mamba",)
+        return idle
 
     def derived(self) -> dict[str, Any]:
         """Values of the fields that are 0."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
+from nextscale.config.idle import Idle
 from nextscale.config.initialization import InitConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
@@ -36,7 +37,14 @@ class LossConfig:
             f"{n} must be 0 or more": 0 <= getattr(self, n) < math.inf
             for n in ("balance", "idle_balance", "cross_entropy")
         }
+        rules["cross_entropy must be above 0: with guidance alone the model learns no tokens"] = (
+            not self.encoder or self.cross_entropy > 0
+        )
         check_fields("loss", self, rules)
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        return {} if self.encoder else {"there is no guidance ({at}encoder is empty)": ("group", "cross_entropy")}
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields("run", self, {"validation_images must be 1 or more": self.validation_images >= 1})
+        check_trainable(self.transformer)
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        return list_generator_idle(self.transformer, self.loss) | (
+            {"weights and scales are those of --start": ("init", "scales")} if self.start else {}
+        )
+
+    def list_doubts(self) -> list[str]:
+        """Values under which a part of the model learns nothing."""
+        return list_generator_doubts(self.train, self.transformer, self.sampling, "train.")
 
     def complete(self) -> RunConfig:
         """Itself, if it names data and a tokenizer; otherwise UserError says what is missing."""
@@ -78,3 +97,44 @@ class RunConfig:
         condition = dataclasses.replace(self.transformer.condition, num_classes=count)
         alignment = dataclasses.replace(self.transformer.alignment, width=features)
         return dataclasses.replace(self.transformer, condition=condition, alignment=alignment)
+
+
+def check_trainable(transformer: TransformerConfig) -> None:
+    """Raise UserError for dynamic experts: the training of a generator does not train their routers."""
+    dynamic = transformer.dynamic
+    if dynamic.experts or dynamic.tau or dynamic.router_fingerprint:
+        raise UserError(
+            "transformer.dynamic: experts, tau and router_fingerprint are set by `nextscale sparsify`, which also "
+            "trains the routers; train the dense model first, without them"
+        )
+
+
+def list_generator_idle(transformer: TransformerConfig, loss: LossConfig) -> Idle:
+    """Settings of a generator's run that have no effect, see `nextscale.config.idle`."""
+    router = transformer.experts.router
+    idle: dict[str, tuple[str, ...]] = {
+        "it is taken from the data": ("transformer.condition.num_classes",),
+        "it is taken from the encoder": ("transformer.alignment.width",),
+    }
+    if not loss.encoder:
+        head = ("transformer.alignment.hidden", "transformer.alignment.block")
+        idle["there is no guidance (loss.encoder is empty)"] = head
+    if router == "none":
+        idle["there is no mixture of experts (transformer.experts.router is none)"] = ("loss.balance",)
+    if router in ("none", "stmoe", "smoe", "expert-choice"):
+        idle["it belongs to the router moe++"] = ("loss.idle_balance",)
+    return idle
+
+
+def list_generator_doubts(
+    train: TrainConfig, transformer: TransformerConfig, sampling: SampleConfig, at: str
+) -> list[str]:
+    """Settings under which a part of a generator learns or does nothing. `at`: place of `train` among the options."""
+    doubts = {
+        f"{at}label_drop is 0: the model does not learn to generate without a class, which guidance needs; set "
+        "sampling.cfg to 0, too, and sample with --cfg 0": train.label_drop == 0 and sampling.guided,
+        f"{at}drop_path has no effect: the transformer has one block, and the first is never dropped": train.drop_path
+        > 0
+        and transformer.depth == 1,
+    }
+    return [doubt for doubt, applies in doubts.items() if applies]

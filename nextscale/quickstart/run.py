@@ -59,6 +59,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     train_images, held_out = data.split(config.held_out, config.seed)
     check_data(config, data, train_images, held_out, size)
     record_settings(folder / "quickstart.json", to_dict(config))
+    config = fit_trainings(config, len(train_images))
     pipeline = create_pipeline(config, pyramid, data.class_names)
 
     train(TokenizerTask(pipeline.tokenizer, train_images.to_examples()), config.train_tokenizer, folder)
@@ -100,6 +101,17 @@ def check_data(
     data.print_notes()
     if len(held_out) == 0 or len(train_images) == 0:
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
+
+
+def fit_trainings(config: QuickstartConfig, images: int) -> QuickstartConfig:
+    """The settings for so many training images; prints a note when trainings are shorter because of `max_epochs`."""
+    fitted = config.fit_to_data(images)
+    if fitted != config:
+        print(
+            f"note: for {images} training images the trainings pass over them at most {config.max_epochs:g} times "
+            "(--max-epochs), in smaller batches and fewer steps than configured"
+        )
+    return fitted
 
 
 def create_pipeline(config: QuickstartConfig, pyramid: Pyramid, class_names: tuple[str, ...]) -> Pipeline:

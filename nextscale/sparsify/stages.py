@@ -214,9 +214,6 @@ def _train(job: Job, name: Stage, task: Task, config: TrainConfig, settings: dic
     run = Run(job.folder / name, settings, job.world)
     run.check_settings(job.accept_changes)
     run.record_settings()
-    if job.world.main:
-        steps, warmup = config.schedule_steps(len(task.examples))
-        print(f"{steps:,} steps of {config.batch_size} images, {warmup:,} of them warm-up", flush=True)
     run.train(task, config, _Callbacks(task, job.examples, job.world), job.config.images.max_unreadable)
     values = validate(task, job.examples.held_out, _VALIDATION_IMAGES, job.world)
     values.pop("unreadable", None)

@@ -27,6 +27,7 @@ class PatchDiscriminator(nn.Module):
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.last_bias = f"layers.{len(blocks)}.bias"
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         return self.layers(image_B3HW)

@@ -123,6 +123,15 @@ class TokenizerTask(Task):
     def fast_modules(self) -> list[nn.Module]:
         return [self.tokenizer]
 
+    def explain_missing_gradient(self, name: str) -> str | None:
+        quantizer = self.tokenizer.quantizer
+        unused = set(range(len(quantizer.phi))) - set(quantizer.phi_of_scale)
+        if name in {f"tokenizer.quantizer.phi.{i}" for i in unused}:
+            return "it serves no scale"
+        # the hinge losses of real and decoded patches pull the last bias equally until a patch is beyond the margin
+        is_last_bias = self.discriminator is not None and name == f"discriminator.{self.discriminator.last_bias}"
+        return "" if is_last_bias else None
+
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Update the codebook's moving averages and revive codes, from the complete batch of this step."""
         revive = self.codebook.revive_every and (step + 1) % self.codebook.revive_every == 0

@@ -148,6 +148,9 @@ class TransformerTask(Task):
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
+    def explain_missing_gradient(self, name: str) -> str | None:
+        return "no token of the batch was sent to them" if name.endswith(".experts") else None
+
     def describe_faulty_scales(self, scalars: dict[str, Any]) -> str:
         finite = scalars["loss_per_scale"].isfinite().tolist()
         sides = [f"{h}x{w}" for (h, w), good in zip(self.model.pyramid.sides, finite, strict=True) if not good]

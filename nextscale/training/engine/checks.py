@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,53 @@ def explain_non_finite(task: Task, batch: Batch, noise: dict[str, Tensor], step:
     scale = task.describe_faulty_scales(scalars)
     reasons = ([f"at {scale}"] if scale else []) + ([f"the first layer at fault is {layers[0]}"] if layers else [])
     return "; ".join(reasons)
+
+
+def report_missing_gradients(model: DistributedModel, step: int) -> None:
+    """In step 0, name the trained parameters that have no gradient in any process, in one line.
+
+    To be called after the backward passes, by all processes. A gradient that is exactly zero counts as none.
+    """
+    if step:
+        return
+    task, world = model.task, model.world
+    trained = {name: p for name, p in task.trained.named_parameters() if p.requires_grad}
+    learns_P = world.sum(torch.stack([_has_gradient(p) for p in trained.values()]).to(world.device)) > 0
+    idle = {name for name, learns in zip(trained, learns_P.tolist(), strict=True) if not learns}
+    idle = {name for name in idle if task.explain_missing_gradient(name) != ""}
+    if not idle or not world.main:
+        return
+    names = []
+    for name in _group_parameters(task.trained, trained, idle):
+        reason = task.explain_missing_gradient(name)
+        names.append(f"{name} ({reason})" if reason else name)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    tqdm.write(
+        f"note: after the first step, {len(idle)} of {len(trained)} trained parameters of the {task.name} have no "
+        f"gradient and do not learn: {', '.join(names[:8])}{more}"
+    )
+
+
+def _has_gradient(parameter: Tensor) -> Tensor:
+    """1 where this process's part of the parameter has a gradient that is not zero, else 0; a float32 scalar."""
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros((), device=parameter.device)
+    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return local.any().float()
+
+
+def _group_parameters(module: nn.Module, trained: Iterable[str], idle: set[str], prefix: str = "") -> list[str]:
+    """`idle`, names of some of the `trained` parameters, where a module stands for its parameters if all are idle."""
+    inside = [name for name in trained if name.startswith(prefix)]
+    if not idle.intersection(inside):
+        return []
+    if prefix and idle.issuperset(inside):
+        return [prefix.rstrip(".")]
+    names = [name for name in inside if name in idle and "." not in name[len(prefix) :]]
+    for name, child in module.named_children():
+        names += _group_parameters(child, inside, idle, f"{prefix}{name}.")
+    return names
 
 
 @contextmanager

@@ -173,6 +173,19 @@ class StepMetrics:
         return {name: mean.tolist() for name, mean in means.items()}
 
 
+def print_schedule(task: Task, config: TrainConfig, processes: int) -> None:
+    """Print the length of a run, and a note for each setting that does not fit it."""
+    examples = len(task.examples)
+    steps, warmup = config.schedule_steps(examples)
+    print(
+        f"training the {task.name}: {steps:,} steps of {config.batch_size} images "
+        f"({steps * config.batch_size / examples:,.1f} epochs of {examples:,}), {warmup:,} of them warm-up",
+        flush=True,
+    )
+    for doubt in config.list_schedule_doubts(examples, processes):
+        print(f"note: {doubt}", flush=True)
+
+
 class RunLog:
     """Progress on the screen and values in the loggers. The main process alone writes."""
 
@@ -181,8 +194,11 @@ class RunLog:
     ):
         self.folder, self.task, self.world = folder, task, world
         self.loggers = open_loggers(folder, task.name, config.loggers, state_step, settings) if world.main else []
+        steps, _ = config.schedule_steps(len(task.examples))
+        if world.main and state_step < steps:
+            print_schedule(task, config, world.size)
         self.bar = tqdm(
-            total=config.schedule_steps(len(task.examples))[0],
+            total=steps,
             initial=state_step,
             desc=f"training the {task.name}",
             unit="step",

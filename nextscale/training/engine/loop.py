@@ -23,6 +23,7 @@ from nextscale.training.engine.checks import (
     build_non_finite_error,
     catch_stop_signals,
     is_finite,
+    report_missing_gradients,
     report_worker_death,
 )
 from nextscale.training.engine.distributed import DistributedModel
@@ -54,6 +55,7 @@ def train(
     settings: dict[str, Any] | None = None, accept_changes: bool = False, max_unreadable: float = 0.1,
 ) -> None:  # fmt: skip
     """Train `task` as `config` says, from the latest state in `folder` on; log to the screen and to log.jsonl there.
+    At the end the task holds the averaged weights, if `config.ema` is set: those that were validated and saved.
 
     Ctrl-C or SIGTERM ends the current step, saves, and raises Interrupted; a second Ctrl-C does not wait. Raises
     UserError when `settings` (default: `config`) differ from the state's, unless `accept_changes`; when loss or
@@ -84,6 +86,7 @@ def train(
             stop, broken = world.any(stop_signal.is_set(), not is_finite(metrics.loss, gradient_norm, scaler))
             if broken:
                 raise build_non_finite_error(model, micro_batch, metrics.loss, gradient_norm, step, files)
+            report_missing_gradients(model, step)
             # ---- clip, step, average
             learning_rate = set_schedule(optimizer, config, step, steps, warmup)
             model.clip_gradients(gradient_norm, config.clip)
@@ -106,6 +109,13 @@ def train(
                     files.save(state, settings)
             if stop:
                 raise Interrupted(task.name, state.step, steps)
+    finish(task, ema)
+
+
+def finish(task: Task, ema: Ema | None) -> None:
+    """Leave a trained task in evaluation mode, with the averaged weights where there are any."""
+    if ema:
+        ema.write()
     task.eval()
 
 

@@ -92,6 +92,10 @@ class Ema:
         finally:
             self._write_parameters(current)
 
+    def write(self) -> None:
+        """Replace the parameters by their averages for good."""
+        self._write_parameters(self.averages)
+
     @torch.no_grad()
     def _write_parameters(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():

@@ -49,6 +49,13 @@ class Task(nn.Module, ABC):
         """The repeated parts of the model, which are sharded, recomputed and compiled one by one."""
         return []
 
+    def explain_missing_gradient(self, name: str) -> str | None:
+        """Why a trained parameter or module may have no gradient in the first step.
+
+        None when that is not expected; an empty text when it is normal and needs no mention.
+        """
+        return None
+
     def describe_faulty_scales(self, scalars: dict[str, Any]) -> str:
         """Which scales make the loss non-finite, as text; empty when that cannot be told."""
         return ""
