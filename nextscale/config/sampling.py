@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nextscale.common.errors import UserError
-from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields, from_dict
 from nextscale.config.transformer import Selection
+
+if TYPE_CHECKING:
+    from nextscale.config.idle import Idle
 
 Number = TypeVar("Number", int, float)
 

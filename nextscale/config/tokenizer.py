@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nextscale.common.errors import UserError
-from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields
+
+if TYPE_CHECKING:
+    from nextscale.config.idle import Idle
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nextscale.common.errors import UserError
 from nextscale.common.registry import CONDITIONS, FEED_FORWARDS, MIXERS, ROUTERS
-from nextscale.config.idle import Idle
 from nextscale.config.parse import Scalar, check_fields
+
+if TYPE_CHECKING:
+    from nextscale.config.idle import Idle
 
 Selection = Literal["threshold", "top-k", "oracle", "pruned"]
 """How a dynamic layer selects experts: `SampleConfig.selection`."""
