@@ -83,8 +83,9 @@ def test_the_whole_road(place, capsys, monkeypatch):
     assert run(TRAIN.replace("photos", "cache")) == 0
     assert "held-out cross-entropy" in capsys.readouterr().out
     files = {p.name for p in (place / "run").iterdir()}
-    assert files == {"best", "config.json", "curves.png", "finished.json", "log.jsonl", "run.json", "samples",
-                     "samples.png", "tokenizer.safetensors", "training", "transformer.safetensors"}  # fmt: skip
+    assert files == {"best", "config.json", "curves.png", "finished.json", "inputs.json", "log.jsonl", "run.json",
+                     "samples", "samples.png", "tokenizer.safetensors", "training",
+                     "transformer.safetensors"}  # fmt: skip
     assert {p.name for p in (place / "run" / "samples").iterdir()} == {"step-00000004.png", "step-00000006.png"}
     log = read_log(place / "run" / "log.jsonl")
     steps = [r for r in log if "loss" in r]

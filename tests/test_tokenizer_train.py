@@ -269,7 +269,7 @@ def test_train_and_evaluate_commands(tmp_path, capsys):
     assert "dB PSNR" in capsys.readouterr().out
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert files == {"config.json", "tokenizer.safetensors", "reconstructions.png", "curves.png", "evaluation.json",
-                     "log.jsonl", "run.json", "training", "best"}  # fmt: skip
+                     "inputs.json", "log.jsonl", "run.json", "training", "best"}  # fmt: skip
     evaluate = ["tokenizer", "evaluate", str(tmp_path / "run"), "--data", "digits", "--limit", "50"]
     assert main([*evaluate, "--out", str(tmp_path / "report")]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())

@@ -30,7 +30,7 @@ class EncoderTrain:
     untrained: bool = False
     """Write the network with its initial weights, as a baseline."""
     accept_changes: bool = False
-    """Resume even though settings have changed."""
+    """Resume even though settings, data or other inputs have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 

@@ -246,7 +246,7 @@ class ClassifierTrain:
     """Folder to write: config.json, model.safetensors, best/, curves.png, log.jsonl."""
     settings: Annotated[ClassifierRunConfig, arg(name="")] = field(default_factory=ClassifierRunConfig)
     accept_changes: bool = False
-    """Resume even though settings have changed."""
+    """Resume even though settings, data or other inputs have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 

@@ -73,7 +73,7 @@ class TokenizerTrain:
     """Folder to write: a checkpoint, reconstructions.png, curves.png, evaluation.json, log.jsonl."""
     settings: Annotated[TokenizerRunConfig, arg(name="")] = field(default_factory=TokenizerRunConfig)
     accept_changes: bool = False
-    """Resume even though settings have changed."""
+    """Resume even though settings, data or other inputs have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -146,6 +146,8 @@ class Tokenize:
     """Batch size. Tokens do not depend on it."""
     seed: int = 0
     """Seed of the split, the crops and the mirroring."""
+    accept_changes: bool = False
+    """Keep what --out has even though files of the data have changed, as when only their modification times did."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -159,6 +161,7 @@ class Tokenize:
             tokenize(
                 self.data, self.tokenizer, self.out, self.images, self.seed, world,
                 views=self.views, shard=self.shard, batch=self.batch_size, encoder=self.encoder,
+                accept_changes=self.accept_changes,
             )  # fmt: skip
 
 
@@ -179,7 +182,7 @@ class Train:
     extend: bool = False
     """Train a finished run further: give more --train.steps."""
     accept_changes: bool = False
-    """Resume even though settings have changed."""
+    """Resume even though settings, data or other inputs have changed."""
     dry_run: bool = False
     """Print parameters, memory, arithmetic and time, and do not train."""
     device: str = "auto"
@@ -216,13 +219,15 @@ class Resume:
 
     out: Positional[Path]
     """Run folder."""
+    accept_changes: bool = False
+    """Resume even though the data or the tokenizer have changed."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
     def run(self) -> None:
         from nextscale.training.transformer import read_run_config
 
-        _train(read_run_config(self.out), self.out, self.device, extend=False, accept_changes=False)
+        _train(read_run_config(self.out), self.out, self.device, extend=False, accept_changes=self.accept_changes)
 
 
 def _train(settings: RunConfig, out: Path, device: str, extend: bool, accept_changes: bool) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nextscale.common.digest import add_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.common.inputs import INPUTS, check_inputs, list_changes
 from nextscale.common.reading import read_json
 from nextscale.common.reading_yaml import read_yaml
 from nextscale.config.migrate import migrate_record, rename_settings
@@ -38,19 +40,21 @@ def _find_recipe(name: str) -> Path:
     return known[name]
 
 
-def record_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write a run's settings to `path`, a JSON file in its folder, with their digest.
+def record_settings(path: Path, settings: dict[str, Any], inputs: Mapping[str, Any] | None = None) -> None:
+    """Write a run's settings to `path`, a JSON file in its folder, with their digest, and its inputs to inputs.json.
 
-    Raises UserError naming what differs when the file holds the settings of another run.
+    Raises UserError naming what differs when the file holds the settings of another run, or the inputs have changed.
     """
+    advice = "choose another --out, or delete it"
+    if path.exists():
+        before = migrate_record(read_json(path))
+        if not isinstance(before, dict):
+            raise UserError(f"{path} is not the record of a run; choose another --out")
+        changed = list_changes({key: before.get(key) for key in settings}, settings)
+        if changed:
+            raise UserError(f"{path.parent} holds a run with other settings: {'; '.join(changed)}; {advice}")
+    if inputs is not None:
+        check_inputs(path.parent / INPUTS, inputs, path, advice)
+        write_json(path.parent / INPUTS, dict(inputs))
     if not path.exists():
         write_json(path, add_digest(settings))
-        return
-    before = migrate_record(read_json(path))
-    if not isinstance(before, dict):
-        raise UserError(f"{path} is not the record of a run; choose another --out")
-    changed = [k for k in settings if before.get(k) != settings[k]]
-    if changed:
-        raise UserError(
-            f"{path.parent} holds a run with other settings ({', '.join(changed)}); choose another --out, or delete it"
-        )

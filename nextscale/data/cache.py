@@ -1,6 +1,7 @@
 """The token cache: a data set encoded once by a tokenizer, so that training reads tokens instead of images.
 
     cache.json                          its settings: data, crop, tokenizer, scales, classes; written first
+    inputs.json                         fingerprint of the data
     train-00000.safetensors ...         the examples of one shard: tokens (n, views, L), labels (n), and, with an
                                         encoder, its features (n, views, h, w, C), float16
     held_out-00000.safetensors ...
@@ -28,11 +29,13 @@ from nextscale.common.digest import add_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.inputs import INPUTS, check_inputs
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ModelConfig
 from nextscale.data.cache_head import FORMAT, SPLITS, VERSION, read_cache_head
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import Batch, Examples, check_unreadable
+from nextscale.data.inputs import describe_cache
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
@@ -72,10 +75,12 @@ class CacheWriter:
         self.max_unreadable, self.encoder = max_unreadable, encoder
         self.unreadable: dict[str, None] = {}
 
-    def record_settings(self, class_names: tuple[str, ...], data_settings: dict[str, Any]) -> None:
-        """Write cache.json, or check that an existing one has the same settings; UserError names what differs.
+    def record_settings(
+        self, class_names: tuple[str, ...], data_settings: dict[str, Any], accept_changes: bool = False
+    ) -> None:
+        """Write cache.json and inputs.json, or check that existing ones are the same; UserError names what differs.
 
-        `data_settings`: the data, its crop and its split.
+        `data_settings`: the data, its crop and its split. `accept_changes`: the data may have changed, not settings.
         """
         head = {
             "format": FORMAT,
@@ -96,12 +101,31 @@ class CacheWriter:
             changed = [f"{k} was {before.get(k)}, now {v}" for k, v in head.items() if before.get(k) != v]
             if changed:
                 raise UserError(
-                    f"{self.folder} holds a cache with other settings ({'; '.join(changed)}); choose another folder"
+                    f"{self.folder} holds a cache with other settings ({'; '.join(changed)}); choose another --out"
                 )
+            self._check_inputs(path, accept_changes)
             for draft in self.folder.glob(".*.part*"):  # left by a run that was killed while writing
                 draft.unlink(missing_ok=True)
         else:
+            write_json(self.folder / INPUTS, self._list_inputs())
             write_json(path, add_digest(head))
+
+    def _list_inputs(self) -> dict[str, Any]:
+        return {"data": self.splits["train"].inputs}
+
+    def _check_inputs(self, begun: Path, accept_changes: bool) -> None:
+        """Compare the data with those of the shards that exist; UserError names what changed."""
+        advice = (
+            "choose another --out, or delete it; if the images are the same, give --accept-changes to keep what it has"
+        )
+        check_inputs(self.folder / INPUTS, self._list_inputs(), begun, advice, accept=accept_changes)
+        if accept_changes:
+            write_json(self.folder / INPUTS, self._list_inputs())
+
+    def is_complete(self) -> bool:
+        """Whether no shard is missing."""
+        numbers = ((split, n) for split in SPLITS for n in range(-(-len(self.splits[split]) // self.shard)))
+        return all((self.folder / _name_shard(split, number)).exists() for split, number in numbers)
 
     def write(self, rank: int = 0, size: int = 1, batch: int = 64, show: bool = True) -> None:
         """Encode every missing shard whose number is `rank` modulo `size`."""
@@ -199,7 +223,9 @@ class TokenCache:
             str(self.head.get("digest", "")), views, length, self.head["vocab_size"], len(self.class_names),
             bool(self.head.get("encoder")),
         )  # fmt: skip
-        return CachedExamples(shards, count, size, limits)
+        examples = CachedExamples(shards, count, size, limits)
+        examples.inputs = describe_cache(self.folder)
+        return examples
 
 
 @dataclass(frozen=True)
@@ -239,6 +265,7 @@ class CachedExamples:
     def __init__(self, shards: Sequence[Path], count: int, size: int, limits: ShardLimits):
         self.paths, self.count, self.size, self.limits = shards, count, size, limits
         self._label_of: Tensor | None = None
+        self.inputs: dict[str, Any] = {}
         self._verified: set[int] = set()
         if shards:
             _ = self._shards  # names what is missing or damaged before training starts

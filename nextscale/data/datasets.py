@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from nextscale.common.sizes import Size, expand_size
 from nextscale.config.data import DataConfig
 from nextscale.data.examples import Batch
 from nextscale.data.images import crop_randomly, load_image, resize_and_crop
+from nextscale.data.inputs import describe_data
 from nextscale.data.sources import Source, open_source
 
 _MAX_ENLARGED = 0.5
@@ -48,6 +50,8 @@ class ImageSet:
     """Names of files that were smaller than the size and were enlarged."""
     is_held_out_B: Tensor | None = None
     """The data set's own split; None where it has none."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the images are made of, see `nextscale.common.inputs`."""
 
     def __len__(self) -> int:
         return len(self.images_B3HW)
@@ -77,7 +81,7 @@ class ImageSet:
 
     def to_examples(self, flip: bool = False, seed: int = 0) -> ImageExamples:
         """The images as examples for a trainer."""
-        return ImageExamples(self.labels_B, flip, seed, memory_B3HW=self.images_B3HW)
+        return ImageExamples(self.labels_B, flip, seed, memory_B3HW=self.images_B3HW, inputs=self.inputs)
 
 
 def split_rows(labels_B: Tensor, is_held_out_B: Tensor | None, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +133,8 @@ def read_images(source: Source, size: Size, limit: int, seed: int, max_unreadabl
     stacked = torch.stack(images).permute(0, 3, 1, 2).contiguous()
     labels_B = torch.tensor(source.labels)[rows[readable]]
     is_held_out_B = None if is_held_out_B is None else is_held_out_B[readable]
-    return ImageSet(stacked, labels_B, source.class_names, tuple(unreadable), tuple(enlarged), is_held_out_B)
+    notes = tuple(unreadable), tuple(enlarged)
+    return ImageSet(stacked, labels_B, source.class_names, *notes, is_held_out_B, describe_data(source))
 
 
 def choose_rows(source: Source, limit: int, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -178,6 +183,8 @@ class ImageExamples:
     """Of the images that are decoded."""
     random_crop: bool = False
     skipped: Sequence[str] = ()
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the images are made of, see `nextscale.common.inputs`."""
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -243,6 +250,7 @@ def open_dataset(data: str, size: Size, config: DataConfig, seed: int) -> tuple[
         a, b = split_rows(labels_B, is_held_out_B, config.held_out, seed)
         train = ImageExamples(labels_B[a], config.flip, seed, None, source, rows[a], size, config.random_crop)
         held_out = ImageExamples(labels_B[b], source=source, rows_B=rows[b], size=size)
+        train.inputs = held_out.inputs = describe_data(source)
     if not len(train) or not len(held_out):
         raise UserError(f"{data} has too few images for held_out={config.held_out}: one part would be empty")
     return train, held_out, source

@@ -27,6 +27,8 @@ class Examples(Protocol):
 
     skipped: Sequence[str]
     """Names of examples that are unreadable and were removed before the run."""
+    inputs: dict[str, Any]
+    """What the examples are made of, see `nextscale.common.inputs`; {} where they are not read from files."""
 
     def __len__(self) -> int: ...
 
@@ -45,6 +47,7 @@ class MemoryExamples:
 
     def __init__(self, **tensors: Tensor):
         self.tensors = tensors
+        self.inputs: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))

@@ -58,7 +58,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     data = load_images(config.data, size, config.limit, config.seed)
     train_images, held_out = data.split(config.held_out, config.seed)
     check_data(config, data, train_images, held_out, size)
-    record_settings(folder / "quickstart.json", to_dict(config))
+    record_settings(folder / "quickstart.json", to_dict(config), {"data": data.inputs})
     config = fit_trainings(config, len(train_images))
     pipeline = create_pipeline(config, pyramid, data.class_names)
 

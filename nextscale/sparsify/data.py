@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +17,21 @@ from nextscale.checkpoints.shards import Form, check_range, read_owner, read_sha
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
-from nextscale.config.files import record_settings
+from nextscale.common.fingerprint import fingerprint_weights
+from nextscale.common.inputs import discard_stale
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
+from nextscale.data.cache import is_token_cache
 from nextscale.data.classes import Classes, open_matched_examples
+from nextscale.data.datasets import split_rows
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
-_HELD_OUT_EVERY = 10
-"""One in so many of the model's samples is held out."""
+_HELD_OUT = 0.1
+"""Share of the model's samples of every class that is held out."""
 _REMEDY = "delete it and run the command again"
 _SHARD_SIZE = 64
 """Samples in one file."""
@@ -40,6 +44,8 @@ class Data:
     name: str
     train: Examples
     held_out: Examples
+    inputs: dict[str, Any]
+    """What the examples are made of, see `nextscale.common.inputs`."""
 
 
 def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samples: Path, world: World) -> Data:
@@ -49,8 +55,9 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
     """
     assert checkpoint.config.transformer is not None, "check_dense has been called"
     if not config.data:
-        _draw_samples(source, checkpoint, config, samples, world)
-        return _load_samples(samples, config.samples, checkpoint.config)
+        made_of = _draw_samples(source, checkpoint, config, samples, world)
+        data = _load_samples(samples, config.samples, checkpoint.config, config.seed)
+        return dataclasses.replace(data, inputs={"samples": made_of, **data.inputs})
     tokenizer = load_tokenizer(checkpoint, checkpoint.config)
     known = Classes.of_model(str(source), checkpoint.config)
     train, held_out, match = open_matched_examples(
@@ -60,15 +67,24 @@ def open_data(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, samp
         match.print_note()
     if not len(held_out):
         raise UserError(f"{config.data} holds out no images, on which thresholds are calibrated")
-    return Data(config.data, train, held_out)
+    inputs: dict[str, Any] = {"data": train.inputs}
+    if not is_token_cache(Path(config.data)):
+        inputs |= {"images": to_dict(config.images), "seed": config.seed}
+    return Data(config.data, train, held_out, inputs)
 
 
-def _draw_samples(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, folder: Path, world: World) -> None:
-    """Draw the samples that `folder` lacks, of the model's classes in turn; the first process draws for all."""
+def _draw_samples(
+    source: Path, checkpoint: Checkpoint, config: SparsifyConfig, folder: Path, world: World
+) -> dict[str, Any]:
+    """Draw the samples that `folder` lacks, of the model's classes in turn, and return what they are made of.
+
+    The first process draws for all. Samples of another model or with other settings are drawn again.
+    """
     sampling = _select_all_experts(checkpoint, config.sampling)
+    weights = fingerprint_weights(checkpoint.tokenizer | checkpoint.transformer, str(source))
+    inputs = {"model": weights, "images": config.samples, "sampling": to_dict(sampling)}
     if world.main:
-        settings = {"model": str(source), "images": config.samples, "sampling": to_dict(sampling)}
-        record_settings(folder / "samples.json", settings)
+        discard_stale(folder / "samples.json", inputs, "samples-*.safetensors", "samples of the model")
         missing = [start for start in range(0, config.samples, _SHARD_SIZE) if not _shard_path(folder, start).exists()]
         if missing:
             pipeline = Pipeline.from_checkpoint(checkpoint, device=world.device).optimize()
@@ -81,6 +97,7 @@ def _draw_samples(source: Path, checkpoint: Checkpoint, config: SparsifyConfig, 
                 tensors = {"tokens": images.tokens.to(torch.int32), "label": torch.tensor(labels)}
                 write_shard(draft, path, tensors, read_owner(folder / "samples.json"))
     world.wait()
+    return inputs
 
 
 def _select_all_experts(checkpoint: Checkpoint, sampling: SampleConfig) -> SampleConfig:
@@ -90,7 +107,8 @@ def _select_all_experts(checkpoint: Checkpoint, sampling: SampleConfig) -> Sampl
     return dataclasses.replace(sampling, tau=all_experts, budget=0.0, selection="threshold")
 
 
-def _load_samples(folder: Path, count: int, config: ModelConfig) -> Data:
+def _load_samples(folder: Path, count: int, config: ModelConfig, seed: int = 0) -> Data:
+    """The samples, of which a tenth of every class is held out."""
     assert config.transformer is not None, "check_dense has been called"
     owner, shards = read_owner(folder / "samples.json"), []
     stops = {"tokens": config.tokenizer.vocab_size, "label": config.transformer.condition.num_classes}
@@ -105,14 +123,12 @@ def _load_samples(folder: Path, count: int, config: ModelConfig) -> Data:
         check_range(path, tensors, stops, _REMEDY)
         shards.append(tensors)
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in ("tokens", "label")}
-    held_out_N = torch.arange(count) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-    if not held_out_N.any():
-        raise UserError(f"{count} samples are too few to hold some out: give --samples {_HELD_OUT_EVERY} or more")
-    train, held_out = (
-        MemoryExamples(**{name: tensor[rows_N] for name, tensor in tensors.items()})
-        for rows_N in (~held_out_N, held_out_N)
-    )
-    return Data(f"{count} samples of the model", train, held_out)
+    parts = split_rows(tensors["label"], None, _HELD_OUT, seed)
+    if not all(map(len, parts)):
+        raise UserError(f"{count} samples are too few to hold some out: give --samples with two of each class or more")
+    train, held_out = (MemoryExamples(**{name: tensor[part] for name, tensor in tensors.items()}) for part in parts)
+    inputs = {"held_out": f"{_HELD_OUT} of every class, seed {seed}"}
+    return Data(f"{count} samples of the model", train, held_out, inputs)
 
 
 def _shard_path(folder: Path, start: int) -> Path:

@@ -17,6 +17,7 @@ from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.common.fingerprint import fingerprint_weights
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.sparsify.convert import check_dense, replace_gelu, split_ffns
@@ -40,7 +41,7 @@ def sparsify(
     _check_start(checkpoint, config)
     needs_data = set(config.stages) - {"split"} - ({"tune"} if config.tune == "none" else set())
     data = open_data(source, checkpoint, config, out / "stages" / "samples", world) if needs_data else None
-    job = Job(config, data, out / "stages", world, accept_changes)
+    job = Job(config, data, out / "stages", world, accept_changes, fingerprint_weights(checkpoint.tokenizer))
     report: dict[str, Any] = {"source": str(source), "settings": to_dict(config), "stages": {}}
     for number, name in enumerate(config.stages, start=1):
         if world.main:

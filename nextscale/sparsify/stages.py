@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.inputs import compare_inputs
 from nextscale.common.reading import read_json
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig, Stage
@@ -60,6 +61,12 @@ class Job:
     folder: Path
     world: World
     accept_changes: bool
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint of the model's tokenizer, which all stages keep."""
+
+    def list_inputs(self, others: dict[str, Any]) -> dict[str, Any]:
+        """What a stage that trains depends on besides its settings, which name only the data."""
+        return {**self.examples.inputs, "tokenizer": self.tokenizer, **others}
 
     @property
     def examples(self) -> Data:
@@ -91,7 +98,7 @@ def tune_model(job: Job, checkpoint: Checkpoint) -> Result:
         "tune": config.tune, "hoyer": config.hoyer, "train": to_dict(config.tuning),
         "from": _compute_fingerprint(checkpoint), "data": job.examples.name,
     }  # fmt: skip
-    values = _train(job, "tune", task, config.tuning, settings)
+    values = _train(job, "tune", task, config.tuning, settings, {"scales": config.scales})
     return _save_model(job, "tune", start, task.model), values
 
 
@@ -100,7 +107,7 @@ def split_experts(job: Job, checkpoint: Checkpoint) -> Result:
     config, folder = job.config, job.folder / "split"
     settings = {
         "from": _compute_fingerprint(checkpoint), "expert_size": config.expert_size, "scales": config.scales,
-        "router_width": config.router_width, "seed": config.seed,
+        "router_width": config.router_width, "seed": config.seed, "tokenizer": job.tokenizer,
     }  # fmt: skip
     finished = folder / "finished.json"
     if job.world.main and not (finished.exists() and read_json(finished) == settings):
@@ -145,17 +152,22 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     config, tau_file = job.config, job.folder / "adapt" / "tau.json"
     about = {"from": _compute_fingerprint(checkpoint), "data": job.examples.name, "budget": config.budget}
     settings = {**about, "train": to_dict(config.adapting)}
-    Run(job.folder / "adapt", settings, job.world).check_settings(job.accept_changes)  # before the long calibration
-    if job.world.main and not (tau_file.exists() and read_json(tau_file)["about"] == about):
-        calibration, _ = _calibrate(job, checkpoint, [config.budget])
-        write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})
+    inputs = {"calibration_images": config.calibration_images}
+    run = Run(job.folder / "adapt", settings, job.world)
+    run.check_settings(job.accept_changes)  # before the long calibration
+    run.check_inputs(job.list_inputs(inputs), job.accept_changes)
+    if job.world.main:
+        about["inputs"] = job.list_inputs(inputs)
+        if not tau_file.exists() or compare_inputs(read_json(tau_file)["about"], about).changed:
+            calibration, _ = _calibrate(job, checkpoint, [config.budget])
+            write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})
     job.world.wait()
     tau = tuple(read_json(tau_file)["tau"])
     pipeline = job.load_pipeline(checkpoint, config.adapting)
     model = pipeline.transformer
     thresholds = Thresholds.create(model.config, len(model.pyramid), tau, "threshold")
     task = AdaptTask(model, pipeline.tokenizer, job.examples.train, config.adapting, thresholds)
-    values = _train(job, "adapt", task, config.adapting, settings)
+    values = _train(job, "adapt", task, config.adapting, settings, inputs)
     return _save_model(job, "adapt", checkpoint, model), {**values, "tau": tau}
 
 
@@ -209,11 +221,17 @@ class _Callbacks(Callbacks):
         return validate(self.task, self.data.held_out, _VALIDATION_IMAGES, self.world)
 
 
-def _train(job: Job, name: Stage, task: Task, config: TrainConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train a stage's task from where it left off; return its last validation."""
+def _train(
+    job: Job, name: Stage, task: Task, config: TrainConfig, settings: dict[str, Any],
+    inputs: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a stage's task from where it left off; return its last validation.
+
+    `inputs`: what the stage depends on besides its settings and what all stages depend on.
+    """
     run = Run(job.folder / name, settings, job.world)
     run.check_settings(job.accept_changes)
-    run.record_settings()
+    run.record(job.list_inputs(inputs or {}), job.accept_changes)
     run.train(task, config, _Callbacks(task, job.examples, job.world), job.config.images.max_unreadable)
     values = validate(task, job.examples.held_out, _VALIDATION_IMAGES, job.world)
     values.pop("unreadable", None)

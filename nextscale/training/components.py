@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from nextscale.common.rng import make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import CachedExamples, open_examples
+from nextscale.data.cache import CachedExamples, fingerprint_tokenizer, open_examples
 from nextscale.data.classes import Classes, ClassMatch, match_classes, read_trained_classes, relabel
 from nextscale.data.examples import Examples
 from nextscale.encoders.load import load_encoder
@@ -42,6 +43,15 @@ class Components:
     held_out: Examples
     encoder: PatchEncoder | None
     """The encoder of semantic guidance, where the examples hold no features."""
+
+    def list_inputs(self, config: RunConfig) -> dict[str, Any]:
+        """What every step of the run depends on besides its settings. Not the start checkpoint's transformer: training
+        has changed it after the first step."""
+        tokenizer = {"where": config.start or config.tokenizer, "weights": fingerprint_tokenizer(self.tokenizer)}
+        inputs = {"data": self.examples.inputs, "tokenizer": tokenizer}
+        if self.encoder is not None:
+            inputs["encoder"] = {"where": config.loss.encoder, "weights": self.encoder.fingerprint()}
+        return inputs
 
 
 def load_components(config: RunConfig, world: World, folder: Path | None = None) -> Components:

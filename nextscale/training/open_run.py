@@ -12,6 +12,7 @@ import torch
 
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
+from nextscale.common.inputs import INPUTS, check_inputs
 from nextscale.common.plots import plot_curves
 from nextscale.common.sizes import Size
 from nextscale.config.classifier import ClassifierRunConfig
@@ -45,10 +46,20 @@ class Run:
         """
         check_settings(self.folder, self.settings, accept_changes, free)
 
-    def record_settings(self) -> None:
-        """Write run.json, after all processes have checked it. All of them must call this."""
+    def check_inputs(self, inputs: Mapping[str, Any], accept_changes: bool) -> None:
+        """Raise UserError naming the inputs that changed since the run in the folder began, unless `accept_changes`."""
+        advice = "choose another --out, or give --accept-changes to go on with what there is now"
+        check_inputs(
+            self.folder / INPUTS, inputs, self.folder / "run.json", advice,
+            accept=accept_changes, show=self.world.main,
+        )  # fmt: skip
+
+    def record(self, inputs: Mapping[str, Any], accept_changes: bool) -> None:
+        """Check the inputs, then write inputs.json and run.json. All processes must call this."""
+        self.check_inputs(inputs, accept_changes)
         self.world.wait()
         if self.world.main:
+            write_json(self.folder / INPUTS, dict(inputs))
             write_json(self.folder / "run.json", self.settings)
 
     def train(self, task: Task, config: TrainConfig, callbacks: Callbacks, max_unreadable: float) -> None:
@@ -70,18 +81,19 @@ class Run:
 def open_image_run(
     folder: Path, data: str, config: ImageRunConfig, size: Size, world: World, *,
     accept_changes: bool, about: str = "", other_settings: Mapping[str, Any] | None = None,
+    other_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[Run, ImageExamples, ImageExamples, Source]:  # fmt: skip
     """A run that trains on the images of `data`: (run, training examples, held-out examples, source).
 
     Images are resized and cropped to `size`. `about`: text that is printed beside the number of images; the number of
-    classes, if empty. `other_settings` are recorded beside the config. Raises UserError naming what differs from an
-    earlier run's settings, unless `accept_changes`, and as `open_dataset`.
+    classes, if empty. `other_settings` are recorded beside the config, `other_inputs` beside the data. Raises UserError
+    naming what differs from an earlier run's settings and inputs, unless `accept_changes`, and as `open_dataset`.
     """
     settings = {"data": data, **(other_settings or {}), **to_dict(config)}
     run = Run(folder, settings, world)
     run.check_settings(accept_changes)
     examples, held_out, source = open_dataset(data, size, config.images, config.train.seed)
-    run.record_settings()
+    run.record({"data": examples.inputs, **(other_inputs or {})}, accept_changes)
     if world.main:
         about = about or f"{len(source.class_names)} classes"
         print(f"{data}: {len(examples)} images to train on, {len(held_out)} held out; {about}")

@@ -19,12 +19,12 @@ from nextscale.encoders.load import load_encoder
 
 def tokenize(
     data: str, tokenizer_folder: Path, out: Path, images: DataConfig, seed: int, world: World,
-    *, views: int = 1, shard: int = 8192, batch: int = 64, encoder: str = "",
+    *, views: int = 1, shard: int = 8192, batch: int = 64, encoder: str = "", accept_changes: bool = False,
 ) -> None:  # fmt: skip
     """Encode training and held-out images of `data` into the cache `out`; resumes what an earlier call began.
 
-    Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings, or
-    when more images are unreadable than `images` allows.
+    Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings or
+    of data that have changed (unless `accept_changes`), or when more images are unreadable than `images` allows.
     """
     checkpoint = read_checkpoint(tokenizer_folder)
     config = checkpoint.config
@@ -36,7 +36,10 @@ def tokenize(
     tokenizer.eval()
     writer = CacheWriter(out, tokenizer, splits, views, shard, images.max_unreadable, feature_encoder)
     if world.main:
-        writer.record_settings(source.class_names, {"data": data, "images": to_dict(images), "seed": seed})
+        settings = {"data": data, "images": to_dict(images), "seed": seed}
+        writer.record_settings(source.class_names, settings, accept_changes)
+    world.wait()
+    complete = writer.is_complete()
     world.wait()
     writer.write(world.rank, world.size, batch, show=world.main)
     if writer.unreadable:
@@ -47,4 +50,5 @@ def tokenize(
     world.wait()
     if world.main:
         counts = f"{len(train)} training and {len(held_out)} held-out images"
-        print(f"wrote {out}: {counts}, {config.pyramid.length} tokens each")
+        verb = "nothing to write, complete already:" if complete else "wrote"
+        print(f"{verb} {out}: {counts}, {config.pyramid.length} tokens each")

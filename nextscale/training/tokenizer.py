@@ -21,6 +21,7 @@ from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
+from nextscale.common.fingerprint import fingerprint_path
 from nextscale.common.pictures import save_grid
 from nextscale.common.rng import fold_seed
 from nextscale.common.sizes import shorten_size
@@ -153,8 +154,9 @@ def train_tokenizer(
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_choose_pyramid(config, start), codes, None)
     run, examples, held_out, _ = open_image_run(
-        folder, data, config, model.image_size, world, accept_changes=accept_changes, about=model.summarize()
-    )
+        folder, data, config, model.image_size, world, accept_changes=accept_changes, about=model.summarize(),
+        other_inputs=_list_inputs(config),
+    )  # fmt: skip
     tokenizer = load_tokenizer(start, model) if start else _create_tokenizer(model, config.train.seed)
     with torch.random.fork_rng(devices=[]):  # the discriminator's weights follow from the seed, too
         torch.manual_seed(fold_seed(config.train.seed, "discriminator"))
@@ -166,6 +168,14 @@ def train_tokenizer(
     write_json(folder / "evaluation.json", report)
     plot_log(folder, task.name, {name: {name: name} for name in ("loss", "psnr_db", "perplexity", "usage")})
     return report
+
+
+def _list_inputs(config: TokenizerRunConfig) -> dict[str, Any]:
+    """The networks of the perceptual loss, where it is used."""
+    if config.losses.lpips <= 0:
+        return {}
+    names = {"lpips_vgg": config.losses.lpips_vgg, "lpips_linear": config.losses.lpips_linear}
+    return {name: fingerprint_path(path) for name, path in names.items()}
 
 
 class _Callbacks(MainProcessCallbacks):

@@ -181,7 +181,7 @@ def train_transformer(
 
     Beside the checkpoint: best/ (lowest validation loss), samples.png, curves.png, log.jsonl, run.json, training/. An
     unfinished run in `folder` is resumed; a finished one is refused unless `extend`, which allows more steps. Raises
-    UserError naming what differs from an earlier run's settings, unless `accept_changes`.
+    UserError naming what differs from an earlier run's settings and inputs, unless `accept_changes`.
     """
     config = config.complete()
     run = Run(folder, to_dict(config), world)
@@ -191,7 +191,7 @@ def train_transformer(
             f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
         )
     components = load_components(config, world, folder)
-    run.record_settings()
+    run.record(components.list_inputs(config), accept_changes)
     if world.main:
         (folder / "finished.json").unlink(missing_ok=True)
     tokenizer = components.tokenizer.to(world.device)

@@ -23,6 +23,7 @@ from torch import nn
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
+from nextscale.common.inputs import list_changes
 from nextscale.common.reading import read_json
 from nextscale.config.migrate import migrate_record
 from nextscale.config.parse import check_fields, read_record
@@ -143,7 +144,7 @@ class StateFiles:
         content, path = self._read_latest()
         if content is None:
             return
-        changes = list_changes(content["settings"], settings)
+        changes = list_changes(content["settings"], settings, FREE_SETTINGS)
         if changes and not accept_changes:
             raise UserError(f"{path} belongs to a run with other settings: {'; '.join(changes)}")
         _restore(state, content, path)
@@ -224,18 +225,6 @@ FREE_SETTINGS = (
 """Settings that may change at any time: they decide how a run is computed or watched, not what it computes."""
 
 
-def list_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two settings, as "train.learning_rate was 0.001, now 0.5"."""
-    changes = []
-    for key in sorted({*before, *now} - set(FREE_SETTINGS)):
-        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += list_changes(old, new, f"{name}.")
-        elif old != new:
-            changes.append(f"{name} was {old}, now {new}")
-    return changes
-
-
 def check_settings(folder: Path, settings: dict[str, Any], accept_changes: bool, free: tuple[str, ...] = ()) -> None:
     """Raise UserError when `folder`/run.json records a run with other settings, naming them.
 
@@ -246,7 +235,9 @@ def check_settings(folder: Path, settings: dict[str, Any], accept_changes: bool,
     before = migrate_record(read_json(folder / "run.json"))
     if not isinstance(before, dict):
         raise UserError(f"{folder}/run.json is not the record of a run; choose another --out")
-    changes = [c for c in list_changes(before, settings) if not c.startswith(tuple(f"{name} " for name in free))]
+    changes = [
+        c for c in list_changes(before, settings, FREE_SETTINGS) if not c.startswith(tuple(f"{name} " for name in free))
+    ]
     if changes:
         raise UserError(
             f"{folder} holds a run with other settings: {'; '.join(changes)}; choose another --out, or give "

@@ -1,0 +1,33 @@
+"""What a data set is, as an input of work that is made of it; see `nextscale.common.inputs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nextscale.common.fingerprint import fingerprint_bytes, fingerprint_files
+from nextscale.data.sources import Source
+
+_LISTED_CLASSES = 100
+
+
+def describe_data(source: Source) -> dict[str, Any]:
+    """Fingerprint of a source's files, its class names and a digest of its labels; reads no image.
+
+    More than a hundred class names are represented by their number and a digest.
+    """
+    names: Any = list(source.class_names)
+    if len(names) > _LISTED_CLASSES:
+        names = f"{len(names)} names with the digest {fingerprint_bytes(repr(names).encode())}"
+    labels = fingerprint_bytes(np.asarray(source.labels, np.int64).tobytes())
+    return {"where": source.where, **source.fingerprint(), "class_names": names, "labels": labels}
+
+
+def describe_cache(folder: Path) -> dict[str, Any]:
+    """Fingerprint of a token cache: the content of cache.json, and the files of its shards."""
+    content = fingerprint_bytes((folder / "cache.json").read_bytes())
+    return {
+        "where": str(folder), "content": content, **fingerprint_files(folder.glob("[!.]*.safetensors"), folder)
+    }  # fmt: skip
