@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from nextscale.common.digest import add_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
-from nextscale.common.reading import read_json
+from nextscale.common.reading import parse_json, read_json
 
 INPUTS = "inputs.json"
 _FILES = ("files", "bytes", "names")
@@ -53,7 +53,7 @@ def list_changes(
 def compare_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
     """Compare a record with the present inputs."""
     before = {key: value for key, value in before.items() if key != "digest"}
-    found = list(_compare_tables(before, json.loads(json.dumps(now)), ""))
+    found = list(_compare_tables(before, _to_json(now), ""))
     return Differences(tuple(text for text, known in found if known), tuple(text for text, known in found if not known))
 
 
@@ -105,16 +105,24 @@ def _count_files(before: dict[str, Any], now: dict[str, Any]) -> str:
         old, new = before["files"], now["files"]
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    counts = [f"{t.get('files', 0):,} files, {t.get('bytes', 0):,} bytes" for t in (before, now)]
+    counts = [f"{_describe(t.get('files'))} files, {_describe(t.get('bytes'))} bytes" for t in (before, now)]
     return (
         f"{counts[0]} as before, other names or sizes" if counts[0] == counts[1] else " before, ".join(counts) + " now"
     )
+
+
+def _to_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs as they are read back from a file."""
+    table: dict[str, Any] = parse_json(json.dumps(dict(inputs)), "inputs")
+    return table
 
 
 def _describe(value: Any) -> str:
     """A value as text of one line and limited length."""
     if value is None or value is _ABSENT:
         return "none"
+    if isinstance(value, int):
+        return f"{value:,}"
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -164,4 +172,4 @@ def discard_stale(record: Path, inputs: Mapping[str, Any], pattern: str, what: s
             print(f"note: {what} in {record.parent} are made again: {'; '.join(changed)}")
     for file in work:
         file.unlink(missing_ok=True)
-    write_json(record, add_digest(json.loads(json.dumps(inputs))))
+    write_json(record, add_digest(_to_json(inputs)))
