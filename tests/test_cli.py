@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from nextscale.cli.commands import COMMANDS
 from nextscale.cli.parser import main, parse
@@ -210,3 +212,25 @@ def test_the_plain_backend_can_be_chosen(tiny_folder, tmp_path, monkeypatch):
         ]
         assert main(command) == 0
     assert loaded == ["auto", "plain"]
+
+
+@dataclass
+class ShowBar:
+    """Fails, or is interrupted, while a progress bar is shown."""
+
+    error: str
+
+    def run(self) -> None:
+        self.bar = tqdm(total=2, desc="working")
+        self.bar.update()
+        raise {"user": UserError("stop"), "interrupt": KeyboardInterrupt(), "defect": ValueError("stop")}[self.error]
+
+
+@pytest.mark.parametrize("error", ["user", "interrupt", "defect"])
+def test_an_error_begins_on_a_line_of_its_own(error, capsys, monkeypatch):
+    """The progress bar ends before the message."""
+    monkeypatch.setitem(COMMANDS, "show-bar", ShowBar)
+    assert main(["show-bar", "--error", error]) in (1, 2, 130)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert lines[-1].startswith("nextscale: "), lines
+    assert any("working:  50%" in line for line in lines[:-1])

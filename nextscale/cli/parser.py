@@ -16,6 +16,7 @@ from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
 from nextscale.cli.help import HELP, hide_options, list_required
 from nextscale.common.errors import UserError
+from nextscale.common.progress import close_progress_bars
 from nextscale.config.files import read_settings
 from nextscale.config.idle import check_steps, print_setting_notes
 from nextscale.config.parse import reset_derived, suggest_name
@@ -45,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
             from nextscale.backends.cpu.memory import keep_freed_memory
 
             keep_freed_memory()  # the process is ours
-            command.run()
+            try:
+                command.run()
+            finally:
+                close_progress_bars()  # before an error is printed
         return 0
     except UserError as error:
         return _print_error(str(error), error.exit_status)
