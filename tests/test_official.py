@@ -1,6 +1,7 @@
 """Parity with the official VAR implementation, from its own numbers (tests/golden), in both directions."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from nextscale.checkpoints.official import export_official, import_official
 from nextscale.checkpoints.official_shapes import Hints
+from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
+from nextscale.config.transformer import AlignmentConfig
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from tests.conftest import read_fixture
+from tests.conftest import randomised, read_fixture, tiny_config
 
 
 def build_pipeline(fixture) -> Pipeline:
@@ -225,3 +228,45 @@ def test_imported_bf16_computes_in_fp32_unless_asked_otherwise():
     images = half.sample([1, 2])
     assert images.tensor.isfinite().all()
     assert images.tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "transformer", "scales", "options"),
+    [
+        ({}, {"qk_norm": False}, "1,2,3,4", "--heads 4"),  # heads that are not 64 wide
+        ({"phi_ratio": 0.25, "cosine_lookup": True}, {"qk_norm": True}, "1,2x3,4", "--phi-ratio 0.25 --cosine-lookup"),
+        ({}, {"qk_norm": True, "alignment": AlignmentConfig(width=8)}, "1,2,3,4", ""),
+    ],
+)
+def test_what_official_files_do_not_hold_is_said(tokenizer, transformer, scales, options, tmp_path, capsys):
+    """With the options of the notes, the import gives the same model; without the guidance head, which is named."""
+    config = tiny_config(scales, **transformer)
+    names = ("a", "b", "c", "d", "e")
+    tokenizer = replace(config.tokenizer, base_channels=32, norm_groups=32, **tokenizer)
+    config = replace(config, tokenizer=tokenizer, class_names=names)
+    pipeline = randomised(config)
+    pipeline.save_pretrained(tmp_path / "m")
+    files = ["--vae", str(tmp_path / "vae.pth"), "--var", str(tmp_path / "var.pth")]
+    assert main(["export-official", str(tmp_path / "m"), *files]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert any("the names of the 5 classes are left out" in note for note in notes)
+    assert any("projector.*" in note for note in notes) == ("alignment" in transformer)
+    needed = [note for note in notes if "the files do not say" in note]
+    found = needed[0].partition("say ")[2].partition(": give")[0] if needed else ""
+    scales_option = f" --scales {scales}" if "x" in scales else ""
+    assert found == options + scales_option
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    command = ["import-official", *files, *found.split(), "--class-names", str(tmp_path / "names.txt")]
+    assert main([*command, "--out", str(tmp_path / "back")]) == 0
+    back = Pipeline.from_pretrained(tmp_path / "back")
+    plain = replace(config.transformer, alignment=AlignmentConfig())
+    assert back.config == replace(config, transformer=plain)
+    assert torch.equal(back.sample([0, 1], seed=1).tokens, pipeline.sample([0, 1], seed=1).tokens)
+
+
+def test_a_part_alone_says_what_it_lacks(tmp_path):
+    checkpoint = randomised(replace(tiny_config(), class_names=tuple("abcde"))).to_checkpoint()
+    assert export_official(checkpoint, tmp_path / "vae.pth", None) == [
+        "tokenizer.norm_groups is 4, the official code's 32",
+        "the files do not say --scales 1,2,3,4: give it to `nextscale import-official`",
+    ]

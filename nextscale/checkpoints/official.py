@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextscale.checkpoints import Checkpoint, Shape, build_on_meta, check_floating, check_tensors, list_shapes
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
-from nextscale.checkpoints.official_shapes import Hints, infer_config
+from nextscale.checkpoints.official_shapes import Hints, infer_config, list_fixed_settings, list_needed_options
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig, TransformerConfig
@@ -88,12 +88,13 @@ def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
     return Checkpoint(config, ours, translate(var, var_tensors, names, list_shapes(transformer)), origin, extras)
 
 
-def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) -> None:
+def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) -> list[str]:
     """Write official files; the suffix decides the format (.safetensors, or a torch pickle for anything else).
 
-    The head of semantic guidance, which only training uses, is left out. UserError for what has no official form:
-    mixtures of experts, dynamic FFNs, other mixers than those of VAR or M-VAR, an M-VAR of one adaLN or of another
-    Mamba-2.
+    Returns notes on what the files do not hold: the head of semantic guidance, which only training uses, the names of
+    the classes, and settings that cannot be told from tensors. UserError for what has no official form: mixtures of
+    experts, dynamic FFNs, other mixers than those of VAR or M-VAR, an M-VAR of one adaLN or of another Mamba-2, layers
+    and conditions of your own.
     """
     config, origin = checkpoint.config, checkpoint.origin
     default = "single" if config.tokenizer.num_phi == 1 else "list"
@@ -120,6 +121,28 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
             theirs.update(compute_buffers(config.transformer, config.pyramid))
         files[var] = theirs | {n: t for n, t in checkpoint.extras.items() if n != USAGE}
     write_tensors(files)
+    return _list_losses(checkpoint, vae is not None, files.get(var) if var else None)
+
+
+def _list_losses(checkpoint: Checkpoint, with_tokenizer: bool, var_tensors: dict[str, Tensor] | None) -> list[str]:
+    """Notes on what the official files do not say about the checkpoint."""
+    notes = list_fixed_settings(checkpoint.config, with_tokenizer, var_tensors is not None)
+    head = [name for name in checkpoint.transformer if name.startswith("projector.")]
+    if head and var_tensors is not None:
+        notes.append(
+            f"the head of semantic guidance ({len(head)} tensors, projector.*) is left out: the official format has no "
+            "place for it; sampling does not use it"
+        )
+    names = checkpoint.config.class_names
+    if names and var_tensors is not None:
+        notes.append(
+            f"the names of the {len(names)} classes are left out: write them to a text file, and import it with "
+            "--class-names"
+        )
+    options = list_needed_options(checkpoint.config, with_tokenizer, var_tensors)
+    if options:
+        notes.append(f"the files do not say {' '.join(options)}: give it to `nextscale import-official`")
+    return notes
 
 
 def _unknown_officially(model: TransformerConfig) -> str:
@@ -128,6 +151,9 @@ def _unknown_officially(model: TransformerConfig) -> str:
         return f"this model is a mixture of experts ({model.experts.router})"
     if model.dynamic.on:
         return "this model has dynamic FFNs (the model that it was made of may be exported)"
+    if model.condition.kind != "class" or model.resolved_feed_forward != "dense":
+        own = model.condition.kind if model.condition.kind != "class" else model.resolved_feed_forward
+        return f"this model has a layer or condition of your own ({own})"
     kinds = {model.block_mixers(i) for i in range(model.depth)}
     if kinds == {("attention",)}:
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -54,6 +55,47 @@ def infer_config(
     return ModelConfig(
         _infer_pyramid(var, var_tensors, hints.pyramid), tokenizer, transformer, hints.class_names
     ), layout
+
+
+def list_needed_options(config: ModelConfig, with_tokenizer: bool, var_tensors: dict[str, Tensor] | None) -> list[str]:
+    """The options of `nextscale import-official` without which official files would give another config.
+
+    `with_tokenizer`: the files are a tokenizer's, and a transformer's where there are `var_tensors`.
+    """
+    options, hints, where = [], Hints(), Path("the file")
+    if with_tokenizer and config.tokenizer.num_phi and config.tokenizer.phi_ratio != hints.phi_ratio:
+        options.append(f"--phi-ratio {config.tokenizer.phi_ratio}")
+    if with_tokenizer and config.tokenizer.cosine_lookup:
+        options.append("--cosine-lookup")
+    pyramid: Pyramid | None = PYRAMID_256 if len(config.pyramid) == len(PYRAMID_256) else None
+    if var_tensors is not None and config.transformer is not None:
+        try:
+            heads = _infer_transformer(where, var_tensors, hints).heads
+        except UserError:
+            heads = 0
+        if heads != config.transformer.heads:
+            options.append(f"--heads {config.transformer.heads}")
+        try:
+            pyramid = _infer_pyramid(where, var_tensors, None)
+        except UserError:
+            pyramid = None
+    if pyramid != config.pyramid:
+        options.append(f"--scales {config.pyramid}")
+    return options
+
+
+def list_fixed_settings(config: ModelConfig, with_tokenizer: bool, with_transformer: bool) -> list[str]:
+    """Settings that the official code fixes, where the model's differ: no official file can say them."""
+    tokenizer, transformer = config.tokenizer, config.transformer
+    fixed: list[tuple[str, Any, Any]] = []
+    if with_tokenizer:
+        fixed.append(("tokenizer.norm_groups", tokenizer.norm_groups, TokenizerConfig.norm_groups))
+        fixed.append(("tokenizer.commitment", tokenizer.commitment, TokenizerConfig.commitment))
+    if with_transformer and transformer is not None:
+        fixed.append(("transformer.norm_eps", transformer.norm_eps, TransformerConfig.norm_eps))
+    return [
+        f"{name} is {value}, the official code's {official}" for name, value, official in fixed if value != official
+    ]
 
 
 def _infer_tokenizer(source: Path, tensors: dict[str, Tensor], hints: Hints) -> tuple[TokenizerConfig, str]:

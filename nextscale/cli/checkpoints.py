@@ -177,8 +177,10 @@ class ExportOfficial:
 
         if self.vae is None and self.var is None:
             raise UserError("nothing to write: give --vae FILE, --var FILE, or both")
-        export_official(read_checkpoint(self.model), self.vae, self.var)
+        notes = export_official(read_checkpoint(self.model), self.vae, self.var)
         print("wrote " + " and ".join(str(p) for p in (self.vae, self.var) if p))
+        for note in notes:
+            print(f"note: {note}")
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
