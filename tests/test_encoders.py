@@ -137,7 +137,7 @@ def test_moco_v3_files_at_fault_are_named(tmp_path):
     tensors = moco_v3_tensors()
     kernel = "patch_embed.proj.weight"
     faults = {
-        "expected MoCo v3's vit-b-300ep.pth.tar .*module.base_encoder": {
+        "no tensor named 'pos_embed' .*'module.base_encoder.conv1.weight'; expected MoCo v3's vit-b-300ep.pth.tar": {
             "module.base_encoder.conv1.weight": tensors[kernel]
         },
         "its patch embedding is .64, 3, 4, 4., known widths are .384, 768, 1024, 1280.": tensors

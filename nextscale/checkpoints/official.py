@@ -23,6 +23,9 @@ from nextscale.config.transformer import MVAR_MIXERS, MambaConfig, TransformerCo
 from nextscale.pyramid import Pyramid
 
 USAGE = "quantize.ema_vocab_hit_SV"
+_TOKENIZER_ANCHORS = ("quantize.embedding.weight", "quant_conv.weight", "encoder.conv_in.weight")
+_TRANSFORMER_ANCHORS = ("word_embed.weight", "class_emb.weight", "pos_1LC")
+"""Names by which the tensors are found in a file. Those of the other part come last, for a message about a swap."""
 
 _TOKENIZER_RULES = [
     (r"^(encoder)\.levels\.(\d+)\.", r"\1.down.\2."),
@@ -59,13 +62,13 @@ _TRANSFORMER_RULES = [
 
 
 def import_official(vae: Path, var: Path | None, hints: Hints) -> Checkpoint:
-    """Read official files into a checkpoint; stored dtypes are kept.
+    """Read official files, or what training programs made of them (see `read_tensors`); stored dtypes are kept.
 
     Raises UserError naming the file and tensor when one is missing, extra or misshapen, or when the pyramid can
     neither be read from the tensors nor was given in `hints`.
     """
-    vae_tensors = read_tensors(vae, "vae_local")
-    var_tensors = read_tensors(var, "var_wo_ddp") if var else {}
+    vae_tensors = read_tensors(vae, *_TOKENIZER_ANCHORS, *_TRANSFORMER_ANCHORS)
+    var_tensors = read_tensors(var, *_TRANSFORMER_ANCHORS, *_TOKENIZER_ANCHORS) if var else {}
     config, phi_layout = infer_config(vae, vae_tensors, var, var_tensors, hints)
     origin: dict[str, Any] = {"format": "official-var", "phi_layout": phi_layout}
     extras: dict[str, Tensor] = {}

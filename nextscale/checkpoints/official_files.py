@@ -1,43 +1,132 @@
-"""Read and write the files of official checkpoints: torch pickles and safetensors."""
+"""Read and write the files of official and other checkpoints: torch pickles and safetensors, whole or in shards."""
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import pathlib
 import pickle
+import re
+import types
 import zipfile
 import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextscale.checkpoints.native import read_safetensors
+from nextscale.checkpoints.native import FORMAT, read_safetensors
+from nextscale.checkpoints.state_dicts import find_state_dict
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
+from nextscale.common.notes import print_note
+from nextscale.common.reading import has_format
+from nextscale.config.parse import read_record
+
+_INDEX = (".safetensors.index.json", ".bin.index.json")
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar")
+_NO_WEIGHTS = re.compile("optimizer|scheduler|sampler|scaler|random_states|training_args|rng_state|dl_state")
+"""Names of the other files that accelerate and transformers write beside the weights."""
 
 
-def read_tensors(path: Path, training_key: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a torch pickle, which is read without running code.
+def read_tensors(path: Path, *anchors: str, prefer: str = "") -> dict[str, Tensor]:
+    """The tensors of a network, from a file or folder as training programs write them; no code in it is run.
 
-    A checkpoint of the official trainer holds the state dict under trainer/`training_key`, that of other trainers under
-    state_dict. Raises UserError when the file is absent, damaged, or holds anything but tensors.
+    Takes a torch pickle or a .safetensors file, shards with their index (`model.safetensors.index.json`,
+    `pytorch_model.bin.index.json`) and a folder with one of these. `anchors` and `prefer` say which of the tensors
+    are wanted, as in `find_state_dict`. Stored dtypes are kept. Raises UserError when the file is absent or damaged,
+    and naming what was found when it is not clear which tensors are the network's.
     """
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    data = _load_pickle(path)
-    if isinstance(data, dict) and isinstance(data.get("trainer"), dict):
-        data = data["trainer"].get(training_key)
-    elif isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
-        data = data["state_dict"]
-    if not isinstance(data, dict) or not data or not all(_is_named_tensor(k, v) for k, v in data.items()):
-        raise UserError(f"{path} holds no state dict (a table of named, dense tensors)")
-    return dict(data)
+    file = _find_file(path)
+    if file.name.endswith(_INDEX):
+        data: Any = _read_shards(file)
+    elif file.suffix == ".safetensors":
+        data = read_safetensors(file)
+    else:
+        data = _load_pickle(file)
+    return find_state_dict(file, data, [anchor for anchor in anchors if anchor], prefer)
 
 
-def _is_named_tensor(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+def _find_file(path: Path) -> Path:
+    """The weights file, or the index of shards, that a path means."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"there is no file {path}")
+        shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.safetensors|\.bin)", path.name)
+        if shard and int(shard[2]) > 1:
+            raise UserError(
+                f"{path} is one of {int(shard[2])} shards; give {shard[1]}{shard[3]}.index.json or the folder"
+            )
+        return path
+    if has_format(path, FORMAT):
+        raise UserError(f"{path} is a nextscale checkpoint already; it needs no import")
+    files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+    indices = [f for f in files if f.name.endswith(_INDEX)]
+    if not indices:
+        indices = [f for f in files if f.suffix in _SUFFIXES and not _NO_WEIGHTS.match(f.name)]
+    if len(indices) > 1 and len({f.name.split(".")[0].replace("pytorch_", "") for f in indices}) == 1:
+        indices = sorted(indices, key=lambda f: ".safetensors" not in f.name)[:1]
+        print_note(f"weights {path}", f"{path} holds its weights in several formats; {indices[0].name} is used")
+    if len(indices) != 1:
+        names = ", ".join(f.name for f in (indices or files)[:8]) or "nothing"
+        found = f"{len(indices)} files of weights" if indices else "no file of weights"
+        raise UserError(f"{path} holds {found} ({names}): give the file itself")
+    return indices[0]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the index of shards holds."""
+
+    weight_map: dict[str, str]
+    """The file of each tensor."""
+    other: dict[str, Any] = field(default_factory=dict)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors that an index lists. UserError naming a shard that is absent or holds others."""
+    places = read_record(_Index, index).weight_map
+    if not places:
+        raise UserError(f"{index}: weight_map lists no tensors")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not name.endswith(_SUFFIXES):
+            raise UserError(f"{index}: weight_map names '{name}', which is no file of weights in its folder")
+        shard = index.parent / name
+        if not shard.is_file():
+            raise UserError(f"{shard} is missing: {index} names it")
+        content = read_safetensors(shard) if shard.suffix == ".safetensors" else _load_pickle(shard)
+        if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+            raise UserError(f"{shard} holds no state dict (a table of named tensors)")
+        listed = {tensor for tensor, file in places.items() if file == name}
+        if listed != content.keys():
+            wrong = sorted(map(str, listed ^ content.keys()))
+            raise UserError(f"{shard} does not hold what {index} lists: '{wrong[0]}' is in only one of them")
+        tensors |= content
+    return {name: tensors[name] for name in places}
+
+
+def _make_table(*factory: object) -> OrderedDict:
+    """Stands for collections.defaultdict, which weights_only cannot fill."""
+    return OrderedDict()
+
+
+_HARMLESS: list[Any] = [
+    argparse.Namespace, types.SimpleNamespace, (_make_table, "collections.defaultdict"),
+    Counter, set, frozenset, dict, list, tuple, int, float, bool, str,
+    pathlib.PurePosixPath, (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib.WindowsPath"), (pathlib.PurePosixPath, "pathlib.PureWindowsPath"),
+    *((OrderedDict, f"{module}.AttributeDict") for module in (
+        "pytorch_lightning.utilities.parsing", "lightning.pytorch.utilities.parsing",
+        "lightning_fabric.utilities.data", "lightning.fabric.utilities.data",
+    )),
+]  # fmt: skip
+"""Containers of settings that checkpoints hold beside the weights; making one runs no code of the file."""
 
 
 def _load_pickle(path: Path) -> object:
@@ -46,13 +135,33 @@ def _load_pickle(path: Path) -> object:
     if zipped:
         check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals(_HARMLESS + _list_numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is no torch checkpoint that can be read safely (weights_only): {_first_line(error)}"
+            f"{path} is no torch checkpoint that can be read safely (weights_only): {_name_refused(error)}"
         ) from error
     except Exception as error:  # a damaged pickle raises nearly every type
         raise UserError(f"{path} is damaged or no torch checkpoint: {_first_line(error)}") from error
+
+
+def _list_numpy_scalars() -> list[Any]:
+    """What a pickled number of numpy needs, such as the best accuracy so far."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    return [np.dtype, codecs.encode, *kinds, *((scalar, f"{module}.scalar") for module in modules)]
+
+
+def _name_refused(error: Exception) -> str:
+    """What weights_only refused: the class that the file would make, where the message names one."""
+    name = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", str(error))
+    if name is None:
+        reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        return reason[1] if reason else _first_line(error)
+    return f"it holds a {name[1] or name[2]}; save the state dict alone (torch.save(model.state_dict(), NEW))"
 
 
 def check_zip(path: Path) -> None:

@@ -23,6 +23,7 @@ from nextscale.encoders.network import Features
 
 FILE = "pt_inception-2015-12-05-6726825d.pth (or torch-fidelity's weights-inception-2015-12-05-6726825d.pth)"
 _SIDE, _SPATIAL = 299, 7
+_FIRST = "Conv2d_1a_3x3.conv.weight"
 
 Unit = tuple[int, tuple[int, int], int]
 """Channels, kernel (h, w), stride of a convolution."""
@@ -150,12 +151,12 @@ class Inception(nn.Module):
     @classmethod
     def from_file(cls, path: Path) -> Inception:
         """Load the ported weights; UserError when the file is absent or of another network."""
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"there is no {path}; Inception features need {FILE}")
-        tensors = {n: t for n, t in read_tensors(path, "").items() if not n.endswith("num_batches_tracked")}
-        model = cls().eval().requires_grad_(False)
-        expected = {n: t.shape for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
         try:
+            tensors = {n: t for n, t in read_tensors(path, _FIRST).items() if not n.endswith("num_batches_tracked")}
+            model = cls().eval().requires_grad_(False)
+            expected = {n: t.shape for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
             check_tensors(path, {n: tuple(t.shape) for n, t in tensors.items()}, expected)
         except UserError as error:
             raise UserError(f"{error}; expected {FILE}") from None

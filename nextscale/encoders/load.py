@@ -28,6 +28,8 @@ def load_feature_network(source: str) -> FeatureNetwork:
         return inception.Inception.from_file(path)
     if is_classifier(path):
         return load_classifier(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return inception.Inception.from_file(path)
     if not path.exists() and "/" not in source:
         raise UserError(
             f"there is no feature network {source}; give {inception.FILE}, the folder of a classifier that `nextscale "
@@ -52,5 +54,10 @@ def load_encoder(source: str) -> PatchEncoder:
     if not path.is_dir() and not is_hub_name(source):
         raise UserError(f"there is no encoder '{source}'; give {_ENCODERS}")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{source} holds no encoder: it has no config.json; give {_ENCODERS}")
+        try:
+            return moco_v3.load_moco_v3(path)
+        except UserError as error:
+            raise UserError(
+                f"{source} holds no encoder: it has no config.json, and {error}; give {_ENCODERS}"
+            ) from error
     return dino.load_dino(source)

@@ -19,7 +19,6 @@ from nextscale.encoders.patches import PatchEncoder
 
 EXPECTED = "MoCo v3's vit-b-300ep.pth.tar (or .pth, .safetensors; of any of its ViTs)"
 _HEADS = {384: 12, 768: 12, 1024: 16, 1280: 16}
-_PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "")
 _EPS = 1e-6
 
 
@@ -90,13 +89,12 @@ def load_moco_v3(path: Path) -> MocoV3:
     Ignores projection head, momentum encoder and optimizer. Raises UserError when the file is absent, damaged, or of
     another network.
     """
-    checkpoint = read_tensors(path, "")
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}pos_embed" in checkpoint), None)
     message = f"{path} holds no encoder of MoCo v3; expected {EXPECTED}"
-    if prefix is None:
-        raise UserError(f"{message}, with tensors named {_PREFIXES[0]}* or as timm names them")
-    encoder_tensors = {name.removeprefix(prefix): t for name, t in checkpoint.items() if name.startswith(prefix)}
-    tensors = {name: t for name, t in encoder_tensors.items() if name.split(".")[0] != "head"}
+    try:
+        found = read_tensors(path, "pos_embed", prefer="base_encoder")
+    except UserError as error:
+        raise UserError(f"{error}; expected {EXPECTED}") from error
+    tensors = {name: t for name, t in found.items() if name.split(".")[0] != "head"}
     kernel = tensors.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 4 or kernel.shape[0] not in _HEADS or tensors["pos_embed"].ndim != 3:
         raise UserError(f"{message}; its patch embedding is {tuple(kernel.shape)}, known widths are {[*_HEADS]}")

@@ -88,14 +88,14 @@ class Lpips(nn.Module):
 
         Raises UserError when a file is absent or of another network.
         """
-        features = {n: t for n, t in read_tensors(network, "").items() if n.startswith("features.")}
+        features = {n: t for n, t in read_tensors(network, "features.0.weight").items() if n.startswith("features.")}
         trunk = VGG if f"features.{VGG.indices()[-1][-1]}.weight" in features else ALEX
         model = cls(trunk).eval().requires_grad_(False)
         expected: dict[str, Tensor] = {}
         for stage, index in zip(model.stages, trunk.indices(), strict=True):
             for conv, i in zip(stage, index, strict=True):
                 expected |= {f"features.{i}.{name}": tensor for name, tensor in conv.named_parameters()}
-        heads = read_tensors(linear, "")
+        heads = read_tensors(linear, "lin0.model.1.weight")
         expected_heads: dict[str, Tensor] = {f"lin{i}.model.1.weight": head for i, head in enumerate(model.heads)}
         for path, tensors, parameters in ((network, features, expected), (linear, heads, expected_heads)):
             try:
