@@ -16,8 +16,8 @@ from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.reading import has_format
 from nextscale.config.classifier import ClassifierConfig
-from nextscale.config.parse import from_dict, to_dict
-from nextscale.encoders.files import load_frozen, read_head, save_module
+from nextscale.config.parse import to_dict
+from nextscale.encoders.files import load_frozen, read_head, read_part, save_module
 from nextscale.encoders.network import Features
 from nextscale.encoders.patches import PatchEncoder
 
@@ -106,7 +106,7 @@ def load_classifier(folder: Path) -> Classifier:
     names = head.get("class_names")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder}/config.json: class_names must be a list of names")
-    config = from_dict(ClassifierConfig, head.get("classifier"), f"{folder}/config.json")
+    config = read_part(ClassifierConfig, head, "classifier", folder)
     return load_frozen(lambda: Classifier(config, tuple(names)), folder, head)
 
 

@@ -17,9 +17,11 @@ from nextscale.common.digest import add_digest, check_digest, compute_digest, re
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.common.reading import read_json
+from nextscale.config.parse import from_dict
 
 WEIGHTS = "model.safetensors"
 Module = TypeVar("Module", bound=nn.Module)
+Part = TypeVar("Part")
 
 
 def save_module(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:
@@ -36,6 +38,14 @@ def read_head(folder: Path, format_name: str, version: int, kind: str) -> dict[s
     if not isinstance(head, dict) or head.get("format") != format_name or head.get("version") != version:
         raise UserError(f"{folder} is no {kind} of this nextscale: its config.json says another format or version")
     return head
+
+
+def read_part(kind: type[Part], head: dict[str, Any], name: str, folder: Path) -> Part:
+    """The settings in the table `name` of config.json; UserError naming the file and the field."""
+    try:
+        return from_dict(kind, head.get(name), name)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
 
 
 def load_frozen(build: Callable[[], Module], folder: Path, head: dict[str, Any]) -> Module:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nextscale.common.errors import UserError
 from nextscale.common.reading import has_format
 from nextscale.config.encoder import EncoderConfig
-from nextscale.config.parse import from_dict, to_dict
-from nextscale.encoders.files import load_frozen, read_head, save_module
+from nextscale.config.parse import to_dict
+from nextscale.encoders.files import load_frozen, read_head, read_part, save_module
 from nextscale.encoders.patches import PatchEncoder
 
 FORMAT, VERSION = "nextscale-encoder", 1
@@ -100,7 +100,7 @@ def load_small_encoder(folder: Path) -> SmallEncoder:
     steps = head.get("steps")
     if not isinstance(steps, int) or steps < 0:
         raise UserError(f"{folder}/config.json: steps must be 0 or more, got {steps!r}")
-    config = from_dict(EncoderConfig, head.get("encoder"), f"{folder}/config.json")
+    config = read_part(EncoderConfig, head, "encoder", folder)
     encoder = load_frozen(lambda: SmallEncoder(config), folder, head)
     encoder.set_steps(steps)
     return encoder
