@@ -62,7 +62,7 @@ def _read_head(folder: Path) -> _Head:
     version = head.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise UserError(
-            f"{folder} has format version {version}, this nextscale reads up to {VERSION}; "
+            f"{folder}/config.json has format version {version!r}, this nextscale reads up to {VERSION}; "
             f"it was written by nextscale {head.get('library')}: update with pip install -U nextscale"
         )
     origin = head.get("origin") or {}

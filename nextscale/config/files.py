@@ -52,7 +52,9 @@ def record_settings(path: Path, settings: dict[str, Any], inputs: Mapping[str, A
             raise UserError(f"{path} is not the record of a run; choose another --out")
         changed = list_changes({key: before.get(key) for key in settings}, settings)
         if changed:
-            raise UserError(f"{path.parent} holds a run with other settings: {'; '.join(changed)}; {advice}")
+            raise UserError(
+                f"{path.parent} holds a run with other settings: {'; '.join(changed)} ({path.name}); {advice}"
+            )
     if inputs is not None:
         check_inputs(path.parent / INPUTS, inputs, path, advice)
         write_json(path.parent / INPUTS, dict(inputs))

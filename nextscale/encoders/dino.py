@@ -71,7 +71,7 @@ def load_dino(source: str) -> Dino:
         if config.model_type not in _KINDS:
             raise UserError(f"{source} is a '{config.model_type}'; encoders are {', '.join(_KINDS)}")
         model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]

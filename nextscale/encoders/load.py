@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextscale.common.errors import UserError
-from nextscale.common.reading import is_hub_name
+from nextscale.common.reading import is_hub_name, read_json
 from nextscale.encoders import dino, inception, moco_v3, self_supervised
 from nextscale.encoders.classifier import ClassifierEncoder, is_classifier, load_classifier
 from nextscale.encoders.network import FeatureNetwork
@@ -26,6 +26,7 @@ def load_feature_network(source: str) -> FeatureNetwork:
     path = Path(source)
     if path.is_file() or path.suffix in (".pth", ".pt", ".safetensors"):
         return inception.Inception.from_file(path)
+    _check_config(path)
     if is_classifier(path):
         return load_classifier(path)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -47,6 +48,7 @@ def load_encoder(source: str) -> PatchEncoder:
     path = Path(source)
     if path.is_file() or path.suffix in (".pth", ".pt", ".tar", ".safetensors"):
         return moco_v3.load_moco_v3(path)
+    _check_config(path)
     if self_supervised.is_small_encoder(path):
         return self_supervised.load_small_encoder(path)
     if is_classifier(path):
@@ -61,3 +63,9 @@ def load_encoder(source: str) -> PatchEncoder:
                 f"{source} holds no encoder: it has no config.json, and {error}; give {_ENCODERS}"
             ) from error
     return dino.load_dino(source)
+
+
+def _check_config(folder: Path) -> None:
+    """Raise UserError when the folder has a config.json that is damaged: it could be of any network."""
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json", finite=False)

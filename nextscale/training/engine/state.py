@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
@@ -97,7 +98,7 @@ class StateFiles:
         best = self.read_best()
         if best and best.step != step and not loss < best.loss:
             return False
-        write_json(self.folder / f"{self.task}-best.json", {"step": step, "loss": loss})
+        write_json(self.folder / f"{self.task}-best.json", add_digest({"step": step, "loss": loss}))
         return True
 
     def list_steps(self) -> list[int]:
@@ -155,6 +156,12 @@ class StateFiles:
         Raises UserError when there are states but none is sound.
         """
         faults = []
+        if self.world.main and (lost := self._find_lost()):
+            warnings.warn(
+                f"training state {lost} is missing, though its checksum is there: it was deleted, or the run was "
+                "stopped while writing it; trying the state before it",
+                stacklevel=2,
+            )
         for step in self.list_steps():
             path = self.path(step)
             try:
@@ -166,6 +173,12 @@ class StateFiles:
         if faults:
             raise UserError(f"{'; '.join(faults)}; no sound training state is left: delete {self.folder} to train anew")
         return None, self.folder
+
+    def _find_lost(self) -> Path | None:
+        """The file of a state later than all on disk, of which only the checksum is left."""
+        noted = (re.fullmatch(rf"{self.task}-(\d+)\.json", p.name) for p in self.folder.glob("*.json"))
+        last, steps = max((int(m[1]) for m in noted if m), default=-1), self.list_steps()
+        return self.path(last) if last > max(steps, default=-1) else None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -240,6 +253,6 @@ def check_settings(folder: Path, settings: dict[str, Any], accept_changes: bool,
     ]
     if changes:
         raise UserError(
-            f"{folder} holds a run with other settings: {'; '.join(changes)}; choose another --out, or give "
+            f"{folder} holds a run with other settings: {'; '.join(changes)} (run.json); choose another --out, or give "
             "--accept-changes to go on with the new ones"
         )
