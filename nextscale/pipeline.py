@@ -86,13 +86,8 @@ class Pipeline:
     def from_config(
         cls, config: ModelConfig, seed: int = 0, init: InitConfig | None = None, *, backend: Backend = "auto"
     ) -> Pipeline:
-        """A new, untrained generator, initialised from `seed`. It can be trained, with fast modules too.
-
-        UserError when the model is larger than this machine's memory.
-        """
-        from nextscale.common.memory import check_memory
-
-        check_memory(4 * config.estimate_parameters(), "the model's weights in float32")
+        """A new, untrained generator, initialised from `seed`. It can be trained, with fast modules too."""
+        config.check_memory()
         with torch.random.fork_rng(devices=[]):  # convolutions draw from the global generator
             torch.manual_seed(fold_seed(seed, "tokenizer"))
             tokenizer, transformer = build_modules(config)

@@ -68,6 +68,19 @@ class ModelConfig:
             count += (codes.vocab_size + model.condition.num_classes) * model.width
         return count
 
+    def check_memory(self) -> None:
+        """Raise UserError when float32 weights need more memory than this machine has; unknown memory is enough."""
+        try:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return
+        count = self.estimate_parameters()
+        if 4 * count > total > 0:
+            raise UserError(
+                f"a model of {count:,} parameters or more would need {4 * count / 2**30:,.0f} GiB, and this machine has "
+                f"{total / 2**30:,.0f}"
+            )
+
     def summarize(self) -> str:
         """One line of text: classes, scales, image size."""
         height, width = self.image_size
