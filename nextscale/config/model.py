@@ -78,8 +78,8 @@ class ModelConfig:
         count = self.estimate_parameters()
         if 4 * count > total > 0:
             raise UserError(
-                f"a model of {count:,} parameters or more would need {4 * count / 2**30:,.0f} GiB, and this machine has "
-                f"{total / 2**30:,.0f}"
+                f"a model of {count:,} parameters or more would need {4 * count / 2**30:,.0f} GiB, and this machine "
+                f"has {total / 2**30:,.0f}"
             )
 
     def summarize(self) -> str:
