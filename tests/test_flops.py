@@ -12,10 +12,14 @@ from nextscale.backends.cpu import products
 from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.cli.parser import main
+from nextscale.common.distributed import World
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import ExpertsConfig
 from nextscale.evaluation.flops import FlopCounter, count_planned_flops, count_sampled_flops
 from nextscale.info import as_text, describe_config, sample_flops
+from nextscale.pipeline import Pipeline
+from nextscale.research.experiments.entry import load_experiment
+from nextscale.research.experiments.runner import ExperimentRunner, Inputs
 from nextscale.sampling.sampler import sample_scales
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline
@@ -106,7 +110,7 @@ def dynamic_folder(tmp_path):
 
 
 def test_bench_reports_what_was_executed(dynamic_folder, capsys, monkeypatch):
-    """Fewer FLOPs with pruning, thresholds and a budget; other ones with a refiner; GFLOP/s fit the time."""
+    """Fewer FLOPs with pruning, without guidance and with a budget, more with a refiner; GFLOP/s fit the time."""
     monkeypatch.setattr("nextscale.evaluation.latency.measure_peak_memory", lambda *arguments: 2**20)
     config = dynamic_pipeline(activation="relu").config
 
@@ -118,14 +122,11 @@ def test_bench_reports_what_was_executed(dynamic_folder, capsys, monkeypatch):
 
     whole = bench()
     assert whole == sample_flops(config, SampleConfig())
-    assert bench("--cfg", "0") == whole / 2
     pruned = bench("--prune", "0.4", "0.5", "--prune-first-block", "1")
     assert pruned == sample_flops(config, SampleConfig(**PRUNE))
     refined = bench("--refiner", str(dynamic_folder), "--draft-scales", "2")
     assert refined > whole, "the refiner takes in the first scales again"
-    few = bench("--tau", "0.1")
-    assert few == bench("--budget", "0.5") < whole
-    assert bench("--tau", "0.1", "--prune", "0.4", "0.5", "--prune-first-block", "1") < min(few, pruned)
+    assert bench("--budget", "0.5", "--cfg", "0") < whole / 2
 
 
 def test_flops_that_the_config_cannot_know_are_not_stated_as_if_it_did():
@@ -137,3 +138,25 @@ def test_flops_that_the_config_cannot_know_are_not_stated_as_if_it_did():
     assert "at most" in as_text(describe_config("m", mixture))
     assert "with all experts" in as_text(describe_config("m", dynamic_pipeline().config))
     assert "at most" not in as_text(describe_config("m", dense))
+
+
+def test_experiments_measure_flops_that_depend_on_the_tokens(tmp_path):
+    """Of a mixture with zero-computation experts; the figure of a dense model is that of its config."""
+    folders = {}
+    for name, experts in (("mixture", {"experts": MIXTURE}), ("dense", {})):
+        folders[name] = tmp_path / name
+        randomised(tiny_config("1,2", **experts)).save_pretrained(folders[name])
+    inputs = Inputs("digits", "train", "features", "digits", model=str(folders["mixture"]))
+    runner = ExperimentRunner(load_experiment("var-guidance", "tiny"), inputs, tmp_path / "out", World())
+    settings = SampleConfig(seed=3)
+    pipeline = Pipeline.from_pretrained(folders["mixture"])
+    expected = count_sampled_flops(pipeline, [i % 5 for i in range(64)], replace(settings, seed=0))
+    figures = runner._count_flops(folders["mixture"], pipeline.config, settings)
+    assert figures == {"gflop": expected.flops / 1e9, "flops_share": expected.share}
+    assert 0 < expected.share < 1
+    assert runner._count_flops(folders["mixture"], pipeline.config, settings) == figures
+    assert list((tmp_path / "out").glob("model-*/flops-*.json"))
+    config = Pipeline.from_pretrained(folders["dense"]).config
+    assert runner._count_flops(folders["dense"], config, settings) == {
+        "gflop": sample_flops(config, settings) / 1e9, "flops_share": 1.0,
+    }  # fmt: skip

@@ -76,13 +76,19 @@ def match_flops(folder: Path, sampling: SampleConfig, share: float, file: Path, 
     return dataclasses.replace(sampling, tau=(read_json(file)["tau"],) * scales)
 
 
-def collect_metrics(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
-    """What the stages measured, and the FLOPs that sampling with these settings executes; `file` stores those."""
+def measure_flops(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
+    """{"gflop", "flops_share"} of an image, from the records of sampling with these settings; `file` stores them."""
     if world.main and not file.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
         executed = count_sampled_flops(pipeline, _list_labels(pipeline), sampling)
         write_json(file, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
     world.wait()
+    return dict(read_json(file))
+
+
+def collect_metrics(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
+    """What the stages measured, and the FLOPs that sampling with these settings executes; `file` stores those."""
+    executed = measure_flops(folder, sampling, file, world)
     stages: dict[str, Any] = read_json(folder / "finished.json")["stages"]
     tuned, routers = stages.get("tune", {}), stages.get("routers", {})
     figures = {
@@ -90,7 +96,7 @@ def collect_metrics(folder: Path, sampling: SampleConfig, file: Path, world: Wor
         "zeros": tuned.get("validation_zeros"), "router_error": routers.get("validation_relative_error"),
         "router_recall": routers.get("validation_recall"),
     }  # fmt: skip
-    return dict(read_json(file)) | {name: value for name, value in figures.items() if value is not None}
+    return executed | {name: value for name, value in figures.items() if value is not None}
 
 
 def _list_labels(pipeline: Pipeline) -> list[int | None]:

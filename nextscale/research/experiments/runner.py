@@ -26,10 +26,17 @@ from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.data.datasets import open_dataset
 from nextscale.encoders.classifier import is_classifier
 from nextscale.evaluation.compute import METRICS, name_metric
+from nextscale.evaluation.flops import count_dense_flops, count_planned_flops
 from nextscale.evaluation.run import evaluate, make_statistics
-from nextscale.info import describe_config, sample_flops
+from nextscale.info import describe_config
 from nextscale.research.experiments.cost import compute_training_seconds, measure_sampling_seconds
-from nextscale.research.experiments.dynamic import collect_metrics, match_flops, remove_thresholds, sparsify_once
+from nextscale.research.experiments.dynamic import (
+    collect_metrics,
+    match_flops,
+    measure_flops,
+    remove_thresholds,
+    sparsify_once,
+)
 from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.keys import compute_key, list_changed_settings
 from nextscale.research.experiments.pictures import TrainedModel, draw_picture
@@ -76,6 +83,11 @@ def read_training_metrics(finished: dict[str, Any], config: ModelConfig) -> dict
         load = finished["validation_expert_load"]
         metrics |= {f"load_E{j}": v for j, v in enumerate(load, start=1)} | {"load_variance": statistics.variance(load)}
     return metrics
+
+
+def _count_parameters(row: Row, config: ModelConfig) -> dict[str, float]:
+    facts = describe_config(row.name, config)
+    return {"parameters": facts["transformer_parameters"], "active_parameters": facts["active_parameters"]}
 
 
 class ExperimentRunner:
@@ -181,17 +193,31 @@ class ExperimentRunner:
         """The metrics of a generator: of its samples, its cost, its validation."""
         folder, finished = self._train_refiner(seed) if row.refiner_only else self._train_generator(row, seed)
         sampling, refiner_config = dataclasses.replace(row.sampling, seed=seed), None
-        executed = {"flops_share": 1.0} if "flops_share" in self.experiment.metrics else {}
+        executed: dict[str, float] = {}
         if row.sparsify is not None:
             folder, sampling, executed = self._sparsify(row, folder, sampling, seed)
         config, _ = read_config(folder)
         if sampling.draft_scales:
             refiner, _ = self._train_refiner(seed)
             sampling, (refiner_config, _) = dataclasses.replace(sampling, refiner=str(refiner)), read_config(refiner)
+        if row.sparsify is None:
+            executed = self._count_flops(folder, config, sampling, refiner_config)
+            executed = {n: v for n, v in executed.items() if n == "gflop" or n in self.experiment.metrics}
         evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling)
         metrics = self._evaluate(folder, evaluation) if evaluation.count else {}
-        costs = self._count_costs(row, config, sampling, refiner_config)
-        return metrics | costs | read_training_metrics(finished, config) | executed
+        return metrics | _count_parameters(row, config) | read_training_metrics(finished, config) | executed
+
+    def _count_flops(
+        self, folder: Path, config: ModelConfig, sampling: SampleConfig, refiner: ModelConfig | None = None
+    ) -> dict[str, float]:
+        """{"gflop", "flops_share"} of an image: by the config, or measured where they depend on the tokens."""
+        planned = count_planned_flops(config, sampling, refiner)
+        if planned is not None:
+            dense = count_dense_flops(config, 2 if sampling.guided else 1)
+            return {"gflop": planned / 1e9, "flops_share": planned / dense}
+        unseeded = dataclasses.replace(sampling, seed=0)
+        file = self._choose_folder(folder) / f"flops-{compute_key(dataclasses.asdict(unseeded))}.json"
+        return measure_flops(folder, unseeded, file, self.world)
 
     def _sparsify(
         self, row: Row, dense: Path, sampling: SampleConfig, seed: int
@@ -221,9 +247,14 @@ class ExperimentRunner:
             write_json(file, {"about": key, "rows": measured})
         self.world.wait()
         return {
-            row.name: [self._count_costs(row, read_config(folder)[0]) | seconds]
+            row.name: [self._count_costs(row, folder) | seconds]
             for row, folder, seconds in zip(rows, folders, read_json(file)["rows"], strict=True)
         }
+
+    def _count_costs(self, row: Row, folder: Path) -> dict[str, float]:
+        """Parameters, and GFLOP of an image."""
+        config, _ = read_config(folder)
+        return _count_parameters(row, config) | {"gflop": self._count_flops(folder, config, row.sampling)["gflop"]}
 
     def draw_picture(self, out: Path) -> None:
         """Draw the experiment's picture, unless it was drawn of the same models."""
@@ -248,16 +279,6 @@ class ExperimentRunner:
             return int(TokenCache(data).head["examples"]["train"])
         return len(open_dataset(str(data), config.image_size, row.run.images, self.experiment.seeds[0])[0])
 
-    @staticmethod
-    def _count_costs(
-        row: Row, config: ModelConfig, sampling: SampleConfig | None = None, refiner: ModelConfig | None = None
-    ) -> dict[str, float]:
-        """Parameters, and GFLOP of one image."""
-        facts = describe_config(row.name, config)
-        gflop = sample_flops(config, sampling or row.sampling, refiner) / 1e9
-        counts = {"parameters": facts["transformer_parameters"], "active_parameters": facts["active_parameters"]}
-        return counts | {"gflop": gflop}
-
     def measure_tokenizer(self, row: Row, seed: int) -> dict[str, float]:
         """The metrics of a tokenizer's reconstructions of the reference."""
         folder = self._train_tokenizer(row, seed)
@@ -278,10 +299,14 @@ class ExperimentRunner:
         self.world.wait()
         return str(path)
 
+    def _choose_folder(self, model: Path) -> Path:
+        """Where what is measured of a model is stored: its folder, unless the user gave the model."""
+        return self.folder / f"model-{compute_key(str(model.resolve()))}" if self.model else model
+
     def _evaluate(self, folder: Path, config: EvaluationConfig) -> dict[str, float]:
         """The metrics of `nextscale evaluate`, named independently of the feature network."""
         name = f"measured-{compute_key(dataclasses.asdict(config), self.features, self.reference)}.json"
-        out = (self.folder / f"model-{compute_key(str(folder.resolve()))}" if self.model else folder) / name
+        out = self._choose_folder(folder) / name
         if not out.exists():
             reference = self._make_statistics(shorten_size(read_config(folder)[0].image_size))
             evaluate(str(folder), out, [self.features], [reference], config, self.world)
