@@ -1,5 +1,7 @@
 """Classes are matched by their names: what users type, and data that meets something trained, in any order."""
 
+import io
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from nextscale.checkpoints.adapt import NewClass, parse_classes
 from nextscale.cli.parser import main
@@ -22,6 +25,7 @@ from nextscale.config.data import DataConfig
 from nextscale.config.encoder import EncoderConfig
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache
@@ -37,7 +41,9 @@ from nextscale.research.analysis.analyzed_model import open_models
 from nextscale.training.classifier import evaluate_classifier
 from nextscale.training.components import load_components
 from nextscale.training.encoder import evaluate_encoder
+from nextscale.training.engine.loop import train
 from nextscale.training.tokenize import tokenize
+from nextscale.training.transformer import TransformerTask
 from tests.conftest import randomised, tiny_config
 from tests.test_cli import fails
 
@@ -112,8 +118,6 @@ def test_the_same_answer_in_every_command(tmp_path, capsys):
 
     def tokens(*arguments):
         assert main([*map(str, arguments), "--tokens-out", str(tmp_path / "t.safetensors")]) == 0
-        from safetensors.torch import load_file
-
         return load_file(tmp_path / "t.safetensors")["tokens"]
 
     by_number = pipeline.sample([1, 0, 4, None]).tokens
@@ -269,6 +273,44 @@ def test_training_from_a_model_goes_by_name(tmp_path, start, capsys):
     ):
         load_components(RunConfig(data=other, start=str(start)).complete(), World())
     capsys.readouterr()
+
+
+def write_table(path, order):
+    """Pictures of three classes as parquet, whose rows and pictures do not depend on the order of the names."""
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    rows = []
+    for i in range(18):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        rows.append(
+            {"image": {"bytes": buffer.getvalue(), "path": None}, "label": order.index(["cat", "dog", "owl"][i % 3])}
+        )
+    features = {"info": {"features": {"label": {"names": list(order), "_type": "ClassLabel"}}}}
+    table = arrow.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(features)})
+    parquet.write_table(table, path)
+
+
+def test_permuted_classes_give_the_same_training_bit_for_bit(tmp_path, start):
+    """The same rows with the classes in two orders, as images and as a cache: equal weights, and the start's names."""
+    weights = []
+    for number, order in enumerate((("owl", "cat", "dog"), ("cat", "dog", "owl"))):
+        source = str(tmp_path / f"{number}.parquet")
+        write_table(source, order)
+        if number == 1:
+            tokenize(source, start, tmp_path / "cache", DataConfig(held_out=0.2), 0, World())
+            source = str(tmp_path / "cache")
+        images, settings = DataConfig(held_out=0.2), TrainConfig(steps=2, batch_size=4, learning_rate=1e-2)
+        config = RunConfig(data=source, start=str(start), images=images, train=settings).complete()
+        parts = load_components(config, World())
+        assert parts.model.class_names == ("owl", "cat", "dog")
+        train(
+            TransformerTask(parts.transformer, parts.tokenizer, parts.examples, settings), settings, tmp_path / order[0]
+        )
+        weights.append(parts.transformer.state_dict())
+    assert all(torch.equal(tensor, weights[0][name]) for name, tensor in weights[1].items())
 
 
 def test_a_model_without_names_takes_those_of_the_data(tmp_path, start, capsys):

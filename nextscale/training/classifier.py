@@ -86,6 +86,8 @@ def train_classifier(
     )
     classes = Classes.of_data(data, source.class_names)
     match = match_classes(classes, read_trained_classes(folder) or classes)
+    if world.main:
+        match.print_note()
     examples, held_out = relabel(examples, match), relabel(held_out, match)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(config.train.seed, "classifier"))
