@@ -24,6 +24,12 @@ def shorten_size(size: Size) -> Size:
     return height if height == width else (height, width)
 
 
+def format_size(size: Size) -> str:
+    """A size as text, height x width."""
+    height, width = expand_size(size)
+    return f"{height} x {width}"
+
+
 def parse_size(option: str, text: str) -> Size:
     """The size that a user types for `option`: "0" (none), "32" (a square) or "24x32" (height x width)."""
     numbers = (

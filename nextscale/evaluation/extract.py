@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ from nextscale.checkpoints.shards import Form, read_owner, read_shard, verify_sh
 from nextscale.common.digest import check_values
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
-from nextscale.config.files import record_settings
+from nextscale.common.inputs import discard_stale
+from nextscale.common.pictures import save_image, to_pil
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.evaluation.images import MeasuredImages
 
 PairDistance = Callable[[Tensor, Tensor], Tensor]
 """A distance (B,) between two batches of uint8 images (B, 3, H, W)."""
+CONTENT = "content"
+"""Tensor with a number for the pixels of each image. Sorted by it, images have the same order wherever they come from.
+"""
 _REMEDY = "delete it and run the command again"
 
 
@@ -36,20 +41,26 @@ class Extraction:
     shard: int = 1000
     batch: int = 50
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    save_images: Callable[[int, Tensor], None] | None = None
-    """Called with the number of a batch's first image and the uint8 images."""
+    distance: str = ""
+    """Fingerprint of the network of `pair_distance`."""
+    images_out: Path | None = None
+    """Folder into which each image is written, too."""
 
 
 def record_extraction(images: MeasuredImages, extraction: Extraction, folder: Path) -> None:
-    """Write which features `folder` holds; UserError when it holds features of other images or networks."""
-    settings: dict[str, Any] = {
+    """Write which features `folder` holds. Features of other images or networks are deleted, and a note says why."""
+    inputs: dict[str, Any] = {
         "images": images.identity(),
-        "networks": {network.name: network.fingerprint() for network in extraction.networks},
+        "networks": {
+            network.name: {"where": f"network {network.name}", "weights": network.fingerprint()}
+            for network in extraction.networks
+        },
         "partner": extraction.partner.identity() if extraction.partner else None,
+        "lpips": {"where": "LPIPS", "weights": extraction.distance},
         "shard": extraction.shard,
-        "images written": extraction.save_images is not None,
+        "images written": str(extraction.images_out or ""),
     }
-    record_settings(folder / "features.json", settings)
+    discard_stale(folder / "features.json", inputs, "features-*.safetensors", "features")
     for draft in folder.glob(".*.part*"):  # left by a run that was killed while writing
         draft.unlink(missing_ok=True)
 
@@ -62,7 +73,7 @@ def extract_features(
     missing = [
         (number, start)
         for number, start in enumerate(starts)
-        if number % size == rank and not _shard_path(folder, number).exists()
+        if number % size == rank and not _is_done(folder, number, start, len(images), extraction)
     ]
     total = sum(min(start + extraction.shard, len(images)) - start for _, start in missing)
     owner = read_owner(folder / "features.json")
@@ -87,7 +98,7 @@ def read_features(folder: Path, count: int, extraction: Extraction) -> dict[str,
     for start in range(0, count, extraction.shard):
         path, rows = _shard_path(folder, start // extraction.shard), min(extraction.shard, count - start)
         widths = {name: shape[1:] for name, (_, shape) in forms.items()} or _list_widths(path, extraction)
-        forms = {name: ([torch.float32], (rows, *width)) for name, width in widths.items()}
+        forms = {name: ([_choose_dtype(name)], (rows, *width)) for name, width in widths.items()}
         tensors = read_shard(path, owner, forms, _REMEDY)
         if not verify_shard(path, remedy=_REMEDY):
             check_values(path, tensors)
@@ -101,11 +112,41 @@ def _list_widths(path: Path, extraction: Extraction) -> dict[str, tuple[int, ...
     needed = {f"{network.name}.pool" for network in extraction.networks} | (
         {"pairing"} if extraction.partner else set()
     )
+    needed.add(CONTENT)
     known = needed | {f"{network.name}.{kind}" for network in extraction.networks for kind in ("spatial", "logits")}
     if not needed <= widths.keys() <= known:
         found = ", ".join(widths) or "nothing"
         raise UserError(f"{path} holds {found} instead of {', '.join(sorted(known))}; {_REMEDY}")
     return widths
+
+
+def _choose_dtype(name: str) -> torch.dtype:
+    return torch.int64 if name == CONTENT else torch.float32
+
+
+def _is_done(folder: Path, number: int, start: int, count: int, extraction: Extraction) -> bool:
+    """Whether a shard's features, and its images where they are wanted, are written."""
+    numbers = range(start, min(start + extraction.shard, count)) if extraction.images_out else ()
+    written = (_name_image(extraction, i).exists() for i in numbers)
+    return _shard_path(folder, number).exists() and all(written)
+
+
+def _name_image(extraction: Extraction, i: int) -> Path:
+    assert extraction.images_out is not None, "only called when images are written"
+    return extraction.images_out / f"{i:06d}.png"
+
+
+def hash_rows(values_NX: Tensor) -> Tensor:
+    """A number (N,), int64, for the content of each row: equal for equal bytes, whatever the order of the rows."""
+    rows = values_NX.contiguous().flatten(1).numpy()
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+
+
+def sort_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Features of a file in an order that does not depend on the file's."""
+    order = hash_rows(tensors["pool"]).argsort(stable=True)
+    return {name: tensor[order] for name, tensor in tensors.items()}
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -118,8 +159,10 @@ def _extract_shard(images: MeasuredImages, rows: range, extraction: Extraction, 
     for start in range(rows.start, rows.stop, extraction.batch):
         stop = min(start + extraction.batch, rows.stop)
         pixels_B3HW = images.fetch(start, stop)
-        if extraction.save_images is not None:
-            extraction.save_images(start, pixels_B3HW)
+        if extraction.images_out is not None:
+            for i, image in enumerate(to_pil(pixels_B3HW), start=start):
+                save_image(image, _name_image(extraction, i))
+        batches.setdefault(CONTENT, []).append(hash_rows(pixels_B3HW))
         on_device = pixels_B3HW.to(extraction.device)
         for network in extraction.networks:
             for kind, tensor in network(on_device).to_dict().items():

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
-from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.fingerprint import compute_fingerprint, fingerprint_bytes, fingerprint_path
+from nextscale.common.notes import print_note
 from nextscale.common.pictures import to_uint8
 from nextscale.common.sizes import Size, expand_size
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.data.classes import Classes, match_classes
 from nextscale.data.datasets import decode_image
+from nextscale.data.inputs import describe_data
+from nextscale.data.parts import choose_part
 from nextscale.data.sources import open_source
+from nextscale.evaluation.sizes import choose_size
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import scale_to_unit
 
@@ -95,34 +99,39 @@ class ModelImages:
 
 
 class StoredImages:
-    """Images of a folder or a table, in the order of their names, unchanged or resized and centre-cropped."""
+    """Images of a folder or a table, or a part of them, resized and centre-cropped where they are not of one size."""
 
     def __init__(self, data: str, size: Size = 0, count: int = 0):
-        """`size`: resize and crop to it; 0 = leave images unchanged, and refuse those that are not of one size."""
+        """`size`: resize and crop to it; 0 = the size of the images, see `choose_size`. `count`: the number of images,
+        drawn from all classes; 0 = all."""
         self.where = data
         self.source = open_source(data, size or 8)
-        self.count = _check_count(data, len(self.source.labels), count)
+        self.available = len(self.source.labels)
+        self.size, self.size_note = (expand_size(size), "") if size else choose_size(self.source)
         self.resized = bool(size)
-        width, height = decode_image(self.source, 0, None)[1] if not size else expand_size(size)[::-1]
-        self.size = height, width
+        self.rows = choose_part(self.available, _check_count(data, self.available, count), self.all_labels())
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
+
+    def all_labels(self) -> Tensor | None:
+        """The class of every image that is stored."""
+        return torch.tensor(self.source.labels) if self.classes() else None
 
     def fetch(self, start: int, stop: int) -> Tensor:
         pixels = []
-        for i in range(start, stop):
-            image_HW3, (width, height) = decode_image(self.source, i, self.size if self.resized else None)
-            if not self.resized and (height, width) != self.size:
-                raise UserError(
-                    f"{self.source.read(i)[0]} is {width} x {height}, the first image of {self.where} "
-                    f"{self.size[1]} x {self.size[0]}; give --size to resize and crop them all"
-                )
+        for row in self.rows[start:stop].tolist():
+            image_HW3, (width, height) = decode_image(self.source, row, self.size)
+            if not self.resized and not self.size_note and (height, width) != self.size:
+                name, _ = self.source.read(row)
+                text = f"{name} is {width} x {height}; it is resized and cropped to {self.size[1]} x {self.size[0]}"
+                print_note("images of another size", text)
             pixels.append(torch.from_numpy(image_HW3))
         return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
 
     def labels(self) -> Tensor | None:
-        return torch.tensor(self.source.labels[: self.count]) if self.classes() else None
+        labels_N = self.all_labels()
+        return None if labels_N is None else labels_N[self.rows]
 
     def classes(self) -> Classes | None:
         names = self.source.class_names
@@ -130,10 +139,11 @@ class StoredImages:
 
     def identity(self) -> dict[str, Any]:
         return {
-            "pictures": self.where,
-            "images": self.count,
+            "pictures": describe_data(self.source),
+            **_describe_part(self.rows, self.available),
             "size": list(self.size),
             "resized": self.resized,
+            "sizes": self.size_note or "one",
         }
 
 
@@ -178,32 +188,76 @@ class NpzImages:
             raise UserError(f"{path} is no .npz with samples in arr_0: {error}") from error
         if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3); got {self.dtype} {self.shape}")
-        self.count, self.size = _check_count(self.where, self.shape[0], count), (self.shape[1], self.shape[2])
+        self.available, self.size = self.shape[0], (self.shape[1], self.shape[2])
+        count = _check_count(self.where, self.available, count)
+        self.rows = choose_part(self.available, count, self.all_labels() if count < self.available else None)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
+
+    def all_labels(self) -> Tensor | None:
+        """The class of every image that is stored."""
+        with np.load(self.path) as arrays:
+            if "arr_1" not in arrays:
+                return None
+            labels_N = torch.from_numpy(arrays["arr_1"].astype(np.int64))
+        if labels_N.shape != (self.available,) or int(labels_N.min()) < 0:
+            raise UserError(f"{self.path}: arr_1 must hold a class, 0 or more, for each of {self.available} images")
+        return labels_N
 
     def fetch(self, start: int, stop: int) -> Tensor:
-        image_bytes = int(np.prod(self.shape[1:]))
+        image_bytes, data = int(np.prod(self.shape[1:])), b""
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            member.seek(self.offset + start * image_bytes)
-            data = member.read((stop - start) * image_bytes)
+            for row in self.rows[start:stop].tolist():
+                member.seek(self.offset + row * image_bytes)
+                data += member.read(image_bytes)
         if len(data) != (stop - start) * image_bytes:
             raise UserError(f"{self.path} is truncated: images {start} to {stop} are incomplete")
         images = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
         return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).contiguous()
 
     def labels(self) -> Tensor | None:
-        with np.load(self.path) as arrays:
-            return torch.from_numpy(arrays["arr_1"][: self.count].astype(np.int64)) if "arr_1" in arrays else None
+        labels_N = self.all_labels()
+        return None if labels_N is None else labels_N[self.rows]
 
     def classes(self) -> Classes | None:
-        labels = self.labels()
+        labels = self.all_labels()
         return None if labels is None else Classes.of_data(self.where, list(map(str, range(int(labels.max()) + 1))))
 
     def identity(self) -> dict[str, Any]:
-        stat = self.path.stat()
-        return {"npz": self.where, "images": self.count, "bytes": stat.st_size}
+        return {"npz": fingerprint_path(self.path), **_describe_part(self.rows, self.available)}
+
+
+def _describe_part(rows: Tensor, available: int) -> dict[str, Any]:
+    """Which of the stored images are measured."""
+    chosen = "all" if len(rows) == available else fingerprint_bytes(rows.numpy().tobytes())
+    return {"images": len(rows), "of": available, "rows": chosen}
+
+
+def pair_rows(images: MeasuredImages, partner: MeasuredImages) -> None:
+    """Let both sides have the same numbers in a comparison image by image; UserError when their sizes differ.
+
+    Image i of a model is compared with the i-th image that is stored. Of two stored sets, of which only a part is
+    compared, the part is drawn from all classes of the first.
+    """
+    if images.size != partner.size:
+        (a, b), (c, d) = images.size, partner.size
+        raise UserError(f"{images.where} has images of {b} x {a}, {partner.where} of {d} x {c}: give --size")
+    stored = [_find_stored(side) for side in (images, partner)]
+    first, second = stored
+    count, rows = len(images), torch.arange(len(images))
+    if first is not None and second is not None:
+        common, labels_N = min(first.available, second.available), first.all_labels()
+        rows = choose_part(common, count, None if labels_N is None else labels_N[:common])
+    for side in stored:
+        if side is not None:
+            side.rows = rows
+
+
+def _find_stored(images: MeasuredImages) -> StoredImages | NpzImages | None:
+    """What holds the stored images of a side; None where a model samples them."""
+    images = images.originals if isinstance(images, Reconstructions) else images
+    return images if isinstance(images, StoredImages | NpzImages) else None
 
 
 def _check_count(where: str, available: int, requested: int) -> int:

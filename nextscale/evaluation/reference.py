@@ -32,6 +32,10 @@ class Reference:
     """The network's name and fingerprint; empty where the file does not contain them."""
     images: int = 0
     """Number of images behind the statistics; 0 = unknown."""
+    size: str = ""
+    """Height x width of the images; empty where the file does not contain it."""
+    made_of: str = ""
+    """What the images are, as JSON, see `MeasuredImages.identity`; empty where the file does not contain it."""
 
     @classmethod
     def compute(cls, where: str, tensors: dict[str, Tensor], network: str = "", fingerprint: str = "") -> Reference:
@@ -42,6 +46,7 @@ class Reference:
     def save(self, path: Path, feature_images: int) -> None:
         """Write an .npz with ADM's names (mu, sigma, mu_s, sigma_s) and the features of evenly spaced images."""
         arrays: dict[str, Any] = {"network": self.network, "fingerprint": self.fingerprint, "images": self.images}
+        arrays |= {"size": self.size, "made_of": self.made_of}
         for kind, moments in self.moments.items():
             mu, sigma = _NAMES[kind]
             arrays |= {mu: moments.mean_D.numpy(), sigma: moments.covariance_DD.numpy()}
@@ -98,8 +103,8 @@ class NpzFile:
                 moments[kind] = _check_moments(self.path, self.values[mu], self.values[sigma])
         pool_MD = self.features()["pool"] if self.has_features else None
         count = int(self.values["images"]) if "images" in self.names else 0
-        network, fingerprint = self.read_text("network"), self.read_text("fingerprint")
-        return Reference(str(self.path), moments, pool_MD, network, fingerprint, count)
+        texts = {name: self.read_text(name) for name in ("network", "fingerprint", "size", "made_of")}
+        return Reference(str(self.path), moments, pool_MD, images=count, **texts)
 
 
 def _check_moments(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,17 +15,24 @@ from torch import Tensor
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.machine import describe_machine
-from nextscale.common.pictures import save_image, to_pil
-from nextscale.common.sizes import Size
+from nextscale.common.sizes import Size, format_size
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.data.classes import Classes
 from nextscale.encoders.classifier import Classifier
 from nextscale.encoders.load import load_feature_network
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.evaluation.compute import compute_class_accuracy, compute_metrics, summarize_values
-from nextscale.evaluation.extract import Extraction, extract_features, read_features, record_extraction
-from nextscale.evaluation.images import MeasuredImages, ModelImages, NpzImages, open_images
+from nextscale.evaluation.extract import (
+    CONTENT,
+    Extraction,
+    extract_features,
+    read_features,
+    record_extraction,
+    sort_rows,
+)
+from nextscale.evaluation.images import MeasuredImages, ModelImages, NpzImages, open_images, pair_rows
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.evaluation.reference import NpzFile, Reference, choose_evenly, read_npz
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -73,16 +81,18 @@ def evaluate(
     if npz is not None:
         if against or images_out:
             raise UserError(f"{source} holds features and no images: nothing to compare in pairs or to write")
-        measured = _ImageFeatures({npz.network: npz.features()}, {npz.network: npz.read_text("fingerprint")})
+        measured = _ImageFeatures({npz.network: sort_rows(npz.features())}, {npz.network: npz.read_text("fingerprint")})
     else:
         images = _open_images(source, config, world, config.reconstruct)
         if not (loaded or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
-        partner = _open_images(against, config, world) if against else None
+        partner = _open_images(against, replace(config, size=config.size or images.size), world) if against else None
         if isinstance(partner, ModelImages) and isinstance(images, ModelImages):
             _print_note(partner.match_order(images), world)
         if partner is not None and len(partner) != len(images):
             raise UserError(f"{source} has {len(images)} images, {against} {len(partner)}: give --num to pair as many")
+        if partner is not None:
+            pair_rows(images, partner)
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
         measured = _measure_images(images, loaded, extraction, work / "samples", world)
     reference_config = replace(config, size=config.size or measured.size)
@@ -124,6 +134,8 @@ def make_statistics(
     if not world.main:
         return None
     reference = Reference.compute(data, _select_network(tensors, loaded.name), loaded.name, loaded.fingerprint())
+    size, made_of = format_size(images.size), json.dumps(images.identity())
+    reference = replace(reference, size=size, made_of=made_of)
     reference.save(out, feature_images)
     return reference
 
@@ -187,32 +199,34 @@ def _plan_extraction(
 ) -> Extraction:
     if (partner is None) != (lpips is None):
         raise UserError("LPIPS compares images in pairs: give both --against and --lpips NETWORK HEADS")
-    pair_distance = None
+    pair_distance, fingerprint = None, ""
     if lpips is not None:
         distance = Lpips.from_files(*lpips).to(world.device)
+        fingerprint = compute_fingerprint(distance.state_dict())
 
         def pair_distance(a: Tensor, b: Tensor) -> Tensor:
             return distance(scale_to_unit(a), scale_to_unit(b))
 
-    def save_images(first: int, pixels: Tensor) -> None:
-        assert images_out is not None, "only called when images are written"
-        for i, image in enumerate(to_pil(pixels), start=first):
-            save_image(image, images_out / f"{i:06d}.png")
-
     return Extraction(
-        list(networks.values()), partner, pair_distance, config.shard, config.batch, world.device,
-        save_images if images_out else None,
+        list(networks.values()), partner, pair_distance, config.shard, config.batch, world.device, fingerprint,
+        images_out,
     )  # fmt: skip
 
 
 def _extract(images: MeasuredImages, extraction: Extraction, folder: Path, world: World) -> dict[str, Tensor]:
-    """All features of the images, extracted by all processes. Empty on all processes but the first."""
+    """All features of the images, extracted by all processes, in the order of the images' contents, and under "order"
+    the numbers of the images. Empty on all processes but the first."""
     if world.main:
+        _print_note(getattr(images, "size_note", ""), world)
         record_extraction(images, extraction, folder)
     world.wait()
     extract_features(images, extraction, folder, world.rank, world.size)
     world.wait()
-    return read_features(folder, len(images), extraction) if world.main else {}
+    if not world.main:
+        return {}
+    tensors = read_features(folder, len(images), extraction)
+    order = tensors.pop(CONTENT).argsort(stable=True)
+    return {name: tensor[order] for name, tensor in tensors.items()} | {"order": order}
 
 
 def _select_network(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -223,13 +237,13 @@ def _select_network(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 def _measure_images(
     images: MeasuredImages, networks: dict[str, FeatureNetwork], extraction: Extraction, folder: Path, world: World
 ) -> _ImageFeatures:
-    tensors = _extract(images, extraction, folder, world)
+    tensors, labels_N = _extract(images, extraction, folder, world), images.labels()
     return _ImageFeatures(
         {name: _select_network(tensors, name) for name in networks},
         {name: network.fingerprint() for name, network in networks.items()},
         images.size,
         images.identity(),
-        images.labels(),
+        labels_N if labels_N is None or not world.main else labels_N[tensors["order"]],
         images.classes(),
         tensors.get("pairing"),
     )
@@ -243,6 +257,9 @@ def _report_network(
     metrics = compute_metrics(name, tensors, source, reference, config.split, config.neighbours)
     metrics |= {"weights": measured.fingerprints[name], "images": len(tensors["pool"])}
     if reference is not None:
+        if reference.size and measured.size and reference.size != format_size(measured.size):
+            text = f"the images are of {format_size(measured.size)}, those of {reference.where} of {reference.size}"
+            metrics["notes"] = [*metrics.get("notes", ()), f"{text} pixels: the distance depends on both sizes"]
         metrics["reference"] = {"from": reference.where, "images": reference.images or "unknown"}
     return metrics
 
