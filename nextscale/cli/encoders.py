@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
+from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderRunConfig
 
 
@@ -76,6 +77,7 @@ class EncoderEvaluate:
     """Labelled images that vote: a folder of class sub-folders, parquet, ..."""
     test: str
     """Labelled images that are measured."""
+    images: ReadConfig = field(default_factory=ReadConfig)
     size: int = 0
     """Read images at this side, which the encoder then resizes; 0 = the one that it was made for."""
     out: Path | None = None
@@ -84,7 +86,7 @@ class EncoderEvaluate:
     def run(self) -> None:
         from nextscale.training.encoder import evaluate_encoder
 
-        report = evaluate_encoder(self.encoder, self.data, self.test, self.size, self.out)
+        report = evaluate_encoder(self.encoder, self.data, self.test, self.size, self.out, self.images)
         print(
             f"{report['test_images']} images: k-NN accuracy {report['knn_accuracy']:.2%} "
             f"(k = {report['neighbours']}, bank of {report['data_images']})"

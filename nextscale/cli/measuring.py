@@ -12,6 +12,7 @@ from nextscale.cli.use import Dtype
 from nextscale.common.errors import UserError
 from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
+from nextscale.config.data import ReadConfig
 from nextscale.config.sampling import SampleConfig
 
 Scale = Literal["tiny", "cifar", "paper"]
@@ -48,6 +49,7 @@ class Evaluate:
     size: str = "0"
     """Resize and centre-crop images to this size: the side of squares, or HEIGHTxWIDTH such as 24x32. 0 = leave them
     unchanged, and resize references to their size."""
+    images: ReadConfig = field(default_factory=ReadConfig)
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 50
@@ -66,8 +68,8 @@ class Evaluate:
 
         check_positive("--batch-size, --shard", self.batch_size, self.shard)
         config = EvaluationConfig(
-            self.num, self.settings, parse_size("--size", self.size), shard=self.shard, batch=self.batch_size,
-            dtype=self.dtype, reconstruct=self.reconstruct,
+            self.num, self.settings, parse_size("--size", self.size), shard=self.shard, images=self.images,
+            batch=self.batch_size, dtype=self.dtype, reconstruct=self.reconstruct,
         )  # fmt: skip
         with init_distributed(self.device) as world:
             report = evaluate(
@@ -94,6 +96,7 @@ class Statistics:
     size: str = "0"
     """Resize and centre-crop images to this size: the side of squares, or HEIGHTxWIDTH such as 24x32. 0 = leave them
     unchanged."""
+    images: ReadConfig = field(default_factory=ReadConfig)
     keep: int = 10_000
     """Number of images, evenly spaced, whose features are stored."""
     batch_size: int = 50
@@ -109,7 +112,9 @@ class Statistics:
         from nextscale.evaluation.run import make_statistics
 
         check_positive("--batch-size, --shard, --keep", self.batch_size, self.shard, self.keep)
-        config = EvaluationConfig(size=parse_size("--size", self.size), shard=self.shard, batch=self.batch_size)
+        config = EvaluationConfig(
+            size=parse_size("--size", self.size), shard=self.shard, images=self.images, batch=self.batch_size
+        )
         with init_distributed(self.device) as world:
             reference = make_statistics(self.data, self.features, self.out, config, world, feature_images=self.keep)
         if reference is not None:
@@ -282,14 +287,15 @@ class ClassifierEvaluate:
     model: Positional[Path]
     """Folder that `nextscale classifier train` wrote."""
     data: str
-    """'digits', a folder of class sub-folders, parquet, or owner/name on the Hugging Face hub."""
+    """'digits', a folder of class sub-folders, parquet, tar, or owner/name on the Hugging Face hub."""
+    images: ReadConfig = field(default_factory=ReadConfig)
     out: Path | None = None
     """JSON file to write the result to."""
 
     def run(self) -> None:
         from nextscale.training.classifier import evaluate_classifier
 
-        report = evaluate_classifier(self.model, self.data, self.out)
+        report = evaluate_classifier(self.model, self.data, self.out, self.images)
         print(f"{report['images']} images: accuracy {report['accuracy']:.2%}, cross-entropy {report['loss']:.3f} nats")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from tyro.conf import Positional, arg
 
 from nextscale.common.errors import UserError
-from nextscale.config.data import DataConfig
+from nextscale.config.data import DataConfig, ReadConfig
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.transformer_training import RunConfig
@@ -114,12 +114,13 @@ class TokenizerEvaluate:
     """Folder for report.json and reconstructions.png."""
     limit: int = 1_000_000
     """Use at most this many images, chosen at random."""
+    images: ReadConfig = field(default_factory=ReadConfig)
 
     def run(self) -> None:
         from nextscale.training.report import format_tokenizer_report
         from nextscale.training.tokenizer import evaluate_folder
 
-        print(format_tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out)))
+        print(format_tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out, self.images)))
 
 
 @dataclass

@@ -57,6 +57,11 @@ class World:
             dist.barrier()
 
 
+def is_main_process() -> bool:
+    """Whether this is the first process of a run, or the only one, by what the launcher has set."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def init_distributed(device: str = "auto") -> Iterator[World]:
     """Join the processes that the launcher has started. `device`: cpu, cuda, cuda:1, or auto: cuda if available."""

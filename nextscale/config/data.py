@@ -8,7 +8,20 @@ from nextscale.config.parse import check_fields
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ReadConfig:
+    """How a data set is read."""
+
+    label_column: str = ""
+    """Column with the labels of a table, such as fine_label; of a tar, a suffix or a field of its .json files. Empty =
+    label."""
+    image_column: str = ""
+    """Column with the images of a table, or their file names; of a tar, a suffix. Empty = image or img."""
+    allow_empty_classes: bool = False
+    """Accept classes without images. Otherwise they are an error, because a model would not learn them."""
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadConfig):
     """Which images of a data set are used, and how they are cropped. Held-out images are resized and centre-cropped."""
 
     limit: int = 10**9

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nextscale.common.sizes import Size
+from nextscale.config.data import ReadConfig
 from nextscale.config.sampling import SampleConfig
 
 
@@ -27,6 +28,8 @@ class EvaluationConfig:
     """Reference images for precision and recall, evenly spaced."""
     shard: int = 1000
     """Images of one file of features. An interrupted run continues with the first missing file."""
+    images: ReadConfig = field(default_factory=ReadConfig)
+    """How data sets are read."""
     batch: int = 50
     """Batch size. Metrics do not depend on it beyond rounding."""
     dtype: str | None = None

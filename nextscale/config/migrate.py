@@ -9,7 +9,11 @@ _RENAMED = {"dynamic": {"own": "late_ffn", "identity": "router_fingerprint"}}
 _ADDED: dict[str, dict[str, Any]] = {
     "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
     "micro_batch": {"backend": "auto"},  # TrainConfig
-    "measure_images": {"max_epochs": 50.0},  # QuickstartConfig; a run on the digits is the same as without it
+    "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
+    "measure_images": {  # QuickstartConfig; a run on the digits is the same without max_epochs
+        "max_epochs": 50.0,
+        "images": {"label_column": "", "image_column": "", "allow_empty_classes": False},
+    },
 }
 """Fields added to a table since version 0.1.0, with their defaults. A table is known by a field that it always had."""
 

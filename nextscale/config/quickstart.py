@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from nextscale.common.errors import UserError
+from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.config.idle import Idle
 from nextscale.config.sampling import SampleConfig
@@ -71,6 +72,7 @@ class QuickstartConfig:
     scales: str = ""
     """Sides of the token maps, coarse to fine, such as 1,2,3,4, or height x width for images that are not square, such
     as 1,2,3x4,6x8; empty derives them from the image size."""
+    images: ReadConfig = field(default_factory=ReadConfig)
     limit: int = 20000
     """Largest number of images to use, drawn at random."""
     held_out: float = 0.2

@@ -31,9 +31,11 @@ from nextscale.common.files import write_atomically, write_json
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.inputs import INPUTS, check_inputs
 from nextscale.config.data import DataConfig
+from nextscale.config.migrate import migrate_record
 from nextscale.config.model import ModelConfig
 from nextscale.data.cache_head import FORMAT, SPLITS, VERSION, read_cache_head
 from nextscale.data.datasets import open_dataset
+from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch, Examples, check_unreadable
 from nextscale.data.inputs import describe_cache
 from nextscale.encoders.patches import PatchEncoder
@@ -97,7 +99,7 @@ class CacheWriter:
         }
         path = self.folder / "cache.json"
         if path.exists():
-            before = read_cache_head(path)
+            before = migrate_record(read_cache_head(path))
             changed = [f"{k} was {before.get(k)}, now {v}" for k, v in head.items() if before.get(k) != v]
             if changed:
                 raise UserError(
@@ -309,6 +311,11 @@ class CachedExamples:
         return torch.cat([shard["tokens"] for shard in self._use_shards()])
 
     @property
+    def stored_labels_N(self) -> Tensor:
+        """All labels, without verifying the shards."""
+        return self._map_labels(torch.cat([shard["labels"] for shard in self._shards]))
+
+    @property
     def labels_N(self) -> Tensor:
         """All labels."""
         return self._map_labels(torch.cat([shard["labels"] for shard in self._use_shards()]))
@@ -342,12 +349,15 @@ def open_examples(
 ) -> tuple[Examples, Examples, tuple[str, ...]]:
     """(training, held-out) examples of a token cache or of a data set of images, and the names of their classes.
 
-    Images of a data set get the model's size. Raises UserError when a cache was made by another tokenizer than the
-    model's, and in the same cases as `open_dataset`.
+    Images of a data set get the model's size. Prints the classes with their counts, and what is not used. Raises
+    UserError when a cache was made by another tokenizer than the model's, and in the same cases as `open_dataset`.
     """
     if is_token_cache(Path(data)):
         cache = TokenCache(Path(data))
         cache.check_tokenizer(tokenizer)
-        return cache.load_examples("train"), cache.load_examples("held_out"), cache.class_names
+        cached, rest = cache.load_examples("train"), cache.load_examples("held_out")
+        print_data_set(cache.class_names, [cached.stored_labels_N, rest.stored_labels_N])
+        return cached, rest, cache.class_names
     train, held_out, source = open_dataset(data, model.image_size, config, seed)
+    print_data_set(source.class_names, [train.labels_B, held_out.labels_B], train.notes)
     return train, held_out, source.class_names

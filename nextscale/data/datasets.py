@@ -22,15 +22,19 @@ from tqdm import tqdm
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.common.sizes import Size, expand_size
-from nextscale.config.data import DataConfig
+from nextscale.config.classes import list_names
+from nextscale.config.data import DataConfig, ReadConfig
+from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch
 from nextscale.data.images import crop_randomly, load_image, resize_and_crop
 from nextscale.data.inputs import describe_data
-from nextscale.data.sources import Source, open_source
+from nextscale.data.sources import Parquet, Source, open_source
 
 _MAX_ENLARGED = 0.5
 _MEMORY_LIMIT = 2**31
 """Bytes of uint8 images up to which a set is held in memory."""
+_CHECKED_GROUPS = 20
+"""Row groups of a table up to which classes are checked for readable images."""
 _REPLACEMENT_TRIES = 20
 """How many images after an unreadable one are tried in its place."""
 
@@ -52,16 +56,21 @@ class ImageSet:
     """The data set's own split; None where it has none."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the images are made of, see `nextscale.common.inputs`."""
+    notes: tuple[str, ...] = ()
+    """What of the data set is not used, and how it was understood, a line each."""
 
     def __len__(self) -> int:
         return len(self.images_B3HW)
 
     def print_notes(self) -> None:
-        """Print one line about unreadable files and one about files that were too small, where there are any."""
+        """Print the classes with their counts, what is not used, and which files are unreadable or too small."""
+        print_data_set(self.class_names, [self.labels_B], self.list_notes())
+
+    def list_notes(self) -> list[str]:
+        """What is not used, and which files are unreadable or too small, a line each."""
         notes = (("left out {} unreadable images", self.unreadable), ("enlarged {} images too small", self.enlarged))
-        for text, names in notes:
-            if names:
-                print(f"note: {text.format(len(names))}: {'; '.join(names[:5])}")
+        lines = [f"{text.format(len(names))}: {'; '.join(names[:5])}" for text, names in notes if names]
+        return [*self.notes, *lines]
 
     def select(self, index: Tensor) -> ImageSet:
         """The set with these images only."""
@@ -95,17 +104,23 @@ def split_rows(labels_B: Tensor, is_held_out_B: Tensor | None, held_out: float, 
     return order[~is_held_out_B[order]], order[is_held_out_B[order]]
 
 
-def load_images(data: str, size: Size, limit: int = 10**9, seed: int = 0) -> ImageSet:
+def load_images(data: str, size: Size, limit: int = 10**9, seed: int = 0, config: ReadConfig | None = None) -> ImageSet:
     """Read the images of `data` (see `open_source`) into memory, resized and centre-cropped to `size`.
 
     At most `limit` images, drawn with `seed`. The result names unreadable files, which are skipped, and enlarged ones.
     Raises UserError when more than a tenth of the files are unreadable, when more than half are smaller than `size`,
-    when no image is left, or when `data` cannot be opened.
+    when no image is left, when all images of a class are unreadable and `config` does not allow that, or when `data`
+    cannot be opened.
     """
-    return read_images(open_source(data, size), size, limit, seed)
+    config = config or ReadConfig()
+    return read_images(
+        open_source(data, size, config), size, limit, seed, allow_empty_classes=config.allow_empty_classes
+    )
 
 
-def read_images(source: Source, size: Size, limit: int, seed: int, max_unreadable: float = 0.1) -> ImageSet:
+def read_images(
+    source: Source, size: Size, limit: int, seed: int, max_unreadable: float = 0.1, allow_empty_classes: bool = False
+) -> ImageSet:
     """Like `load_images`, from a source. `max_unreadable`: the largest accepted share of unreadable images."""
     height, width = expand_size(size)
     rows, is_held_out_B = choose_rows(source, limit, seed)
@@ -130,11 +145,48 @@ def read_images(source: Source, size: Size, limit: int, seed: int, max_unreadabl
             f"{height}, such as {enlarged[0]}: a model trained on enlarged images would draw blurred ones; choose a "
             "smaller size, or larger images"
         )
+    all_labels_B = torch.tensor(source.labels)[rows]
+    lost = sorted(set(all_labels_B.tolist()) - set(all_labels_B[readable].tolist()))
+    if lost and not allow_empty_classes:
+        _refuse_unreadable(source, lost, unreadable)
     stacked = torch.stack(images).permute(0, 3, 1, 2).contiguous()
-    labels_B = torch.tensor(source.labels)[rows[readable]]
     is_held_out_B = None if is_held_out_B is None else is_held_out_B[readable]
-    notes = tuple(unreadable), tuple(enlarged)
-    return ImageSet(stacked, labels_B, source.class_names, *notes, is_held_out_B, describe_data(source))
+    return ImageSet(
+        stacked, all_labels_B[readable], source.class_names, tuple(unreadable), tuple(enlarged), is_held_out_B,
+        describe_data(source), tuple(source.unused.format_lines()),
+    )  # fmt: skip
+
+
+def _refuse_unreadable(source: Source, classes: Sequence[int], unreadable: Sequence[str]) -> None:
+    names = list_names(source.class_names[number] for number in classes)
+    raise UserError(
+        f"no image of {names} in {source.where} can be read, such as {unreadable[0]}; repair or remove the class, or "
+        "give --images.allow-empty-classes"
+    )
+
+
+def check_readable(source: Source, rows: Tensor) -> None:
+    """Raise UserError when no image among these rows can be read of a class that has some.
+
+    Decodes one image of each class, and more where that fails. Tables on the hub or of many row groups, which would
+    have to be read as a whole, are not checked.
+    """
+    if isinstance(source, Parquet) and (source.on_hub or len(source.groups) > _CHECKED_GROUPS):
+        return
+    seen: dict[int, bool] = {}
+    unreadable = []
+    for row in rows.tolist():
+        label = source.labels[row]
+        if not seen.get(label):
+            try:
+                decode_image(source, row, None)
+                seen[label] = True
+            except UserError as error:
+                seen[label] = False
+                unreadable.append(str(error))
+    lost = [label for label, readable in sorted(seen.items()) if not readable]
+    if lost:
+        _refuse_unreadable(source, lost, unreadable)
 
 
 def choose_rows(source: Source, limit: int, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -185,6 +237,8 @@ class ImageExamples:
     skipped: Sequence[str] = ()
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the images are made of, see `nextscale.common.inputs`."""
+    notes: Sequence[str] = ()
+    """What of the data set is not used, and what is odd about it, a line each."""
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -233,17 +287,19 @@ class ImageExamples:
 def open_dataset(data: str, size: Size, config: DataConfig, seed: int) -> tuple[ImageExamples, ImageExamples, Source]:
     """(training, held-out) examples of `data` in this size, and the source with its class names.
 
-    A set that fits into memory is read at once; images of others are decoded when they are fetched. Raises UserError
-    in the same cases as `load_images`.
+    A set that fits into memory is read at once; images of
+    others are decoded when they are fetched. Raises UserError in the same cases as `load_images`.
     """
-    source = open_source(data, size)
+    source = open_source(data, size, config)
     image_bytes = 3 * math.prod(expand_size(size))
     if not config.random_crop and image_bytes * min(len(source.labels), config.limit) <= _MEMORY_LIMIT:
-        images = read_images(source, size, config.limit, seed, config.max_unreadable)
-        images.print_notes()
+        images = read_images(
+            source, size, config.limit, seed, config.max_unreadable, allow_empty_classes=config.allow_empty_classes
+        )
         train_images, held_out_images = images.split(config.held_out, seed)
         train, held_out = train_images.to_examples(config.flip, seed), held_out_images.to_examples()
         train.skipped = images.unreadable
+        notes = images.list_notes()
     else:
         rows, is_held_out_B = choose_rows(source, config.limit, seed)
         labels_B = torch.tensor(source.labels)[rows]
@@ -251,6 +307,10 @@ def open_dataset(data: str, size: Size, config: DataConfig, seed: int) -> tuple[
         train = ImageExamples(labels_B[a], config.flip, seed, None, source, rows[a], size, config.random_crop)
         held_out = ImageExamples(labels_B[b], source=source, rows_B=rows[b], size=size)
         train.inputs = held_out.inputs = describe_data(source)
+        if not config.allow_empty_classes:
+            check_readable(source, rows)
+        notes = source.unused.format_lines()
     if not len(train) or not len(held_out):
         raise UserError(f"{data} has too few images for held_out={config.held_out}: one part would be empty")
+    train.notes = notes
     return train, held_out, source

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from nextscale.common.errors import UserError
+from nextscale.config.data import ReadConfig
 from nextscale.data.datasets import decode_image
 from nextscale.data.images import load_image, resize_and_crop
 from nextscale.data.sources import open_source
@@ -47,7 +48,7 @@ def load_named_images(paths: Sequence[Path], size: tuple[int, int]) -> NamedImag
     """
     found = NamedImages([], [], [])
     for path in paths:
-        if path.is_dir() or path.suffix == ".parquet":
+        if path.is_dir() or path.suffix in (".parquet", ".tar"):
             _load_source(str(path), size, found)
         else:
             image = load_image(path)
@@ -57,7 +58,7 @@ def load_named_images(paths: Sequence[Path], size: tuple[int, int]) -> NamedImag
 
 def _load_source(data: str, size: tuple[int, int], found: NamedImages) -> None:
     """Add the readable images of a folder or a table."""
-    source, unreadable = open_source(data, size), []
+    source, unreadable = open_source(data, size, ReadConfig(allow_empty_classes=True)), []
     for row in range(len(source.labels)):
         try:
             pixels_HW3, original = decode_image(source, row, size)

@@ -18,10 +18,12 @@ from nextscale.common.fingerprint import compute_fingerprint, fingerprint_bytes,
 from nextscale.common.notes import print_note
 from nextscale.common.pictures import to_uint8
 from nextscale.common.sizes import Size, expand_size
+from nextscale.config.data import ReadConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.data.classes import Classes, match_classes
 from nextscale.data.datasets import decode_image
+from nextscale.data.describe import print_data_set
 from nextscale.data.inputs import describe_data
 from nextscale.data.parts import choose_part
 from nextscale.data.sources import open_source
@@ -101,11 +103,12 @@ class ModelImages:
 class StoredImages:
     """Images of a folder or a table, or a part of them, resized and centre-cropped where they are not of one size."""
 
-    def __init__(self, data: str, size: Size = 0, count: int = 0):
+    def __init__(self, data: str, size: Size = 0, count: int = 0, reading: ReadConfig | None = None):
         """`size`: resize and crop to it; 0 = the size of the images, see `choose_size`. `count`: the number of images,
-        drawn from all classes; 0 = all."""
+        drawn from all classes; 0 = all. Prints the classes with their counts, and what is not used."""
         self.where = data
-        self.source = open_source(data, size or 8)
+        self.source = open_source(data, size or 8, reading)
+        print_data_set(self.source.class_names, [torch.tensor(self.source.labels)], self.source.unused.format_lines())
         self.available = len(self.source.labels)
         self.size, self.size_note = (expand_size(size), "") if size else choose_size(self.source)
         self.resized = bool(size)
@@ -268,20 +271,21 @@ def _check_count(where: str, available: int, requested: int) -> int:
 
 
 def open_images(
-    source: str, count: int, size: Size, settings: SampleConfig, batch: int, reconstruct: str = "", **load: Any
-) -> MeasuredImages:
+    source: str, count: int, size: Size, settings: SampleConfig, batch: int, reconstruct: str = "",
+    reading: ReadConfig | None = None, **load: Any,
+) -> MeasuredImages:  # fmt: skip
     """The images of a checkpoint folder, an .npz of samples, or a data set (folder, table, name on the hub).
 
     `count`: number of images, 0 for all (50,000 of a model). `size`: resize and crop a data set's images, 0 for
-    unchanged. `reconstruct`: images that the model's tokenizer reconstructs, in place of samples. `load`: dtype and
-    device of a model.
+    unchanged. `reading`: how a data set is read. `reconstruct`: images that the model's tokenizer reconstructs, in
+    place of samples. `load`: dtype and device of a model.
     """
     path = Path(source)
     if path.suffix == ".npz":
         return NpzImages(path, count)
     if reconstruct:
         pipeline = Pipeline.from_pretrained(source, **load)
-        return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.image_size, count))
+        return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.image_size, count, reading))
     if (path / "config.json").is_file():
         return ModelImages(Pipeline.from_pretrained(source, **load), source, count or 50_000, settings, batch)
-    return StoredImages(source, size, count)
+    return StoredImages(source, size, count, reading)

@@ -128,7 +128,7 @@ def make_statistics(
     processes but the first.
     """
     (loaded,) = _load_networks([network], world).values()
-    images = open_images(data, config.count, config.size, config.sampling, config.batch)
+    images = open_images(data, config.count, config.size, config.sampling, config.batch, reading=config.images)
     extraction = _plan_extraction({loaded.name: loaded}, config, world)
     tensors = _extract(images, extraction, out.with_suffix(".work"), world)
     if not world.main:
@@ -180,7 +180,7 @@ def _read_feature_file(source: str) -> NpzFile | None:
 def _open_images(source: str, config: EvaluationConfig, world: World, reconstruct: str = "") -> MeasuredImages:
     return open_images(
         source, config.count, config.size, config.sampling, config.batch, reconstruct,
-        dtype=config.dtype, device=world.device,
+        reading=config.images, dtype=config.dtype, device=world.device,
     )  # fmt: skip
 
 
@@ -306,7 +306,9 @@ def _load_references(
         elif not networks:
             raise UserError(f"{source} holds images without features: give --features, or statistics")
         else:
-            images = open_images(source, 0, 0 if npz else config.size, config.sampling, config.batch)
+            images = open_images(
+                source, 0, 0 if npz else config.size, config.sampling, config.batch, reading=config.images
+            )
             tensors = _extract(images, _plan_extraction(networks, config, world), folder, world)
             for name in networks if world.main else ():
                 features = _select_network(tensors, name)

@@ -55,7 +55,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     check_available()
     start = time.monotonic()
     size, pyramid = config.geometry()
-    data = load_images(config.data, size, config.limit, config.seed)
+    data = load_images(config.data, size, config.limit, config.seed, config.images)
     train_images, held_out = data.split(config.held_out, config.seed)
     check_data(config, data, train_images, held_out, size)
     record_settings(folder / "quickstart.json", to_dict(config), {"data": data.inputs})

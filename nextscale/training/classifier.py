@@ -15,6 +15,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed
 from nextscale.config.classifier import ClassifierRunConfig
+from nextscale.config.data import ReadConfig
 from nextscale.data.classes import Classes, match_classes, read_trained_classes, relabel
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.classifier import Classifier, load_classifier
@@ -131,10 +132,10 @@ def measure_classifier(task: ClassifierTask, examples: Examples) -> dict[str, fl
     return sums
 
 
-def evaluate_classifier(folder: Path, data: str, out: Path | None) -> dict[str, Any]:
+def evaluate_classifier(folder: Path, data: str, out: Path | None, reading: ReadConfig | None = None) -> dict[str, Any]:
     """Loss and accuracy of a classifier on all images of `data`; UserError when it has other classes."""
     model = load_classifier(folder)
-    images = load_test_images(data, model.config.image_size)
+    images = load_test_images(data, model.config.image_size, reading=reading)
     match = match_classes(Classes.of_data(data, images.class_names), Classes.of_data(str(folder), model.class_names))
     match.print_note()
     task = ClassifierTask(model, relabel(images, match).to_examples(), max_shift=0, label_smoothing=0.0)

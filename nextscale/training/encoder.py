@@ -11,6 +11,7 @@ from torch import Tensor
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed
+from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderConfig, EncoderRunConfig, MocoConfig, ViewConfig
 from nextscale.data.classes import Classes, match_classes, relabel
 from nextscale.data.examples import Batch, Examples
@@ -141,14 +142,16 @@ def encode_images(
     return torch.cat(features), torch.cat(labels)
 
 
-def evaluate_encoder(source: str, data: str, test: str, size: int, out: Path | None) -> dict[str, Any]:
+def evaluate_encoder(
+    source: str, data: str, test: str, size: int, out: Path | None, reading: ReadConfig | None = None
+) -> dict[str, Any]:
     """k-NN accuracy: the class of each image of `test` by the weighted vote of its nearest neighbours in `data`.
 
     `source`: any encoder that `load_encoder` knows; its feature of an image is the mean over its patches. `size`:
     images are read at this side; 0 = the encoder's own. UserError when the two sets have other classes.
     """
     encoder = load_encoder(source)
-    test_images, bank_images = (load_test_images(d, size or encoder.size) for d in (test, data))
+    test_images, bank_images = (load_test_images(d, size or encoder.size, reading=reading) for d in (test, data))
     bank_classes = Classes.of_data(data, bank_images.class_names)
     match = match_classes(Classes.of_data(test, test_images.class_names), bank_classes)
     match.print_note()

@@ -16,11 +16,13 @@ from nextscale.common.inputs import INPUTS, check_inputs
 from nextscale.common.plots import plot_curves
 from nextscale.common.sizes import Size
 from nextscale.config.classifier import ClassifierRunConfig
+from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.training import TrainConfig
 from nextscale.data.datasets import ImageExamples, ImageSet, load_images, open_dataset
+from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch, Examples
 from nextscale.data.sources import Source
 from nextscale.training.engine.log import Values, read_log
@@ -93,6 +95,7 @@ def open_image_run(
     run = Run(folder, settings, world)
     run.check_settings(accept_changes)
     examples, held_out, source = open_dataset(data, size, config.images, config.train.seed)
+    print_data_set(source.class_names, [examples.labels_B, held_out.labels_B], examples.notes)
     run.record({"data": examples.inputs, **(other_inputs or {})}, accept_changes)
     if world.main:
         about = about or f"{len(source.class_names)} classes"
@@ -128,9 +131,9 @@ def list_model_folders(folder: Path, best: bool) -> list[Path]:
     return [folder, folder / "best"] if best else [folder]
 
 
-def load_test_images(data: str, size: Size, limit: int = 10**9) -> ImageSet:
+def load_test_images(data: str, size: Size, limit: int = 10**9, reading: ReadConfig | None = None) -> ImageSet:
     """Images of a data set, to evaluate a model on, at most `limit`; notes about them are printed."""
-    images = load_images(data, size, limit)
+    images = load_images(data, size, limit, config=reading)
     images.print_notes()
     return images
 

@@ -13,6 +13,7 @@ from nextscale.config.data import DataConfig
 from nextscale.config.parse import to_dict
 from nextscale.data.cache import CacheWriter
 from nextscale.data.datasets import open_dataset
+from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Examples
 from nextscale.encoders.load import load_encoder
 
@@ -31,6 +32,7 @@ def tokenize(
     tokenizer = load_tokenizer(checkpoint, config).to(world.device)
     optimize(tokenizer)
     train, held_out, source = open_dataset(data, config.image_size, images, seed)
+    print_data_set(source.class_names, [train.labels_B, held_out.labels_B], train.notes)
     splits: dict[str, Examples] = {"train": train, "held_out": held_out}
     feature_encoder = load_encoder(encoder).to(world.device) if encoder else None
     tokenizer.eval()

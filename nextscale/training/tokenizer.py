@@ -25,6 +25,7 @@ from nextscale.common.fingerprint import fingerprint_path
 from nextscale.common.pictures import save_grid
 from nextscale.common.rng import fold_seed
 from nextscale.common.sizes import shorten_size
+from nextscale.config.data import ReadConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer_training import (
     CodebookConfig,
@@ -245,13 +246,15 @@ def draw_reconstructions(tokenizer: Tokenizer, examples: Examples, path: Path) -
     save_grid((torch.cat(rows).cpu() + 1) / 2, captions, path, columns=len(image_B3HW))
 
 
-def evaluate_folder(folder: Path, data: str, limit: int, out: Path | None) -> dict[str, Any]:
+def evaluate_folder(
+    folder: Path, data: str, limit: int, out: Path | None, reading: ReadConfig | None = None
+) -> dict[str, Any]:
     """Evaluate the tokenizer of a checkpoint folder on a data set; write report.json and a picture to `out`."""
     checkpoint = read_checkpoint(folder)
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
     tokenizer = load_tokenizer(checkpoint, model).eval()
     optimize(tokenizer)
-    images = load_test_images(data, model.image_size, limit)
+    images = load_test_images(data, model.image_size, limit, reading)
     report = evaluate_tokenizer(tokenizer, images.to_examples())
     if out is not None:
         write_json(out / "report.json", report)

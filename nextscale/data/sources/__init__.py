@@ -1,4 +1,4 @@
-"""Where images and labels are stored: a folder, local or remote parquet files, or scikit-learn's digits."""
+"""Where images and labels are stored: a folder, parquet files, tar archives, or scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -7,29 +7,82 @@ from pathlib import Path
 from nextscale.common.errors import UserError
 from nextscale.common.reading import is_hub_name
 from nextscale.common.sizes import Size, expand_size
+from nextscale.config.data import ReadConfig
 from nextscale.data.sources.digits import Digits
-from nextscale.data.sources.folder import list_images, open_folder
-from nextscale.data.sources.parquet import Parquet, list_hub_files
-from nextscale.data.sources.source import Source
+from nextscale.data.sources.folder import open_folder
+from nextscale.data.sources.parquet import Parquet, has_images, list_hub_files
+from nextscale.data.sources.source import Source, Unused, check_classes
+from nextscale.data.sources.tar import Tar
+from nextscale.data.sources.tree import Folder, scan_folder
 
 
-def open_source(data: str, size: Size) -> Source:
-    """The images of `data`: "digits" (enlarged to cover `size`), a folder, a .parquet file, or owner/name on the hub.
+def open_source(data: str, size: Size, config: ReadConfig | None = None) -> Source:
+    """The images of `data`: "digits" (enlarged to cover `size`), a folder, a .parquet or .tar file, or owner/name on
+    the hub. docs/data.md has the layouts of folders.
 
-    Raises UserError when it is none of these, when it holds no images, or when a parquet column is missing.
+    Raises UserError when it is none of these, when it can be understood in several ways, when it holds no images, when
+    a column is missing, or when a class has no images and `config` does not allow that.
     """
-    if data == "digits":
-        return Digits(max(expand_size(size)))
+    config = config or ReadConfig()
+    source = _open(data, size, config)
+    if not config.allow_empty_classes:
+        check_classes(source)
+    return source
+
+
+def _open(data: str, size: Size, config: ReadConfig) -> Source:
     path = Path(data)
+    if data == "digits":
+        if config.label_column or config.image_column:
+            raise UserError("digits have no columns: leave out --images.label-column and --images.image-column")
+        return Digits(max(expand_size(size)))
     if path.is_dir():
-        tables = sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
-        has_classes = any(list_images(p.iterdir()) for p in path.iterdir() if p.is_dir())
-        return Parquet(data, [str(t) for t in tables], data) if tables and not has_classes else open_folder(path)
+        return _open_folder(path, data, config)
     if path.suffix == ".parquet" and path.is_file():
-        return Parquet(data, [data], data)
+        return Parquet(data, [data], data, config=config)
+    if path.suffix == ".tar" and path.is_file():
+        return Tar(data, [data], data, config)
+    if path.is_file() and (path.suffix == ".tgz" or ".tar" in path.suffixes):
+        raise UserError(f"{data} is compressed, so its images cannot be read one by one: unpack it")
     if is_hub_name(data) and not path.suffix:
-        return Parquet(data, list_hub_files(data), f"datasets/{data}", on_hub=True)
+        return Parquet(data, list_hub_files(data), f"datasets/{data}", on_hub=True, config=config)
     raise UserError(
-        f"{data} is neither 'digits', a folder of images, of class sub-folders or of .parquet files, "
-        "a .parquet file, nor owner/name on the Hugging Face hub"
+        f"{data} is neither 'digits', a folder of images, of class sub-folders or of .parquet or .tar files, "
+        "a .parquet or .tar file, nor owner/name on the Hugging Face hub"
     )
+
+
+def _open_folder(path: Path, data: str, config: ReadConfig) -> Source:
+    """Images of a folder, or of the tables or archives in it."""
+    tree = scan_folder(path)
+    tables, archives = (_find_files(path, tree, suffix) for suffix in (".parquet", ".tar"))
+    folders = [folder.name for folder in tree.folders.values() if folder.count]
+    if folders and any(has_images(table) for table in tables):
+        raise UserError(
+            f"{data} has both tables of images ({tables[0]}) and folders with images ({folders[0]}): name the one to "
+            "read"
+        )
+    if folders or not (tables or archives):
+        return open_folder(path, config, tree)
+    if tables and archives:
+        raise UserError(f"{data} has both tables ({tables[0]}) and archives ({archives[0]}): name the one to read")
+    source = Parquet(data, tables, data, config=config) if tables else Tar(data, archives, data, config)
+    _note_unused(source.unused, path, tree, {*tables, *archives, *map(str, getattr(source, "tables", ()))})
+    return source
+
+
+def _find_files(path: Path, tree: Folder, suffix: str) -> list[str]:
+    """Files with a suffix in a folder and its sub-folders, else deeper ones, in the order of their paths."""
+    found = [Path(prefix, name) for prefix, folder in tree.walk() for name in folder.others if name.endswith(suffix)]
+    near = [file for file in found if len(file.parts) <= 2]
+    return [str(path / file) for file in sorted(near or found)]
+
+
+def _note_unused(unused: Unused, path: Path, tree: Folder, used: set[str]) -> None:
+    """Add files beside tables or archives to `unused`."""
+    for prefix, folder in tree.walk():
+        for name in [*folder.images, *folder.others]:
+            if str(path / prefix / name) not in used:
+                unused.add("files beside the tables or archives", prefix.rstrip("/"), f"{prefix}{name}")
+        for name in folder.system:
+            unused.add("hidden or system files and folders", prefix.rstrip("/"), f"{prefix}{name}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.data.images import ImageLike
-from nextscale.data.sources.source import shuffle_rows
+from nextscale.data.sources.source import Unused, shuffle_rows
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Digits:
     where: str = "digits"
     class_names: tuple[str, ...] = tuple(map(str, range(10)))
     splits: dict[str, list[int]] = field(default_factory=dict)
+    unused: Unused = field(default_factory=Unused)
 
     def __post_init__(self) -> None:
         try:

@@ -8,7 +8,6 @@ without a shuffle buffer's state.
 from __future__ import annotations
 
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +19,11 @@ from torch import Tensor
 
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import fingerprint_files
-from nextscale.common.reading import parse_json
+from nextscale.config.data import ReadConfig
 from nextscale.data.images import ImageLike
-from nextscale.data.sources.source import HELD_OUT, TRAIN, shuffle_rows
+from nextscale.data.sources.columns import Schema, find_image_column, find_label_columns, read_schema
+from nextscale.data.sources.labels import TableLabels, arrange_tables, parse_split
+from nextscale.data.sources.source import Unused, shuffle_rows
 
 _GROUPS_IN_MEMORY, _WINDOW = 20, 16
 
@@ -43,6 +44,22 @@ def list_hub_files(name: str) -> list[str]:
     raise UserError(f"the hub's data set {name} has no parquet files")
 
 
+def has_images(file: str) -> bool:
+    """Whether a local parquet file has a column of images. False where pyarrow is not installed or cannot read it."""
+    try:
+        from pyarrow import ArrowException, parquet
+
+        schema = parquet.read_schema(file)
+    except (ImportError, OSError):
+        return False
+    except ArrowException:
+        return False
+    try:
+        return bool(find_image_column(read_schema(file, schema), ""))
+    except UserError:
+        return False
+
+
 def _fingerprint_hub_file(name: str) -> str:
     """The hub's identifier of a file's content, or its size where there is none."""
     from huggingface_hub import HfFileSystem
@@ -54,72 +71,126 @@ def _fingerprint_hub_file(name: str) -> str:
 class Parquet:
     """Tables as Hugging Face datasets writes them: a column of images (bytes, or a struct with bytes), one of labels.
 
-    Opening reads only the labels. An image is read together with its row group; the latest groups stay in memory.
+    Opening reads only the labels. An image is read together with its row group; the latest groups stay in memory. Rows
+    without a label are left out.
     """
 
-    def __init__(self, where: str, files: Sequence[str], root: str, on_hub: bool = False):
-        self.where, self.files, self.on_hub = where, list(files), on_hub
+    def __init__(
+        self, where: str, files: Sequence[str], root: str, on_hub: bool = False, config: ReadConfig | None = None
+    ):
+        self.where, self.files, self.on_hub, self.config = where, list(files), on_hub, config or ReadConfig()
+        self.unused = Unused()
         self.groups: list[tuple[int, int, int, int]] = []  # file, group in the file, first row, rows
         self._recent_groups: OrderedDict[int, Any] = OrderedDict()
         self._open_files: dict[int, Any] = {}
         self._process = os.getpid()
-        raw: list[Any] = []
-        metadata: dict[bytes, bytes] = {}
-        rows_by_split: dict[str, list[int]] = {}
-        for number, name in enumerate(self.files):
-            table = self._open(number)
-            self.column = _find_column(name, table, ("image", "img"))
-            label = _find_column(name, table, ("label", "labels"))
-            start = len(raw)
-            for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                self.groups.append((number, group, len(raw), rows))
-                raw += self._call(name, lambda t=table, g=group, c=label: t.read_row_group(g, [c])[c].to_pylist())
-            metadata = metadata or table.schema_arrow.metadata or {}
-            rows_by_split.setdefault(_parse_split(name.removeprefix(root)), []).extend(range(start, len(raw)))
-        if not raw or any(not isinstance(value, int | str) for value in raw):
-            raise UserError(
-                f"{where}: column 'label' must hold a whole number or a text in every row, and there must be rows"
-            )
-        held_out = next((split for split in HELD_OUT if split in rows_by_split), None)
-        self.splits = {}
-        if held_out and "train" in rows_by_split and "" not in rows_by_split:
-            self.splits = {"train": rows_by_split["train"], "held_out": rows_by_split[held_out]}
-        self.class_names, self.labels = _name_classes(metadata, raw)
+        self._find_groups()
+        arranged = arrange_tables(self._read_labels(root), where, self.unused)
+        self.class_names, self.labels, self.splits = arranged.class_names, arranged.labels, arranged.splits
+        self._rows = np.array(arranged.rows)  # of all rows, those that have a label
         self._starts = np.array([first for _, _, first, _ in self.groups])
 
+    def _find_groups(self) -> None:
+        """Find the row groups of all files, and the column of images in each file."""
+        self.schemas: list[Schema] = []
+        self.columns: list[str] = []
+        start = 0
+        for number, name in enumerate(self.files):
+            table = self._open(number)
+            self.schemas.append(read_schema(name, table.schema_arrow))
+            self.columns.append(find_image_column(self.schemas[-1], self.config.image_column))
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                self.groups.append((number, group, start, rows))
+                start += rows
+
+    def _read_labels(self, root: str) -> list[TableLabels]:
+        """The labels of each file, with the names that the label's own column has."""
+        labels = find_label_columns(self.schemas, self.columns, self.config.label_column)
+        named = next(filter(None, labels))
+        tables = []
+        for number, (name, column) in enumerate(zip(self.files, labels, strict=True)):
+            values: list[Any] = []
+            for file, group, _, rows in self.groups:
+                if file == number:
+                    values += self._read_column(file, group, column).to_pylist() if column else [None] * rows
+            names = self.schemas[number].read_class_names(column)
+            tables.append(TableLabels(name, parse_split(name.removeprefix(root)), values, names, column or named))
+        return tables
+
     def read(self, i: int) -> tuple[str, ImageLike | None]:
-        group = int(np.searchsorted(self._starts, i, side="right")) - 1
-        cell = self._read_group(group)[i - int(self._starts[group])].as_py()
-        image = cell.get("bytes") if isinstance(cell, dict) else cell
-        return f"{self.where} row {i}", image if isinstance(image, bytes | str) else None
+        group, row, name = self._find_row(i)
+        cell = self._read_group(group)[row].as_py()
+        return name, self._find_image(cell, group, name)
+
+    def _find_row(self, i: int) -> tuple[int, int, str]:
+        """The group of a row, its number in the group, and its name."""
+        stored = int(self._rows[i])
+        group = int(np.searchsorted(self._starts, stored, side="right")) - 1
+        return group, stored - int(self._starts[group]), f"{self.where} row {stored}"
+
+    def _find_image(self, cell: Any, group: int, name: str) -> ImageLike | None:
+        """The image of a cell: its bytes, else the file that it names. UserError when there is no such file."""
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        path = cell.get("path") if isinstance(cell, dict) else cell
+        if isinstance(content, bytes) or not isinstance(path, str) or not path:
+            return content if isinstance(content, bytes) else None
+        file = None if self.on_hub else self._find_file(path, self.files[self.groups[group][0]])
+        if file is None:
+            place = "on the hub" if self.on_hub else f"in the folder of {self.files[self.groups[group][0]]}"
+            raise UserError(f"{name} holds no bytes, only the path {path}, and there is no such file {place}")
+        return file
+
+    def _find_file(self, path: str, table: str) -> Path | None:
+        """The file of a path beside a table or below the data set; a path with backslashes is Windows's."""
+        folders = dict.fromkeys([Path(table).parent, Path(self.where)])
+        spellings = dict.fromkeys([path, path.replace("\\", "/")])
+        return next((f / name for f in folders for name in spellings if (f / name).is_file()), None)
 
     def fingerprint(self) -> dict[str, Any]:
         if self.on_hub:
             return {"kind": "hub", "files": {name: _fingerprint_hub_file(name) for name in self.files}}
-        return {"kind": "parquet", **fingerprint_files(map(Path, self.files), Path(self.where))}
+        return {"kind": "parquet", **fingerprint_files([*map(Path, self.files), *self._list_files()], Path(self.where))}
+
+    def _list_files(self) -> list[Path]:
+        """The image files that rows without bytes name."""
+        found: dict[Path, None] = {}
+        for file, group, _, _ in self.groups:
+            if _lacks_bytes(self._open(file), group, self.columns[file]):
+                for cell in self._read_column(file, group, self.columns[file]).to_pylist():
+                    path = cell.get("path") if isinstance(cell, dict) else cell
+                    image = self._find_file(path, self.files[file]) if isinstance(path, str) and path else None
+                    if image is not None:
+                        found[image] = None
+        return list(found)
 
     def order(self, rows: Tensor, rng: torch.Generator) -> Tensor:
         """Row groups in random order, and rows shuffled within windows of 16 groups: each group is read about once."""
-        group_of = torch.from_numpy(np.searchsorted(self._starts, rows.numpy(), side="right") - 1)
+        stored = self._rows[rows.numpy()]
+        group_of = torch.from_numpy(np.searchsorted(self._starts, stored, side="right") - 1)
         rank = torch.randperm(len(self.groups), generator=rng)
         window = rank[group_of] // _WINDOW
         rows_in_window, counts = torch.argsort(window, stable=True), torch.bincount(window)
         return torch.cat([shuffle_rows(rows[index], rng) for index in rows_in_window.split(counts.tolist())])
 
     def _read_group(self, number: int) -> Any:
+        """The images of a row group; the latest groups are kept."""
         if self._process != os.getpid():  # a forked worker must not share its parent's file positions
             self._recent_groups, self._open_files, self._process = OrderedDict(), {}, os.getpid()
         if number not in self._recent_groups:
             file, group, _, _ = self.groups[number]
-            table = self._open(file)
-            self._recent_groups[number] = self._call(
-                self.files[file], lambda: table.read_row_group(group, [self.column]).column(0).combine_chunks()
-            )
+            self._recent_groups[number] = self._read_column(file, group, self.columns[file])
             if len(self._recent_groups) > _GROUPS_IN_MEMORY:
                 self._recent_groups.popitem(last=False)
         self._recent_groups.move_to_end(number)
         return self._recent_groups[number]
+
+    def _read_column(self, file: int, group: int, column: str) -> Any:
+        """A column of a row group."""
+        table = self._open(file)
+        return self._call(
+            self.files[file], lambda: table.read_row_group(group, [column]).column(column).combine_chunks()
+        )
 
     def _open(self, number: int) -> Any:
         try:
@@ -151,28 +222,18 @@ class Parquet:
         return {**self.__dict__, "_recent_groups": OrderedDict(), "_open_files": {}}
 
 
-def _find_column(name: str, table: Any, candidates: tuple[str, ...]) -> str:
-    names = table.schema_arrow.names
-    for column in candidates:
-        if column in names:
-            return column
-    raise UserError(f"{name} has no column '{candidates[0]}'; it has {', '.join(names)}")
+def _lacks_bytes(table: Any, group: int, column: str) -> bool:
+    """Whether the images of a row group are all given by their paths, as far as types and statistics tell."""
+    from pyarrow import types
 
-
-def _parse_split(name: str) -> str:
-    """The split in a file's name, as in train-00000-of-00004.parquet or data/test/0.parquet; "" where it has none."""
-    words = re.split(r"[/\\._-]", name.lower())
-    if any(word in TRAIN for word in words):
-        return "train"
-    return next((split for split in HELD_OUT if split in words), "")
-
-
-def _name_classes(metadata: dict[bytes, bytes], raw: list) -> tuple[tuple[str, ...], list[int]]:
-    """(class names, label of each row), from the file's ClassLabel feature, else from the sorted distinct values."""
-    features = parse_json(metadata.get(b"huggingface", b"{}"), "its metadata").get("info", {}).get("features", {})
-    names = next((f["names"] for f in features.values() if isinstance(f, dict) and f.get("names")), None)
-    if names and all(isinstance(v, int) and 0 <= v < len(names) for v in raw):
-        return tuple(names), raw
-    values = sorted(set(raw))
-    number = {value: i for i, value in enumerate(values)}
-    return tuple(map(str, values)), [number[v] for v in raw]
+    type_ = table.schema_arrow.field(column).type
+    if types.is_struct(type_):
+        index = type_.get_field_index("bytes")
+        type_ = type_.field(index).type if index >= 0 else None
+    if type_ is None or not (types.is_binary(type_) or types.is_large_binary(type_)):
+        return True
+    chunks = table.metadata.row_group(group)
+    for chunk in map(chunks.column, range(chunks.num_columns)):
+        if chunk.path_in_schema == f"{column}.bytes" and chunk.statistics is not None:
+            return chunk.statistics.has_null_count and chunk.statistics.null_count == chunks.num_rows
+    return False
