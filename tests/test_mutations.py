@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,7 @@ from nextscale.data.cache import TokenCache
 from nextscale.encoders.classifier import Classifier
 from nextscale.encoders.load import load_encoder, load_feature_network
 from nextscale.encoders.self_supervised import SmallEncoder
+from nextscale.evaluation.images import NpzImages
 from nextscale.evaluation.reference import Reference, read_npz
 from nextscale.pipeline import Pipeline
 from nextscale.training.engine.loop import train
@@ -130,6 +132,16 @@ def use_statistics(folder):
     return parts, reference.network, reference.fingerprint, reference.images
 
 
+def write_samples(folder):
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    np.savez(folder / "samples.npz", images, np.arange(6) % 2)
+
+
+def use_samples(folder):
+    images = NpzImages(folder / "samples.npz")
+    return digest(images=images.fetch(0, 6), labels=images.labels())
+
+
 def write_settings(folder):
     (folder / "settings.yaml").write_text(
         "train: {steps: 20, betas: [0.9, 0.95], learning_rate: 1e-3}\ntransformer:\n  depth: 2\n  mixers: [attention]\n"
@@ -154,6 +166,7 @@ KINDS = {
     "encoder": Kind(lambda f: SmallEncoder(EncoderConfig(8, (16,), (1,), 8)).save(f), use_encoder, 30, 30),
     "features": Kind(lambda f: extract(f), lambda f: digest(**extract(f)), 30, 20),
     "statistics": Kind(write_statistics, use_statistics, 60),
+    "samples": Kind(write_samples, use_samples, 60),
     "official": Kind(write_official, use_official, 30),
     "settings": Kind(write_settings, use_settings, 15, 20, edits_differ=True),
 }  # fmt: skip
@@ -196,6 +209,8 @@ def damage_bytes(folder: Path, rng: random.Random) -> tuple[list[Path], str]:
         if way == "exchange":
             other.write_bytes(content)
         return [file, other], f"{way} with {other.name}"
+    if way == "remove" and file.name.endswith("-best.json"):
+        way = "flip"  # a run that was not validated yet has no such file
     if way == "remove":
         file.unlink()
         return [file], way
@@ -228,6 +243,8 @@ def damage_field(folder: Path, rng: random.Random) -> tuple[list[Path], str]:
         holder = holder[step]
     before = copy.deepcopy(holder[name])
     way = rng.choice(["remove", "rename", "replace", "replace", "replace", "negate", "nest"])
+    if way == "remove" and file.name.endswith("-best.json"):
+        way = "flip"  # a run that was not validated yet has no such file
     if way == "remove":
         del holder[name]
     elif way == "rename" and isinstance(holder, dict):

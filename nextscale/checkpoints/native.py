@@ -136,6 +136,14 @@ def _check_layers(folder: Path, config: ModelConfig) -> None:
         raise UserError(f"{folder}/config.json: model.pyramid has {length} tokens, but {TRANSFORMER} holds {held[1]}")
 
 
+def _check_shapes(path: Path, found: dict[str, Shape], expected: dict[str, Shape]) -> None:
+    """Raise UserError naming tensors that the model of config.json has not, or lacks."""
+    try:
+        check_tensors(path, found, expected)
+    except UserError as error:
+        raise UserError(f"{error}; the model is that of {path.parent}/config.json") from error
+
+
 def read_shapes(path: Path) -> dict[str, Shape]:
     """Name and shape of each tensor of a safetensors file, from its header alone."""
     if not path.is_file():
@@ -158,7 +166,7 @@ def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> di
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if expected is not None:
-                check_tensors(path, shapes, expected)
+                _check_shapes(path, shapes, expected)
             small = {name for name, shape in shapes.items() if math.prod(shape) < _LARGE}
             tensors = {name: file.get_tensor(name) for name in shapes if name in small}
         for name in shapes.keys() - small:

@@ -7,6 +7,7 @@ import codecs
 import pathlib
 import pickle
 import re
+import struct
 import types
 import zipfile
 import zlib
@@ -164,6 +165,10 @@ def _name_refused(error: Exception) -> str:
     return f"it holds a {name[1] or name[2]}; save the state dict alone (torch.save(model.state_dict(), NEW))"
 
 
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, KeyError, struct.error)
+"""What reading a damaged zip archive raises."""
+
+
 def check_zip(path: Path) -> None:
     """Compare each member of a zip archive with its CRC-32, which torch.load does not. UserError names a damaged one.
 
@@ -179,7 +184,7 @@ def check_zip(path: Path) -> None:
                 with archive.open(member) as content:
                     while content.read(2**20):
                         pass
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+    except ZIP_ERRORS as error:
         raise UserError(f"{path} is damaged: {name} in the archive cannot be read ({_first_line(error)})") from error
 
 

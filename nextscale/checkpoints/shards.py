@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextscale.checkpoints.native import read_safetensors
-from nextscale.common.digest import compute_digest
+from nextscale.common.digest import check_digest, compute_digest
 from nextscale.common.errors import UserError
 from nextscale.common.reading import parse_json, read_json
 
@@ -30,7 +30,10 @@ Form = tuple[Collection[torch.dtype], tuple[int | None, ...]]
 def read_owner(path: Path) -> str:
     """The digest of the JSON table that describes a set of shards; empty where an earlier version wrote it."""
     table = read_json(path)
-    return str(table.get("digest", "")) if isinstance(table, dict) else ""
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds no table of settings; delete its folder to begin anew")
+    check_digest(path, table, "delete its folder to begin anew")
+    return str(table.get("digest", ""))
 
 
 def write_shard(draft: Path, path: Path, tensors: Mapping[str, Tensor], owner: str) -> None:

@@ -30,7 +30,10 @@ def load_feature_network(source: str) -> FeatureNetwork:
     if is_classifier(path):
         return load_classifier(path)
     if path.is_dir() and not (path / "config.json").is_file():
-        return inception.Inception.from_file(path)
+        try:
+            return inception.Inception.from_file(path)
+        except UserError as error:
+            raise UserError(f"{source} holds no feature network: it has no config.json, and {error}") from error
     if not path.exists() and "/" not in source:
         raise UserError(
             f"there is no feature network {source}; give {inception.FILE}, the folder of a classifier that `nextscale "

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextscale.checkpoints.official_files import ZIP_ERRORS, check_zip
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint, fingerprint_bytes, fingerprint_path
 from nextscale.common.notes import print_note
@@ -187,8 +188,9 @@ class NpzImages:
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 self.shape, fortran_order, self.dtype = read(member)
                 self.offset = member.tell()
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except ZIP_ERRORS as error:
             raise UserError(f"{path} is no .npz with samples in arr_0: {error}") from error
+        check_zip(path)  # parts are read later without regard to the checksum of the whole
         if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or fortran_order:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3); got {self.dtype} {self.shape}")
         self.available, self.size = self.shape[0], (self.shape[1], self.shape[2])

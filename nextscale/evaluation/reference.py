@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextscale.checkpoints.official_files import ZIP_ERRORS
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
 from nextscale.evaluation.metrics.frechet import Moments
@@ -125,7 +125,7 @@ def read_npz(path: Path) -> NpzFile:
             values = {name: file[name] for name in names if name != "arr_0"}
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from error
     npz = NpzFile(path, names, values)
     if not (npz.has_statistics or npz.has_features or npz.has_samples):
