@@ -33,6 +33,24 @@ def check_fields(part: str, config: Any, rules: dict[str, bool]) -> None:
             raise UserError(f"{part}: {rule}; got {name}={getattr(config, name)}")
 
 
+def check_types(part: str, config: Any) -> None:
+    """Raise UserError for a setting of another type than its field; the `__post_init__` of a frozen config calls it.
+
+    Scalars and arrays of numpy and torch become numbers of Python, and lists tuples. A whole number in place of a float
+    stays one, as records of runs have it.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        given = getattr(config, name)
+        value = _convert(hint, to_plain(given), f"{part}.{name}")
+        if not (isinstance(given, int) and value == given):
+            object.__setattr__(config, name, value)
+
+
+def to_plain(value: Any) -> Any:
+    """A scalar or an array of numpy or torch as numbers of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def to_dict(config: Any) -> Any:
     """The JSON form of a config: nested dicts and lists. A pyramid becomes its list of [h, w] sides."""
     if isinstance(config, Pyramid):

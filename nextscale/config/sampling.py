@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nextscale.common.errors import UserError
-from nextscale.config.parse import check_fields, from_dict
+from nextscale.config.parse import check_fields, check_types, from_dict, to_plain
 from nextscale.config.transformer import Selection
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class SampleConfig:
     the share tau of the hidden units, the same for every token."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if isinstance(value := getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(value))
+        check_types("sampling", self)
         rules = {
             "cfg must be 0 to 1000": all(0 <= cfg <= 1000 for cfg in _list_values(self.cfg)),
             "top_k must be 0 (off) or more": all(k >= 0 for k in _list_values(self.top_k)),
@@ -112,24 +110,19 @@ def parse_sampling(config: SampleConfig | None, overrides: Mapping[str, Any], sc
     values = {}
     for name, value in overrides.items():
         given = [value(k) for k in range(scales)] if callable(value) else value
-        values[name] = [_to_plain(v) for v in given] if isinstance(given, list | tuple) else _to_plain(given)
+        values[name] = [to_plain(v) for v in given] if isinstance(given, list | tuple) else to_plain(given)
     return from_dict(SampleConfig, values, "sampling", config or SampleConfig())
 
 
 def parse_count(name: str, value: Any, least: int = 0) -> int:
     """A whole number of any library, `least` or more; UserError for others."""
     try:
-        number = operator.index(_to_plain(value))
+        number = operator.index(to_plain(value))
     except TypeError:
         number = None
-    if number is None or isinstance(_to_plain(value), bool) or number < least:
+    if number is None or isinstance(to_plain(value), bool) or number < least:
         raise UserError(f"{name} must be a whole number, {least} or more; got {value!r}")
     return number
-
-
-def _to_plain(value: Any) -> Any:
-    """A scalar or an array of numpy or torch as numbers of Python."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def list_per_scale(name: str, value: Number | tuple[Number, ...], scales: int) -> tuple[Number, ...]:
