@@ -34,7 +34,7 @@ from nextscale.data.datasets import ImageSet
 from nextscale.encoders.classifier import Classifier, load_classifier
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.evaluation.compute import compute_class_accuracy
-from nextscale.evaluation.images import ModelImages
+from nextscale.evaluation.images import ModelImages, StoredImages, compare_pairs
 from nextscale.evaluation.run import evaluate
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.analyzed_model import open_models
@@ -267,9 +267,9 @@ def test_training_from_a_model_goes_by_name(tmp_path, start, capsys):
             raw = TokenCache(tmp_path / "cache").load_examples("train").labels_N
             assert torch.equal(batch["label"], torch.tensor([1, 2, 0])[raw])
             assert sorted(batch["label"].tolist()) == by_name
-    other = write_pictures(tmp_path / "other", names={"owl": "emu"})
+    other = write_pictures(tmp_path / "other", names={"owl": "emu, big"})
     with pytest.raises(
-        UserError, match=r"only .*other has emu; only .*start has owl .*--classes 'cat=cat,dog=dog,emu'"
+        UserError, match=r"only .*other has emu, big; only .*start has owl .*--classes 'cat=cat,dog=dog,\"emu, big\"'"
     ):
         load_components(RunConfig(data=other, start=str(start)).complete(), World())
     capsys.readouterr()
@@ -452,6 +452,9 @@ def test_models_that_are_compared_in_pairs_and_refiners_go_by_name(start):
     assert not torch.equal(first.fetch(0, 6), partner.fetch(0, 6))
     assert partner.match_order(first) == ""
     assert torch.equal(first.fetch(0, 6), partner.fetch(0, 6))
+    assert compare_pairs(first, partner) == ""
+    stored = StoredImages(write_pictures(start.parent / "pairs", count=2))  # cat, cat, dog, ...; owl, cat, dog, ...
+    assert compare_pairs(stored, first) == "4 of 6 pairs compare images of different classes"
     refined = Pipeline.from_pretrained(start).refine_with(pipeline).sample([0, 1, None], draft_scales=2).tokens
     assert torch.equal(
         Pipeline.from_pretrained(start).refine_with(other).sample([0, 1, None], draft_scales=2).tokens, refined

@@ -45,6 +45,12 @@ def list_names(names: Iterable[str], shown: int = _SHOWN) -> str:
     return ", ".join(every[:shown]) + (f", ... ({len(every)} in all)" if len(every) > shown else "")
 
 
+def quote_name(name: str) -> str:
+    """The name as an entry of a list that means this name alone; in double quotes where it needs them."""
+    plain = name == name.strip() and not set(name) & set(',="') and fold_name(name) != "none"
+    return name if plain else '"' + name.replace('"', '""') + '"'
+
+
 @dataclass(frozen=True)
 class NameTable:
     """Class names by what a user may write."""

@@ -272,6 +272,19 @@ def _check_count(where: str, available: int, requested: int) -> int:
     return requested or available
 
 
+def compare_pairs(images: MeasuredImages, partner: MeasuredImages) -> str:
+    """A note on pairs of images that have different classes; empty where there are none, or classes are unknown."""
+    classes, others, labels, other_labels = images.classes(), partner.classes(), images.labels(), partner.labels()
+    if classes is None or others is None or labels is None or other_labels is None:
+        return ""
+    try:
+        match = match_classes(others, classes, subset=True)
+    except UserError as error:
+        return f"pairs compare images of different classes: {error}"
+    differ = int((match.map_labels(other_labels) != labels).sum())
+    return f"{differ} of {len(labels)} pairs compare images of different classes" if differ else ""
+
+
 def open_images(
     source: str, count: int, size: Size, settings: SampleConfig, batch: int, reconstruct: str = "",
     reading: ReadConfig | None = None, **load: Any,

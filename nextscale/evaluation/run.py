@@ -32,7 +32,7 @@ from nextscale.evaluation.extract import (
     record_extraction,
     sort_rows,
 )
-from nextscale.evaluation.images import MeasuredImages, ModelImages, NpzImages, open_images, pair_rows
+from nextscale.evaluation.images import MeasuredImages, ModelImages, NpzImages, compare_pairs, open_images, pair_rows
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.evaluation.reference import NpzFile, Reference, choose_evenly, read_npz
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -86,13 +86,7 @@ def evaluate(
         images = _open_images(source, config, world, config.reconstruct)
         if not (loaded or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
-        partner = _open_images(against, replace(config, size=config.size or images.size), world) if against else None
-        if isinstance(partner, ModelImages) and isinstance(images, ModelImages):
-            _print_note(partner.match_order(images), world)
-        if partner is not None and len(partner) != len(images):
-            raise UserError(f"{source} has {len(images)} images, {against} {len(partner)}: give --num to pair as many")
-        if partner is not None:
-            pair_rows(images, partner)
+        partner = _open_partner(against, images, config, world) if against else None
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
         measured = _measure_images(images, loaded, extraction, work / "samples", world)
     reference_config = replace(config, size=config.size or measured.size)
@@ -184,9 +178,21 @@ def _open_images(source: str, config: EvaluationConfig, world: World, reconstruc
     )  # fmt: skip
 
 
-def _print_note(note: str, world: World) -> None:
-    if note and world.main:
+def _open_partner(against: str, images: MeasuredImages, config: EvaluationConfig, world: World) -> MeasuredImages:
+    """The images to compare with `images` one by one: a model's have the same classes, by name."""
+    partner = _open_images(against, replace(config, size=config.size or images.size), world)
+    notes = []
+    if isinstance(partner, ModelImages) and isinstance(images, ModelImages):
+        notes.append(partner.match_order(images))
+    if len(partner) != len(images):
+        raise UserError(
+            f"{images.where} has {len(images)} images, {against} {len(partner)}: give --num to pair as many"
+        )
+    pair_rows(images, partner)
+    notes.append(compare_pairs(images, partner))
+    for note in filter(None, notes if world.main else []):
         print(f"note: {note}")
+    return partner
 
 
 def _plan_extraction(

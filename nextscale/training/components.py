@@ -15,6 +15,7 @@ from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
+from nextscale.config.classes import quote_name
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
@@ -93,7 +94,8 @@ def _match_classes(
     try:
         return match_classes(data, known)
     except UserError as error:
-        classes = ",".join(f"{name}={name}" if name in known.names else name for name in names)
+        quoted = [(name, quote_name(name)) for name in names]
+        classes = ",".join(f"{entry}={entry}" if name in known.names else entry for name, entry in quoted)
         advice = len(names) if known.unnamed or len(names) > _LISTED_CLASSES else f"'{classes}'"
         raise UserError(
             f"{error}; carry the model over first with `nextscale adapt {config.start} --classes {advice} --out DIR`"

@@ -15,7 +15,7 @@ from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.encoders.load import load_encoder
-from nextscale.info import condition_flops, scale_flops
+from nextscale.info import condition_flops, depends_on_tokens, scale_flops
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.expert_parallel import find_mixtures
 from nextscale.transformer.projector import parse_scale_group
@@ -42,6 +42,8 @@ def estimate_cost(config: RunConfig) -> str:
     _, transformer = build_on_meta(model)
     assert transformer is not None, "a generator has a transformer"
     assert model.transformer is not None, "a generator has a transformer"
+    if depends_on_tokens(model.transformer):
+        notes.append("the arithmetic is the most that may be executed: how much it is depends on the tokens")
     parameters = sum(p.numel() for p in transformer.parameters())
     steps, warmup = config.train.schedule_steps(examples)
     guided = max(parse_scale_group(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
