@@ -190,9 +190,14 @@ def _open_partner(against: str, images: MeasuredImages, config: EvaluationConfig
         )
     pair_rows(images, partner)
     notes.append(compare_pairs(images, partner))
-    for note in filter(None, notes if world.main else []):
-        print(f"note: {note}")
+    for note in notes:
+        _print_note(note, world)
     return partner
+
+
+def _print_note(note: str, world: World) -> None:
+    if note and world.main:
+        print(f"note: {note}")
 
 
 def _plan_extraction(
