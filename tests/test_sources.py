@@ -1,10 +1,13 @@
 """Data sets as people have them: each layout is understood, and what is not used is said, by class and reason."""
 
+import csv
 import io
 import json
 import tarfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from nextscale.common.errors import UserError
@@ -309,6 +312,40 @@ def test_classes_are_printed_with_names_and_counts(tmp_path):
         "the classes Cat and cat differ only in case or spaces",
         "no training images of cat: a model would not learn them",
     ]
+
+
+def test_every_way_to_open_data_prints_the_classes(tmp_path, capsys, monkeypatch):
+    """Training (also with a token cache's function), evaluating, and reading into memory; once per run."""
+    from nextscale.data.cache import open_examples
+    from nextscale.evaluation.images import StoredImages
+    from tests.conftest import tiny_config
+
+    write_files(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png", "dog/3.png", "dog/notes.txt")
+    note = "note: not used: 1 files that are no images (dog 1), such as dog/notes.txt\n"
+    StoredImages(str(tmp_path), 8)
+    assert capsys.readouterr().out == f"2 classes (images): 0 cat: 2; 1 dog: 3\n{note}"
+    load_images(str(tmp_path), 8).print_notes()
+    assert capsys.readouterr().out == f"2 classes (images): 0 cat: 2; 1 dog: 3\n{note}"
+    open_examples(str(tmp_path), tiny_config(), None, DataConfig(held_out=0.4), 0)
+    assert capsys.readouterr().out == f"2 classes (training + held-out images): 0 cat: 1 + 1; 1 dog: 2 + 1\n{note}"
+    monkeypatch.setenv("RANK", "1")
+    StoredImages(str(tmp_path), 8)
+    assert capsys.readouterr().out == ""
+
+
+def test_records_of_earlier_versions_lack_the_new_settings_only():
+    from nextscale.config.migrate import migrate_record
+    from nextscale.config.parse import to_dict
+    from nextscale.config.quickstart import QuickstartConfig
+    from nextscale.config.tokenizer_training import TokenizerRunConfig
+
+    for config in (QuickstartConfig(), TokenizerRunConfig()):
+        record = to_dict(config)
+        for name in to_dict(ReadConfig()):
+            del record["images"][name]
+        if not record["images"]:
+            del record["images"]
+        assert migrate_record(record) == to_dict(config)
 
 
 # ---- parquet
@@ -619,3 +656,113 @@ def test_options_that_do_not_apply_are_refused(tmp_path):
     for data in (str(tmp_path), "digits"):
         with pytest.raises(UserError, match="no table with a column 'fine'|digits have no columns"):
             open_source(data, 8, ReadConfig(label_column="fine"))
+
+
+# ---- random trees and tables against a plain reading of them
+
+NAMES = st.sampled_from(["cat", "Cat", "dog", "2", "10", "a b", "zebra-1", "valid_x", "été"])
+FILES = st.sampled_from(["1.png", "2.PNG", "b.jpg", "c.jpeg", "x.y.webp"])
+JUNK = st.sampled_from(["notes.txt", "Thumbs.db", "._1.png", ".DS_Store", "film.mp4", "@eaDir/1.png", ".git/1.png"])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    classes=st.dictionaries(NAMES, st.sets(FILES, min_size=1, max_size=3), min_size=2, max_size=4),
+    junk=st.sets(st.tuples(NAMES, JUNK), max_size=4),
+    split=st.sampled_from([(), ("train",), ("Train", "Val"), ("training", "TEST")]),
+    wrapper=st.sampled_from(["", "images/", "a/b/"]),
+)
+def test_random_folders_mean_what_their_paths_say(classes, junk, split, wrapper, tmp_path_factory):
+    """Each image's class is the name of its folder, its part the name of the split, whatever lies beside it."""
+    root = tmp_path_factory.mktemp("tree")
+    expected = {
+        f"{wrapper}{part}{name}/{file}": (part, name)
+        for part in ([f"{s}/" for s in split] or [""])
+        for name, files in classes.items()
+        for file in files
+    }
+    left_out = {
+        f"{wrapper}{part}{name}/{file}"
+        for part in ([f"{s}/" for s in split] or [""])
+        for name, file in junk
+        if name in classes
+    }
+    write_files(root, *expected, *left_out)
+    found, splits, lines = read_folder(root)
+    assert found == {path: name for path, (_, name) in expected.items()}
+    parts = [path.removeprefix(wrapper).split("/") for path in found]
+    assert parts == sorted(parts, key=lambda words: (split.index(words[0]) if split else 0, words))
+    if len(split) == 2:
+        for key, part in zip(("train", "held_out"), split, strict=True):
+            assert set(splits[key]) == {path for path, (where, _) in expected.items() if where == f"{part}/"}
+    else:
+        assert splits == {}
+    counted = sum(int(line.split()[2]) for line in lines if line.startswith("not used: "))
+    assert counted == len({"/".join(path.split("/")[: path.count("/") - ("@" in path or ".git" in path) + 1])
+                           for path in left_out})  # fmt: skip
+
+
+LABELS = st.sampled_from(["cat", "dog", "7", "a, b", 'say "x"', "  padded", "", "  "])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    labels=st.lists(LABELS, min_size=1, max_size=6),
+    delimiter=st.sampled_from([",", ";", "\t"]),
+    bom=st.booleans(),
+    ends=st.sampled_from(["\n", "\r\n"]),
+    blank=st.integers(0, 3),
+    extra=st.booleans(),
+    form=st.sampled_from(["csv", "jsonl"]),
+)
+def test_random_tables_mean_what_their_rows_say(labels, delimiter, bom, ends, blank, extra, form, tmp_path_factory):
+    """Each listed file has its row's label without spaces around it; rows without one are left out and counted."""
+    root = tmp_path_factory.mktemp("table")
+    names = [f"{i}.png" for i in range(len(labels))]
+    write_files(root, *names)
+    if form == "csv":
+        out = io.StringIO()
+        writer = csv.writer(out, delimiter=delimiter, lineterminator=ends)
+        writer.writerow([" File_Name", "label "] + ["note"] * extra)
+        writer.writerows([name, label] for name, label in zip(names, labels, strict=True))
+        text = out.getvalue() + (delimiter + ends) * blank
+    else:
+        rows = [json.dumps({"file_name": n, "label": label.strip()}) for n, label in zip(names, labels, strict=True)]
+        text = ends.join(rows + [""] * blank)
+    (root / f"metadata.{form}").write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
+    expected = {name: label.strip() for name, label in zip(names, labels, strict=True) if label.strip()}
+    if not expected:
+        with pytest.raises(UserError, match="no row has a label"):
+            read_folder(root)
+        return
+    found, _, lines = read_folder(root)
+    assert found == expected
+    missing = len(names) - len(expected)
+    assert [line.split(",")[0] for line in lines] == (
+        [f"not used: {missing} images without a label in metadata.{form}"] if missing else []
+    )
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    files=st.lists(
+        st.tuples(st.permutations(["cat", "dog", "cow"]), st.lists(st.integers(-1, 2), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_random_orders_of_names_are_matched_by_name(files, tmp_path_factory):
+    """Whatever order each file numbers its classes in, a row has the class that its own file names."""
+    root = tmp_path_factory.mktemp("tables")
+    expected = {}
+    for number, (names, labels) in enumerate(files):
+        first = 10 * number
+        write_table(
+            root / f"{number}.parquet", {"label": class_label(*names)}, image=images(len(labels), first), label=labels
+        )
+        expected |= {first + i: names[label] for i, label in enumerate(labels) if label >= 0}
+    if expected:
+        assert read_rows(root, LENIENT)[0] == expected
+    else:
+        with pytest.raises(UserError, match="column 'label' must hold"):
+            open_source(str(root), 8, LENIENT)
