@@ -210,3 +210,18 @@ def test_samples_of_another_model_are_drawn_again_and_every_class_is_held_out(tm
     assert "made again" not in capsys.readouterr().out
     assert not torch.equal(draw(1).train.tensors["tokens"], first.train.tensors["tokens"])
     assert "samples of the model in" in capsys.readouterr().out
+
+
+def test_experiments_refuse_data_that_changed_under_a_known_path(tmp_path):
+    from nextscale.common.distributed import World
+    from nextscale.research.experiments.ledger import check_experiment_inputs
+
+    data, out = write_images(tmp_path / "pictures"), tmp_path / "out"
+    other = write_images(tmp_path / "other", seed=1)
+    check_experiment_inputs(out, [str(data), ""], ["train"], World())
+    check_experiment_inputs(out, [str(data), str(other)], [], World())
+    check_experiment_inputs(out, [str(data)], [], World())
+    touch(other)
+    check_experiment_inputs(out, [str(data)], [], World())
+    with pytest.raises(UserError, match=r"trainings and figures of other inputs: the files of .*other have other mod"):
+        check_experiment_inputs(out, [str(data), str(other)], [], World())

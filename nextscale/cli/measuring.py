@@ -36,7 +36,7 @@ class Evaluate:
     reference: tuple[str, ...] = ()
     """Reference images, or an .npz of statistics (ADM's or `nextscale statistics`'); one for each feature network."""
     num: int = 0
-    """Number of images; 0 = all of a data set, 50,000 of a model."""
+    """Number of images, of a data set drawn from all classes; 0 = all of a data set, 50,000 of a model."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
@@ -48,7 +48,8 @@ class Evaluate:
     """LPIPS's two files: torchvision's VGG-16 or AlexNet, and the linear heads of LPIPS 0.1."""
     size: str = "0"
     """Resize and centre-crop images to this size: the side of squares, or HEIGHTxWIDTH such as 24x32. 0 = leave them
-    unchanged, and resize references to their size."""
+    unchanged (images of several sizes get the size that most have, else the median of their short sides, and a note
+    says so), and resize references to their size."""
     images: ReadConfig = field(default_factory=ReadConfig)
     images_out: Path | None = None
     """Also write each image into this folder."""
@@ -95,10 +96,10 @@ class Statistics:
     """.npz file to write, for --reference of `nextscale evaluate`."""
     size: str = "0"
     """Resize and centre-crop images to this size: the side of squares, or HEIGHTxWIDTH such as 24x32. 0 = leave them
-    unchanged."""
+    unchanged; images of several sizes as in `nextscale evaluate`."""
     images: ReadConfig = field(default_factory=ReadConfig)
     keep: int = 10_000
-    """Number of images, evenly spaced, whose features are stored."""
+    """Number of images, drawn from all, whose features are stored."""
     batch_size: int = 50
     """Batch size. Statistics depend on it by rounding only; lower it if memory is short."""
     shard: int = 1000

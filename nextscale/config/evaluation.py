@@ -14,18 +14,18 @@ class EvaluationConfig:
     """Which images are measured, and how."""
 
     count: int = 0
-    """Images; 0 = all of a data set, 50,000 of a model."""
+    """Images, of a data set drawn from all classes; 0 = all of a data set, 50,000 of a model."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How a model samples."""
     size: Size = 0
-    """Resize and crop to this size, the side of squares or (height, width); 0 = leave images as they are, resize
-    references to the size of the images."""
+    """Resize and crop to this size, the side of squares or (height, width); 0 = leave images as they are (those of
+    several sizes get one, see `nextscale.evaluation.sizes`), resize references to the size of the images."""
     split: int = 5000
-    """Images of one split of the Inception Score."""
+    """Images of one split of the Inception Score. Splits are of images in an order of their contents."""
     neighbours: int = 3
     """k of precision and recall."""
     references: int = 10_000
-    """Reference images for precision and recall, evenly spaced."""
+    """Reference images for precision and recall, drawn from all by their contents."""
     shard: int = 1000
     """Images of one file of features. An interrupted run continues with the first missing file."""
     images: ReadConfig = field(default_factory=ReadConfig)

@@ -57,7 +57,10 @@ class Reference:
 
 
 def choose_evenly(count: int, chosen: int) -> Tensor:
-    """`chosen` of `count` indices, evenly spaced; all of them when `chosen` is at least `count`."""
+    """`chosen` of `count` indices, evenly spaced; all of them when `chosen` is at least `count`.
+
+    For features in the order of the images' contents, in which `evaluate` puts them: then it is a random part.
+    """
     return torch.arange(min(chosen, count)) * count // max(1, min(chosen, count))
 
 

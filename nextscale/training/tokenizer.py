@@ -34,6 +34,7 @@ from nextscale.config.tokenizer_training import (
     derive_pyramid,
 )
 from nextscale.data.examples import Batch, Examples
+from nextscale.data.parts import choose_part
 from nextscale.evaluation.metrics.codebook import CodebookUsage, count_codes
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.evaluation.metrics.reconstruction import psnr, ssim
@@ -258,5 +259,6 @@ def evaluate_folder(
     report = evaluate_tokenizer(tokenizer, images.to_examples())
     if out is not None:
         write_json(out / "report.json", report)
-        draw_reconstructions(tokenizer, images.to_examples(), out / "reconstructions.png")
+        shown = images.select(choose_part(len(images), _SHOWN_IMAGES, images.labels_B))
+        draw_reconstructions(tokenizer, shown.to_examples(), out / "reconstructions.png")
     return report

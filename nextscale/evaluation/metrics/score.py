@@ -13,7 +13,8 @@ def inception_score(logits_NC: Tensor, split: int = 5000) -> tuple[float, float]
     """exp of the mean KL(p(class | image) || p(class)): mean and deviation over consecutive splits of `split` images.
 
     Salimans et al. 2016 (arXiv 1606.03498), split as in the ADM evaluator, including a shorter last split. 1 to C. The
-    deviation is 0 for a single split.
+    deviation is 0 for a single split. Several splits must be of images in random order, as ADM's samples are: images
+    sorted by class have a far lower score. `evaluate` puts them in an order of their contents.
     """
     check_features(logits_NC, "classifier scores")
     if split < 1:

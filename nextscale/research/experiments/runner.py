@@ -39,6 +39,7 @@ from nextscale.research.experiments.dynamic import (
 )
 from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.keys import compute_key, list_changed_settings
+from nextscale.research.experiments.ledger import check_experiment_inputs
 from nextscale.research.experiments.pictures import TrainedModel, draw_picture
 from nextscale.training.classifier import train_classifier
 from nextscale.training.encoder import train_encoder
@@ -96,6 +97,8 @@ class ExperimentRunner:
     def __init__(self, experiment: Experiment, inputs: Inputs, folder: Path, world: World):
         self.experiment, self.folder, self.world = experiment, folder, world
         self.data, self.reference = inputs.data, inputs.reference
+        networks = inputs.tokenizer, inputs.features, inputs.encoder, inputs.model, inputs.refiner
+        check_experiment_inputs(folder, (inputs.data, inputs.reference), networks, world)
         self.features = inputs.features if inputs.features != "train" else self._train_classifier()
         self.tokenizer, self.model, self.refiner = inputs.tokenizer, inputs.model, inputs.refiner
         self.encoder = inputs.encoder
@@ -305,7 +308,8 @@ class ExperimentRunner:
 
     def _evaluate(self, folder: Path, config: EvaluationConfig) -> dict[str, float]:
         """The metrics of `nextscale evaluate`, named independently of the feature network."""
-        name = f"measured-{compute_key(dataclasses.asdict(config), self.features, self.reference)}.json"
+        drawn = ["a part is drawn"] if config.reconstruct else []  # earlier versions took the first images
+        name = f"measured-{compute_key(dataclasses.asdict(config), self.features, self.reference, *drawn)}.json"
         out = self._choose_folder(folder) / name
         if not out.exists():
             reference = self._make_statistics(shorten_size(read_config(folder)[0].image_size))
