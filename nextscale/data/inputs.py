@@ -14,7 +14,7 @@ _LISTED_CLASSES = 100
 
 
 def describe_data(source: Source) -> dict[str, Any]:
-    """Fingerprint of a source's files, its class names and a digest of its labels; reads no image.
+    """Fingerprint of a source's files, the column that was asked for, class names, a digest of labels; reads no image.
 
     More than a hundred class names are represented by their number and a digest.
     """
@@ -22,7 +22,9 @@ def describe_data(source: Source) -> dict[str, Any]:
     if len(names) > _LISTED_CLASSES:
         names = f"{len(names)} names with the digest {fingerprint_bytes(repr(names).encode())}"
     labels = fingerprint_bytes(np.asarray(source.labels, np.int64).tobytes())
-    return {"where": source.where, **source.fingerprint(), "class_names": names, "labels": labels}
+    column = getattr(getattr(source, "config", None), "image_column", "")
+    chosen = {"image_column": column} if column else {}
+    return {"where": source.where, **source.fingerprint(), **chosen, "class_names": names, "labels": labels}
 
 
 def describe_cache(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ fingerprint of what was at each path, so that nothing is reused after it changed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +51,6 @@ def _describe_data(path: str) -> dict[str, Any]:
     if is_token_cache(Path(path)):
         return describe_cache(Path(path))
     if path == "digits" or (Path(path).exists() and not path.endswith(".npz")):
-        return describe_data(open_source(path, 8))
+        with suppress(UserError):  # such as a table whose columns a recipe names; the command that opens it says more
+            return describe_data(open_source(path, 8))
     return fingerprint_path(path)
