@@ -23,6 +23,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.quickstart.measure import measure_samples
 from nextscale.quickstart.run import encode_features, run_quickstart
 from nextscale.training.engine.log import read_log
+from nextscale.training.transformer import read_run_config
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -65,11 +66,11 @@ def folder(tmp_path_factory) -> Path:
 OUTPUTS = {
     "config.json", "tokenizer.safetensors", "transformer.safetensors", "samples.png", "reconstructions.png",
     "scales.png", "curves.png", "metrics.json", "log.jsonl", "quickstart.json", "inputs.json", "training",
-    "encoder", "routing.json", "routing.png",
+    "encoder", "routing.json", "routing.png", "best",
 }  # fmt: skip
 
 
-def test_a_folder_of_images(folder, tmp_path):
+def test_a_folder_of_images(folder, tmp_path, capsys):
     metrics = run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run", draw_routing)
     assert {p.name for p in (tmp_path / "run").iterdir()} == OUTPUTS
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
@@ -81,7 +82,7 @@ def test_a_folder_of_images(folder, tmp_path):
         assert min(Image.open(tmp_path / "run" / name).size) > 60
     pipeline = Pipeline.from_pretrained(tmp_path / "run")
     assert pipeline.config.transformer.experts.router == "stmoe"
-    assert "guidance" in read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert "guidance" in read_log(tmp_path / "run" / "log.jsonl")[-2]
     encoder = load_encoder(str(tmp_path / "run" / "encoder"))
     assert encoder.kind == "moco_v2"
     train, _ = load_images(str(folder), 8, 20000, 0).split(0.2, 0)
@@ -90,13 +91,24 @@ def test_a_folder_of_images(folder, tmp_path):
     assert torch.allclose(features_RC.std(dim=0, correction=0), torch.ones(16), atol=0.02)
     assert pipeline.config.class_names == ("day", "night")
     assert pipeline.sample(["night"]).tensor.shape == (1, 3, 8, 8)
-    # a finished run is not repeated
-    (state,) = (tmp_path / "run" / "training").glob("transformer-*.pt")
-    before = state.stat().st_mtime_ns
-    run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run", draw_routing)
-    assert state.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"run with other settings \(seed\)"):
+    assert "time on this machine: about" in capsys.readouterr().out
+    assert Pipeline.from_pretrained(tmp_path / "run" / "best").config == pipeline.config
+    assert "validation_loss" in read_log(tmp_path / "run" / "log.jsonl")[-1]
+    # a finished run is not repeated, and says so
+    state, written = next((tmp_path / "run" / "training").glob("transformer-*.pt")), tmp_path / "run" / "metrics.json"
+    before = state.stat().st_mtime_ns, written.stat().st_mtime_ns
+    assert run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run", draw_routing) == metrics
+    assert (state.stat().st_mtime_ns, written.stat().st_mtime_ns) == before
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="run with other settings: seed was 0, now 3"):
         run_quickstart(tiny_settings(data=str(folder), seed=3), tmp_path / "run")
+    (folder / "day" / "notes.txt").unlink()  # no picture
+    run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run")
+    picture(0, np.random.default_rng(5)).save(folder / "day" / "1.png")
+    with pytest.raises(UserError, match="the files of .* have changed"):
+        run_quickstart(tiny_settings(data=str(folder)), tmp_path / "run")
+    with pytest.raises(UserError, match="is a quickstart's: resume it with `nextscale quickstart --config"):
+        read_run_config(tmp_path / "run")
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -158,6 +158,11 @@ class Tokenize:
 
         if min(self.views, self.shard, self.batch_size) < 1:
             raise UserError("--views, --shard and --batch-size must be 1 or more")
+        if self.views > 1 and not (self.images.random_crop or self.images.flip):
+            raise UserError(
+                f"--views {self.views} would encode the same pixels {self.views} times: give --images.random-crop or "
+                "--images.flip, too, or --views 1"
+            )
         with init_distributed(self.device) as world:
             tokenize(
                 self.data, self.tokenizer, self.out, self.images, self.seed, world,

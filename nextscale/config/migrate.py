@@ -11,7 +11,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     "micro_batch": {"backend": "auto"},  # TrainConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
     "measure_images": {  # QuickstartConfig; a run on the digits is the same without max_epochs
-        "max_epochs": 50.0,
+        "max_epochs": 30.0,
         "images": {"label_column": "", "image_column": "", "allow_empty_classes": False},
     },
 }

@@ -77,7 +77,7 @@ class QuickstartConfig:
     """Largest number of images to use, drawn at random."""
     held_out: float = 0.2
     """Share of the images that is held out for validation."""
-    max_epochs: float = 50.0
+    max_epochs: float = 30.0
     """Largest number of passes over the training images in each of the three trainings, so that a small set is not
     learned by heart: beyond it, batches are smaller and steps fewer. 0 = no bound; the digits do not reach it."""
     seed: int = 0

@@ -16,6 +16,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.plots import plot_curves
+from nextscale.common.reading import read_json
 from nextscale.config.files import record_settings
 from nextscale.config.initialization import InitConfig
 from nextscale.config.model import ModelConfig
@@ -23,23 +24,26 @@ from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.transformer import ConditionConfig
 from nextscale.data.datasets import ImageSet, load_images
-from nextscale.data.examples import MemoryExamples
+from nextscale.data.examples import Examples, MemoryExamples
+from nextscale.data.inputs import describe_data
+from nextscale.data.sources import open_source
 from nextscale.encoders.self_supervised import SmallEncoder, load_small_encoder
 from nextscale.evaluation.metrics.reconstruction import psnr
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
+from nextscale.quickstart.estimate import estimate_time
 from nextscale.quickstart.measure import check_available, measure_samples
 from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder import EncoderCallbacks, create_encoder_task
-from nextscale.training.engine.log import read_log
-from nextscale.training.engine.loop import train
+from nextscale.training.engine.log import Values, read_log
+from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import list_points
 from nextscale.training.tokenizer import TokenizerTask
-from nextscale.training.transformer import TransformerTask
+from nextscale.training.transformer import TransformerTask, validate
 
 _SAMPLES_PER_CLASS, _SHOWN_CLASSES = 8, 10
-_BATCH = 250
+_BATCH, _VALIDATED = 250, 500
 
 DrawRouting = Callable[[Pipeline, ImageSet, QuickstartConfig, Path], None]
 """Writes routing.png and routing.json of a mixture of experts on held-out images to a folder."""
@@ -54,6 +58,10 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     """
     check_available()
     start = time.monotonic()
+    finished = find_finished(config, folder)
+    if finished is not None:
+        print(f"the quickstart in {folder} is finished; its results (to make it anew, give another --out):")
+        return finished
     size, pyramid = config.geometry()
     data = load_images(config.data, size, config.limit, config.seed, config.images)
     train_images, held_out = data.split(config.held_out, config.seed)
@@ -61,18 +69,23 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     record_settings(folder / "quickstart.json", to_dict(config), {"data": data.inputs})
     config = fit_trainings(config, len(train_images))
     pipeline = create_pipeline(config, pyramid, data.class_names)
+    if not list((folder / "training").glob("*.pt")):
+        print(estimate_time(config, pipeline, train_images, min(size)), flush=True)
 
     train(TokenizerTask(pipeline.tokenizer, train_images.to_examples()), config.train_tokenizer, folder)
     pipeline.tokenizer.eval()
     tokens_BL = encode_tokens(pipeline, train_images.images_B3HW)
     examples = {"tokens": tokens_BL, "label": train_images.labels_B}
+    validated = held_out.select(torch.arange(min(len(held_out), _VALIDATED)))
+    held_examples = {"tokens": encode_tokens(pipeline, validated.images_B3HW), "label": validated.labels_B}
     if config.loss.encoder:
         encoder = train_encoder(config, train_images, held_out, min(size), folder)
         examples["features"] = encode_features(train_images, encoder, pyramid.last)
+        held_examples["features"] = encode_features(validated, encoder, pyramid.last)
     task = TransformerTask(
         pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), config.train_transformer, config.loss
     )
-    train(task, config.train_transformer, folder)
+    train(task, config.train_transformer, folder, _Callbacks(task, MemoryExamples(**held_examples), pipeline, folder))
     pipeline.save_pretrained(folder)
 
     reconstruction = draw_pictures(pipeline, config, held_out, folder)
@@ -101,6 +114,38 @@ def check_data(
     data.print_notes()
     if len(held_out) == 0 or len(train_images) == 0:
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
+
+
+class _Callbacks(Callbacks):
+    """Validation of the transformer; best/ has the model with the lowest held-out loss."""
+
+    def __init__(self, task: TransformerTask, held_out: Examples, pipeline: Pipeline, folder: Path):
+        self.task, self.held_out, self.pipeline, self.folder = task, held_out, pipeline, folder
+
+    def validate(self, step: int) -> Values:
+        return validate(self.task, self.held_out, len(self.held_out), World())
+
+    def save_model(self, step: int, best: bool) -> None:
+        if best:
+            self.pipeline.save_pretrained(self.folder / "best")
+
+
+def find_finished(config: QuickstartConfig, folder: Path) -> dict[str, Any] | None:
+    """The metrics of a finished run with the same settings and pictures in `folder`; None where there is none.
+
+    Raises UserError when the folder holds something else, or when settings or pictures have changed since.
+    """
+    if not (folder / "quickstart.json").exists():
+        others = [name for name in ("run.json", "config.json", "training", "stages") if (folder / name).exists()]
+        if others:
+            raise UserError(f"{folder} is not a quickstart's: it has {', '.join(others)}; choose another --out")
+        return None
+    if not (folder / "metrics.json").exists():
+        return None
+    inputs = {"data": describe_data(open_source(config.data, config.geometry()[0], config.images))}
+    record_settings(folder / "quickstart.json", to_dict(config), inputs)
+    metrics = read_json(folder / "metrics.json")
+    return metrics if isinstance(metrics, dict) else None
 
 
 def fit_trainings(config: QuickstartConfig, images: int) -> QuickstartConfig:

@@ -16,10 +16,13 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.classes import quote_name
+from nextscale.config.data import DataConfig
+from nextscale.config.idle import describe_idle, list_differences
 from nextscale.config.model import ModelConfig
+from nextscale.config.parse import reset_derived, to_dict
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import CachedExamples, fingerprint_tokenizer, open_examples
+from nextscale.data.cache import CachedExamples, TokenCache, fingerprint_tokenizer, is_token_cache, open_examples
 from nextscale.data.classes import Classes, ClassMatch, match_classes, read_trained_classes, relabel
 from nextscale.data.examples import Examples
 from nextscale.encoders.load import load_encoder
@@ -76,8 +79,29 @@ def load_components(config: RunConfig, world: World, folder: Path | None = None)
     model = _build_config(config, checkpoint, match.names, width)
     transformer = _build_transformer(config, model, checkpoint.transformer)
     if world.main:
+        for note in _list_overruled(config, checkpoint.config.transformer):
+            print(f"note: {note}")
         print(f"{config.data}: {len(examples)} examples to train on, {len(held_out)} held out; {model.summarize()}")
     return Components(model, tokenizer, weights, transformer, examples, held_out, encoder)
+
+
+def _list_overruled(config: RunConfig, started: TransformerConfig | None) -> list[str]:
+    """Sentences about settings that have no effect because the start checkpoint or the token cache has other ones."""
+    notes = []
+    if config.start and started is not None:
+        mine, theirs, default = (reset_derived(c) for c in (config.transformer, started, TransformerConfig()))
+        given = list_differences(mine, default, "transformer.")
+        names = [name for name in list_differences(mine, theirs, "transformer.") if name in given]
+        names = [n for n in names if not n.startswith(("transformer.condition.", "transformer.alignment."))]
+        notes += [describe_idle(names, f"the transformer is that of {config.start}")] if names else []
+    if is_token_cache(Path(config.data)):
+        made = TokenCache(Path(config.data)).head.get("images")
+        given = list_differences(config.images, DataConfig(), "images.")
+        mine = to_dict(config.images)
+        names = [n for n in given if isinstance(made, dict) and made.get(n.split(".")[1]) != mine[n.split(".")[1]]]
+        reason = f"{config.data} is a token cache, made with other images settings; give them to `nextscale tokenize`"
+        notes += [describe_idle(names, reason)] if names else []
+    return notes
 
 
 def _match_classes(

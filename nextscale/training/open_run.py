@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.inputs import INPUTS, check_inputs
 from nextscale.common.plots import plot_curves
@@ -96,11 +97,23 @@ def open_image_run(
     run.check_settings(accept_changes)
     examples, held_out, source = open_dataset(data, size, config.images, config.train.seed)
     print_data_set(source.class_names, [examples.labels_B, held_out.labels_B], examples.notes)
+    check_data(config, len(examples), len(source.class_names), data)
     run.record({"data": examples.inputs, **(other_inputs or {})}, accept_changes)
     if world.main:
         about = about or f"{len(source.class_names)} classes"
         print(f"{data}: {len(examples)} images to train on, {len(held_out)} held out; {about}")
     return run, examples, held_out, source
+
+
+def check_data(config: ImageRunConfig, examples: int, classes: int, data: str) -> None:
+    """Raise UserError when a run on so many training examples and classes would leave a part of the model untrained."""
+    if isinstance(config, TokenizerRunConfig):
+        config.check_length(config.train.schedule_steps(examples)[0])
+    if isinstance(config, ClassifierRunConfig) and classes < 2:
+        raise UserError(
+            f"{data} has one class: a classifier would learn nothing; give images of two classes or more, each in a "
+            "folder of its own"
+        )
 
 
 class MainProcessCallbacks(Callbacks, ABC):

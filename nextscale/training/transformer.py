@@ -209,12 +209,27 @@ def train_transformer(
     return values
 
 
+_OTHER_RUNS = {"codebook": "tokenizer train", "classifier": "classifier train", "moco": "encoder train"}
+"""Commands whose runs have a run.json of their own, by a table that only it has."""
+
+
 def read_run_config(folder: Path) -> RunConfig:
     """The settings of the run in `folder`."""
-    if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} holds no run: it has no run.json")
     path = folder / "run.json"
-    return parse_record(RunConfig, rename_settings(read_json(path)), path)
+    if (folder / "quickstart.json").is_file() and not path.is_file():
+        raise UserError(
+            f"{folder} is a quickstart's: resume it with `nextscale quickstart --config {folder}/quickstart.json --out "
+            f"{folder}`. To train its model further: `nextscale train CONFIG --start {folder} --data DATA --out OTHER`"
+        )
+    if (folder / "stages").is_dir() and not path.is_file():
+        raise UserError(f"{folder} is that of `nextscale sparsify`: run the same command again to resume it")
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run: it has no run.json")
+    record = rename_settings(read_json(path))
+    for name, command in _OTHER_RUNS.items():
+        if isinstance(record, dict) and name in record:
+            raise UserError(f"{folder} is a run of `nextscale {command}`: run the same command again to resume it")
+    return parse_record(RunConfig, record, path)
 
 
 class _Callbacks(Callbacks):

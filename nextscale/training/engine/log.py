@@ -21,6 +21,7 @@ from nextscale.common.reading import parse_json
 from nextscale.config.parse import quote_value
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import check_unreadable
+from nextscale.training.engine.progress import TimeEstimate, describe_overfitting, find_overfitting, print_schedule
 from nextscale.training.engine.task import Task
 
 Values = dict[str, Any]
@@ -173,19 +174,6 @@ class StepMetrics:
         return {name: mean.tolist() for name, mean in means.items()}
 
 
-def print_schedule(task: Task, config: TrainConfig, processes: int) -> None:
-    """Print the length of a run, and a note for each setting that does not fit it."""
-    examples = len(task.examples)
-    steps, warmup = config.schedule_steps(examples)
-    print(
-        f"training the {task.name}: {steps:,} steps of {config.batch_size} images "
-        f"({steps * config.batch_size / examples:,.1f} epochs of {examples:,}), {warmup:,} of them warm-up",
-        flush=True,
-    )
-    for doubt in config.list_schedule_doubts(examples, processes):
-        print(f"note: {doubt}", flush=True)
-
-
 class RunLog:
     """Progress on the screen and values in the loggers. The main process alone writes."""
 
@@ -205,6 +193,7 @@ class RunLog:
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file should have few lines
             disable=not world.main,
         )
+        self.time = TimeEstimate(steps - state_step)
         self.examples, self.since = 0, time.monotonic()
         self.unreadable: dict[str, None] = dict.fromkeys(task.examples.skipped)
         self._reported: set[str] = set()
@@ -222,13 +211,18 @@ class RunLog:
         check_unreadable(list(self.unreadable), len(self.task.examples), max_unreadable)
         self.examples += examples
         self.bar.update()
+        estimate = self.time.count_step()
+        if estimate and self.world.main:
+            tqdm.write(f"training the {self.task.name} takes {estimate} more on this machine")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time spent in this context out of the examples per second."""
         start = time.monotonic()
         yield
-        self.since += time.monotonic() - start
+        paused = time.monotonic() - start
+        self.since += paused
+        self.time.since += paused
 
     def log_step(self, step: int, metrics: StepMetrics, gradient_norm: Tensor, learning_rate: float) -> None:
         """Log a step. All processes must call it."""
@@ -249,6 +243,16 @@ class RunLog:
         if measured:
             self._write(step, measured)
         self._report_unreadable()
+        if self.world.main and "validation_loss" in measured:
+            self._report_overfitting(step)
+
+    def _report_overfitting(self, step: int) -> None:
+        """Say once, at the first step where it shows, that the held-out loss rises while the training loss falls."""
+        records = [r for r in read_log(self.folder / "log.jsonl") if r["task"] == self.task.name]
+        found = find_overfitting(records)
+        if found and found.step == step:
+            best = self.folder / "best"
+            tqdm.write(f"note: {describe_overfitting(found, len(self.task.examples), best if best.is_dir() else None)}")
 
     def _write(self, step: int, values: Values) -> None:
         for logger in self.loggers:
