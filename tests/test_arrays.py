@@ -20,7 +20,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.data.arrays import fit_picture, list_pictures, load_batch, read_mask
 from nextscale.encoders.classifier import Classifier
 from nextscale.encoders.self_supervised import SmallEncoder
-from nextscale.evaluation.metrics.lpips import ALEX, Lpips
+from nextscale.evaluation.metrics.lpips import ALEX, VGG, Lpips
 from nextscale.evaluation.metrics.reconstruction import psnr, ssim
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from tests.conftest import randomised, tiny_config
@@ -345,6 +345,11 @@ def test_functions_that_take_floats_refuse_bytes_and_ranges(pipeline):
             function(bytes_B3HW)
     with torch.no_grad(), pytest.raises(UserError, match=r"LPIPS takes images in \[-1, 1\]; got values from 0 to 255"):
         lpips(large * 255, large)
+    for trunk in (ALEX, VGG):
+        least = trunk.smallest_side
+        assert Lpips(trunk)(*[torch.rand(1, 3, least, 40)] * 2).shape == (1,)
+        with pytest.raises(UserError, match=f"needs images of {least} pixels a side or more; got {least - 1} x 40"):
+            Lpips(trunk)(*[torch.rand(1, 3, least - 1, 40)] * 2)
     with pytest.raises(UserError, match="equal shape"):
         lpips(large, large[:, :, 1:])
     with pytest.raises(UserError, match=r"the tokenizer takes images in \[-1, 1\]; got values from 0 to 255"):

@@ -20,6 +20,7 @@ from nextscale.data.images import crop_randomly
 from nextscale.encoders.classifier import Classifier
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
+from nextscale.tokenizer.discriminator import PatchDiscriminator
 from tests.conftest import randomised, tiny_config
 
 SCALES = "1,1x2,2x3,3x6"
@@ -96,6 +97,19 @@ def test_sizes_as_typed():
             parse_size("--size", text)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_discriminators_say_how_large_images_must_be(layers):
+    discriminator, least = PatchDiscriminator(8, layers), 3 * 2**layers
+    PatchDiscriminator.check_size((least, least + 9), layers)
+    assert discriminator(torch.rand(1, 3, least, least + 9)).numel() > 0
+    with pytest.raises(
+        UserError, match=f"needs images of {least} pixels a side or more, and these are 40 x {least - 1}"
+    ):
+        PatchDiscriminator.check_size((40, least - 1), layers)
+    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+        discriminator(torch.rand(1, 3, 40, least - 1))
+
+
 def test_pyramids_of_tokenizers():
     assert str(derive_pyramid(0, 2, "1,2,3x4,6x8")) == "1,2,3x4,6x8"
     with pytest.raises(UserError, match="must be 16 for images of 32 pixels"):
@@ -124,6 +138,7 @@ def test_a_wide_model_from_training_to_measuring(photos, tmp_path, capsys):
     assert pipeline.config.image_size == (6, 12)
     assert (pipeline.config.pyramid, pipeline.config.class_names) == (Pyramid.parse(SCALES), ("cat", "dog"))
     picture = next((data / "cat").iterdir())
+    run("reconstruct", tmp_path / "model", data, "--out", tmp_path / "restored.png")
     Image.new("L", Image.open(picture).size, 255).save(tmp_path / "mask.png")
     run("sample", tmp_path / "model", "--labels", "cat,dog", "--out", tmp_path / "grid.png")
     run("edit", tmp_path / "model", picture, "--mask", tmp_path / "mask.png", "--out", tmp_path / "edited.png")

@@ -66,7 +66,7 @@ class Reconstruct:
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
     images: Positional[tuple[Path, ...]]
-    """Image files; a folder or a parquet file gives all its images, in the order of a data set."""
+    """Image files; a folder, a parquet file or a tar archive gives all its images, in the order of a data set."""
     out: Path
     """The reconstructions as one grid, a PNG file."""
     tokens_out: Path | None = None

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.common.errors import UserError
+
 
 class PatchDiscriminator(nn.Module):
     """Convolutions that classify overlapping patches: image (B, 3, H, W) in [-1, 1] to one logit per patch.
@@ -28,6 +30,16 @@ class PatchDiscriminator(nn.Module):
             ]
         self.layers = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.last_bias = f"layers.{len(blocks)}.bias"
+
+    @staticmethod
+    def check_size(size: tuple[int, int], layers: int) -> None:
+        """Raise UserError when images of this (height, width) are smaller than a patch."""
+        least = 3 * 2**layers
+        if min(size) < least:
+            raise UserError(
+                f"losses: a discriminator of {layers} layers needs images of {least} pixels a side or more, and these "
+                f"are {size[0]} x {size[1]}: lower discriminator_layers, or set adversarial to 0"
+            )
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         return self.layers(image_B3HW)

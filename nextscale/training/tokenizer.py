@@ -80,6 +80,8 @@ class TokenizerTask(Task):
         self.trained: nn.Module = nn.ModuleDict({"tokenizer": tokenizer, "learner": self.learner})
         self.discriminator = None
         if self.losses.adversarial > 0:
+            height, width = (side * tokenizer.config.downsampling for side in tokenizer.pyramid.last)
+            PatchDiscriminator.check_size((height, width), self.losses.discriminator_layers)
             self.discriminator = PatchDiscriminator(
                 self.losses.discriminator_channels, self.losses.discriminator_layers
             )

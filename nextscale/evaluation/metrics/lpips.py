@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,6 +31,19 @@ class Trunk:
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(stage[-1][0] for stage in self.stages)
+
+    @cached_property
+    def smallest_side(self) -> int:
+        """The smallest side of an image, in pixels, of which every stage still has a value."""
+        return next(side for side in range(1, 1000) if self._count_values(side) > 0)
+
+    def _count_values(self, side: int) -> int:
+        """Values along a side of the last stage; 0 or less when a stage has none."""
+        for stage, pooled in zip(self.stages, self.pooled, strict=True):
+            side = (side - self.pool[0]) // self.pool[1] + 1 if pooled else side
+            for _, kernel, stride, padding in stage:
+                side = (side + 2 * padding - kernel) // stride + 1 if side > 0 else 0
+        return side
 
     def indices(self) -> list[list[int]]:
         """Indices of the convolutions in torchvision's `features`, by stage; ReLUs and poolings count as modules."""
@@ -114,6 +128,11 @@ class Lpips(nn.Module):
             check_floats("LPIPS", image_B3HW)
             if not torch.is_grad_enabled():  # in training, reconstructions may exceed the range
                 check_range("LPIPS", image_B3HW)
+        if min(a_B3HW.shape[2:]) < self.trunk.smallest_side:
+            raise UserError(
+                f"LPIPS with {self.trunk.name} needs images of {self.trunk.smallest_side} pixels a side or more; got "
+                f"{a_B3HW.shape[2]} x {a_B3HW.shape[3]}"
+            )
         if a_B3HW.shape != b_B3HW.shape:
             raise UserError(f"LPIPS compares images of equal shape; got {tuple(a_B3HW.shape)}, {tuple(b_B3HW.shape)}")
         a, b = ((x - self.shift) / self.scale for x in (a_B3HW, b_B3HW))
