@@ -310,7 +310,7 @@ def test_classes_are_printed_with_names_and_counts(tmp_path):
     ]
     assert list_doubts(["Cat", "cat"], torch.tensor([0])) == [
         "the classes Cat and cat differ only in case or spaces",
-        "no training images of cat: a model would not learn them",
+        "there are no images of cat to learn from or to measure",
     ]
 
 
@@ -533,7 +533,9 @@ def test_columns_of_images_may_differ_between_files(tmp_path):
     write_table(tmp_path / "a.parquet", first=images(2), second=images(2, 40), label=["x", "y"])
     with pytest.raises(UserError, match=r"a.parquet has several columns with images \(first, second\)"):
         open_source(str(tmp_path / "a.parquet"), 8)
-    chosen = ReadConfig(image_column="second")
+    chosen, other = ReadConfig(image_column="second"), ReadConfig(image_column="first")
+    fingerprints = [open_source(str(tmp_path / "a.parquet"), 8, config).fingerprint() for config in (chosen, other)]
+    assert fingerprints[0] != fingerprints[1]
     assert read_rows(tmp_path / "a.parquet", chosen)[0] == {40: "x", 41: "y"}
     write_table(tmp_path / "a.parquet", image=[[1, 2], [3]], label=["x", "y"])
     with pytest.raises(UserError, match="column 'image' holds list<.*, not image files"):

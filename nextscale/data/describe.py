@@ -57,5 +57,5 @@ def list_doubts(names: Sequence[str], labels: Tensor) -> list[str]:
             notes.append(f"the classes {other} and {name} differ only in case or spaces")
     absent = sorted(set(range(len(names))) - set(labels.unique().tolist()))
     if absent:
-        notes.append(f"no training images of {list_names(names[i] for i in absent)}: a model would not learn them")
+        notes.append(f"there are no images of {list_names(names[i] for i in absent)} to learn from or to measure")
     return notes

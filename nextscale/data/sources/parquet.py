@@ -148,9 +148,11 @@ class Parquet:
         return next((f / name for f in folders for name in spellings if (f / name).is_file()), None)
 
     def fingerprint(self) -> dict[str, Any]:
+        asked = {"image_column": self.config.image_column} if self.config.image_column else {}
         if self.on_hub:
-            return {"kind": "hub", "files": {name: _fingerprint_hub_file(name) for name in self.files}}
-        return {"kind": "parquet", **fingerprint_files([*map(Path, self.files), *self._list_files()], Path(self.where))}
+            return {"kind": "hub", "files": {name: _fingerprint_hub_file(name) for name in self.files}, **asked}
+        files = [*map(Path, self.files), *self._list_files()]
+        return {"kind": "parquet", **fingerprint_files(files, Path(self.where)), **asked}
 
     def _list_files(self) -> list[Path]:
         """The image files that rows without bytes name."""

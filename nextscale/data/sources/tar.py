@@ -182,7 +182,9 @@ class Tar:
         return content
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"kind": "tar", **fingerprint_files([*map(Path, self.files), *self.tables], Path(self.where))}
+        asked = {"image_column": self.config.image_column} if self.config.image_column else {}
+        files = [*map(Path, self.files), *self.tables]
+        return {"kind": "tar", **fingerprint_files(files, Path(self.where)), **asked}
 
     def order(self, rows: Tensor, rng: torch.Generator) -> Tensor:
         return shuffle_rows(rows, rng)
