@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nextscale.checkpoints.official_files import read_tensors
 from nextscale.checkpoints.verify import accept_changes, verify
 from nextscale.cli.parser import main
 from nextscale.common import digest
+from nextscale.common.digest import compute_digest
 from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.encoder import EncoderConfig
@@ -210,3 +212,24 @@ def test_encoders_take_no_memory_for_a_forged_width(tmp_path):
 def test_a_new_model_beyond_the_memory_is_refused():
     config = tiny_config(width=2**20, heads=1, depth=1000)
     refuse(lambda: Pipeline.from_config(config), "would need .* GiB, and this machine has")
+
+
+def test_the_models_of_the_repository_match_their_digests(capsys):
+    verify(Path(__file__).parents[1] / "models")
+    assert "9 files match their digests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
+def test_a_digest_depends_on_names_dtypes_shapes_and_every_byte(dtype):
+    tensors = {"b": torch.ones(4, 3).to(dtype), "a": torch.zeros(()).to(dtype), "none": torch.zeros(0, 2).to(dtype)}
+    found = compute_digest(tensors)
+    assert compute_digest(dict(reversed(tensors.items()))) == found
+    assert compute_digest(tensors | {"b": tensors["b"].T.contiguous().T}) == found, "the layout in memory is no content"
+    for other in (
+        tensors | {"b": tensors["b"].reshape(3, 4)},
+        tensors | {"b": torch.cat([tensors["b"][:3], tensors["a"].expand(1, 3)])},
+        tensors | {"a": tensors["a"].to(torch.float64)},
+        {"c" if name == "b" else name: tensor for name, tensor in tensors.items()},
+    ):
+        assert compute_digest(other) != found
+    assert compute_digest(tensors, "another place") != found

@@ -31,11 +31,14 @@ def compute_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
     """
     import torch
 
-    checksum = zlib.crc32(about.encode())
-    for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(), checksum)
-        content = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-        checksum = zlib.crc32(content.numpy().data, checksum)
+    order = sorted(tensors)
+    table = "\n".join(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}" for name in order)
+    checksum = zlib.crc32(f"{about}\n{table}".encode())
+    for name in order:
+        tensor = tensors[name].detach().cpu().contiguous()
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+            tensor = tensor.view({1: torch.uint8, 2: torch.int16}[tensor.dtype.itemsize])  # numpy has no such floats
+        checksum = zlib.crc32(tensor.numpy().data, checksum)
     return f"crc32:{checksum:08x}"
 
 
