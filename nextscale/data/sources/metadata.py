@@ -57,7 +57,7 @@ def read_metadata(path: Path, config: ReadConfig, unused: Unused) -> Metadata:
     if not file_column or not table:
         raise UserError(
             f"{path} must list file_name and label in every row; it has "
-            f"{'the columns ' + ', '.join(columns) if columns else 'no rows'}"
+            f"{'the columns ' + ', '.join(columns) if columns else 'no rows below a header'}"
         )
     kinds = {isinstance(row.get(label_column), str) for _, row in table if row.get(label_column) is not None}
     if len(kinds) > 1:
