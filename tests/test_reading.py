@@ -22,6 +22,16 @@ from nextscale.config.parse import from_dict
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache_head import read_cache_head
 from nextscale.pyramid import Pyramid
+from nextscale.research.experiments.records import (
+    read_costs,
+    read_data_name,
+    read_finished,
+    read_flops,
+    read_measures,
+    read_report,
+    read_threshold,
+)
+from nextscale.sampling.thresholds import read_budgets
 from nextscale.training.engine.log import JsonLog, read_log
 from nextscale.training.engine.state import StateFiles
 from nextscale.training.open_run import list_points
@@ -32,7 +42,9 @@ HEAD = {
     "class_names": ["cat", "dog"], "examples": {"train": 8, "held_out": 2}, "views": 1, "shard": 4, "encoder": "",
     "data": "photos", "seed": 0,
 }  # fmt: skip
-in_tmp_path = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_tmp_path = settings(
+    max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def fault(action, *arguments, **options):
@@ -203,7 +215,11 @@ def test_a_setting_of_any_value_is_taken_or_named(data):
     else:
         for name in path:
             config = getattr(config, name)
-        assert config == (tuple(value) if isinstance(value, list) else value) or isinstance(value, dict) or value == "1"
+        assert (
+            config == (tuple(value) if isinstance(value, list) else value)
+            or isinstance(value, dict)
+            or value in ("1", 0)
+        )
 
 
 def test_a_field_without_a_default_is_missed():
@@ -293,3 +309,49 @@ def test_messages_are_one_line_without_codes():
     assert str(UserError("a\x1b[1mb\x1b[0m\nc\r\n  d\x07\u202e")) == "ab c d??"
     assert str(UserError("a\udcff")) == "a\\udcff"
     assert len(str(UserError("x" * 10_000))) == 2000
+
+
+@pytest.mark.parametrize(
+    ("read", "sound", "broken"),
+    [
+        (lambda p: read_threshold(p), {"tau": 0.5}, [{}, {"tau": -1}, {"tau": [0.5]}, {"tau": None}, {"tau": "low"}]),
+        (lambda p: read_flops(p), {"gflop": 1, "flops_share": 0.5}, [{"gflop": 0, "flops_share": 1}, {"gflop": 1}]),
+        (lambda p: read_costs(p, 2), {"about": "x", "rows": [{"a": 1}, {}]},
+         [{"about": "x", "rows": [{}]}, {"about": "x", "rows": [1, 2]}, {"about": 1, "rows": [{}, {}]}, {"rows": []}]),
+        (lambda p: read_measures(p), {"measures": {"net": {"fid": 1}}, "num": 3},
+         [{"measures": {}}, {"measures": {"a": {}, "b": {}}}, {"measures": {"a": 3}}, {"measures": []}, {}]),
+        (lambda p: read_report(p), {"psnr": 3}, [[], None, 3]),
+        (lambda p: read_data_name(p.parent), {"data": "photos", "train": {}}, [{}, {"data": 3}, {"data": None}, []]),
+        (lambda p: read_finished(p.parent, 2),
+         {"validation_loss": 5, "validation_loss_per_scale": [4, 6], "validation_expert_load": [0.5, 0.5]},
+         [{"validation_loss": 5}, {"validation_loss": "low"}, {"validation_loss": 5, "validation_loss_per_scale": [1]},
+          {"validation_loss": True}, {"stages": []}, {"stages": {"tune": 3}}, {"validation_expert_load": [1]}, []]),
+    ],
+    ids=["threshold", "flops", "costs", "measures", "report", "run", "finished"],
+)  # fmt: skip
+def test_damaged_results_of_experiments_are_named(tmp_path, request, read, sound, broken):
+    path = tmp_path / {"run": "run.json", "finished": "finished.json"}.get(request.node.callspec.id, "x.json")
+    path.write_text(json.dumps(sound))
+    assert read(path)
+    for content in broken:
+        path.write_text(json.dumps(content))
+        assert str(path) in fault(read, path), content
+
+
+@pytest.mark.parametrize(
+    "dynamic",
+    [
+        3, {"budgets": 3}, {"budgets": [3]}, {"budgets": [{"share": 0.8}]}, {"budgets": [{"share": 0, "tau": [1]}]},
+        {"budgets": [{"share": 1, "tau": [2]}]}, {"budgets": [{"share": True, "tau": [1]}]},
+        {"budgets": [{"share": 1, "tau": []}]}, {"budgets": [{"share": 1, "tau": [1]}] * 2},
+        {"budgets": [{"share": 1, "tau": [1]}, {"share": 0.5, "tau": [1, 1]}]},
+    ],
+)  # fmt: skip
+def test_a_damaged_table_of_budgets_is_refused(dynamic):
+    assert "table of budgets cannot be read" in fault(read_budgets, {"dynamic": dynamic})
+
+
+def test_a_sound_table_of_budgets_is_read():
+    rows = [{"share": 0.5, "tau": [0.1, 0.2]}, {"share": 1, "tau": [1, 1]}]
+    assert [row.share for row in read_budgets({"dynamic": {"budgets": rows, "calibrated_on": "x"}})] == [1, 0.5]
+    assert read_budgets({}) == []

@@ -60,7 +60,7 @@ def _read_head(folder: Path) -> _Head:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise UserError(f'{folder}/config.json was not written by nextscale (no "format": "{FORMAT}")')
     version = head.get("version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise UserError(
             f"{folder}/config.json has format version {version!r}, this nextscale reads up to {VERSION}; "
             f"it was written by nextscale {head.get('library')}: update with pip install -U nextscale"

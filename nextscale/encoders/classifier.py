@@ -106,6 +106,8 @@ def load_classifier(folder: Path) -> Classifier:
     names = head.get("class_names")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder}/config.json: class_names must be a list of names")
+    if len({*names}) < len(names):
+        raise UserError(f"{folder}/config.json: class_names must differ from one another")
     config = read_part(ClassifierConfig, head, "classifier", folder)
     return load_frozen(lambda: Classifier(config, tuple(names)), folder, head)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from nextscale.common.checks import check_uint8
 from nextscale.common.errors import UserError
 from nextscale.common.reading import read_json
+from nextscale.config.parse import check_fields, read_record
 from nextscale.encoders.network import Features
 from nextscale.encoders.patches import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
 
@@ -67,21 +69,39 @@ def load_dino(source: str) -> Dino:
     except ImportError:
         raise UserError("DINOv2 and DINOv3 are read by transformers: pip install 'nextscale[features]'") from None
     try:
+        if (Path(source) / "config.json").is_file():
+            read_json(Path(source) / "config.json")  # transformers would take the second of two equal names
         config: Any = AutoConfig.from_pretrained(source)
         if config.model_type not in _KINDS:
             raise UserError(f"{source} is a '{config.model_type}'; encoders are {', '.join(_KINDS)}")
         model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # a damaged config raises nearly every type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load an encoder from '{source}' ({reason}); expected {EXPECTED}") from error
     special = 1 + getattr(config, "num_register_tokens", 0)
     return Dino(model, special, *_read_normalisation(Path(source)))
 
 
+@dataclass(frozen=True)
+class _Normalisation:
+    """What is used of preprocessor_config.json."""
+
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
+    other: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rules = {
+            "image_mean must be three numbers": len(self.image_mean) == 3,
+            "image_std must be three numbers above 0": len(self.image_std) == 3 and min(self.image_std) > 0,
+        }
+        check_fields("preprocessor", self, rules)
+
+
 def _read_normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation from the encoder's preprocessor_config.json, else ImageNet's."""
     path = folder / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    return tuple(settings.get("image_mean", IMAGENET_MEAN)), tuple(settings.get("image_std", IMAGENET_STD))
+    settings = read_record(_Normalisation, path) if path.is_file() else _Normalisation()
+    return settings.image_mean, settings.image_std

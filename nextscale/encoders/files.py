@@ -35,7 +35,7 @@ def save_module(module: nn.Module, folder: Path, head: dict[str, Any]) -> None:
 def read_head(folder: Path, format_name: str, version: int, kind: str) -> dict[str, Any]:
     """The content of config.json; UserError naming the `kind` of model when it has another format or version."""
     head = read_json(folder / "config.json")
-    if not isinstance(head, dict) or head.get("format") != format_name or head.get("version") != version:
+    if not isinstance(head, dict) or head.get("format") != format_name or repr(head.get("version")) != str(version):
         raise UserError(f"{folder} is no {kind} of this nextscale: its config.json says another format or version")
     return head
 

@@ -98,7 +98,7 @@ def load_small_encoder(folder: Path) -> SmallEncoder:
     """The frozen encoder in a folder of `nextscale encoder train`; UserError when the folder holds none."""
     head = read_head(folder, FORMAT, VERSION, "encoder")
     steps = head.get("steps")
-    if not isinstance(steps, int) or steps < 0:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise UserError(f"{folder}/config.json: steps must be 0 or more, got {steps!r}")
     config = read_part(EncoderConfig, head, "encoder", folder)
     encoder = load_frozen(lambda: SmallEncoder(config), folder, head)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from nextscale.common.errors import UserError
+from nextscale.config.parse import check_fields, from_dict, quote_value
 from nextscale.config.sampling import SampleConfig
 
 _NEAR = 0.01
@@ -23,13 +24,32 @@ class Budget:
     tau: tuple[float, ...]
     """Of each sparse scale, coarse to fine."""
 
+    def __post_init__(self) -> None:
+        rules = {
+            "share must lie above 0, up to 2": 0 < self.share <= 2,
+            "tau must list numbers of 0 to 1": bool(self.tau) and all(0 <= tau <= 1 for tau in self.tau),
+        }
+        check_fields("budgets", self, rules)
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What calibration stored with a checkpoint."""
+
+    budgets: tuple[Budget, ...] = ()
+
 
 def read_budgets(origin: Mapping[str, Any]) -> list[Budget]:
     """The table in a checkpoint's `origin`, largest share first; empty where none was calibrated."""
-    rows = origin.get("dynamic", {}).get("budgets", []) if isinstance(origin.get("dynamic", {}), dict) else []
     try:
-        budgets = [Budget(float(row["share"]), tuple(float(t) for t in row["tau"])) for row in rows]
-    except (TypeError, KeyError, ValueError) as error:
+        dynamic = origin.get("dynamic", {})
+        if not isinstance(dynamic, dict):
+            raise UserError(f"origin.dynamic is {quote_value(dynamic)}; it must be a table")
+        table = {name: value for name, value in dynamic.items() if name == "budgets"}
+        budgets = from_dict(_Calibration, table, "origin.dynamic").budgets
+        if len({row.share for row in budgets}) < len(budgets) or len({len(row.tau) for row in budgets}) > 1:
+            raise UserError("budgets must have different shares, and thresholds for the same scales")
+    except UserError as error:
         raise UserError(f"the checkpoint's table of budgets cannot be read ({error}); calibrate it anew") from error
     return sorted(budgets, key=lambda row: -row.share)
 

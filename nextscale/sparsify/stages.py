@@ -25,7 +25,7 @@ from nextscale.common.files import write_json
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.inputs import compare_inputs
 from nextscale.common.reading import read_json
-from nextscale.config.parse import to_dict
+from nextscale.config.parse import check_fields, read_record, to_dict
 from nextscale.config.sparsify import SparsifyConfig, Stage
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import Examples
@@ -84,6 +84,18 @@ class Job:
         return load_token_batches(
             examples, pipeline.tokenizer, self.config.calibration_images, self.config.batch_size
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Thresholds:
+    """tau.json: the thresholds that a model is adapted to."""
+
+    about: dict[str, Any]
+    """What they were calibrated for."""
+    tau: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_fields("thresholds", self, {"tau must list numbers of 0 to 1": all(0 <= t <= 1 for t in self.tau)})
 
 
 def tune_model(job: Job, checkpoint: Checkpoint) -> Result:
@@ -158,11 +170,11 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
     run.check_inputs(job.list_inputs(inputs), job.accept_changes)
     if job.world.main:
         about["inputs"] = job.list_inputs(inputs)
-        if not tau_file.exists() or compare_inputs(read_json(tau_file)["about"], about).changed:
+        if not tau_file.exists() or compare_inputs(read_record(_Thresholds, tau_file).about, about).changed:
             calibration, _ = _calibrate(job, checkpoint, [config.budget])
             write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})
     job.world.wait()
-    tau = tuple(read_json(tau_file)["tau"])
+    tau = read_record(_Thresholds, tau_file).tau
     pipeline = job.load_pipeline(checkpoint, config.adapting)
     model = pipeline.transformer
     thresholds = Thresholds.create(model.config, len(model.pyramid), tau, "threshold")

@@ -8,13 +8,13 @@ from typing import Any
 
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
-from nextscale.common.reading import read_json
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import PUBLISHED, SparsifyConfig
 from nextscale.evaluation.flops import count_sampled_flops
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.dynamic import find_threshold
 from nextscale.research.experiments.keys import compute_key, list_changed_settings
+from nextscale.research.experiments.records import read_finished, read_flops, read_threshold
 from nextscale.sparsify.run import sparsify
 
 _TUNING_SETTINGS = ("data", "samples", "sampling", "images", "seed", "tune", "hoyer", "scales", "tuning")
@@ -53,7 +53,7 @@ def _run_stages(config: SparsifyConfig, source: Path, parent: Path, world: World
         report = sparsify(source, folder, config, world)
         if world.main:
             before = source / "finished.json"
-            stages = {**(read_json(before).get("stages", {}) if before.exists() else {}), **report["stages"]}
+            stages = {**(read_finished(source)["stages"] if before.exists() else {}), **report["stages"]}
             write_json(folder / "finished.json", {"stages": stages})
     world.wait()
     return folder
@@ -73,7 +73,7 @@ def match_flops(folder: Path, sampling: SampleConfig, share: float, file: Path, 
         base = dataclasses.replace(sampling, budget=0.0)
         write_json(file, {"tau": find_threshold(pipeline, _list_labels(pipeline), base, scales, share)})
     world.wait()
-    return dataclasses.replace(sampling, tau=(read_json(file)["tau"],) * scales)
+    return dataclasses.replace(sampling, tau=(read_threshold(file),) * scales)
 
 
 def measure_flops(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
@@ -83,13 +83,13 @@ def measure_flops(folder: Path, sampling: SampleConfig, file: Path, world: World
         executed = count_sampled_flops(pipeline, _list_labels(pipeline), sampling)
         write_json(file, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
     world.wait()
-    return dict(read_json(file))
+    return read_flops(file)
 
 
 def collect_metrics(folder: Path, sampling: SampleConfig, file: Path, world: World) -> dict[str, float]:
     """What the stages measured, and the FLOPs that sampling with these settings executes; `file` stores those."""
     executed = measure_flops(folder, sampling, file, world)
-    stages: dict[str, Any] = read_json(folder / "finished.json")["stages"]
+    stages: dict[str, Any] = read_finished(folder)["stages"]
     tuned, routers = stages.get("tune", {}), stages.get("routers", {})
     figures = {
         "tuned_loss": tuned.get("validation_cross_entropy"), "hoyer": tuned.get("validation_hoyer"),

@@ -41,6 +41,13 @@ from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.keys import compute_key, list_changed_settings
 from nextscale.research.experiments.ledger import check_experiment_inputs
 from nextscale.research.experiments.pictures import TrainedModel, draw_picture
+from nextscale.research.experiments.records import (
+    read_costs,
+    read_data_name,
+    read_finished,
+    read_measures,
+    read_report,
+)
 from nextscale.training.classifier import train_classifier
 from nextscale.training.encoder import train_encoder
 from nextscale.training.tokenize import tokenize
@@ -182,7 +189,7 @@ class ExperimentRunner:
             config = dataclasses.replace(config, sampling=remove_thresholds(self.experiment.rows[0].sampling))
             train_transformer(config, folder, self.world)
         self.world.wait()
-        return folder, read_json(folder / "finished.json")
+        return folder, read_finished(folder, len(read_config(folder)[0].pyramid))
 
     def _train_refiner(self, seed: int) -> tuple[Path, dict[str, Any]]:
         """The folder of the model for the last scales, trained or given by the user, and its last validation."""
@@ -227,10 +234,8 @@ class ExperimentRunner:
     ) -> tuple[Path, SampleConfig, dict[str, float]]:
         """The folder of the sparsified model, its sampling settings with the row's threshold, and its metrics."""
         assert row.sparsify is not None, "called for rows that are sparsified"
-        if self.model:
-            data = self.data and self._tokenize(row, str(dense), "")
-        else:
-            data = read_json(dense / "run.json")["data"]
+        given = self.data and self._tokenize(row, str(dense), "") if self.model else ""
+        data = given if self.model else read_data_name(dense)
         folder = sparsify_once(row.sparsify, dense, data, self.folder, self.world)
         unseeded = dataclasses.replace(sampling, seed=0)
         name = compute_key(dataclasses.asdict(unseeded), row.flops)
@@ -243,7 +248,7 @@ class ExperimentRunner:
         rows = [row for row in self.experiment.rows if row.measured]
         folders = [self._train_generator(row, self.experiment.seeds[0])[0] for row in rows]
         key = compute_key([str(folder) for folder in folders], describe_machine(self.world.device)["device"])
-        if self.world.main and not (file.exists() and read_json(file)["about"] == key):
+        if self.world.main and not (file.exists() and read_costs(file, len(rows)).about == key):
             measured = measure_sampling_seconds(folders, rows[0].sampling, self.world)
             for row, folder, seconds in zip(rows, folders, measured, strict=True):
                 seconds["seconds_per_epoch"] = compute_training_seconds(folder, self._count_examples(row, folder))
@@ -251,7 +256,7 @@ class ExperimentRunner:
         self.world.wait()
         return {
             row.name: [self._count_costs(row, folder) | seconds]
-            for row, folder, seconds in zip(rows, folders, read_json(file)["rows"], strict=True)
+            for row, folder, seconds in zip(rows, folders, read_costs(file, len(rows)).rows, strict=True)
         }
 
     def _count_costs(self, row: Row, folder: Path) -> dict[str, float]:
@@ -277,7 +282,7 @@ class ExperimentRunner:
 
     def _count_examples(self, row: Row, folder: Path) -> int:
         """Training examples in an epoch of a run."""
-        data, config = Path(read_json(folder / "run.json")["data"]), read_config(folder)[0]
+        data, config = Path(read_data_name(folder)), read_config(folder)[0]
         if is_token_cache(data):
             return int(TokenCache(data).head["examples"]["train"])
         return len(open_dataset(str(data), config.image_size, row.run.images, self.experiment.seeds[0])[0])
@@ -290,7 +295,7 @@ class ExperimentRunner:
             evaluate_folder(folder, self.reference, self.experiment.images, folder)
         self.world.wait()
         evaluation = EvaluationConfig(count=self.experiment.images, reconstruct=self.reference)
-        return read_json(report) | self._evaluate(folder, evaluation)
+        return read_report(report) | self._evaluate(folder, evaluation)
 
     def _make_statistics(self, size: Size) -> str:
         """The file with the reference's statistics for images of this size."""
@@ -315,6 +320,6 @@ class ExperimentRunner:
             reference = self._make_statistics(shorten_size(read_config(folder)[0].image_size))
             evaluate(str(folder), out, [self.features], [reference], config, self.world)
         self.world.wait()
-        ((network, report),) = read_json(out)["measures"].items()
+        network, report = read_measures(out)
         names = {metric: name_metric(metric, network) for metric in METRICS}
         return {metric: report[name] for metric, name in names.items() if name in report} | {"network": network}
