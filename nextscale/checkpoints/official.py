@@ -18,6 +18,7 @@ from nextscale.checkpoints import Checkpoint, Shape, build_on_meta, check_floati
 from nextscale.checkpoints.official_files import read_tensors, write_tensors
 from nextscale.checkpoints.official_shapes import Hints, infer_config, list_fixed_settings, list_needed_options
 from nextscale.common.errors import UserError
+from nextscale.common.files import find_target
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
@@ -99,6 +100,8 @@ def export_official(checkpoint: Checkpoint, vae: Path | None, var: Path | None) 
     experts, dynamic FFNs, other mixers than those of VAR or M-VAR, an M-VAR of one adaLN or of another Mamba-2, layers
     and conditions of your own.
     """
+    if vae is not None and var is not None and find_target(vae) == find_target(var):
+        raise UserError(f"tokenizer and transformer cannot be written to the same file, {vae}")
     config, origin = checkpoint.config, checkpoint.origin
     default = "single" if config.tokenizer.num_phi == 1 else "list"
     layout = origin.get("phi_layout", default)

@@ -10,6 +10,7 @@ from torch import Tensor
 import nextscale
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.native import FORMAT, ORIGINAL, TOKENIZER, TRANSFORMER, VERSION
+from nextscale.common.contents import CLASSIFIER, ENCODER, OTHER_MODEL, identify_folder
 from nextscale.common.digest import add_digest, compute_digest
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
@@ -30,6 +31,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot save to {folder}: it is a file, not a folder")
+    if (folder / "config.json").exists() and identify_folder(folder) in (OTHER_MODEL, CLASSIFIER, ENCODER):
+        raise UserError(f"cannot save to {folder}: it holds {identify_folder(folder)}; choose another folder")
     with write_atomically(*(folder / name for name in files), folder / "config.json") as drafts:
         for draft, tensors in zip(drafts[:-1], files.values(), strict=True):
             save_file(tensors, draft)

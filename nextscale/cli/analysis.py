@@ -8,10 +8,18 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from nextscale.cli.files import Overwrite, list_inputs
+from nextscale.common.outputs import Input, Output, ReportFolder
 from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
+from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 
 Analysis = Annotated[AnalysisConfig, arg(name="")]
+
+
+def _describe_folder(out: Path, analysis: str, *figures: str) -> ReportFolder:
+    """The output of an analysis: NAME.json, by which it knows its own results, and figures."""
+    return ReportFolder("--out", out, f"{analysis}.json", ("analysis",), {"analysis": analysis}, figures)
 
 
 @dataclass
@@ -30,6 +38,11 @@ class AnalyseLoad:
     names: tuple[str, ...] = ()
     """Names of the models in the figure; default: their folders."""
     analysis: Analysis = field(default_factory=AnalysisConfig)
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
+        return [_describe_folder(self.out, "load", "load.png")], inputs
 
     def run(self) -> None:
         from nextscale.research.analysis.load import analyse_load
@@ -58,6 +71,21 @@ class AnalyseRouting:
     image: int | None = None
     """Index of a single held-out image to show; default: the share over all images."""
     analysis: Analysis = field(default_factory=AnalysisConfig)
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields(
+            "",
+            self,
+            {
+                "block must be 0 or more": self.block >= 0,
+                "image must be 0 or more": self.image is None or self.image >= 0,
+            },
+        )
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
+        return [_describe_folder(self.out, "routing", "routing.png")], inputs
 
     def run(self) -> None:
         from nextscale.research.analysis.routing import analyse_routing
@@ -85,6 +113,16 @@ class AnalyseFeatures:
     projection: Literal["pca", "tsne"] = "pca"
     """Projection to two dimensions; t-SNE needs scikit-learn."""
     analysis: Analysis = field(default_factory=AnalysisConfig)
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields(
+            "", self, {"block must be 0 or more": self.block >= 0, "points must be 1 or more": self.points >= 1}
+        )
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
+        return [_describe_folder(self.out, "features", "features.png")], inputs
 
     def run(self) -> None:
         from nextscale.research.analysis.features import analyse_features
@@ -117,6 +155,13 @@ class AnalyseErrors:
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(
+            models={"MODELS": self.models, "--refiner": self.settings.refiner}, files={"--config": self.config}
+        )
+        return [_describe_folder(self.out, "errors", "errors.png", "distance.png")], inputs
 
     def run(self) -> None:
         from nextscale.research.analysis.errors import analyse_errors
@@ -146,6 +191,13 @@ class AnalyseDynamic:
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(models={"MODEL": self.model}, files={"--config": self.config})
+        return [
+            ReportFolder("--out", self.out, "dynamic.json", ("model", "rows"), figures=("experts.png", "samples.png"))
+        ], inputs
 
     def run(self) -> None:
         from nextscale.research.analysis.dynamic import analyse_dynamic
@@ -170,6 +222,11 @@ class AnalyseConvergence:
     """Folder for convergence.json and convergence.png."""
     names: tuple[str, ...] = ()
     """Names of the runs in the figure; runs of one name become one curve, their mean. Default: their folders."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(models={"RUNS": self.runs})
+        return [_describe_folder(self.out, "convergence", "convergence.png")], inputs
 
     def run(self) -> None:
         from nextscale.research.analysis.convergence import analyse_convergence

@@ -8,7 +8,11 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
+from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.common import contents
 from nextscale.common.errors import UserError
+from nextscale.common.outputs import CheckpointFolder, Input, Output, RunFolder, WeightsFile
+from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.transformer import ExpertsConfig
 from nextscale.pyramid import Pyramid
@@ -28,6 +32,13 @@ class Adapt:
     """New sides of the token maps, coarse to fine: 1,2,3,4 or, for another aspect, 1x1,2x3,4x6."""
     seed: int = 0
     """Seed of the new class embeddings."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields("", self, {SEED_RULE: is_seed(self.seed)})
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        return [CheckpointFolder("--out", self.out)], list_inputs(models={"MODEL": self.model})
 
     def run(self) -> None:
         from nextscale.checkpoints.adapt import adapt, parse_classes
@@ -60,6 +71,13 @@ class Upcycle:
     it, because they see different tokens during training."""
     seed: int = 0
     """Seed of the routers and of the noise."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields("", self, {"noise must be 0 or more": self.noise >= 0, SEED_RULE: is_seed(self.seed)})
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        return [CheckpointFolder("--out", self.out)], list_inputs(models={"MODEL": self.model})
 
     def run(self) -> None:
         from nextscale.checkpoints.native import read_checkpoint
@@ -110,6 +128,12 @@ class Sparsify:
         "device",
     )
 
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(
+            images={"--data": self.settings.data}, models={"MODEL": self.model}, files={"--config": self.config}
+        )
+        return [RunFolder("--out", self.out, (contents.SPARSIFY_RUN,))], inputs
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.sparsify.report import summarize_report
@@ -142,6 +166,21 @@ class ImportOfficial:
     """Weight of the convolution in phi (the official code's quant_resi)."""
     class_names: Path | None = None
     """Text file with one class name per line, in label order."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields(
+            "",
+            self,
+            {
+                "heads must be 1 or more": self.heads is None or self.heads >= 1,
+                "phi_ratio must lie in 0 to 1": 0 <= self.phi_ratio <= 1,
+            },
+        )
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        files: Paths = {"--vae": self.vae, "--var": self.var, "--class-names": self.class_names}
+        return [CheckpointFolder("--out", self.out)], list_inputs(files=files)
 
     def run(self) -> None:
         from nextscale.checkpoints.official import import_official
@@ -170,6 +209,12 @@ class ExportOfficial:
     """Tokenizer file to write, .pth or .safetensors."""
     var: Path | None = None
     """Transformer file to write, .pth or .safetensors."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        given = (("--vae", self.vae), ("--var", self.var))
+        outputs: list[Output] = [WeightsFile(option, path) for option, path in given if path is not None]
+        return outputs, list_inputs(models={"MODEL": self.model})
 
     def run(self) -> None:
         from nextscale.checkpoints.native import read_checkpoint

@@ -8,8 +8,12 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
+from nextscale.cli.files import Overwrite, list_inputs
+from nextscale.common import contents
+from nextscale.common.outputs import Input, JsonFile, Output, RunFolder
 from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderRunConfig
+from nextscale.config.parse import check_fields
 
 
 @dataclass
@@ -48,6 +52,10 @@ class EncoderTrain:
         "device",
     )
 
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        folder = RunFolder("--out", self.out, (contents.ENCODER_RUN, contents.UNKNOWN_RUN))
+        return [folder], list_inputs(images={"--data": self.data}, files={"CONFIG": self.config})
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.training.encoder import train_encoder
@@ -82,6 +90,15 @@ class EncoderEvaluate:
     """Read images at this side, which the encoder then resizes; 0 = the one that it was made for."""
     out: Path | None = None
     """JSON file to write the result to."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields("", self, {"size must be 0 (the encoder's) or more": self.size >= 0})
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(images={"--data": self.data, "--test": self.test}, models={"ENCODER": self.encoder})
+        about = {"encoder": self.encoder, "data": self.data, "test": self.test}
+        return [JsonFile("--out", self.out, ("knn_accuracy", *about), about)] if self.out else [], inputs
 
     def run(self) -> None:
         from nextscale.training.encoder import evaluate_encoder

@@ -8,11 +8,22 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
+from nextscale.cli.files import Overwrite, Paths, list_inputs
 from nextscale.cli.use import Dtype
-from nextscale.common.errors import UserError
+from nextscale.common import contents
+from nextscale.common.outputs import (
+    ExperimentsFolder,
+    Input,
+    JsonFile,
+    Output,
+    PicturesFolder,
+    RunFolder,
+    StatisticsFile,
+)
 from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
+from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 
 Scale = Literal["tiny", "cifar", "paper"]
@@ -61,13 +72,32 @@ class Evaluate:
     """Computing type of a model; default float32 on a CPU, the stored type elsewhere."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("batch_size", "shard")}
+        check_fields("", self, {"num must be 0 or more": self.num >= 0, **rules})
+        parse_size("--size", self.size)
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        outputs: list[Output] = [
+            JsonFile("--out", self.out, ("source", "protocol", "measures"), {"source": self.source}),
+            RunFolder("--out", self.out.with_suffix(".work"), (contents.FEATURES,)),
+        ]
+        outputs += [PicturesFolder("--images-out", self.images_out)] if self.images_out else []
+        images: Paths = {"SOURCE": self.source, "--against": self.against, "--reconstruct": self.reconstruct}
+        inputs = list_inputs(
+            images={**images, "--reference": self.reference},
+            models={"--features": self.features, "--refiner": self.settings.refiner},
+            files={"--lpips": self.lpips, "--config": self.config},
+        )
+        return outputs, inputs
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.config.evaluation import EvaluationConfig
         from nextscale.evaluation.run import evaluate, format_report
 
-        check_positive("--batch-size, --shard", self.batch_size, self.shard)
         config = EvaluationConfig(
             self.num, self.settings, parse_size("--size", self.size), shard=self.shard, images=self.images,
             batch=self.batch_size, dtype=self.dtype, reconstruct=self.reconstruct,
@@ -106,13 +136,25 @@ class Statistics:
     """Images of one file of features; a resumed run repeats at most this many."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("keep", "batch_size", "shard")}
+        check_fields("", self, rules)
+        parse_size("--size", self.size)
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        outputs: list[Output] = [
+            StatisticsFile("--out", self.out),
+            RunFolder("--out", self.out.with_suffix(".work"), (contents.FEATURES,)),
+        ]
+        return outputs, list_inputs(images={"DATA": self.data}, models={"--features": self.features})
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.config.evaluation import EvaluationConfig
         from nextscale.evaluation.run import make_statistics
 
-        check_positive("--batch-size, --shard, --keep", self.batch_size, self.shard, self.keep)
         config = EvaluationConfig(
             size=parse_size("--size", self.size), shard=self.shard, images=self.images, batch=self.batch_size
         )
@@ -144,6 +186,10 @@ class Bench:
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, ..."""
+
+    def check(self) -> None:
+        sizes = len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1
+        check_fields("", self, {"batch_sizes must be 1 or more": sizes, "rounds must be 1 or more": self.rounds >= 1})
 
     def run(self) -> None:
         import json
@@ -219,6 +265,17 @@ class ExperimentRun:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        models: Paths = {
+            "--model": self.model,
+            "--refiner": self.refiner,
+            "--tokenizer": self.tokenizer,
+            "--features": self.features,
+            "--encoder": self.encoder,
+        }
+        inputs = list_inputs(images={"--data": self.data, "--reference": self.reference}, models=models)
+        return [ExperimentsFolder("--out", self.out)], inputs
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.research.experiments.entry import load_experiment
@@ -269,6 +326,10 @@ class ClassifierTrain:
         "device",
     )
 
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        folder = RunFolder("--out", self.out, (contents.CLASSIFIER_RUN, contents.UNKNOWN_RUN))
+        return [folder], list_inputs(images={"--data": self.data}, files={"CONFIG": self.config})
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.training.classifier import train_classifier
@@ -292,15 +353,15 @@ class ClassifierEvaluate:
     images: ReadConfig = field(default_factory=ReadConfig)
     out: Path | None = None
     """JSON file to write the result to."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(images={"--data": self.data}, models={"MODEL": self.model})
+        about = {"data": self.data}
+        return [JsonFile("--out", self.out, ("accuracy", "loss", *about), about)] if self.out else [], inputs
 
     def run(self) -> None:
         from nextscale.training.classifier import evaluate_classifier
 
         report = evaluate_classifier(self.model, self.data, self.out, self.images)
         print(f"{report['images']} images: accuracy {report['accuracy']:.2%}, cross-entropy {report['loss']:.3f} nats")
-
-
-def check_positive(names: str, *values: int) -> None:
-    """Raise UserError unless all values are 1 or more."""
-    if min(values) < 1:
-        raise UserError(f"{names} must be 1 or more")

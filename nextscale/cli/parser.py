@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import os
 import sys
 from pathlib import Path
@@ -14,8 +16,10 @@ import tyro
 
 from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
+from nextscale.cli.files import check_files
 from nextscale.cli.help import HELP, hide_options, list_required
-from nextscale.common.errors import UserError
+from nextscale.cli.spelling import name_as_typed, refuse_empty_paths, restore_spelling
+from nextscale.common.errors import SettingError, UserError
 from nextscale.common.progress import close_progress_bars
 from nextscale.config.files import read_settings
 from nextscale.config.idle import check_steps, print_setting_notes
@@ -45,11 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
                 print_setting_notes(command)
             from nextscale.backends.cpu.memory import keep_freed_memory
 
-            keep_freed_memory()  # the process is ours
-            try:
-                command.run()
-            finally:
-                close_progress_bars()  # before an error is printed
+            with check_files(command):
+                keep_freed_memory()  # the process is ours
+                try:
+                    command.run()
+                finally:
+                    close_progress_bars()  # before an error is printed
         return 0
     except UserError as error:
         return _print_error(str(error), error.exit_status)
@@ -64,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            return _print_error("there is not enough memory for this; choose smaller sizes or batches", 2)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return _print_error(f"{what[:500]} (unexpected; NEXTSCALE_TRACEBACK=1 shows where)", 1)
 
@@ -88,23 +95,47 @@ def parse(arguments: list[str]) -> Any:
         name = " ".join(arguments[:2]) if any(c.startswith(f"{name} ") for c in COMMANDS) else name
         raise UserError(f"there is no command '{name}'{suggest_name(name, list(COMMANDS))}")
     kind, rest = COMMANDS[name], _move_lists_last(rest)
-    defaults = read_defaults(kind, [word for word in rest if word not in HELP])
+    refuse_empty_paths(kind, rest)
+    try:
+        command = _parse_options(name, kind, rest)
+        if hasattr(command, "check"):
+            command.check()
+        return command
+    except SettingError as error:
+        raise UserError(name_as_typed(error, rest)) from error
+
+
+def _parse_options(name: str, kind: type, arguments: list[str]) -> Any:
+    """The command from its arguments. What tyro frames in a box is printed as it is, or raised where it is ours."""
+    defaults = read_defaults(kind, [word for word in arguments if word not in HELP])
     description = inspect.cleandoc(kind.__doc__ or "")
-    if not HELP.isdisjoint(rest):
-        if "--help-all" not in rest:
-            kind, defaults, hint = hide_options(kind, defaults)
+    given, shown, before = arguments, kind, defaults
+    if not HELP.isdisjoint(arguments):
+        if "--help-all" not in arguments:
+            shown, defaults, hint = hide_options(kind, defaults)
             description += hint.format(name=name)
-        rest = ["--help"]
-    command = tyro.cli(
-        kind,
-        prog=f"nextscale {name}",
-        description=description,
-        args=rest,
-        default=defaults,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+        given = ["--help"]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            command = tyro.cli(
+                shown,
+                prog=f"nextscale {name}",
+                description=description,
+                args=given,
+                default=defaults,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(restore_spelling(printed.getvalue(), arguments))
+        raise
     if hasattr(command, "settings"):
-        check_steps(command.settings, get_default_settings(kind) if defaults is None else defaults.settings)
+        check_steps(command.settings, get_default_settings(kind) if before is None else before.settings)
     return command
 
 

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
+from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.common import contents
 from nextscale.common.errors import UserError
+from nextscale.common.outputs import Input, Output, ReportFolder, RunFolder
 from nextscale.config.data import DataConfig, ReadConfig
+from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.transformer_training import RunConfig
@@ -46,6 +50,10 @@ class Quickstart:
         "train-transformer.steps",
         "seed",
     )
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        folder = RunFolder("--out", self.out, (contents.QUICKSTART_RUN,))
+        return [folder], list_inputs(images={"--data": self.settings.data}, files={"--config": self.config})
 
     def run(self) -> None:
         from nextscale.quickstart.run import run_quickstart
@@ -91,6 +99,12 @@ class TokenizerTrain:
         "device",
     )
 
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(
+            images={"--data": self.data}, models={"--start": self.settings.start}, files={"CONFIG": self.config}
+        )
+        return [RunFolder("--out", self.out, (contents.TOKENIZER_RUN, contents.UNKNOWN_RUN))], inputs
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.training.report import format_tokenizer_report, report_interruption
@@ -115,6 +129,17 @@ class TokenizerEvaluate:
     limit: int = 1_000_000
     """Use at most this many images, chosen at random."""
     images: ReadConfig = field(default_factory=ReadConfig)
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields("", self, {"limit must be 1 or more": self.limit >= 1})
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(images={"--data": self.data}, models={"MODEL": self.model})
+        if self.out is None:
+            return [], inputs
+        keys, figures = ("psnr_db", "codebook", "usage_per_scale"), ("reconstructions.png",)
+        return [ReportFolder("--out", self.out, "report.json", keys, figures=figures)], inputs
 
     def run(self) -> None:
         from nextscale.training.report import format_tokenizer_report
@@ -152,12 +177,19 @@ class Tokenize:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
+    def check(self) -> None:
+        rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("views", "shard", "batch_size")}
+        check_fields("", self, {**rules, SEED_RULE: is_seed(self.seed)})
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        models: Paths = {"--tokenizer": self.tokenizer, "--encoder": self.encoder}
+        inputs = list_inputs(images={"DATA": self.data}, models=models)
+        return [RunFolder("--out", self.out, (contents.TOKEN_CACHE,))], inputs
+
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
         from nextscale.training.tokenize import tokenize
 
-        if min(self.views, self.shard, self.batch_size) < 1:
-            raise UserError("--views, --shard and --batch-size must be 1 or more")
         if self.views > 1 and not (self.images.random_crop or self.images.flip):
             raise UserError(
                 f"--views {self.views} would encode the same pixels {self.views} times: give --images.random-crop or "
@@ -209,6 +241,15 @@ class Train:
         "dry-run",
         "device",
     )
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        given = self.settings
+        inputs = list_inputs(
+            images={"--data": given.data},
+            models={"--tokenizer": given.tokenizer, "--start": given.start, "--loss.encoder": given.loss.encoder},
+            files={"CONFIG": self.config},
+        )
+        return [RunFolder("--out", self.out, (contents.TRAIN_RUN, contents.UNKNOWN_RUN))], inputs
 
     def run(self) -> None:
         if self.dry_run:

@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from nextscale.cli.files import Overwrite, Paths, list_inputs
 from nextscale.common.errors import UserError
+from nextscale.common.outputs import Input, Output, PictureFile, PicturesFolder, TokensFile
+from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -24,7 +27,7 @@ class Sample:
     labels: str
     """Classes, separated by commas: names or numbers, or 'none' for no label. One image for each."""
     out: Path
-    """The grid, a PNG file."""
+    """The grid. The suffix chooses the format: .png, .jpg, .webp, ...; without one it is a PNG."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings (cfg, top_k, top_p, temperature, seed, ...); options on the command line
@@ -43,16 +46,23 @@ class Sample:
     """Where to compute: cpu, cuda, cuda:1, ..."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields("", self, {"batch_size must be 1 or more": self.batch_size >= 1})
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        models = {"MODEL": self.model, "--refiner": self.settings.refiner}
+        inputs = list_inputs(models=models, files={"--config": self.config})
+        return _list_outputs("sample", self.out, self.tokens_out, self.images_out), inputs
 
     def run(self) -> None:
         from nextscale.pipeline import Pipeline
 
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size must be 1 or more; got {self.batch_size}")
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
         labels = pipeline.config.parse_classes(self.labels, "--labels")
         images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
-        _write_outputs(images, self.out, self.tokens_out, self.images_out)
+        _write_outputs(images, "sample", self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")
 
 
@@ -68,7 +78,7 @@ class Reconstruct:
     images: Positional[tuple[Path, ...]]
     """Image files; a folder, a parquet file or a tar archive gives all its images, in the order of a data set."""
     out: Path
-    """The reconstructions as one grid, a PNG file."""
+    """The reconstructions as one grid. The suffix chooses the format, as for `nextscale sample`."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     images_out: Path | None = None
@@ -79,6 +89,11 @@ class Reconstruct:
     """Where to compute: cpu, cuda, cuda:1, ..."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(models={"MODEL": self.model}, images={"IMAGES": self.images})
+        return _list_outputs("reconstruct", self.out, self.tokens_out, self.images_out), inputs
 
     def run(self) -> None:
         from nextscale.data.files import load_named_images
@@ -88,7 +103,7 @@ class Reconstruct:
         given = load_named_images(self.images, pipeline.config.image_size)
         given.print_notes(pipeline.config.image_size)
         images = replace(pipeline.reconstruct(given.images), captions=tuple(Path(name).name for name in given.names))
-        _write_outputs(images, self.out, self.tokens_out, self.images_out)
+        _write_outputs(images, "reconstruct", self.out, self.tokens_out, self.images_out)
         print(f"wrote {len(given.images)} reconstructions to {self.out}")
 
 
@@ -103,7 +118,7 @@ class Edit:
     mask: Path
     """Image of the same size: white stays, black is generated anew."""
     out: Path
-    """The edited image, a PNG file."""
+    """The edited image. The suffix chooses the format, as for `nextscale sample`."""
     label: str = "none"
     """Class to generate, name or number; 'none' continues the image."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
@@ -117,6 +132,12 @@ class Edit:
     """Where to compute: cpu, cuda, cuda:1, ..."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        models = {"MODEL": self.model, "--refiner": self.settings.refiner}
+        files: Paths = {"IMAGE": self.image, "--mask": self.mask, "--config": self.config}
+        return _list_outputs("edit", self.out, self.tokens_out), list_inputs(models=models, files=files)
 
     def run(self) -> None:
         from nextscale.data.files import load_named_images
@@ -136,7 +157,7 @@ class Edit:
         elif not (mask > 0.5).any():
             print(f"note: {self.mask} keeps nothing (it is black); the result is a plain sample")
         images = pipeline.edit(self.image, mask, labels[0], self.settings)
-        _write_outputs(images, self.out, self.tokens_out, None, as_grid=False)
+        _write_outputs(images, "edit", self.out, self.tokens_out, None, as_grid=False)
         print(f"wrote {self.out}")
 
 
@@ -176,8 +197,15 @@ class Info:
         print(json.dumps(facts, indent=2) if self.json else as_text(facts))
 
 
+def _list_outputs(command: str, out: Path, tokens_out: Path | None, images_out: Path | None = None) -> list[Output]:
+    """The outputs that a command declares."""
+    outputs: list[Output] = [PictureFile("--out", out, f"nextscale {command}")]
+    outputs += [TokensFile("--tokens-out", tokens_out)] if tokens_out else []
+    return outputs + ([PicturesFolder("--images-out", images_out)] if images_out else [])
+
+
 def _write_outputs(  # type: ignore[no-untyped-def]
-    images, out: Path, tokens_out: Path | None, images_out: Path | None, *, as_grid: bool = True
+    images, command: str, out: Path, tokens_out: Path | None, images_out: Path | None, *, as_grid: bool = True
 ) -> None:
     """Write `out` and what --tokens-out and --images-out ask for. Older files are replaced together, or none."""
     from safetensors.torch import save_file
@@ -193,8 +221,8 @@ def _write_outputs(  # type: ignore[no-untyped-def]
     singles = [images_out / name for name in names] if images_out else []
     tables = [tokens_out] if tokens_out else []
     with write_atomically(out, *tables, *singles) as (sheet, *drafts):
-        write_image(tile_images(pictures, images.captions) if as_grid else pictures[0], sheet)
+        write_image(tile_images(pictures, images.captions) if as_grid else pictures[0], sheet, f"nextscale {command}")
         if tables:
             save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, drafts.pop(0))
         for picture, draft in zip(pictures, drafts, strict=False):
-            write_image(picture, draft)
+            write_image(picture, draft, f"nextscale {command}")

@@ -19,6 +19,15 @@ class UserError(ValueError):
         super().__init__(clean_message(str(message)))
 
 
+class SettingError(UserError):
+    """A setting whose value breaks a rule. The command line names the setting as its option was typed."""
+
+    def __init__(self, part: str, rule: str, name: str, value: object, names: tuple[str, ...] = ()):
+        """`rule`: a sentence without its end that starts with the name. `names`: other settings it may speak of."""
+        super().__init__(f"{part}: {rule}; got {name}={value}" if part else f"{rule}; got {name}={value}")
+        self.rule, self.name, self.value, self.names = rule, name, value, names
+
+
 class Interruption(UserError):
     """The user stopped the command. The message says what is saved and how to resume."""
 

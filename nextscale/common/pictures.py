@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from nextscale.common.contents import mark_picture
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
 
@@ -36,12 +37,15 @@ def save_image(image: Image.Image, path: Path) -> None:
         write_image(image, draft)
 
 
-def write_image(image: Image.Image, path: Path) -> None:
-    """Encode an image into `path`. UserError when the suffix names a format that PIL cannot write."""
+def write_image(image: Image.Image, path: Path, program: str = "nextscale") -> None:
+    """Encode an image into `path`, with the name of the program that made it.
+
+    UserError when the suffix names a format that PIL cannot write.
+    """
     format_name = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     if format_name not in Image.SAVE:
         raise UserError(f"images cannot be written as {path.suffix}; use .png")
-    image.save(path, format=format_name)
+    image.save(path, format=format_name, **mark_picture(format_name, program))
 
 
 def tile_images(images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 0) -> Image.Image:

@@ -78,4 +78,4 @@ def choose_shade(k: int, count: int) -> tuple[float, ...]:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG."""
     with write_atomically(path) as (draft,):
-        figure.savefig(draft, format="png", dpi=110)
+        figure.savefig(draft, format="png", dpi=110, metadata={"Software": "nextscale"})

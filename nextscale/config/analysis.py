@@ -52,6 +52,7 @@ class ErrorsConfig:
     def __post_init__(self) -> None:
         rules = {
             "num must be 1 or more": self.num >= 1,
+            "scales must be numbers from 1": all(scale >= 1 for scale in self.scales),
             "share must lie above 0, up to 1": 0 < self.share <= 1,
             "shown must be 1 or more": self.shown >= 1,
             "batch_size must be 1 or more": self.batch_size >= 1,

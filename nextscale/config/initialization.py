@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nextscale.config.parse import check_fields
+
 
 @dataclass(frozen=True)
 class InitConfig:
@@ -15,3 +17,7 @@ class InitConfig:
     """Gain on the rows that scale the outputs of mixers and FFN: near 0, every block starts as the identity."""
     head: float = 0.02
     """Gain on the output head: near 0, the first predictions are almost uniform."""
+
+    def __post_init__(self) -> None:
+        gains = ("adaln", "adaln_gamma", "head")
+        check_fields("init", self, {f"{name} must be 0 or more": getattr(self, name) >= 0 for name in gains})

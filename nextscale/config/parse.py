@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nextscale.common.digest import check_digest
-from nextscale.common.errors import UserError
+from nextscale.common.errors import SettingError, UserError
 from nextscale.common.reading import read_json
 from nextscale.pyramid import Pyramid
 
@@ -25,12 +25,38 @@ Scalar = bool | int | float | str | None
 """A JSON value that is neither a list nor a table."""
 
 
+SEED_RULE = "seed must lie in 0 to 2^63 - 1"
+_LARGEST = 10**12
+"""Larger whole numbers than this are no sizes or counts; only seeds may be larger."""
+
+
+def is_seed(value: int) -> bool:
+    """Whether `SEED_RULE` holds."""
+    return 0 <= value < 2**63
+
+
 def check_fields(part: str, config: Any, rules: dict[str, bool]) -> None:
-    """Raise UserError for the first rule that does not hold; a rule starts with the name of its setting."""
-    for rule, holds in rules.items():
+    """Raise SettingError for the first rule that does not hold; a rule starts with the name of its setting.
+
+    All numbers of the config must be finite, and whole ones at most 10^12. `part`: what the settings are of; empty for
+    the options of a command.
+    """
+    names = tuple(f.name for f in dataclasses.fields(config))
+    general = {rule: holds for name in names for rule, holds in _check_size(name, getattr(config, name)).items()}
+    for rule, holds in (rules | general).items():
         if not holds:
             name = rule.split()[0].rstrip(",")
-            raise UserError(f"{part}: {rule}; got {name}={getattr(config, name)}")
+            raise SettingError(part, rule, name, getattr(config, name), names)
+
+
+def _check_size(name: str, value: Any) -> dict[str, bool]:
+    """The rules that hold for all numbers."""
+    values = value if isinstance(value, tuple | list) else (value,)
+    reals = [v for v in values if isinstance(v, float)]
+    counts = [v for v in values if isinstance(v, int)]
+    finite = all(math.isfinite(v) for v in reals)
+    small = name == "seed" or all(abs(v) <= _LARGEST for v in counts)
+    return {f"{name} must be finite": finite, f"{name} must be at most 10^12": small}
 
 
 def check_types(part: str, config: Any) -> None:

@@ -9,6 +9,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.config.idle import Idle
+from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.tokenizer_training import derive_pyramid
@@ -108,10 +109,14 @@ class QuickstartConfig:
     """Generated images that the second classifier is fitted on; the first one reads up to 500 of them."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise UserError(f"quickstart: held_out must lie between 0 and 1; got {self.held_out}")
-        if self.limit < 1 or self.measure_images < 1:
-            raise UserError("quickstart: limit and measure_images must be at least 1")
+        rules = {
+            "held_out must lie between 0 and 1": 0 < self.held_out < 1,
+            "image_size must be 0 (derived from the data) or more": self.image_size >= 0,
+            "limit must be at least 1": self.limit >= 1,
+            "measure_images must be at least 1": self.measure_images >= 1,
+            SEED_RULE: is_seed(self.seed),
+        }
+        check_fields("quickstart", self, rules)
         if self.loss.encoder not in ("own", ""):
             raise UserError(f"quickstart: loss.encoder is '{self.loss.encoder}'; give own, or nothing for no guidance")
         if not 0 <= self.max_epochs < math.inf:

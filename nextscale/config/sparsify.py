@@ -8,7 +8,7 @@ from typing import Literal
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
 from nextscale.config.idle import Idle
-from nextscale.config.parse import check_fields
+from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import NO_GENERATOR, TrainConfig
 
@@ -79,6 +79,7 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         rules = {
+            SEED_RULE: is_seed(self.seed),
             "stages must name at least one": len(self.stages) > 0,
             "samples must be 20 or more": self.samples >= 20,
             "hoyer must be 0 or more": 0 <= self.hoyer < float("inf"),

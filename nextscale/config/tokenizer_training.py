@@ -8,9 +8,12 @@ from typing import Literal
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
 from nextscale.config.idle import Idle
+from nextscale.config.parse import check_fields
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.training import NO_GENERATOR, TrainConfig
 from nextscale.pyramid import Pyramid
+
+_SIZES = ("channels", "layers")
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ class TokenizerLossConfig:
     """Layers of the discriminator that halve the resolution: more layers judge larger patches."""
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "lpips", "adversarial"):
-            if getattr(self, name) < 0:
-                raise UserError(f"losses: {name} must be 0 or more; got {getattr(self, name)}")
+        weights = ("l1", "l2", "lpips", "adversarial", "adversarial_start")
+        rules = {f"{name} must be 0 or more": getattr(self, name) >= 0 for name in weights}
+        rules |= {f"discriminator_{n} must be 1 or more": getattr(self, f"discriminator_{n}") >= 1 for n in _SIZES}
+        check_fields("losses", self, rules)
         if not (self.l1 or self.l2 or self.lpips):
             raise UserError("losses: l1, l2 and lpips are all 0: the decoder would learn nothing; give one of them")
         if self.lpips > 0 and not (self.lpips_vgg and self.lpips_linear):
@@ -73,11 +77,12 @@ class CodebookConfig:
     """A code is dead when it is used less often than this share of the average code (moving average)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ema_decay < 1 or self.revive_every < 0 or not 0 <= self.revive_below < 1:
-            raise UserError(
-                f"codebook: ema_decay must lie between 0 and 1 (got {self.ema_decay}), revive_every be 0 or more "
-                f"(got {self.revive_every}), revive_below lie in 0 to below 1 (got {self.revive_below})"
-            )
+        rules = {
+            "ema_decay must lie between 0 and 1": 0 < self.ema_decay < 1,
+            "revive_every must be 0 (never) or more": self.revive_every >= 0,
+            "revive_below must lie in 0 to below 1": 0 <= self.revive_below < 1,
+        }
+        check_fields("codebook", self, rules)
 
     def list_idle(self) -> Idle:
         """Settings without effect, see `nextscale.config.idle`."""
@@ -110,6 +115,7 @@ class TokenizerRunConfig:
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
 
     def __post_init__(self) -> None:
+        check_fields("run", self, {"image_size must be 0 or more": self.image_size >= 0})
         if not self.train.epochs:
             self.check_length(self.train.steps)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.idle import Idle
-from nextscale.config.parse import check_fields
+from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 
 _MANY_PASSES = 500
 """Passes over the data that no recipe of the papers reaches (VAR-d30: 350)."""
@@ -102,6 +102,7 @@ class TrainConfig:
             "final_weight_decay must be 0 or more": self.final_weight_decay is None or self.final_weight_decay >= 0,
             "precision fp16 does not go with sharding experts, use bf16": self.precision != "fp16"
             or self.sharding != "experts",  # GradScaler cannot unscale sharded and other gradients together
+            SEED_RULE: is_seed(self.seed),
             "loggers must be tensorboard or wandb": set(self.loggers) <= {"tensorboard", "wandb"},
         }
         check_fields("training", self, rules)

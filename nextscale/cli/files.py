@@ -1,0 +1,43 @@
+"""What the commands read and write: each declares it, and `check_files` refuses what would destroy something."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from nextscale.common.outputs import Input, Output, check_outputs, remove_empty_folders
+
+Overwrite = Annotated[
+    bool,
+    arg(help="Replace what is in the place of an output, if it is of the same kind but not from the same command."),
+]
+"""The option of commands that write at once. Commands that resume have none."""
+Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
+"""Option (--data, MODEL): a path, several, or none."""
+
+
+def list_inputs(*, images: Paths | None = None, models: Paths | None = None, files: Paths | None = None) -> list[Input]:
+    """The inputs of a command: data sets, checkpoint folders, and single files."""
+    inputs = []
+    for holds, group in (("images", images), ("model", models), ("file", files)):
+        for option, value in (group or {}).items():
+            several = [value] if isinstance(value, str | Path) else list(value or ())
+            inputs += [Input(option, Path(v), holds) for v in several if str(v) not in ("", "digits")]  # type: ignore[arg-type]
+    return inputs
+
+
+def check_files(command: Any) -> AbstractContextManager[None]:
+    """Check the inputs and outputs that a command declares; the context to run it in.
+
+    A command declares them in `list_files() -> (outputs, inputs)`. Raises UserError as `check_outputs` does. The
+    context removes empty folders when the command fails.
+    """
+    outputs: list[Output] = []
+    if hasattr(command, "list_files"):
+        outputs, inputs = command.list_files()
+        check_outputs(outputs, inputs, overwrite=getattr(command, "overwrite", False))
+    return remove_empty_folders(outputs)
