@@ -111,6 +111,7 @@ def make_stock(tiny_folder: Path) -> None:
     Image.new("L", (12, 12), 255).save("mask.png")
     write_image(Image.new("RGB", (4, 4)), Path("grid.png"), "nextscale sample")
     Path("set.parquet").write_bytes(b"PAR1 rows PAR1")
+    write_image(Image.new("RGB", (4, 4)), Path("curves.png"))
     np.savez("adm.npz", mu=np.zeros(2), sigma=np.eye(2))
     np.savez("samples.npz", arr_0=np.zeros((1, 4, 4, 3), np.uint8))
     np.savez("ours.npz", mu=np.zeros(2), sigma=np.eye(2), network="classifier", fingerprint="0")
@@ -181,7 +182,7 @@ REFUSED = [
     ("export-official model --vae set.pth.parquet", "use .pth"),
     # files of the same kind that somebody else wrote
     ("sample model --labels 1 --out mask.png", "is a picture that nextscale did not write; give --overwrite"),
-    ("reconstruct model photo.jpg --out grid.png", "is a picture of `nextscale sample`; give --overwrite"),
+    ("reconstruct model photo.jpg --out curves.png", "is a picture of `nextscale`; give --overwrite"),
     ("statistics photos --features model --out adm.npz", "give --overwrite"),
     ("export-official model --vae vae.pth", "is a torch file; give --overwrite"),
     (EVALUATE.format("other", "fid.json"), "give --overwrite"),
@@ -249,7 +250,8 @@ ALLOWED = [
     "sample model --labels 1 --out mask.png --overwrite",
     "sample model --labels 1 --out g.jpg",
     "sample model --labels 1 --out g",
-    "reconstruct model photo.jpg --out grid.png --overwrite",
+    "reconstruct model photo.jpg --out grid.png",
+    "reconstruct model photo.jpg --out curves.png --overwrite",
     "statistics photos --features model --out ours.npz",
     "statistics photos --features model --out adm.npz --overwrite",
     "export-official model --vae vae.pth --var vae.safetensors --overwrite",
@@ -319,7 +321,7 @@ def test_a_command_replaces_its_own_picture(place):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
 def test_a_picture_that_was_edited_is_not_the_command_s_own(suffix, tmp_path):
-    output = PictureFile("--out", tmp_path / f"own.{suffix}", "nextscale sample")
+    output = PictureFile("--out", tmp_path / f"own.{suffix}")
     write_image(Image.new("RGB", (4, 4)), output.path, "nextscale sample")
     output.check(overwrite=False)
     Image.open(output.path).convert("L").save(output.path)

@@ -209,7 +209,7 @@ def test_what_cannot_be_sparsified_is_named(made, tmp_path, capsys):
     assert "begin with --stages split adapt" in fails(f"sparsify {dense} {out} --stages adapt thresholds", capsys)
     assert "cannot be divided into experts of 100" in fails(f"sparsify {dense} {out} --expert-size 100", capsys)
     assert "9 of them cannot be sparse" in fails(f"sparsify {dense} {out} --scales 9", capsys)
-    assert "--out must be another folder" in fails(f"sparsify {dense} --out {dense}", capsys)
+    assert "is also the input MODEL" in fails(f"sparsify {dense} --out {dense}", capsys)
     assert not (tmp_path / "out").exists()
     assert "has dynamic FFNs" in fails(f"export-official {dynamic} --var {tmp_path}/v.safetensors", capsys)
 

@@ -54,7 +54,7 @@ class Sample:
     def list_files(self) -> tuple[list[Output], list[Input]]:
         models = {"MODEL": self.model, "--refiner": self.settings.refiner}
         inputs = list_inputs(models=models, files={"--config": self.config})
-        return _list_outputs("sample", self.out, self.tokens_out, self.images_out), inputs
+        return _list_outputs(self.out, self.tokens_out, self.images_out), inputs
 
     def run(self) -> None:
         from nextscale.pipeline import Pipeline
@@ -93,7 +93,7 @@ class Reconstruct:
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         inputs = list_inputs(models={"MODEL": self.model}, images={"IMAGES": self.images})
-        return _list_outputs("reconstruct", self.out, self.tokens_out, self.images_out), inputs
+        return _list_outputs(self.out, self.tokens_out, self.images_out), inputs
 
     def run(self) -> None:
         from nextscale.data.files import load_named_images
@@ -137,7 +137,7 @@ class Edit:
     def list_files(self) -> tuple[list[Output], list[Input]]:
         models = {"MODEL": self.model, "--refiner": self.settings.refiner}
         files: Paths = {"IMAGE": self.image, "--mask": self.mask, "--config": self.config}
-        return _list_outputs("edit", self.out, self.tokens_out), list_inputs(models=models, files=files)
+        return _list_outputs(self.out, self.tokens_out), list_inputs(models=models, files=files)
 
     def run(self) -> None:
         from nextscale.data.files import load_named_images
@@ -197,9 +197,9 @@ class Info:
         print(json.dumps(facts, indent=2) if self.json else as_text(facts))
 
 
-def _list_outputs(command: str, out: Path, tokens_out: Path | None, images_out: Path | None = None) -> list[Output]:
+def _list_outputs(out: Path, tokens_out: Path | None, images_out: Path | None = None) -> list[Output]:
     """The outputs that a command declares."""
-    outputs: list[Output] = [PictureFile("--out", out, f"nextscale {command}")]
+    outputs: list[Output] = [PictureFile("--out", out)]
     outputs += [TokensFile("--tokens-out", tokens_out)] if tokens_out else []
     return outputs + ([PicturesFolder("--images-out", images_out)] if images_out else [])
 

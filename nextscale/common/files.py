@@ -65,7 +65,7 @@ def check_writable(path: Path) -> None:
     is_special = target.exists() and not (target.is_file() or target.is_dir())
     if is_special or any(_is_system_path(name) for name in (given, str(target))):
         raise UserError(f"cannot write {path}: it is a device or a pipe, not a file; only files are replaced")
-    above = next(folder for folder in target.parents if os.path.lexists(folder))
+    above = next((folder for folder in target.parents if os.path.lexists(folder)), target)
     if not above.is_dir():
         raise UserError(f"cannot write {path}: {above} is a file, not a folder")
     if not os.access(target if target.is_dir() else above, os.W_OK | os.X_OK):

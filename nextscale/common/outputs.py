@@ -146,10 +146,10 @@ _OTHER_SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class PictureFile(FileOutput):
-    """A picture; its own kind is recognised by the name of the command that is stored in it."""
+    """A picture; the commands that may have written it are recognised by the name that is stored in it."""
 
-    program: str
-    """The command, such as "nextscale sample"."""
+    programs: tuple[str, ...] = ("nextscale sample", "nextscale reconstruct", "nextscale edit")
+    """Names whose pictures are replaced."""
 
     def check_suffix(self, suffix: str) -> None:
         from PIL import Image
@@ -160,7 +160,7 @@ class PictureFile(FileOutput):
     def compare_content(self, path: Path) -> tuple[bool, bool]:
         with path.open("rb") as file:
             picture = contents.is_picture_start(file.read(12))
-        return picture and contents.read_picture_program(path) == self.program, picture
+        return picture and contents.read_picture_program(path) in self.programs, picture
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class ReportFolder(FolderOutput):
             return
         for name in self.figures:
             if (folder / name).exists():
-                PictureFile(self.option, self.path / name, "nextscale").check_content(overwrite)
+                PictureFile(self.option, self.path / name, ("nextscale",)).check_content(overwrite)
 
 
 @dataclass(frozen=True)
