@@ -417,7 +417,7 @@ def test_an_empty_path_is_named(words, capsys):
         ("import-official --vae v --out o --phi-ratio nan", "--phi-ratio must lie in 0 to 1; got nan"),
         ("sample m --labels 1 --out g.png --batch_size=-1", "--batch_size must be 1 or more; got -1"),
         ("sample m --labels 1 --out g.png --top_k -1", "--top_k must be 0 (off) or more; got -1"),
-        ("sample m --labels 1 --out g.png --cfg 1,nan", "--cfg must be 0 to 1000; got 1.0 nan"),
+        ("sample m --labels 1 --out g.png --cfg 1,nan", "--cfg must be a finite number; got 1.0 nan"),
         ("encoder evaluate e --data d --test t --size -1", "--size must be 0 (the encoder's) or more; got -1"),
         ("analyse features m --data d --out o --points 0", "--points must be 1 or more; got 0"),
         ("analyse routing m --data d --out o --image -1", "--image must be 0 or more; got -1"),

@@ -67,7 +67,10 @@ def check_types(part: str, config: Any) -> None:
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         given = getattr(config, name)
-        value = _convert(hint, to_plain(given), f"{part}.{name}")
+        plain = to_plain(given)
+        if any(not holds for rule, holds in _check_size(name, plain).items() if "finite" in rule):
+            raise SettingError(part, f"{name} must be a finite number", name, given)
+        value = _convert(hint, plain, f"{part}.{name}")
         if not (isinstance(given, int) and value == given):
             object.__setattr__(config, name, value)
 
