@@ -438,6 +438,16 @@ def test_a_setting_of_a_file_is_named_as_in_the_file(tmp_path, capsys):
     assert "training: steps must be at least 1; got steps=-1" in refuse(capsys, f"train {tmp_path}/c.yaml --out r")
 
 
+def test_bench_of_a_tokenizer_and_an_unknown_device(place, tmp_path, capsys):
+    from nextscale.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained("model")
+    Pipeline(replace(pipeline.config, transformer=None), pipeline.tokenizer, None).save_pretrained("tokenizer")
+    assert "tokenizer is a tokenizer alone, which cannot sample" in refuse(capsys, "bench tokenizer")
+    said = refuse(capsys, "bench model --device gpu")
+    assert said.endswith("device 'gpu' cannot be used here: there is no such kind; use cpu, cuda or cuda:1")
+
+
 def list_settings(kind: type, seen: set[type]) -> dict[type, list[str]]:
     """The fields of numbers of every dataclass of settings below a command."""
     if kind in seen:

@@ -16,7 +16,10 @@ def find_device(name: torch.device | str) -> torch.device:
             raise RuntimeError("it holds no values")
         return device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):
+            reason = "there is no such kind; use cpu, cuda or cuda:1"
+        raise UserError(f"device '{name}' cannot be used here: {reason}") from error
 
 
 def find_dtype(name: torch.dtype | str) -> torch.dtype:

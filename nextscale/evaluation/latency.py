@@ -58,6 +58,9 @@ def compare_models(
     cases: list[dict[str, Any]] = []
     for dtype in dtypes:
         pipelines = [Pipeline.from_pretrained(model, dtype=dtype, device=device) for model in models]
+        for model, pipeline in zip(models, pipelines, strict=True):
+            if pipeline.config.transformer is None:
+                raise UserError(f"{model} is a tokenizer alone, which cannot sample: give a model with a transformer")
         for batch in batches:
             times = [BatchTimes() for _ in models]
             counters = [FlopCounter(pipeline, settings, batch) for pipeline in pipelines]
