@@ -195,7 +195,9 @@ def test_settings_that_do_not_fit_are_named():
 
 
 def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(folder, tmp_path):
-    (tmp_path / "c.json").write_text(json.dumps({**TINY, "train_tokenizer": {"steps": 4000, "save_every": 1}}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({**TINY, "max_epochs": 100_000, "train_tokenizer": {"steps": 4000, "save_every": 1}})
+    )
     command = [sys.executable, "-m", "nextscale.cli", "quickstart", "--data", str(folder)]
     command += ["--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -116,7 +116,7 @@ def test_runs_are_resumed_extended_and_refused(place, capsys):
     assert run(TRAIN) == 2
     assert "the run in run is finished; choose another --out, or give --extend" in capsys.readouterr().err
     assert run(f"{TRAIN} --train.learning-rate 0.5") == 2
-    assert "other settings: train.learning_rate was 0.001, now 0.5; choose" in capsys.readouterr().err
+    assert "other settings: train.learning_rate was 0.001, now 0.5 (run.json); choose" in capsys.readouterr().err
     assert run(f"{TRAIN} --train.steps 8 --train.learning-rate 0.5 --extend") == 2
     assert "train.learning_rate was 0.001" in capsys.readouterr().err
     assert run(f"{TRAIN} --train.steps 8 --extend") == 0
@@ -143,7 +143,7 @@ def test_a_run_of_an_earlier_version_goes_on(place, capsys):
     del record["train"]["backend"], record["transformer"]["feed_forward"], record["transformer"]["options"]
     (place / "run" / "run.json").write_text(json.dumps(record))
     assert run(f"{TRAIN} --train.steps 8 --extend --transformer.feed-forward dense") == 2
-    assert "transformer.feed_forward was auto, now dense; choose" in capsys.readouterr().err
+    assert "transformer.feed_forward was auto, now dense (run.json); choose" in capsys.readouterr().err
     assert run(f"{TRAIN} --train.steps 8 --extend") == 0
     assert [r["step"] for r in read_log(place / "run" / "log.jsonl") if "loss" in r] == list(range(1, 9))
 

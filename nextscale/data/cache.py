@@ -187,6 +187,11 @@ def _choose_dtype(vocab_size: int) -> torch.dtype:
     return torch.int16 if vocab_size <= 2**15 else torch.int32
 
 
+def _join(labels: list[Tensor]) -> Tensor:
+    """The labels of all shards; a split may be empty."""
+    return torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+
+
 def _name_shard(split: str, number: int) -> str:
     return f"{split}-{number:05d}.safetensors"
 
@@ -313,12 +318,12 @@ class CachedExamples:
     @property
     def stored_labels_N(self) -> Tensor:
         """All labels, without verifying the shards."""
-        return self._map_labels(torch.cat([shard["labels"] for shard in self._shards]))
+        return self._map_labels(_join([shard["labels"] for shard in self._shards]))
 
     @property
     def labels_N(self) -> Tensor:
         """All labels."""
-        return self._map_labels(torch.cat([shard["labels"] for shard in self._use_shards()]))
+        return self._map_labels(_join([shard["labels"] for shard in self._use_shards()]))
 
     @property
     def feature_width(self) -> int:
