@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.common.errors import UserError
-from nextscale.common.reading import read_json
+from nextscale.common.reading import parse_json, read_json
 
 EMPTY = "nothing"
 CHECKPOINT = "a nextscale checkpoint"
@@ -157,12 +157,10 @@ def list_zip_members(path: Path) -> list[str]:
 
 def read_tensor_names(path: Path) -> set[str]:
     """The names of a safetensors file's tensors; none when it is damaged."""
-    import json
-
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            head = json.loads(file.read(min(size, 2**24)))
+            head = parse_json(file.read(min(size, 2**24)), str(path), finite=False)
     except (OSError, ValueError):
         return set()
     return set(head) - {"__metadata__"} if isinstance(head, dict) else set()
