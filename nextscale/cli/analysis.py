@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, list_inputs
-from nextscale.common.outputs import Input, Output, ReportFolder
 from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
+
+if TYPE_CHECKING:
+    from nextscale.common.outputs import Input, Output, ReportFolder
+
 
 Analysis = Annotated[AnalysisConfig, arg(name="")]
 
 
 def _describe_folder(out: Path, analysis: str, *figures: str) -> ReportFolder:
     """The output of an analysis: NAME.json, by which it knows its own results, and figures."""
+    from nextscale.common.outputs import ReportFolder
+
     return ReportFolder("--out", out, f"{analysis}.json", ("analysis",), {"analysis": analysis}, figures)
 
 
@@ -194,6 +199,8 @@ class AnalyseDynamic:
     overwrite: Overwrite = False
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import ReportFolder
+
         inputs = list_inputs(models={"MODEL": self.model}, files={"--config": self.config})
         return [
             ReportFolder("--out", self.out, "dynamic.json", ("model", "rows"), figures=("experts.png", "samples.png"))

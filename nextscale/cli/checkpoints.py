@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
-from nextscale.common import contents
 from nextscale.common.errors import UserError
-from nextscale.common.outputs import CheckpointFolder, Input, Output, RunFolder, WeightsFile
 from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.transformer import ExpertsConfig
 from nextscale.pyramid import Pyramid
+
+if TYPE_CHECKING:
+    from nextscale.common.outputs import Input, Output
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Adapt:
         check_fields("", self, {SEED_RULE: is_seed(self.seed)})
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import CheckpointFolder
+
         return [CheckpointFolder("--out", self.out)], list_inputs(models={"MODEL": self.model})
 
     def run(self) -> None:
@@ -77,6 +80,8 @@ class Upcycle:
         check_fields("", self, {"noise must be 0 or more": self.noise >= 0, SEED_RULE: is_seed(self.seed)})
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import CheckpointFolder
+
         return [CheckpointFolder("--out", self.out)], list_inputs(models={"MODEL": self.model})
 
     def run(self) -> None:
@@ -129,6 +134,9 @@ class Sparsify:
     )
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder
+
         inputs = list_inputs(
             images={"--data": self.settings.data}, models={"MODEL": self.model}, files={"--config": self.config}
         )
@@ -179,6 +187,8 @@ class ImportOfficial:
         )
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import CheckpointFolder
+
         files: Paths = {"--vae": self.vae, "--var": self.var, "--class-names": self.class_names}
         return [CheckpointFolder("--out", self.out)], list_inputs(files=files)
 
@@ -212,6 +222,8 @@ class ExportOfficial:
     overwrite: Overwrite = False
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import WeightsFile
+
         given = (("--vae", self.vae), ("--var", self.var))
         outputs: list[Output] = [WeightsFile(option, path) for option, path in given if path is not None]
         return outputs, list_inputs(models={"MODEL": self.model})

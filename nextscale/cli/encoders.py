@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, list_inputs
-from nextscale.common import contents
-from nextscale.common.outputs import Input, JsonFile, Output, RunFolder
 from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.parse import check_fields
+
+if TYPE_CHECKING:
+    from nextscale.common.outputs import Input, Output
 
 
 @dataclass
@@ -53,6 +54,9 @@ class EncoderTrain:
     )
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder
+
         folder = RunFolder("--out", self.out, (contents.ENCODER_RUN, contents.UNKNOWN_RUN))
         return [folder], list_inputs(images={"--data": self.data}, files={"CONFIG": self.config})
 
@@ -96,6 +100,8 @@ class EncoderEvaluate:
         check_fields("", self, {"size must be 0 (the encoder's) or more": self.size >= 0})
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import JsonFile
+
         inputs = list_inputs(images={"--data": self.data, "--test": self.test}, models={"ENCODER": self.encoder})
         about = {"encoder": self.encoder, "data": self.data, "test": self.test}
         return [JsonFile("--out", self.out, ("knn_accuracy", *about), about)] if self.out else [], inputs

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from nextscale.common.outputs import Input, Output, check_outputs, remove_empty_folders
+if TYPE_CHECKING:
+    from nextscale.common.outputs import Input, Output
+
 
 Overwrite = Annotated[
     bool,
@@ -22,6 +24,8 @@ Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
 
 def list_inputs(*, images: Paths | None = None, models: Paths | None = None, files: Paths | None = None) -> list[Input]:
     """The inputs of a command: data sets, checkpoint folders, and single files."""
+    from nextscale.common.outputs import Input
+
     inputs = []
     for holds, group in (("images", images), ("model", models), ("file", files)):
         for option, value in (group or {}).items():
@@ -36,6 +40,8 @@ def check_files(command: Any) -> AbstractContextManager[None]:
     A command declares them in `list_files() -> (outputs, inputs)`. Raises UserError as `check_outputs` does. The
     context removes empty folders when the command fails.
     """
+    from nextscale.common.outputs import check_outputs, remove_empty_folders
+
     outputs: list[Output] = []
     if hasattr(command, "list_files"):
         outputs, inputs = command.list_files()

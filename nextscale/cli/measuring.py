@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
 from nextscale.cli.use import Dtype
-from nextscale.common import contents
-from nextscale.common.outputs import (
-    ExperimentsFolder,
-    Input,
-    JsonFile,
-    Output,
-    PicturesFolder,
-    RunFolder,
-    StatisticsFile,
-)
 from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
+
+if TYPE_CHECKING:
+    from nextscale.common.outputs import Input, Output
+
 
 Scale = Literal["tiny", "cifar", "paper"]
 
@@ -80,6 +74,9 @@ class Evaluate:
         parse_size("--size", self.size)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import JsonFile, PicturesFolder, RunFolder
+
         outputs: list[Output] = [
             JsonFile("--out", self.out, ("source", "protocol", "measures"), {"source": self.source}),
             RunFolder("--out", self.out.with_suffix(".work"), (contents.FEATURES,)),
@@ -144,6 +141,9 @@ class Statistics:
         parse_size("--size", self.size)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder, StatisticsFile
+
         outputs: list[Output] = [
             StatisticsFile("--out", self.out),
             RunFolder("--out", self.out.with_suffix(".work"), (contents.FEATURES,)),
@@ -266,6 +266,8 @@ class ExperimentRun:
     """cpu, cuda, or auto: cuda where there is one."""
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import ExperimentsFolder
+
         models: Paths = {
             "--model": self.model,
             "--refiner": self.refiner,
@@ -327,6 +329,9 @@ class ClassifierTrain:
     )
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder
+
         folder = RunFolder("--out", self.out, (contents.CLASSIFIER_RUN, contents.UNKNOWN_RUN))
         return [folder], list_inputs(images={"--data": self.data}, files={"CONFIG": self.config})
 
@@ -356,6 +361,8 @@ class ClassifierEvaluate:
     overwrite: Overwrite = False
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import JsonFile
+
         inputs = list_inputs(images={"--data": self.data}, models={"MODEL": self.model})
         about = {"data": self.data}
         return [JsonFile("--out", self.out, ("accuracy", "loss", *about), about)] if self.out else [], inputs

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
-from nextscale.common import contents
 from nextscale.common.errors import UserError
-from nextscale.common.outputs import Input, Output, ReportFolder, RunFolder
 from nextscale.config.data import DataConfig, ReadConfig
 from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.transformer_training import RunConfig
+
+if TYPE_CHECKING:
+    from nextscale.common.outputs import Input, Output
+
 
 if TYPE_CHECKING:
     from nextscale.data.datasets import ImageSet
@@ -52,6 +54,9 @@ class Quickstart:
     )
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder
+
         folder = RunFolder("--out", self.out, (contents.QUICKSTART_RUN,))
         return [folder], list_inputs(images={"--data": self.settings.data}, files={"--config": self.config})
 
@@ -100,6 +105,9 @@ class TokenizerTrain:
     )
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder
+
         inputs = list_inputs(
             images={"--data": self.data}, models={"--start": self.settings.start}, files={"CONFIG": self.config}
         )
@@ -135,6 +143,8 @@ class TokenizerEvaluate:
         check_fields("", self, {"limit must be 1 or more": self.limit >= 1})
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import ReportFolder
+
         inputs = list_inputs(images={"--data": self.data}, models={"MODEL": self.model})
         if self.out is None:
             return [], inputs
@@ -182,6 +192,9 @@ class Tokenize:
         check_fields("", self, {**rules, SEED_RULE: is_seed(self.seed)})
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder
+
         models: Paths = {"--tokenizer": self.tokenizer, "--encoder": self.encoder}
         inputs = list_inputs(images={"DATA": self.data}, models=models)
         return [RunFolder("--out", self.out, (contents.TOKEN_CACHE,))], inputs
@@ -243,6 +256,9 @@ class Train:
     )
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common import contents
+        from nextscale.common.outputs import RunFolder
+
         given = self.settings
         inputs = list_inputs(
             images={"--data": given.data},

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
 from nextscale.common.errors import UserError
-from nextscale.common.outputs import Input, Output, PictureFile, PicturesFolder, TokensFile
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
+
+if TYPE_CHECKING:
+    from nextscale.common.outputs import Input, Output
+
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["auto", "plain"]
@@ -199,6 +202,8 @@ class Info:
 
 def _list_outputs(out: Path, tokens_out: Path | None, images_out: Path | None = None) -> list[Output]:
     """The outputs that a command declares."""
+    from nextscale.common.outputs import PictureFile, PicturesFolder, TokensFile
+
     outputs: list[Output] = [PictureFile("--out", out)]
     outputs += [TokensFile("--tokens-out", tokens_out)] if tokens_out else []
     return outputs + ([PicturesFolder("--images-out", images_out)] if images_out else [])
