@@ -40,7 +40,7 @@ def read_tensors(path: Path, *anchors: str, prefer: str = "") -> dict[str, Tenso
 
     Takes a torch pickle or a .safetensors file, shards with their index (`model.safetensors.index.json`,
     `pytorch_model.bin.index.json`) and a folder with one of these. `anchors` and `prefer` say which of the tensors
-    are wanted, as in `find_state_dict`. Stored dtypes are kept. Raises UserError when the file is absent or damaged,
+    are returned, as in `find_state_dict`. Stored dtypes are kept. Raises UserError when the file is absent or damaged,
     and naming what was found when it is not clear which tensors are the network's.
     """
     file = _find_file(path)

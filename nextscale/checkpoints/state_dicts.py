@@ -29,7 +29,7 @@ _DEEPEST = 6
 
 @dataclass(frozen=True)
 class _Weights:
-    """Tensors that may be the wanted ones."""
+    """Tensors that may be those of the network."""
 
     place: str
     """Keys and prefix that lead to them, as trainer.vae_ema."""

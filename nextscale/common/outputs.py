@@ -126,9 +126,9 @@ class FileOutput(Output):
                 f"{self.option} {self.path} has the suffix of another kind of file; use {' or '.join(self.suffixes)}"
             )
 
+    @abstractmethod
     def compare_content(self, path: Path) -> tuple[bool, bool]:
         """Whether a file was written by the same command, and whether it is of the same kind."""
-        raise NotImplementedError
 
     def _check_folder(self, kind: str, folder: Path) -> None:
         """Raise UserError when a new file would be taken for a part of the folder's content."""
@@ -227,9 +227,9 @@ class FolderOutput(Output):
         if target.is_dir():
             self.check_folder(target, contents.identify_folder(target), overwrite)
 
+    @abstractmethod
     def check_folder(self, folder: Path, kind: str, overwrite: bool) -> None:
         """Raise UserError when the folder's content may not be replaced."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _choose_dtype(name: str) -> torch.dtype:
 
 
 def _is_done(folder: Path, number: int, start: int, count: int, extraction: Extraction) -> bool:
-    """Whether a shard's features, and its images where they are wanted, are written."""
+    """Whether a shard's features, and its images where they were asked for, are written."""
     numbers = range(start, min(start + extraction.shard, count)) if extraction.images_out else ()
     written = (_name_image(extraction, i).exists() for i in numbers)
     return _shard_path(folder, number).exists() and all(written)
