@@ -12,7 +12,8 @@ from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import DynamicConfig, ExpertsConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.tokenizer.autoencoder import Decoder, Downsample, Upsample
+from nextscale.tokenizer import autoencoder
+from nextscale.tokenizer.autoencoder import Decoder, Downsample, MapAttention, Upsample
 from nextscale.tokenizer.quantizer import Phi, Quantizer
 from nextscale.transformer.attention import Attention
 from nextscale.transformer.block import AdaLayerNorm
@@ -67,6 +68,9 @@ CASES = {
     nn.Conv2d: (lambda: nn.Conv2d(8, 12, 3, padding=1), lambda m: m(draw(2, 8, 70, 66))),
     Downsample: (lambda: Downsample(8), lambda m: m(draw(1, 8, 12, 12))),
     Upsample: (lambda: Upsample(8), lambda m: m(draw(2, 8, 40, 36))),
+    nn.SiLU: (nn.SiLU, lambda m: m(draw(3, 5, 7))),
+    autoencoder.SiLU: (autoencoder.SiLU, lambda m: m(draw(3, 5, 7))),
+    MapAttention: (lambda: MapAttention(8, 4), lambda m: m(draw(3, 8, 9, 9))),
     Phi: (lambda: Phi(4, 0.5), lambda m: m(draw(1, 4, 9, 9))),
     Decoder: (lambda: Decoder(CODES), lambda m: m(draw(3, 4, 8, 8))),
     Quantizer: (lambda: Quantizer(CODES, PYRAMID), run_quantizer),

@@ -6,8 +6,9 @@ attribute names the module that it replaces. tests/test_backends.py compares all
 **Batch independence.** On a CPU the result for one image must not depend, to the last bit, on the images that share its
 batch. The plain modules do not promise that, because the libraries change the order of summation with the batch size.
 The CPU twins do, in inference: their products, convolutions, attention, experts and Mamba-2 keep one order of summation
-for each image. On a GPU nothing is promised. `Pipeline.sample` draws each image from a random stream of its own, so
-with the CPU twins a sampled image is the same alone and in any batch.
+for each image, and their activations round a value alike wherever it stands. On a GPU nothing is promised.
+`Pipeline.sample` draws each image from a random stream of its own, so with the CPU twins a sampled image is the same
+alone and in any batch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _DECODER = "nextscale.tokenizer.autoencoder:Decoder"
 TRAINING_CPU: Twins = {
     "torch.nn.modules.linear:Linear": f"{_CPU}.linear:CpuLinear",
     "torch.nn.modules.conv:Conv2d": f"{_CPU}.convolution:CpuConv2d",
+    "torch.nn.modules.activation:SiLU": f"{_CPU}.activations:CpuSiLU",
+    "nextscale.tokenizer.autoencoder:SiLU": f"{_CPU}.activations:CpuTokenizerSiLU",
+    "nextscale.tokenizer.autoencoder:MapAttention": f"{_CPU}.attention:CpuMapAttention",
     "nextscale.tokenizer.autoencoder:Downsample": f"{_CPU}.convolution:CpuDownsample",
     _DECODER: f"{_CPU}.convolution:CpuDecoder",
     "nextscale.tokenizer.quantizer:Phi": f"{_CPU}.convolution:CpuPhi",

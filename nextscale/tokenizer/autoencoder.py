@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from nextscale.config.tokenizer import TokenizerConfig
 
 
-def apply_silu(x: Tensor) -> Tensor:
+class SiLU(nn.SiLU):
     """SiLU; in place where no gradient needs the input, as new memory costs more than the arithmetic."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(input, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -30,10 +32,11 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.silu = SiLU()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        y = self.conv1(apply_silu(self.norm1(x_BChw)))
-        y = self.conv2(apply_silu(self.norm2(y)))
+        y = self.conv1(self.silu(self.norm1(x_BChw)))
+        y = self.conv2(self.silu(self.norm2(y)))
         return self.shortcut(x_BChw) + y
 
 
@@ -49,8 +52,12 @@ class MapAttention(nn.Module):
     def forward(self, x_BChw: Tensor) -> Tensor:
         B, C, h, w = x_BChw.shape
         qkv = self.qkv(self.norm(x_BChw)).reshape(B, 3, 1, C, h * w).transpose(-1, -2)
-        y = F.scaled_dot_product_attention(*qkv.unbind(1))  # (B, 1, hw, C)
+        y = self.attention(*qkv.unbind(1))  # (B, 1, hw, C)
         return x_BChw + self.proj(y.transpose(-1, -2).reshape(B, C, h, w).contiguous())
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention, (B, 1, hw, C)."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Level(nn.Module):
@@ -117,12 +124,12 @@ class Encoder(nn.Module):
             self.levels.append(Level(channels, config.norm_groups, config.attention and last, resample))
             before = width
         self.middle = build_middle(before, config)
-        self.norm_out = nn.GroupNorm(config.norm_groups, before, eps=1e-6)
+        self.norm_out, self.silu = nn.GroupNorm(config.norm_groups, before, eps=1e-6), SiLU()
         self.conv_out = nn.Conv2d(before, config.code_width, 3, padding=1)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         x = self.middle(self.levels(self.conv_in(image_B3HW)))
-        return self.conv_out(apply_silu(self.norm_out(x)))
+        return self.conv_out(self.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -142,9 +149,9 @@ class Decoder(nn.Module):
             deepest = i == len(widths) - 1
             self.levels.append(Level(channels, config.norm_groups, config.attention and deepest, resample))
             before = width
-        self.norm_out = nn.GroupNorm(config.norm_groups, before, eps=1e-6)
+        self.norm_out, self.silu = nn.GroupNorm(config.norm_groups, before, eps=1e-6), SiLU()
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
     def forward(self, features_BChw: Tensor) -> Tensor:
         x = self.levels(self.middle(self.conv_in(features_BChw)))
-        return self.conv_out(apply_silu(self.norm_out(x)))
+        return self.conv_out(self.silu(self.norm_out(x)))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.devices import create_embedding
@@ -65,6 +64,7 @@ class VAR(nn.Module):
         super().__init__()
         self.config, self.pyramid = config, pyramid
         D = config.width
+        self.silu = nn.SiLU()
         self.condition: Condition = CONDITIONS.get(config.condition.kind)(config.condition, D)
         self.word_embed = nn.Linear(code_width, D)
         self.pos_start = nn.Parameter(torch.empty(1, pyramid.counts[0], D))
@@ -157,7 +157,7 @@ class VAR(nn.Module):
     def embed_condition(self, values: Any) -> Conditioning:
         """Everything derived from a batch of condition values (labels)."""
         cond_BD = self.condition(values)
-        active_BD = F.silu(cond_BD)
+        active_BD = self.silu(cond_BD)
         shared_BW = self.shared_adaln(active_BD) if self.shared_adaln is not None else None
         return Conditioning(
             cond_BD,

@@ -13,6 +13,7 @@ from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.blocks import attend, modulate
 from nextscale.backends.cpu.linear import CpuLinear
 from nextscale.backends.segments import attend_segments
+from nextscale.tokenizer.autoencoder import MapAttention
 from nextscale.transformer.attention import Attention, KVCache
 from nextscale.transformer.block import AdaLayerNorm
 from nextscale.transformer.context import ScaleContext
@@ -30,11 +31,21 @@ def compute_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     """
     low = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if not (low and q.device.type == "cpu"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return _attend_by_image(q, k, v, mask, scale)
     if torch.is_grad_enabled():
         return _write_out(q, k, v, mask, scale)
     pairs = zip(q.split(2), k.split(2), v.split(2), strict=True)
     return torch.cat([_write_out_in_chunks(*pair, mask, scale) for pair in pairs])
+
+
+def _attend_by_image(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """torch's operator; in inference on several threads of a CPU for one image after the other, as the threads share
+    an image's sums where there is little work."""
+    together = torch.is_grad_enabled() or torch.get_num_threads() == 1 or len(q) == 1
+    if together or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    images = zip(q.split(1), k.split(1), v.split(1), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*image, attn_mask=mask, scale=scale) for image in images])
 
 
 def _write_out_in_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -91,6 +102,15 @@ class CpuScaleAttention(CpuAttention, ScaleAttention):
 
     plain = ScaleAttention
     attend = ScaleAttention.attend
+
+
+class CpuMapAttention(MapAttention):
+    """The tokenizer's attention over all cells, batch-independent."""
+
+    plain = MapAttention
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend_by_image(q, k, v, None, None)
 
 
 class CpuAdaLayerNorm(AdaLayerNorm):

@@ -11,7 +11,6 @@ some CPUs in training, in float32, forward and backward.
 
 from __future__ import annotations
 
-import math
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.backends.cpu.activations import compute_gelu
 from nextscale.common.errors import UserError
 
 _MIN_ROWS = 16
@@ -42,7 +42,7 @@ has_onednn = (
 )
 
 wide_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-"""Whether the CPU has AVX-512. Without it (AVX2) a separate GELU is faster than a fused one."""
+"""Whether the CPU has AVX-512."""
 
 
 def _is_intel() -> bool:
@@ -76,7 +76,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     else:
         padded = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _MIN_ROWS - rows))
         y = F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], weight.shape[0])
-    return F.gelu(y, approximate="tanh") if gelu else y
+    if not gelu:
+        return y
+    differentiable = torch.is_grad_enabled() and y.requires_grad
+    plain = differentiable or y.dtype != torch.float32 or y.device.type != "cpu" or torch.compiler.is_compiling()
+    return F.gelu(y, approximate="tanh") if plain else compute_gelu(y)
 
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -97,27 +101,11 @@ def _linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -
     rows = len(rows_RI)
     if rows == 1:  # a single row would be summed in another order
         rows_RI = torch.cat((rows_RI, rows_RI))
-    fused = gelu and not _separate_gelu_is_faster(len(weight))
+    fused = gelu and wide_vectors  # without, GELU is faster by itself
     y = torch.ops.mkldnn._linear_pointwise(
         rows_RI, weight, bias, "gelu" if fused else "none", [], "tanh" if fused else ""
     )[:rows].view(*x.shape[:-1], weight.shape[0])
-    return _compute_gelu(y) if gelu and not fused else y
-
-
-def _separate_gelu_is_faster(width: int) -> bool:
-    """Whether GELU is faster outside of the product, and gives a row the same bits wherever it stands.
-
-    torch computes the last few values of each thread's share without vectors, and rounds those differently. One thread
-    and two take the same way.
-    """
-    return not wide_vectors and all(width % (16 * n) == 0 for n in range(1, max(torch.get_num_threads(), 2) + 1))
-
-
-def _compute_gelu(x: Tensor) -> Tensor:
-    """tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): the same function in half of torch's time."""
-    factor = 2 * math.sqrt(2 / math.pi)
-    y = torch.addcmul(x.new_tensor(factor), x, x, value=0.044715 * factor)
-    return y.mul_(x).sigmoid_().mul_(x)
+    return compute_gelu(y) if gelu and not fused else y
 
 
 # ---- packed weights

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nextscale.backends import optimize
+from nextscale.backends.compiler import compile_block
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.training import TrainConfig
@@ -37,7 +38,7 @@ class DistributedModel:
             if config.activation_checkpointing:
                 recompute_activations(block)
             if config.compile:
-                block.compile()
+                compile_block(block)
         mixtures = find_mixtures(task, task.name) if config.sharding == "experts" else {}
         if self.fully_sharded:
             self._shard_fully()
