@@ -23,13 +23,7 @@ from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig, parse_count, parse_sampling
 from nextscale.sampling import CreatePredictor, build_sampler
-from nextscale.sampling.sampler import (
-    LogitsProcessor,
-    Sampler,
-    ScaleStep,
-    sample_images,
-    sample_scales,
-)  # fmt: skip
+from nextscale.sampling.sampler import LogitsProcessor, Sampler, ScaleStep, sample_images, sample_scales
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 
@@ -263,7 +257,7 @@ class Pipeline:
             sampler = self._build_sampler(values[i : i + size], settings, first_image + i, logits_processors)
             batches.append(sample_images(sampler))
         tokens, images = torch.cat([b.tokens_BL for b in batches]), torch.cat([b.images_B3HW for b in batches])
-        return Images(tokens.cpu(), images.cpu(), tuple(self.caption(v) for v in values))
+        return Images(tokens.cpu(), images.cpu(), tuple(map(self.caption, self.label_indices(labels))))
 
     def sample_scales(
         self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, *,
@@ -309,7 +303,7 @@ class Pipeline:
         tokens_BL = self._encode_images(fit_picture(pictures[0], self.config.image_size)[None])
         edit = build_edit(mask_HW, tokens_BL, self.config)
         edited = sample_images(self._build_sampler(values, settings, first_image, logits_processors, edit))
-        return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(values[0]),))
+        return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(*self.label_indices([label])),))
 
     def encode(self, images: ImagesInput | Images) -> Tensor:
         """Tokens (B, L) of images, given as in `reconstruct`."""
@@ -329,12 +323,12 @@ class Pipeline:
         """Labels as class numbers, None for no label; a text is read like that of `nextscale sample --labels`."""
         return self.config.index_labels(labels)
 
-    def caption(self, value: Any) -> str:
-        """The caption of an image of this class index; empty where images are not conditioned on classes."""
+    def caption(self, value: int | None) -> str:
+        """The caption of an image of this class, None for no label; empty where images have no classes."""
         condition = self.transformer.config.condition
         if condition.kind != "class":
             return ""
-        if value >= condition.num_classes:
+        if value is None or value >= condition.num_classes:
             return "no label"
         return self.config.class_names[value] if self.config.class_names else str(int(value))
 

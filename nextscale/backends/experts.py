@@ -30,8 +30,11 @@ def find_low_precision(x: Tensor) -> torch.dtype | None:
 
 
 def can_group(x_TD: Tensor, widths: tuple[int, int]) -> bool:
-    """Whether one grouped product can run the experts: on a GPU in 16 bits, for widths that are multiples of 8."""
-    low = find_low_precision(x_TD) is not None
+    """Whether one grouped product can run the experts: on a GPU in bfloat16, for widths that are multiples of 8.
+
+    In other dtypes torch multiplies one expert after the other, and waits for the device.
+    """
+    low = find_low_precision(x_TD) is torch.bfloat16
     return x_TD.device.type == "cuda" and low and not any(width % 8 for width in widths)
 
 

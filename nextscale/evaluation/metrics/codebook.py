@@ -39,7 +39,11 @@ class CodebookUsage:
 
 def count_codes(tokens_BL: Tensor, pyramid: Pyramid, vocab_size: int) -> Tensor:
     """How often each code occurs at each scale: int64 (K, V)."""
-    return torch.stack([torch.bincount(tokens_BL[:, a:b].flatten(), minlength=vocab_size) for a, b in pyramid.spans])
+    counts_KV = tokens_BL.new_zeros(len(pyramid), vocab_size)
+    for counts_V, (start, end) in zip(counts_KV, pyramid.spans, strict=True):  # bincount would wait for the device
+        index_R = tokens_BL[:, start:end].flatten()
+        counts_V.scatter_add_(0, index_R, torch.ones_like(index_R))
+    return counts_KV
 
 
 def compute_usage(counts_V: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""A rehearsal of GPU code on a machine without a GPU: shapes, types, devices and waits, without numbers."""
