@@ -49,6 +49,9 @@ class AnalyseLoad:
         inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
         return [_describe_folder(self.out, "load", "load.png")], inputs
 
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
+
     def run(self) -> None:
         from nextscale.research.analysis.load import analyse_load
 
@@ -92,6 +95,9 @@ class AnalyseRouting:
         inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
         return [_describe_folder(self.out, "routing", "routing.png")], inputs
 
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
+
     def run(self) -> None:
         from nextscale.research.analysis.routing import analyse_routing
 
@@ -128,6 +134,9 @@ class AnalyseFeatures:
     def list_files(self) -> tuple[list[Output], list[Input]]:
         inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
         return [_describe_folder(self.out, "features", "features.png")], inputs
+
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure", **({"sklearn": "t-SNE"} if self.projection == "tsne" else {})}
 
     def run(self) -> None:
         from nextscale.research.analysis.features import analyse_features
@@ -168,6 +177,9 @@ class AnalyseErrors:
         )
         return [_describe_folder(self.out, "errors", "errors.png", "distance.png")], inputs
 
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
+
     def run(self) -> None:
         from nextscale.research.analysis.errors import analyse_errors
 
@@ -206,6 +218,9 @@ class AnalyseDynamic:
             ReportFolder("--out", self.out, "dynamic.json", ("model", "rows"), figures=("experts.png", "samples.png"))
         ], inputs
 
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
+
     def run(self) -> None:
         from nextscale.research.analysis.dynamic import analyse_dynamic
 
@@ -234,6 +249,9 @@ class AnalyseConvergence:
     def list_files(self) -> tuple[list[Output], list[Input]]:
         inputs = list_inputs(models={"RUNS": self.runs})
         return [_describe_folder(self.out, "convergence", "convergence.png")], inputs
+
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
 
     def run(self) -> None:
         from nextscale.research.analysis.convergence import analyse_convergence

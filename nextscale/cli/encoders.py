@@ -102,7 +102,7 @@ class EncoderEvaluate:
     def list_files(self) -> tuple[list[Output], list[Input]]:
         from nextscale.common.outputs import JsonFile
 
-        inputs = list_inputs(images={"--data": self.data, "--test": self.test}, models={"ENCODER": self.encoder})
+        inputs = list_inputs(images={"--data": self.data, "--test": self.test}, networks={"ENCODER": self.encoder})
         about = {"encoder": self.encoder, "data": self.data, "test": self.test}
         return [JsonFile("--out", self.out, ("knn_accuracy", *about), about)] if self.out else [], inputs
 

@@ -22,28 +22,40 @@ Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
 """Option (--data, MODEL): a path, several, or none."""
 
 
-def list_inputs(*, images: Paths | None = None, models: Paths | None = None, files: Paths | None = None) -> list[Input]:
-    """The inputs of a command: data sets, checkpoint folders, and single files."""
+def list_inputs(
+    *,
+    images: Paths | None = None,
+    models: Paths | None = None,
+    networks: Paths | None = None,
+    files: Paths | None = None,
+) -> list[Input]:
+    """The inputs of a command: data sets, checkpoint folders, feature networks and encoders, and single files."""
     from nextscale.common.outputs import Input
 
     inputs = []
-    for holds, group in (("images", images), ("model", models), ("file", files)):
+    for holds, group in (("images", images), ("model", models), ("network", networks), ("file", files)):
         for option, value in (group or {}).items():
             several = [value] if isinstance(value, str | Path) else list(value or ())
-            inputs += [Input(option, Path(v), holds) for v in several if str(v) not in ("", "digits")]  # type: ignore[arg-type]
+            inputs += [Input(option, Path(v), holds) for v in several if str(v)]  # type: ignore[arg-type]
     return inputs
 
 
 def check_files(command: Any) -> AbstractContextManager[None]:
     """Check the inputs and outputs that a command declares; the context to run it in.
 
-    A command declares them in `list_files() -> (outputs, inputs)`. Raises UserError as `check_outputs` does. The
-    context removes empty folders when the command fails.
+    A command declares them in `list_files() -> (outputs, inputs)`, and in `list_needs() -> {package: purpose}` the
+    optional packages that it needs besides those of its inputs. Raises UserError as `check_outputs` does, and when a
+    package cannot be imported. The context removes empty folders when the command fails.
     """
+    from nextscale.common.extras import check_extras
     from nextscale.common.outputs import check_outputs, remove_empty_folders
 
+    if hasattr(command, "list_needs"):
+        check_extras(command.list_needs())
     outputs: list[Output] = []
     if hasattr(command, "list_files"):
         outputs, inputs = command.list_files()
+        for given in inputs:
+            check_extras(given.list_needs())
         check_outputs(outputs, inputs, overwrite=getattr(command, "overwrite", False))
     return remove_empty_folders(outputs)

@@ -85,7 +85,8 @@ class Evaluate:
         images: Paths = {"SOURCE": self.source, "--against": self.against, "--reconstruct": self.reconstruct}
         inputs = list_inputs(
             images={**images, "--reference": self.reference},
-            models={"--features": self.features, "--refiner": self.settings.refiner},
+            models={"--refiner": self.settings.refiner},
+            networks={"--features": self.features},
             files={"--lpips": self.lpips, "--config": self.config},
         )
         return outputs, inputs
@@ -148,7 +149,7 @@ class Statistics:
             StatisticsFile("--out", self.out),
             RunFolder("--out", self.out.with_suffix(".work"), (contents.FEATURES,)),
         ]
-        return outputs, list_inputs(images={"DATA": self.data}, models={"--features": self.features})
+        return outputs, list_inputs(images={"DATA": self.data}, networks={"--features": self.features})
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
@@ -272,11 +273,13 @@ class ExperimentRun:
             "--model": self.model,
             "--refiner": self.refiner,
             "--tokenizer": self.tokenizer,
-            "--features": self.features,
-            "--encoder": self.encoder,
         }
-        inputs = list_inputs(images={"--data": self.data, "--reference": self.reference}, models=models)
-        return [ExperimentsFolder("--out", self.out)], inputs
+        networks: Paths = {"--features": self.features, "--encoder": self.encoder}
+        images: Paths = {"--data": self.data, "--reference": self.reference}
+        return [ExperimentsFolder("--out", self.out)], list_inputs(images=images, models=models, networks=networks)
+
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "the figure of an experiment"}
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed

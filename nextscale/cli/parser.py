@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         if command is not None:
             if os.environ.get("RANK", "0") == "0":
                 print_setting_notes(command)
-            from nextscale.backends.cpu.memory import keep_freed_memory
-
             with check_files(command):
+                from nextscale.backends.cpu.memory import keep_freed_memory
+
                 keep_freed_memory()  # the process is ours
                 try:
                     command.run()

@@ -195,8 +195,8 @@ class Tokenize:
         from nextscale.common import contents
         from nextscale.common.outputs import RunFolder
 
-        models: Paths = {"--tokenizer": self.tokenizer, "--encoder": self.encoder}
-        inputs = list_inputs(images={"DATA": self.data}, models=models)
+        models: Paths = {"--tokenizer": self.tokenizer}
+        inputs = list_inputs(images={"DATA": self.data}, models=models, networks={"--encoder": self.encoder})
         return [RunFolder("--out", self.out, (contents.TOKEN_CACHE,))], inputs
 
     def run(self) -> None:
@@ -262,7 +262,8 @@ class Train:
         given = self.settings
         inputs = list_inputs(
             images={"--data": given.data},
-            models={"--tokenizer": given.tokenizer, "--start": given.start, "--loss.encoder": given.loss.encoder},
+            models={"--tokenizer": given.tokenizer, "--start": given.start},
+            networks={"--loss.encoder": given.loss.encoder},
             files={"CONFIG": self.config},
         )
         return [RunFolder("--out", self.out, (contents.TRAIN_RUN, contents.UNKNOWN_RUN))], inputs

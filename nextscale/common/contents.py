@@ -173,3 +173,16 @@ def _read_table(path: Path) -> dict[str, Any]:
     except UserError:
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def can_write_picture(format_name: str) -> bool:
+    """Whether this installation of PIL writes colour pictures in the format: some are built without a codec."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    try:
+        Image.new("RGB", (1, 1)).save(BytesIO(), format_name)
+    except (OSError, ValueError, KeyError, SystemError):
+        return False
+    return True

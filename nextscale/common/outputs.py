@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 from nextscale.common import contents
 from nextscale.common.errors import UserError
+from nextscale.common.extras import list_data_needs, list_network_needs
 from nextscale.common.files import check_writable, find_target
 from nextscale.common.reading import read_json
 
@@ -44,8 +45,14 @@ class Input:
     option: str
     """As in the help: --data, MODEL."""
     path: Path
-    holds: Literal["images", "model", "file"] = "file"
-    """images: a data set, among whose files nothing may be written."""
+    holds: Literal["images", "model", "network", "file"] = "file"
+    """images: a data set, among whose files nothing may be written; network: a feature network or an encoder."""
+
+    def list_needs(self) -> dict[str, str]:
+        """The optional packages that reading it needs, {package: purpose}."""
+        if self.holds == "images":
+            return list_data_needs(self.path)
+        return list_network_needs(self.path) if self.holds == "network" else {}
 
     def check(self, output: Output) -> None:
         """Raise UserError when the output would replace or join this input."""
@@ -154,7 +161,8 @@ class PictureFile(FileOutput):
     def check_suffix(self, suffix: str) -> None:
         from PIL import Image
 
-        if suffix and Image.registered_extensions().get(suffix) not in Image.SAVE:
+        name = Image.registered_extensions().get(suffix) if suffix else "PNG"
+        if name not in Image.SAVE or not contents.can_write_picture(name):
             raise UserError(f"{self.option} {self.path}: pictures cannot be written as {suffix}; use .png")
 
     def compare_content(self, path: Path) -> tuple[bool, bool]:
@@ -311,7 +319,7 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[Input], overwrite:
 
     Nothing is created or changed. See the head of this module for the rules.
     """
-    outputs, inputs = list(outputs), [i for i in inputs if i.path.exists()]
+    outputs, inputs = list(outputs), [i for i in inputs if i.path.exists() and str(i.path) != "digits"]
     for output in outputs:
         for given in inputs:
             given.check(output)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.common.errors import UserError
+from nextscale.common.extras import import_extra, install_command
 from nextscale.common.files import write_atomically
+from nextscale.common.notes import print_note
 
 COLOUR_MAP = "viridis"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -18,6 +20,29 @@ _LEGEND_IN_PANEL = 6
 """A panel of at most this many lines has its legend inside."""
 _COLUMNS = 4
 """Panels side by side, so that a figure of many panels stays readable on a page."""
+_MODULE = "matplotlib.figure"
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is there."""
+    try:
+        import_extra(_MODULE, "a plot")
+    except UserError:
+        return False
+    return True
+
+
+def note_missing_plot(path: Path, source: str) -> None:
+    """Print one note, before the work, when `path` will not be drawn for want of matplotlib.
+
+    `source`: the file that holds the values of the plot.
+    """
+    if not can_plot():
+        print_note(
+            "plots",
+            f"{path} will not be drawn, as matplotlib cannot be imported ({install_command('matplotlib')}); {source} "
+            "will hold its values",
+        )
 
 
 def plot_curves(
@@ -58,13 +83,8 @@ def plot_means(panels: dict[str, list[tuple[float | str, float, float]]], x_name
 
 def new_figure(panels: int, *, rows: int = 1, width: float = 5, height: float = 3.5) -> tuple[Any, Any]:
     """A figure of `rows` x `panels` axes, and the axes row by row. `width`: of one panel; `height`: of the figure."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install 'nextscale[quickstart]'") from None
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = import_extra(_MODULE, "a plot").Figure(figsize=(width * panels, height), layout="constrained")
+    import_extra("matplotlib.backends.backend_agg", "a plot").FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, panels, squeeze=False)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.common.checks import check_uint8
 from nextscale.common.errors import UserError
+from nextscale.common.extras import import_extra
 from nextscale.common.reading import read_json
 from nextscale.config.parse import check_fields, read_record
 from nextscale.encoders.network import Features
@@ -64,17 +65,14 @@ def load_dino(source: str) -> Dino:
 
     Raises UserError when transformers is missing, when there is no such encoder, or when it is another network.
     """
-    try:
-        from transformers import AutoConfig, AutoModel
-    except ImportError:
-        raise UserError("DINOv2 and DINOv3 are read by transformers: pip install 'nextscale[features]'") from None
+    transformers = import_extra("transformers", "loading DINOv2 or DINOv3")
     try:
         if (Path(source) / "config.json").is_file():
             read_json(Path(source) / "config.json")  # transformers would take the second of two equal names
-        config: Any = AutoConfig.from_pretrained(source)
+        config: Any = transformers.AutoConfig.from_pretrained(source)
         if config.model_type not in _KINDS:
             raise UserError(f"{source} is a '{config.model_type}'; encoders are {', '.join(_KINDS)}")
-        model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except UserError:
         raise
     except Exception as error:  # a damaged config raises nearly every type

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextscale.common.errors import UserError
+from nextscale.common.extras import check_extras
 from nextscale.data.datasets import ImageSet
 
 _MAX_FIT = 4000
@@ -49,11 +49,7 @@ def measure_samples(train: ImageSet, held_out: ImageSet, images_B3HW: Tensor, la
 
 def check_available() -> None:
     """Raise UserError now, rather than after the training, when scikit-learn or matplotlib is absent."""
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the quickstart needs {error.name}: pip install 'nextscale[quickstart]'") from None
+    check_extras(dict.fromkeys(("matplotlib", "sklearn"), "the quickstart"))
 
 
 def _flatten_pixels(images_B3HW: Tensor) -> np.ndarray:

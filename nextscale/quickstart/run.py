@@ -36,7 +36,7 @@ from nextscale.quickstart.measure import check_available, measure_samples
 from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder import EncoderCallbacks, create_encoder_task
-from nextscale.training.engine.log import Values, read_log
+from nextscale.training.engine.log import Values, check_loggers, read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import list_points
 from nextscale.training.tokenizer import TokenizerTask
@@ -57,6 +57,8 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     Raises Interrupted when stopped while training; a second call with the same folder resumes.
     """
     check_available()
+    trainings = config.train_tokenizer, config.train_encoder, config.train_transformer
+    check_loggers([name for train in trainings for name in train.loggers])
     start = time.monotonic()
     finished = find_finished(config, folder)
     if finished is not None:

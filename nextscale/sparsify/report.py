@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nextscale.common.plots import plot_curves
+from nextscale.common.plots import can_plot, plot_curves
 from nextscale.config.model import ModelConfig
 from nextscale.sparsify.calibrate import GRID, Calibration, Measurement
 
@@ -35,7 +35,7 @@ def _make_row(config: ModelConfig, tau: Sequence[float], measurement: Measuremen
 def plot_report(report: dict[str, Any], path: Path) -> None:
     """Plot what a smaller share of the FLOPs costs, with one threshold for all scales and with one for each."""
     thresholds = report["stages"].get("thresholds")
-    if not thresholds:
+    if not thresholds or not can_plot():
         return
     panels: dict[str, dict[str, list[tuple[Any, float]]]] = {}
     for name, title in (("kl_per_token", "KL divergence, nats per token"), ("nats_per_token", "cross-entropy")):

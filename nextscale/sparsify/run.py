@@ -18,12 +18,14 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.fingerprint import fingerprint_weights
+from nextscale.common.plots import note_missing_plot
 from nextscale.config.parse import to_dict
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.sparsify.convert import check_dense, replace_gelu, split_ffns
 from nextscale.sparsify.data import open_data
 from nextscale.sparsify.report import plot_report
 from nextscale.sparsify.stages import STAGES, Job
+from nextscale.training.engine.log import check_loggers
 
 
 def sparsify(
@@ -39,6 +41,9 @@ def sparsify(
         raise UserError(f"--out must be another folder than the model's, {source}")
     checkpoint = read_checkpoint(source)
     _check_start(checkpoint, config)
+    check_loggers([name for train in (config.tuning, config.routers, config.adapting) for name in train.loggers])
+    if world.main:
+        note_missing_plot(out / "sparsify.png", "sparsify.json")
     needs_data = set(config.stages) - {"split"} - ({"tune"} if config.tune == "none" else set())
     data = open_data(source, checkpoint, config, out / "stages" / "samples", world) if needs_data else None
     job = Job(config, data, out / "stages", world, accept_changes, fingerprint_weights(checkpoint.tokenizer))

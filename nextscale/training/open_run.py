@@ -14,7 +14,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.inputs import INPUTS, check_inputs
-from nextscale.common.plots import plot_curves
+from nextscale.common.plots import can_plot, note_missing_plot, plot_curves
 from nextscale.common.sizes import Size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
@@ -26,7 +26,7 @@ from nextscale.data.datasets import ImageExamples, ImageSet, load_images, open_d
 from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch, Examples
 from nextscale.data.sources import Source
-from nextscale.training.engine.log import Values, read_log
+from nextscale.training.engine.log import Values, check_loggers, read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.state import check_settings
 from nextscale.training.engine.task import Task
@@ -48,6 +48,12 @@ class Run:
         Settings in `free` may differ.
         """
         check_settings(self.folder, self.settings, accept_changes, free)
+
+    def check_needs(self, config: TrainConfig) -> None:
+        """Raise UserError when a logger's package is missing; print a note when the curves will not be drawn."""
+        check_loggers(config.loggers)
+        if self.world.main:
+            note_missing_plot(self.folder / "curves.png", "log.jsonl")
 
     def check_inputs(self, inputs: Mapping[str, Any], accept_changes: bool) -> None:
         """Raise UserError naming the inputs that changed since the run in the folder began, unless `accept_changes`."""
@@ -95,6 +101,7 @@ def open_image_run(
     settings = {"data": data, **(other_settings or {}), **to_dict(config)}
     run = Run(folder, settings, world)
     run.check_settings(accept_changes)
+    run.check_needs(config.train)
     examples, held_out, source = open_dataset(data, size, config.images, config.train.seed)
     print_data_set(source.class_names, [examples.labels_B, held_out.labels_B], examples.notes)
     check_data(config, len(examples), len(source.class_names), data)
@@ -173,8 +180,10 @@ LogName = str | tuple[str, int]
 def plot_log(folder: Path, task: str, panels: Mapping[str, Mapping[str, LogName]]) -> None:
     """Write curves.png: values of log.jsonl over the steps, {panel: {line: name}}.
 
-    Lines without points are left out, and so are panels without lines.
+    Lines without points are left out, and so are panels without lines. Without matplotlib nothing is written.
     """
+    if not can_plot():
+        return
     log = [record for record in read_log(folder / "log.jsonl") if record["task"] == task]
     series = {panel: {line: list_points(log, name) for line, name in lines.items()} for panel, lines in panels.items()}
     series = {panel: {line: points for line, points in lines.items() if points} for panel, lines in series.items()}

@@ -81,5 +81,6 @@ def format_training_report(values: dict[str, Any], folder: Path) -> str:
         lines.append(
             f"token frequencies of each class and position alone: {values['frequency_loss']:.3f} nats per token"
         )
-    lines.append(f"see {folder}/samples.png, curves.png; draw: nextscale sample {folder} --labels 0 --out grid.png")
+    pictures = "samples.png, curves.png" if (folder / "curves.png").exists() else "samples.png"
+    lines.append(f"see {folder}/{pictures}; draw: nextscale sample {folder} --labels 0 --out grid.png")
     return "\n".join(lines)

@@ -190,6 +190,7 @@ def train_transformer(
         raise UserError(
             f"the run in {folder} is finished; choose another --out, or give --extend and more --train.steps"
         )
+    run.check_needs(config.train)
     components = load_components(config, world, folder)
     run.record(components.list_inputs(config), accept_changes)
     if world.main:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nextscale.common.errors import UserError
+from nextscale.common.extras import import_extra
 from nextscale.data.images import ImageLike
 from nextscale.data.sources.source import Unused, shuffle_rows
 
@@ -26,11 +26,7 @@ class Digits:
     unused: Unused = field(default_factory=Unused)
 
     def __post_init__(self) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise UserError("the bundled digits come with scikit-learn: pip install 'nextscale[quickstart]'") from None
-        digits = load_digits()
+        digits = import_extra("sklearn.datasets", "reading the bundled digits").load_digits()
         self._pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         self.labels = digits.target.tolist()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.common.extras import import_extra
 from nextscale.common.fingerprint import fingerprint_files
 from nextscale.config.data import ReadConfig
 from nextscale.data.images import ImageLike
@@ -195,10 +196,7 @@ class Parquet:
         )
 
     def _open(self, number: int) -> Any:
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError("reading parquet needs pyarrow: pip install 'nextscale[data]'") from None
+        parquet = import_extra("pyarrow.parquet", "reading parquet")
         if number not in self._open_files:
             name = self.files[number]
             self._open_files[number] = self._call(name, lambda: parquet.ParquetFile(self._open_stream(name)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.common.extras import import_extra
 from nextscale.common.files import write_json
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.analysis import AnalysisConfig
@@ -151,13 +152,12 @@ def project_principal(x_PD: Tensor) -> tuple[Tensor, list[float]]:
 
 
 def _project_tsne(x_PD: Tensor, seed: int) -> Tensor:
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise UserError("t-SNE comes with scikit-learn: pip install 'nextscale[quickstart]'") from None
+    manifold = import_extra("sklearn.manifold", "t-SNE")
     if len(x_PD) < 4:
         raise UserError(f"t-SNE needs at least 4 tokens; got {len(x_PD)}: raise --num")
-    tsne = TSNE(init="pca", perplexity=min(30.0, (len(x_PD) - 1) / 3), random_state=fold_seed(seed, "tsne") % 2**32)
+    tsne = manifold.TSNE(
+        init="pca", perplexity=min(30.0, (len(x_PD) - 1) / 3), random_state=fold_seed(seed, "tsne") % 2**32
+    )
     return torch.from_numpy(tsne.fit_transform(x_PD.numpy()))
 
 

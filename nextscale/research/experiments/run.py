@@ -10,6 +10,7 @@ from typing import Any
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.common.extras import check_extras, list_data_needs, list_network_needs
 from nextscale.config.parse import to_dict
 from nextscale.data.cache import is_token_cache
 from nextscale.research.experiments.entry import Experiment
@@ -53,11 +54,22 @@ def resolve_inputs(experiment: Experiment, given: dict[str, str]) -> Inputs:
     return Inputs(**values)
 
 
+def _list_needs(experiment: Experiment, inputs: Inputs) -> dict[str, str]:
+    """The optional packages that a whole experiment needs, {package: purpose}."""
+    needs = {"matplotlib": "the figure of an experiment"}
+    for data in (inputs.data, inputs.reference):
+        needs |= list_data_needs(data)
+    for network in (inputs.features, inputs.encoder, *(row.run.loss.encoder for row in experiment.rows)):
+        needs |= list_network_needs(network)
+    return needs
+
+
 def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: World) -> dict[str, Any]:
     """Run what is not finished in `out`/SCALE; write results.json, table.md and figure.png to `out`/SCALE/NAME.
 
     Returns the results; empty on all processes but the first. Raises what training and evaluation raise.
     """
+    check_extras(_list_needs(experiment, inputs))
     folder = out / experiment.scale
     runner = ExperimentRunner(experiment, inputs, folder, world)
     values: dict[str, list[dict[str, float]]] = {row.name: [] for row in experiment.rows}

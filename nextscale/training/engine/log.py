@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.common.extras import check_extras, import_extra
 from nextscale.common.files import write_text
 from nextscale.common.notes import print_note
 from nextscale.common.reading import parse_json
@@ -61,10 +62,9 @@ class TensorBoard:
     """Event files in the run folder."""
 
     def __init__(self, folder: Path, task: str, from_step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("the tensorboard logger needs tensorboard: pip install 'nextscale[track]'") from None
+        check_loggers(["tensorboard"])
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer, self.task = SummaryWriter(folder / "tensorboard", purge_step=from_step + 1), task
 
     def write(self, step: int, values: Values) -> None:
@@ -79,10 +79,7 @@ class WeightsAndBiases:
     """A run on wandb.ai, or in the run folder when WANDB_MODE=offline."""
 
     def __init__(self, folder: Path, task: str, settings: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("the wandb logger needs wandb: pip install 'nextscale[track]' wandb") from None
+        wandb = import_extra("wandb", "the wandb logger")
         self.run = wandb.init(dir=str(folder), name=f"{folder.name}-{task}", config=settings)
 
     def write(self, step: int, values: Values) -> None:
@@ -98,6 +95,11 @@ def _flatten(values: Values) -> dict[str, float]:
     for name, value in values.items():
         flat |= {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
     return flat
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise UserError when the package of one of these loggers cannot be imported."""
+    check_extras({name: f"the {name} logger" for name in names})
 
 
 def open_loggers(
