@@ -46,8 +46,8 @@ WAITS = {
     "training/encoder.py:encode_images": "features for the nearest neighbours",
     "evaluation/metrics/codebook.py:CodebookUsage.add": "counts of held-out tokens",
     # layers
-    "transformer/feed_forward/experts.py:Dispatch.list_slices": "experts one after the other, in float32 and float16",
-    "backends/dynamic.py:SparseDynamicFeedForward._run_grouped": "else there would be rows times experts pairs",
+    "transformer/feed_forward/experts.py:Dispatch.list_slices": "dynamic experts in float32 and float16 without Triton",
+    "backends/dynamic.py:SparseDynamicFeedForward._run_grouped": "dynamic experts in bfloat16 without Triton",
     # building
     "encoders/patches.py:PatchEncoder.__init__": "constants of a new module",
 }

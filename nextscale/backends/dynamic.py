@@ -2,7 +2,8 @@
 
 - The loop over experts that mixtures use, a tile of rows at a time: the tile's input and output stay in the cache while
   all experts pass over it.
-- On a GPU in 16 bits all experts in one grouped product.
+- On a GPU the kernels of `nextscale.backends.cuda.dynamic`; without Triton in bfloat16 all experts in one grouped
+  product.
 - With gradients as the plain twin, which computes all experts.
 
 The bytes cost more than the arithmetic: gathered, multiplied and scattered, every expert moves every row through

@@ -1,7 +1,7 @@
 """Ways to run the experts of a mixture, on any device.
 
 - `DifferentiableExperts`: one expert after the other with the backward pass written out;
-- `run_grouped`: all experts in one grouped product, on a GPU in 16 bits.
+- `run_grouped`: all experts in one grouped product, on a GPU in bfloat16.
 
 Letters: T rows, D width, F hidden width, M experts, R pairs of row and expert, sorted by expert.
 """

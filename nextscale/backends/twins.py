@@ -71,7 +71,7 @@ CUDA: Twins = {
     f"{_T}.attention:Attention": "nextscale.backends.segments:SegmentedAttention",
     f"{_T}.mamba:Mamba2": f"{_CUDA}.mamba:CudaMamba2",
     f"{_FFN}.experts:Experts": f"{_CUDA}.experts:CudaExperts",
-    f"{_FFN}.dynamic:DynamicFeedForward": "nextscale.backends.dynamic:SparseDynamicFeedForward",
+    f"{_FFN}.dynamic:DynamicFeedForward": f"{_CUDA}.dynamic:CudaDynamicFeedForward",
 }
 
 
