@@ -263,6 +263,7 @@ class ExperimentRun:
     """Reference images, or an .npz of statistics."""
     encoder: str = ""
     """Encoder of semantic guidance, for experiments that train with it (see `nextscale train`)."""
+    images: ReadConfig = field(default_factory=ReadConfig)
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -283,12 +284,13 @@ class ExperimentRun:
 
     def run(self) -> None:
         from nextscale.common.distributed import init_distributed
-        from nextscale.research.experiments.entry import load_experiment
+        from nextscale.research.experiments.entry import load_experiment, replace_reading
         from nextscale.research.experiments.run import resolve_inputs, run_experiment
         from nextscale.training.report import report_interruption
 
         with report_interruption(self.out), init_distributed(self.device) as world:
             experiment = load_experiment(self.name, self.scale, on_cpu=world.device.type == "cpu")
+            experiment = replace_reading(experiment, self.images)
             options = ("model", "refiner", "data", "tokenizer", "features", "reference", "encoder")
             given = {name: getattr(self, name) for name in options}
             run_experiment(experiment, resolve_inputs(experiment, given), self.out, world)

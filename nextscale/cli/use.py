@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
 from nextscale.common.errors import UserError
+from nextscale.config.data import ReadConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 
@@ -79,9 +80,11 @@ class Reconstruct:
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
     images: Positional[tuple[Path, ...]]
-    """Image files; a folder, a parquet file or a tar archive gives all its images, in the order of a data set."""
+    """Image files; a folder, a parquet file or a tar archive gives all its images, with or without
+    labels."""
     out: Path
     """The reconstructions as one grid. The suffix chooses the format, as for `nextscale sample`."""
+    reading: Annotated[ReadConfig, arg(name="images")] = field(default_factory=ReadConfig)
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     images_out: Path | None = None
@@ -103,7 +106,7 @@ class Reconstruct:
         from nextscale.pipeline import Pipeline
 
         pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
-        given = load_named_images(self.images, pipeline.config.image_size)
+        given = load_named_images(self.images, pipeline.config.image_size, self.reading)
         given.print_notes(pipeline.config.image_size)
         images = replace(pipeline.reconstruct(given.images), captions=tuple(Path(name).name for name in given.names))
         _write_outputs(images, "reconstruct", self.out, self.tokens_out, self.images_out)

@@ -40,25 +40,26 @@ class NamedImages:
                 print(f"note: {name} is {width} x {height}, smaller than the model's {own}; it is enlarged")
 
 
-def load_named_images(paths: Sequence[Path], size: tuple[int, int]) -> NamedImages:
+def load_named_images(paths: Sequence[Path], size: tuple[int, int], reading: ReadConfig | None = None) -> NamedImages:
     """The images of files, in this order; a folder or a table gives all its images, in the order of a data set.
 
-    Images are resized and cropped to `size` (height, width). Raises UserError for a file that cannot be read. Of a
+    Images are resized and cropped to `size` (height, width). Labels are not needed. `reading`: which columns of tables
+    hold the images. Raises UserError for a file that cannot be read. Of a
     folder, unreadable images are passed over with a note, unless there is no other.
     """
     found = NamedImages([], [], [])
     for path in paths:
         if path.is_dir() or path.suffix in (".parquet", ".tar"):
-            _load_source(str(path), size, found)
+            _load_source(str(path), size, reading, found)
         else:
             image = load_image(path)
             found.add(str(path), resize_and_crop(image, size), image.size)
     return found
 
 
-def _load_source(data: str, size: tuple[int, int], found: NamedImages) -> None:
+def _load_source(data: str, size: tuple[int, int], reading: ReadConfig | None, found: NamedImages) -> None:
     """Add the readable images of a folder or a table."""
-    source, unreadable = open_source(data, size, ReadConfig(allow_empty_classes=True)), []
+    source, unreadable = open_source(data, size, reading, labelled=False), []
     for row in range(len(source.labels)):
         try:
             pixels_HW3, original = decode_image(source, row, size)

@@ -9,50 +9,51 @@ from nextscale.common.reading import is_hub_name
 from nextscale.common.sizes import Size, expand_size
 from nextscale.config.data import ReadConfig
 from nextscale.data.sources.digits import Digits
-from nextscale.data.sources.folder import open_folder
+from nextscale.data.sources.folder import open_folder, open_unlabelled
 from nextscale.data.sources.parquet import Parquet, has_images, list_hub_files
 from nextscale.data.sources.source import Source, Unused, check_classes
 from nextscale.data.sources.tar import Tar
 from nextscale.data.sources.tree import Folder, scan_folder
 
 
-def open_source(data: str, size: Size, config: ReadConfig | None = None) -> Source:
+def open_source(data: str, size: Size, config: ReadConfig | None = None, *, labelled: bool = True) -> Source:
     """The images of `data`: "digits" (enlarged to cover `size`), a folder, a .parquet or .tar file, or owner/name on
     the hub. docs/data.md has the layouts of folders.
 
+    `labelled`: False: the source gives all images as one class, whatever labels they have or lack, and no split.
     Raises UserError when it is none of these, when it can be understood in several ways, when it holds no images, when
     a column is missing, or when a class has no images and `config` does not allow that.
     """
     config = config or ReadConfig()
-    source = _open(data, size, config)
-    if not config.allow_empty_classes:
+    source = _open(data, size, config, labelled)
+    if labelled and not config.allow_empty_classes:
         check_classes(source)
     return source
 
 
-def _open(data: str, size: Size, config: ReadConfig) -> Source:
+def _open(data: str, size: Size, config: ReadConfig, labelled: bool) -> Source:
     path = Path(data)
     if data == "digits":
         if config.label_column or config.image_column:
             raise UserError("digits have no columns: leave out --images.label-column and --images.image-column")
         return Digits(max(expand_size(size)))
     if path.is_dir():
-        return _open_folder(path, data, config)
+        return _open_folder(path, data, config, labelled)
     if path.suffix == ".parquet" and path.is_file():
-        return Parquet(data, [data], data, config=config)
+        return Parquet(data, [data], data, config=config, labelled=labelled)
     if path.suffix == ".tar" and path.is_file():
-        return Tar(data, [data], data, config)
+        return Tar(data, [data], data, config, labelled)
     if path.is_file() and (path.suffix == ".tgz" or ".tar" in path.suffixes):
         raise UserError(f"{data} is compressed, so its images cannot be read one by one: unpack it")
     if is_hub_name(data) and not path.suffix:
-        return Parquet(data, list_hub_files(data), f"datasets/{data}", on_hub=True, config=config)
+        return Parquet(data, list_hub_files(data), f"datasets/{data}", on_hub=True, config=config, labelled=labelled)
     raise UserError(
         f"{data} is neither 'digits', a folder of images, of class sub-folders or of .parquet or .tar files, "
         "a .parquet or .tar file, nor owner/name on the Hugging Face hub"
     )
 
 
-def _open_folder(path: Path, data: str, config: ReadConfig) -> Source:
+def _open_folder(path: Path, data: str, config: ReadConfig, labelled: bool) -> Source:
     """Images of a folder, or of the tables or archives in it."""
     tree = scan_folder(path)
     tables, archives = (_find_files(path, tree, suffix) for suffix in (".parquet", ".tar"))
@@ -62,11 +63,18 @@ def _open_folder(path: Path, data: str, config: ReadConfig) -> Source:
             f"{data} has both tables of images ({tables[0]}) and folders with images ({folders[0]}): name the one to "
             "read"
         )
+    asked = config.label_column or config.image_column
+    if tree.count and not (labelled or asked or tables or archives):
+        return open_unlabelled(path, tree)
     if folders or not (tables or archives):
         return open_folder(path, config, tree)
     if tables and archives:
         raise UserError(f"{data} has both tables ({tables[0]}) and archives ({archives[0]}): name the one to read")
-    source = Parquet(data, tables, data, config=config) if tables else Tar(data, archives, data, config)
+    source = (
+        Parquet(data, tables, data, config=config, labelled=labelled)
+        if tables
+        else Tar(data, archives, data, config, labelled)
+    )
     _note_unused(source.unused, path, tree, {*tables, *archives, *map(str, getattr(source, "tables", ()))})
     return source
 

@@ -53,3 +53,9 @@ def open_folder(path: Path, config: ReadConfig | None = None, tree: Tree | None 
     )
     files = [path / file for file in layout.files]
     return Folder(str(path), files, layout.labels, layout.class_names, layout.splits, unused, layout.tables)
+
+
+def open_unlabelled(path: Path, tree: Tree) -> Folder:
+    """All images of a folder and the folders below it, as one class. `tree`: what `scan_folder` returned."""
+    files = [path / name for name in tree.list_images()]
+    return Folder(str(path), files, [0] * len(files), (path.resolve().name,), {})

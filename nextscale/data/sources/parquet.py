@@ -23,7 +23,7 @@ from nextscale.common.fingerprint import fingerprint_files
 from nextscale.config.data import ReadConfig
 from nextscale.data.images import ImageLike
 from nextscale.data.sources.columns import Schema, find_image_column, find_label_columns, read_schema
-from nextscale.data.sources.labels import TableLabels, arrange_tables, parse_split
+from nextscale.data.sources.labels import LabelledRows, TableLabels, arrange_tables, parse_split
 from nextscale.data.sources.source import Unused, shuffle_rows
 
 _GROUPS_IN_MEMORY, _WINDOW = 20, 16
@@ -73,12 +73,13 @@ class Parquet:
     """Tables as Hugging Face datasets writes them: a column of images (bytes, or a struct with bytes), one of labels.
 
     Opening reads only the labels. An image is read together with its row group; the latest groups stay in memory. Rows
-    without a label are left out.
+    without a label are left out. With `labelled` False all rows are one class, and no column of labels is needed.
     """
 
     def __init__(
-        self, where: str, files: Sequence[str], root: str, on_hub: bool = False, config: ReadConfig | None = None
-    ):
+        self, where: str, files: Sequence[str], root: str, on_hub: bool = False, config: ReadConfig | None = None,
+        labelled: bool = True,
+    ):  # fmt: skip
         self.where, self.files, self.on_hub, self.config = where, list(files), on_hub, config or ReadConfig()
         self.unused = Unused()
         self.groups: list[tuple[int, int, int, int]] = []  # file, group in the file, first row, rows
@@ -86,7 +87,7 @@ class Parquet:
         self._open_files: dict[int, Any] = {}
         self._process = os.getpid()
         self._find_groups()
-        arranged = arrange_tables(self._read_labels(root), where, self.unused)
+        arranged = arrange_tables(self._read_labels(root), where, self.unused) if labelled else self._arrange_all()
         self.class_names, self.labels, self.splits = arranged.class_names, arranged.labels, arranged.splits
         self._rows = np.array(arranged.rows)  # of all rows, those that have a label
         self._starts = np.array([first for _, _, first, _ in self.groups])
@@ -118,6 +119,13 @@ class Parquet:
             names = self.schemas[number].read_class_names(column)
             tables.append(TableLabels(name, parse_split(name.removeprefix(root)), values, names, column or named))
         return tables
+
+    def _arrange_all(self) -> LabelledRows:
+        """All rows, as one class. UserError when a column of labels is asked for and there is none."""
+        if self.config.label_column:
+            find_label_columns(self.schemas, self.columns, self.config.label_column)
+        count = sum(rows for _, _, _, rows in self.groups)
+        return LabelledRows((Path(self.where).stem,), list(range(count)), [0] * count, {})
 
     def read(self, i: int) -> tuple[str, ImageLike | None]:
         group, row, name = self._find_row(i)

@@ -51,16 +51,20 @@ class Tar:
 
     Files with equal names but for what follows the first dot are a sample. Its label is its .cls file or a field of its
     .json file; numbers are named by the lines of classnames.txt beside the archive, where there is one. Without labels
-    the archive's folders are read as a folder on disk is.
+    the archive's folders are read as a folder on disk is. With `labelled` False all images are one class.
     """
 
-    def __init__(self, where: str, files: Sequence[str], root: str, config: ReadConfig | None = None):
+    def __init__(
+        self, where: str, files: Sequence[str], root: str, config: ReadConfig | None = None, labelled: bool = True
+    ):
         self.where, self.files, self.config, self.unused = where, list(files), config or ReadConfig(), Unused()
         self.tables: list[Path] = []
         archives = [_list_members(number, file, self.unused) for number, file in enumerate(self.files)]
         samples = [_group_samples(members) for members in archives]
         label = self._find_label(samples)
-        if label:
+        if not labelled:
+            self._read_all(archives, samples if label else [])
+        elif label:
             self._read_samples(samples, label, root)
         else:
             self._read_folders(archives, root)
@@ -163,6 +167,18 @@ class Tar:
         self.class_names, self.labels, self.splits = layout.class_names, layout.labels, layout.splits
         self._members = [members[path] for path in layout.files]
 
+    # ---- without labels
+
+    def _read_all(self, archives: list[list[Member]], samples: list[dict[str, _Sample]]) -> None:
+        """All images as one class: those of samples, else all of the archives' folders."""
+        found = [self._choose_image(key, sample) for archive in samples for key, sample in archive.items()]
+        if not samples:
+            found = [_choose_shown(member) for archive in archives for member in archive]
+        self._members = [member for member in found if member is not None]
+        self.class_names, self.labels, self.splits = (Path(self.where).stem,), [0] * len(self._members), {}
+        if not self._members:
+            raise UserError(f"{self.where} has no images")
+
     # ---- as a source
 
     def read(self, i: int) -> tuple[str, ImageLike | None]:
@@ -212,6 +228,12 @@ def _list_members(number: int, file: str, unused: Unused) -> list[Member]:
     if not end:
         unused.remark(f"{file} has no end mark: it may be truncated")
     return list(members.values())
+
+
+def _choose_shown(member: Member) -> Member | None:
+    """The member, where it is an image that is neither hidden nor of a system."""
+    hidden = any(is_system_name(part) for part in member.name.split("/"))
+    return member if is_image_name(member.name) and not hidden else None
 
 
 def _group_samples(members: list[Member]) -> dict[str, _Sample]:

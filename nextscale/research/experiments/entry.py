@@ -8,13 +8,14 @@ is then applied to the trained model. The encoder of semantic guidance, `run.los
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nextscale.common.errors import UserError
 from nextscale.common.reading_yaml import read_yaml
 from nextscale.config.classifier import ClassifierConfig, ClassifierRunConfig
+from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.files import read_settings
 from nextscale.config.parse import from_dict, suggest_name
@@ -22,11 +23,13 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.transformer_training import RunConfig
+from nextscale.research.experiments.keys import list_changed_settings
 
 FOLDER = Path(__file__).parent / "entries"
 SCALES = ("tiny", "cifar", "paper")
 ENCODERS = ("given", "untrained", "features")
 """The encoder of --encoder; the experiment's encoder before training; the feature network of the metrics."""
+_Config = TypeVar("_Config", RunConfig, TokenizerRunConfig, SparsifyConfig, ClassifierRunConfig, EncoderRunConfig)
 _LAYERED = ("run", "sampling", "tokenizer", "sparsify", "recipe", "tokenizer_recipe")
 
 
@@ -85,6 +88,8 @@ class Experiment:
     picture: str = ""
     """A picture of the trained models besides the table: samples, routing, ...; empty = none."""
     note: str = ""
+    reading: ReadConfig = field(default_factory=ReadConfig)
+    """How data sets are read."""
 
 
 def list_experiments() -> list[str]:
@@ -148,6 +153,32 @@ def load_experiment(name: str, scale: str, *, on_cpu: bool = False) -> Experimen
         against=entry.get("against", ""),
         picture=entry.get("picture", ""),
         note=note,
+    )
+
+
+def replace_reading(experiment: Experiment, reading: ReadConfig) -> Experiment:
+    """The experiment with all its data sets read as `reading` says; settings of an entry stay where it has defaults."""
+    changed = list_changed_settings(reading)
+
+    def change(config: _Config) -> _Config:
+        return replace(config, images=replace(config.images, **changed))
+
+    rows = tuple(
+        replace(
+            row,
+            run=change(row.run),
+            tokenizer=change(row.tokenizer),
+            sparsify=None if row.sparsify is None else change(row.sparsify),
+        )
+        for row in experiment.rows
+    )
+    return replace(
+        experiment,
+        rows=rows,
+        reading=reading,
+        classifier=experiment.classifier and change(experiment.classifier),
+        encoder=experiment.encoder and change(experiment.encoder),
+        refiner=experiment.refiner and change(experiment.refiner),
     )
 
 

@@ -11,8 +11,10 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_json, write_text
 from nextscale.common.machine import describe_machine
 from nextscale.common.plots import plot_curves, plot_means
+from nextscale.config.data import ReadConfig
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment
+from nextscale.research.experiments.keys import list_changed_settings
 
 if TYPE_CHECKING:
     from nextscale.research.experiments.runner import Inputs
@@ -44,7 +46,7 @@ def write_results(
         "images": experiment.images,
         "figures": columns,
         "features": network,
-        "inputs": dataclasses.asdict(inputs),
+        "inputs": dataclasses.asdict(inputs) | _list_reading_options(experiment.reading),
         "machine": describe_machine(world.device),
         "rows": rows,
     }
@@ -114,11 +116,17 @@ def format_table(results: dict[str, Any]) -> str:
             " Published values are of ImageNet at 256 pixels, measured ones of smaller models and images: compare rows "
             "with rows, not columns."
         )
-    options = " ".join(f"--{name} {value}" for name, value in inputs.items() if value not in ("", "train"))
+    given = {name: value for name, value in inputs.items() if value not in ("", "train")}
+    options = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
     command = f"nextscale experiment run {results['experiment']} --scale {results['scale']} {options}"
     machine = results["machine"]
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
     return "\n".join([*lines, "", about, "", f"`{command}`, {where}.", ""])
+
+
+def _list_reading_options(reading: ReadConfig) -> dict[str, Any]:
+    """Options of how data sets are read that differ from their defaults."""
+    return {f"images.{name.replace('_', '-')}": value for name, value in list_changed_settings(reading).items()}
 
 
 def _format_line(cells: list[str]) -> str:

@@ -103,9 +103,9 @@ class ExperimentRunner:
 
     def __init__(self, experiment: Experiment, inputs: Inputs, folder: Path, world: World):
         self.experiment, self.folder, self.world = experiment, folder, world
-        self.data, self.reference = inputs.data, inputs.reference
+        self.data, self.reference, self.reading = inputs.data, inputs.reference, experiment.reading
         networks = inputs.tokenizer, inputs.features, inputs.encoder, inputs.model, inputs.refiner
-        check_experiment_inputs(folder, (inputs.data, inputs.reference), networks, world)
+        check_experiment_inputs(folder, (inputs.data, inputs.reference), networks, world, self.reading)
         self.features = inputs.features if inputs.features != "train" else self._train_classifier()
         self.tokenizer, self.model, self.refiner = inputs.tokenizer, inputs.model, inputs.refiner
         self.encoder = inputs.encoder
@@ -213,7 +213,7 @@ class ExperimentRunner:
         if row.sparsify is None:
             executed = self._count_flops(folder, config, sampling, refiner_config)
             executed = {n: v for n, v in executed.items() if n == "gflop" or n in self.experiment.metrics}
-        evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling)
+        evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling, images=self.reading)
         metrics = self._evaluate(folder, evaluation) if evaluation.count else {}
         return metrics | _count_parameters(row, config) | read_training_metrics(finished, config) | executed
 
@@ -292,18 +292,21 @@ class ExperimentRunner:
         folder = self._train_tokenizer(row, seed)
         report = folder / "report.json"
         if not report.exists() and self.world.main:
-            evaluate_folder(folder, self.reference, self.experiment.images, folder)
+            evaluate_folder(folder, self.reference, self.experiment.images, folder, self.reading)
         self.world.wait()
-        evaluation = EvaluationConfig(count=self.experiment.images, reconstruct=self.reference)
+        evaluation = EvaluationConfig(count=self.experiment.images, reconstruct=self.reference, images=self.reading)
         return read_report(report) | self._evaluate(folder, evaluation)
 
     def _make_statistics(self, size: Size) -> str:
         """The file with the reference's statistics for images of this size."""
         if self.reference.endswith(".npz"):
             return self.reference
-        path = self.folder / f"reference-{compute_key(self.reference, self.features, size)}.npz"
+        read = [changed] if (changed := list_changed_settings(self.reading)) else []
+        path = self.folder / f"reference-{compute_key(self.reference, self.features, size, *read)}.npz"
         if not path.exists():
-            make_statistics(self.reference, self.features, path, EvaluationConfig(size=size), self.world)
+            make_statistics(
+                self.reference, self.features, path, EvaluationConfig(size=size, images=self.reading), self.world
+            )
         self.world.wait()
         return str(path)
 
