@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -18,6 +19,25 @@ from nextscale.research.experiments.entry import SCALES, list_experiments, load_
 from nextscale.research.experiments.report import format_table, group_lines
 from nextscale.research.experiments.run import resolve_inputs
 from nextscale.research.experiments.show import format_experiment
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    """The folder of mepa-cost at the tiny scale, with what all entries train first: a classifier and a tokenizer."""
+    folder = tmp_path_factory.mktemp("costs")
+    assert run("mepa-cost", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def out(costs, tmp_path):
+    """A folder in which classifier, encoder and tokenizer are trained, and nothing else."""
+    shutil.copytree(costs / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("run-*", "cache-*", "mepa-*"))
+    return tmp_path
+
+
+def run(name, out):
+    return main(["experiment", "run", name, "--scale", "tiny", "--device", "cpu", "--out", str(out)])
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -138,10 +158,9 @@ def test_the_table_sets_published_figures_beside_ours():
     assert "`nextscale experiment run e --scale paper --data imagenet`, D, 2 threads, torch 2, 2026-01-01." in lines
 
 
-def test_accelerations_train_a_refiner_and_count_what_was_computed(tmp_path):
-    options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["experiment", "run", "var-accelerations", *options]) == 0
-    tiny = tmp_path / "tiny"
+def test_accelerations_train_a_refiner_and_count_what_was_computed(out):
+    assert run("var-accelerations", out) == 0
+    tiny = out / "tiny"
     assert len(list(tiny.glob("run-*"))) == 4, "two models for each of two seeds"
     rows = json.loads((tiny / "var-accelerations" / "results.json").read_text())["rows"]
     gflop = {row["name"]: row["figures"]["gflop"]["mean"] for row in rows}
@@ -156,11 +175,10 @@ def test_a_refiner_goes_with_a_model():
         resolve_inputs(load_experiment("var-guidance", "tiny"), {"model": "runs/a", "refiner": "runs/b"})
 
 
-def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path, capsys):
+def test_encoders_are_trained_untrained_and_the_classifiers(out, capsys):
     """Table 5 in small: four trainings for each seed, three encoders, each cached once."""
-    options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["experiment", "run", "mepa-encoders", *options]) == 0
-    tiny = tmp_path / "tiny"
+    tiny = out / "tiny"
+    assert run("mepa-encoders", out) == 0
     found = {kind: len(list(tiny.glob(f"{kind}-*"))) for kind in ("run", "cache", "encoder", "classifier")}
     assert found == {"run": 8, "cache": 4, "encoder": 2, "classifier": 1}
     assert sorted(json.loads(f.read_text())["steps"] for f in tiny.glob("encoder-*/config.json")) == [0, 20]
@@ -172,7 +190,7 @@ def test_encoders_are_trained_untrained_and_the_classifiers(tmp_path, capsys):
     assert rows["+SG-DINOv3"]["figures"] == {}
     assert rows["+SG-DINOv3"]["published"]["distance"] == 3.59
     capsys.readouterr()
-    assert main(["experiment", "run", "mepa-ablation", *options]) == 0
+    assert run("mepa-ablation", out) == 0
     assert capsys.readouterr().err.count("training the transformer: 100%") == 4, (
         "+STMoE with and without guidance; all else is there"
     )
@@ -184,10 +202,8 @@ def test_encoders_that_differ_want_images(tmp_path):
         resolve_inputs(load_experiment("mepa-encoders", "tiny"), {"data": str(tmp_path)})
 
 
-def test_costs_are_timed_in_turns_and_maps_are_drawn_once(tmp_path):
-    options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["experiment", "run", "mepa-cost", *options]) == 0
-    of_cost = tmp_path / "tiny" / "mepa-cost"
+def test_costs_are_timed_in_turns_and_maps_are_drawn_once(costs):
+    of_cost = costs / "tiny" / "mepa-cost"
     rows = {row["name"]: row for row in json.loads((of_cost / "results.json").read_text())["rows"]}
     dense, mepa = (rows[name]["figures"] for name in ("VAR-d20", "MEPA-d16, 100 epochs"))
     assert dense["active_parameters"]["mean"] == pytest.approx(mepa["active_parameters"]["mean"], rel=0.05)
@@ -197,12 +213,12 @@ def test_costs_are_timed_in_turns_and_maps_are_drawn_once(tmp_path):
         assert figures["seconds_per_epoch"]["mean"] > 0
     assert rows["SiT-XL/2"]["figures"] == {}
     timed = (of_cost / "times.json").stat().st_mtime_ns
-    assert main(["experiment", "run", "mepa-cost", *options]) == 0
+    assert run("mepa-cost", costs) == 0
     assert (of_cost / "times.json").stat().st_mtime_ns == timed
 
     for _ in range(2):
-        assert main(["experiment", "run", "mepa-routing", *options]) == 0
-    folder = tmp_path / "tiny" / "mepa-routing"
+        assert run("mepa-routing", costs) == 0
+    folder = costs / "tiny" / "mepa-routing"
     assert (folder / "routing.json").stat().st_mtime_ns < (folder / "results.json").stat().st_mtime_ns
     found = json.loads((folder / "routing.json").read_text())["models"]
     assert [model["router"] for model in found] == ["smoe", "stmoe"]
@@ -210,12 +226,12 @@ def test_costs_are_timed_in_turns_and_maps_are_drawn_once(tmp_path):
     assert sum(load[f"load_E{j}"]["mean"] for j in range(1, 9)) == pytest.approx(64, rel=1e-4)
 
 
-def test_rows_of_dynamic_experts_are_sparsified_once_and_counted(tmp_path):
+def test_rows_of_dynamic_experts_are_sparsified_once_and_counted(out):
     """Of one trained model; a row of all experts, one at a budget, and the picture of both."""
-    assert main(["experiment", "run", "dmoe-maps", "--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    found = {kind: len(list((tmp_path / "tiny").glob(f"{kind}-*"))) for kind in ("run", "sparse")}
+    assert run("dmoe-maps", out) == 0
+    found = {kind: len(list((out / "tiny").glob(f"{kind}-*"))) for kind in ("run", "sparse")}
     assert found == {"run": 1, "sparse": 2}, "tuned once, and once what both rows make of it"
-    folder = tmp_path / "tiny" / "dmoe-maps"
+    folder = out / "tiny" / "dmoe-maps"
     everything, budget = json.loads((folder / "results.json").read_text())["rows"]
     assert everything["figures"]["flops_share"]["mean"] == 1
     assert budget["figures"]["flops_share"]["mean"] == pytest.approx(0.8, abs=0.05)

@@ -15,9 +15,9 @@ from nextscale.common.distributed import World
 from tests.train_worker import parse, train_case
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("NEXTSCALE_SOAK", 3))
+KILLS = int(os.environ.get("NEXTSCALE_SOAK", 2))
 # accumulation, data workers, the middle of an epoch (20 examples, batches of 6), a save after every step
-STEPS = 50 if KILLS <= 3 else 150
+STEPS = 30 if KILLS <= 2 else 150
 SETTINGS = [f"steps={STEPS}", "save_every=1", "micro_batch=2", "workers=2", "ema=0.9", "keep=3"]
 
 

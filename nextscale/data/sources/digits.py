@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,8 @@ class Digits:
     unused: Unused = field(default_factory=Unused)
 
     def __post_init__(self) -> None:
-        digits = import_extra("sklearn.datasets", "reading the bundled digits").load_digits()
-        self._pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        self.labels = digits.target.tolist()
+        self._pixels, labels = _load_digits()
+        self.labels = list(labels)
 
     def read(self, i: int) -> tuple[str, ImageLike | None]:
         scan = Image.fromarray(self._pixels[i])
@@ -39,3 +39,10 @@ class Digits:
 
     def order(self, rows: Tensor, rng: torch.Generator) -> Tensor:
         return shuffle_rows(rows, rng)
+
+
+@lru_cache(maxsize=1)
+def _load_digits() -> tuple[np.ndarray, tuple[int, ...]]:
+    """Pixels (1797, 8, 8), uint8, and labels. scikit-learn reads them from text each time, in a tenth of a second."""
+    digits = import_extra("sklearn.datasets", "reading the bundled digits").load_digits()
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), tuple(digits.target.tolist())
