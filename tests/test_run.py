@@ -15,7 +15,7 @@ from nextscale.config.files import read_settings
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import AlignmentConfig
+from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ExpertsConfig, MambaConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
@@ -317,6 +317,31 @@ def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
         shadow = VAR(model.config, Pyramid.parse("1,2,3,4"), 32, 4)
     estimate = count_activation_bytes(shadow, 4, TrainConfig(), guided)
     assert estimate == pytest.approx(kept, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depth": 5, "alignment": AlignmentConfig(width=6, hidden=64, block=3)},
+        {"depth": 5, "mixers": MVAR_MIXERS, "global_blocks": 2, "mamba": MambaConfig(state_width=6, head_width=8)},
+        {"depth": 4, "shared_adaln": True, "experts": ExpertsConfig(router="stmoe", count=4, active=2)},
+    ],
+)
+def test_activation_bytes_of_blocks_that_are_alike_are_those_of_each(settings):
+    """Against the storages that a pass through every block keeps."""
+    _, model = build_on_meta(tiny_config("1,2,3,4", **settings))
+    found = {}
+
+    def keep(tensor):
+        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, 29, 4, device="meta"), aligned_scales=2)
+    for parameter in model.parameters():
+        found.pop(parameter.untyped_storage()._cdata, None)
+    expected = sum(storage.nbytes() for storage in found.values())
+    assert count_activation_bytes(model, 3, TrainConfig(), 2) == 3 * expected
 
 
 def test_token_frequencies_against_a_loop():

@@ -118,7 +118,8 @@ except Interrupted as stop:
     print("stopped", stop.step)
     sys.exit(5)
 """
-LONG = replace(SETTINGS, steps=60, save_every=1)
+LONG = replace(SETTINGS, steps=40, save_every=1)  # a save takes several times as long as a step
+SELDOM = replace(LONG, save_every=LONG.steps)
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -137,7 +138,7 @@ def start(folder: Path) -> subprocess.Popen:
 def left_alone(tmp_path_factory):
     """Weights of the long run without a signal."""
     task = tasks(randomised(tiny_config()))[0]
-    train(task, LONG, tmp_path_factory.mktemp("whole"))
+    train(task, SELDOM, tmp_path_factory.mktemp("whole"))
     return weights(task)
 
 
@@ -159,7 +160,7 @@ def test_signals_in_a_real_process(number, left_alone, threads_set, tmp_path):
         assert "stopped" in out
     assert not (states / f"tokenizer-{LONG.steps:08d}.pt").exists(), "cut short"
     task = tasks(randomised(tiny_config()))[0]
-    train(task, LONG, tmp_path / "cut")
+    train(task, SELDOM, tmp_path / "cut")
     assert all(torch.equal(weights(task)[n], t) for n, t in left_alone.items())
 
 

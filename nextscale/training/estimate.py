@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,9 @@ from nextscale.encoders.load import load_encoder
 from nextscale.info import condition_flops, depends_on_tokens, scale_flops
 from nextscale.pyramid import Pyramid
 from nextscale.training.engine.expert_parallel import find_mixtures
+from nextscale.transformer.block import Block
+from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.feed_forward import Record
 from nextscale.transformer.projector import parse_scale_group
 from nextscale.transformer.var import VAR
 
@@ -144,26 +150,79 @@ def count_activation_bytes(transformer: VAR, images: int, train: TrainConfig, gu
     """Bytes that one forward pass keeps for the backward pass.
 
     Counted on tensors without storage in float32, for one image; half of it in 16-bit precision. `guided`: scales that
-    the alignment head projects.
+    the alignment head projects. Of blocks that are alike one is computed, and counted for all of them.
     """
-    seen: dict[int, int] = {}
-
-    def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage._cdata] = storage.nbytes()
-        alive.append(storage)  # so that no later tensor gets its number
-        return tensor
-
-    alive: list[torch.UntypedStorage] = []
+    saved = _SavedTensors(transformer)
+    shallow = copy.copy(transformer)
+    shallow._modules = dict(transformer._modules)
+    repeats = _count_repeats(transformer.blocks)
+    shallow.blocks = nn.ModuleList(  # type: ignore[assignment]
+        _CountedBlock(block, times, saved) for block, times in zip(transformer.blocks, repeats, strict=True)
+    )
     pyramid = transformer.pyramid
     length = pyramid.length - pyramid.counts[0]
     x_BLC = torch.empty(1, length, transformer.word_embed.in_features, device="meta")
     labels = torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        transformer(labels, x_BLC, aligned_scales=guided)
-    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
-    total = sum(size for number, size in seen.items() if number not in weights)
+    with torch.autograd.graph.saved_tensors_hooks(saved.record, lambda tensor: tensor):
+        shallow(labels, x_BLC, aligned_scales=guided)
+    total = sum(saved.sizes.values())
     if train.activation_checkpointing:
         depth, width = transformer.config.depth, transformer.config.width
         total = total // depth + depth * pyramid.length * width * 4
     return total * images // (1 if train.precision == "fp32" else 2)
+
+
+def _count_repeats(blocks: Sequence[Block]) -> list[int]:
+    """How many blocks each one stands for: the first of a kind for all of it, the others for none.
+
+    What comes from the block before belongs to the kind, so the first block of all is of its own.
+    """
+    kinds: list[Any] = []
+    for block in blocks:
+        modules, parameters = block.named_modules(), block.named_parameters()
+        kinds.append(((*((n, type(m)) for n, m in modules),), (*((n, p.shape) for n, p in parameters),)))
+    pairs = list(zip([None, *kinds], kinds, strict=False))
+    return [pairs.count(pair) if pairs.index(pair) == i else 0 for i, pair in enumerate(pairs)]
+
+
+class _SavedTensors:
+    """The bytes of each storage that autograd keeps, without the weights."""
+
+    def __init__(self, module: nn.Module):
+        self.weights = {p.untyped_storage()._cdata for p in module.parameters()}
+        self.sizes: dict[int, int] = {}
+        self.alive: list[torch.UntypedStorage] = []
+        """So that no later storage gets the number of an earlier one."""
+        self.times = 1
+        """How many blocks the running one stands for."""
+
+    def record(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.sizes.setdefault(storage._cdata, storage.nbytes() * self.times)
+            self.alive.append(storage)
+        return tensor
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Do not count this tensor, whatever keeps it."""
+        self.sizes[tensor.untyped_storage()._cdata] = 0
+        self.alive.append(tensor.untyped_storage())
+
+
+class _CountedBlock(nn.Module):
+    """A block whose tensors are counted so many times; with 0 it is not computed."""
+
+    def __init__(self, block: Block, times: int, saved: _SavedTensors):
+        super().__init__()
+        self.block, self.adaln, self.times, self.saved = block, block.adaln, times, saved
+
+    def forward(
+        self, x_BND: Tensor, adaln_B3SD: Tensor, context: ScaleContext, states: None, previous: Record | None
+    ) -> tuple[Tensor, Record | None]:
+        if not self.times:
+            self.saved.ignore(x_BND)  # the block that stands for this one counts its input
+            return x_BND + 0, previous  # a tensor of its own, as a block's output is
+        self.saved.times = self.times
+        result = self.block(x_BND, adaln_B3SD, context, states, previous)
+        self.saved.times = 1
+        return result

@@ -44,19 +44,20 @@ def check_features(features_ND: Tensor, where: str) -> None:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2) (Heusel et al. 2017, arXiv 1706.08500, Eq. 6), float64.
 
-    The last trace is computed as the sum of the singular values of S1^1/2 S2^1/2, which loses half as many digits as
-    the square roots of the eigenvalues of a product. With fewer images than channels a covariance is singular; the
-    distance is still defined, but biased upwards. Raises UserError when the widths differ.
+    The last trace is computed as the sum of the singular values of F1^T F2, where S = F F^T, which loses half as many
+    digits as the square roots of the eigenvalues of a product. With fewer images than channels a covariance is
+    singular; the distance is still defined, but biased upwards. Raises UserError when the widths differ.
     """
     if a.mean_D.shape != b.mean_D.shape:
         raise UserError(f"features of {len(a.mean_D)} and {len(b.mean_D)} channels cannot be compared")
-    trace = torch.linalg.svdvals(_square_root(a.covariance_DD) @ _square_root(b.covariance_DD)).sum()
+    trace = torch.linalg.svdvals(_factorize(a.covariance_DD).T @ _factorize(b.covariance_DD)).sum()
     distance = (a.mean_D - b.mean_D).square().sum() + a.covariance_DD.trace() + b.covariance_DD.trace() - 2 * trace
     return max(0.0, float(distance))
 
 
-def _square_root(matrix_DD: Tensor) -> Tensor:
-    """The square root of a covariance. Eigenvalues within rounding of 0 count as 0: their roots would not be small."""
+def _factorize(matrix_DD: Tensor) -> Tensor:
+    """F (D, R) with F F^T = a covariance of rank R. Eigenvalues within rounding of 0 count as 0: their roots would not
+    be small."""
     values, vectors = torch.linalg.eigh(matrix_DD)
-    least = values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
-    return (vectors * values.where(values > least, 0).sqrt()) @ vectors.T
+    kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, kept] * values[kept].sqrt()
