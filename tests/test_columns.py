@@ -20,7 +20,7 @@ from nextscale.data.sources import open_source
 from nextscale.research.experiments.entry import load_experiment, replace_reading
 from nextscale.research.experiments.run import resolve_inputs, run_experiment
 from tests.conftest import randomised, tiny_config
-from tests.test_sources import class_label, images, write_table
+from tests.test_parquet import class_label, images, write_table
 
 NO_DATA_SET = {
     "sample", "edit", "resume", "adapt", "upcycle", "analyse errors", "analyse convergence", "analyse dynamic", "bench",
