@@ -192,3 +192,14 @@ def test_resume_names_the_command_of_other_runs(table, command, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({table: {}}))
     with pytest.raises(UserError, match=f"is a run of `nextscale {command}`: run the same command again"):
         read_run_config(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["sparsify.json", "stages/tune/run.json"])
+def test_a_quickstart_into_a_folder_of_sparsify_says_whose_it_is(part, tmp_path, capsys):
+    (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / part).write_text("{}")
+    assert main(["quickstart", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run of `nextscale sparsify`" in error
+    assert len(error.splitlines()) == 1
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.json")] == [part]

@@ -22,14 +22,15 @@ import pytest
 import torch
 
 from nextscale.checkpoints.official import import_official
+from nextscale.checkpoints.official_files import read_tensors
 from nextscale.checkpoints.official_shapes import Hints
-from nextscale.common.digest import compute_digest
+from nextscale.common.digest import add_digest, compute_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.encoder import EncoderConfig
 from nextscale.config.files import read_settings
-from nextscale.config.parse import to_dict
+from nextscale.config.parse import read_record, to_dict
 from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
 from nextscale.encoders.classifier import Classifier
@@ -38,10 +39,13 @@ from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.evaluation.images import NpzImages
 from nextscale.evaluation.reference import Reference, read_npz
 from nextscale.pipeline import Pipeline
+from nextscale.research.experiments.records import read_finished
+from nextscale.sparsify.stages import _Thresholds
 from nextscale.training.engine.loop import train
 from nextscale.training.engine.state import StateFiles, check_settings
 from tests.conftest import randomised, read_fixture, tiny_config
 from tests.test_damaged_shards import extract, write_cache
+from tests.test_state_dicts import ANCHOR, write_shards
 from tests.test_train import SETTINGS, tasks
 
 
@@ -154,6 +158,11 @@ def use_settings(folder):
     return [str(read_settings(RunConfig, folder / name)) for name in ("settings.yaml", "settings.json")]
 
 
+def write_finished(folder):
+    values = {"validation_loss": 2.5, "validation_loss_per_scale": [2.0, 3.0], "settings": {"data": "x", "seed": 3}}
+    (folder / "finished.json").write_text(json.dumps(add_digest(values)))
+
+
 KINDS = {
     "model": Kind(
         lambda f: randomised(replace(tiny_config(), class_names=tuple("abcde"))).save_pretrained(f), use_model, 60, 60
@@ -168,6 +177,15 @@ KINDS = {
     "statistics": Kind(write_statistics, use_statistics, 60),
     "samples": Kind(write_samples, use_samples, 60),
     "official": Kind(write_official, use_official, 30),
+    "index of shards": Kind(
+        lambda f: write_shards(f, "safetensors") and None,
+        lambda f: digest(**read_tensors(f / "model.safetensors.index.json", ANCHOR)), 0, 20,
+    ),
+    "finished training": Kind(write_finished, lambda f: str(read_finished(f, 2)), 15, 30),
+    "thresholds": Kind(
+        lambda f: (f / "tau.json").write_text(json.dumps(add_digest({"about": {"data": "x"}, "tau": [0.5, 0.25]}))),
+        lambda f: str(read_record(_Thresholds, f / "tau.json")), 15, 15,
+    ),
     "settings": Kind(write_settings, use_settings, 15, 20, edits_differ=True),
 }  # fmt: skip
 

@@ -351,7 +351,21 @@ def test_the_best_state_is_kept(tmp_path):
 
     train(tasks(randomised(tiny_config()))[1], replace(SETTINGS, save_every=1), tmp_path, Watch())
     assert bests == [True, True, True] + [False] * 5
-    assert sorted(int(p.stem[-3:]) for p in (tmp_path / "training").glob("*.pt")) == [3, 7, 8]
+    training = tmp_path / "training"
+    assert sorted(int(p.stem[-3:]) for p in training.glob("*.pt")) == [3, 7, 8]
+    losses += [4, 0.5]
+    record = training / "transformer-best.json"
+    record.unlink()
+    with pytest.warns(UserWarning, match="transformer-best.json was missing; log.jsonl says that step 3 is the best"):
+        train(tasks(randomised(tiny_config()))[1], replace(SETTINGS, save_every=1, steps=10), tmp_path, Watch(),
+              accept_changes=True)  # fmt: skip
+    assert bests[8:] == [False, True], "step 9 is worse than step 3, whose record was lost"
+    record.unlink()
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "best").mkdir()
+    with pytest.raises(UserError, match="transformer-best.json and the log are missing"):
+        train(tasks(randomised(tiny_config()))[1], replace(SETTINGS, save_every=1, steps=11), tmp_path, Watch(),
+              accept_changes=True)  # fmt: skip
 
 
 def test_log_survives_a_line_cut_short(tmp_path):

@@ -20,6 +20,7 @@ from nextscale.checkpoints.migrate import list_version_1_settings
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.fingerprint import compute_fingerprint
@@ -172,7 +173,7 @@ def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
         about["inputs"] = job.list_inputs(inputs)
         if not tau_file.exists() or compare_inputs(read_record(_Thresholds, tau_file).about, about).changed:
             calibration, _ = _calibrate(job, checkpoint, [config.budget])
-            write_json(tau_file, {"about": about, "tau": calibration.table[-1].tau})
+            write_json(tau_file, add_digest({"about": about, "tau": list(calibration.table[-1].tau)}))
     job.world.wait()
     tau = read_record(_Thresholds, tau_file).tau
     pipeline = job.load_pipeline(checkpoint, config.adapting)

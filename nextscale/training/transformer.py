@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nextscale.backends import optimize
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
@@ -84,6 +85,7 @@ class TransformerTask(Task):
         self.tokens_per_example = model.pyramid.length
         scales = parse_scale_group(self.loss.group, len(model.pyramid))
         self.guided_scales = scales if self.loss.encoder else ()
+        self.leaves_parameters_unused = model.projector is not None and not self.guided_scales
 
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         drop_B = torch.rand(count, generator=rng) < self.config.label_drop
@@ -206,7 +208,7 @@ def train_transformer(
     values = {n: v for n, v in run.read_last("validation_loss").items() if n.startswith("validation_")}
     _plot_curves(folder, scales=len(values.get("validation_loss_per_scale", ())))
     values |= _compute_frequency_loss(components)
-    write_json(folder / "finished.json", {"settings": to_dict(config), **values})
+    write_json(folder / "finished.json", add_digest({"settings": to_dict(config), **values}))
     return values
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.config.sampling import SampleConfig
@@ -54,7 +55,7 @@ def _run_stages(config: SparsifyConfig, source: Path, parent: Path, world: World
         if world.main:
             before = source / "finished.json"
             stages = {**(read_finished(source)["stages"] if before.exists() else {}), **report["stages"]}
-            write_json(folder / "finished.json", {"stages": stages})
+            write_json(folder / "finished.json", add_digest({"stages": stages}))
     world.wait()
     return folder
 
@@ -71,7 +72,8 @@ def match_flops(folder: Path, sampling: SampleConfig, share: float, file: Path, 
     if world.main and not file.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
         base = dataclasses.replace(sampling, budget=0.0)
-        write_json(file, {"tau": find_threshold(pipeline, _list_labels(pipeline), base, scales, share)})
+        tau = find_threshold(pipeline, _list_labels(pipeline), base, scales, share)
+        write_json(file, add_digest({"tau": tau}))
     world.wait()
     return dataclasses.replace(sampling, tau=(read_threshold(file),) * scales)
 
@@ -81,7 +83,7 @@ def measure_flops(folder: Path, sampling: SampleConfig, file: Path, world: World
     if world.main and not file.exists():
         pipeline = Pipeline.from_pretrained(str(folder), device=str(world.device))
         executed = count_sampled_flops(pipeline, _list_labels(pipeline), sampling)
-        write_json(file, {"gflop": executed.flops / 1e9, "flops_share": executed.share})
+        write_json(file, add_digest({"gflop": executed.flops / 1e9, "flops_share": executed.share}))
     world.wait()
     return read_flops(file)
 

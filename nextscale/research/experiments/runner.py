@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.checkpoints.native import read_config
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.machine import describe_machine
@@ -142,7 +143,7 @@ class ExperimentRunner:
     def _finish(self, folder: Path, values: dict[str, Any]) -> None:
         """Mark a folder as finished."""
         if self.world.main:
-            write_json(folder / "finished.json", values)
+            write_json(folder / "finished.json", add_digest(values))
         self.world.wait()
 
     def _train_tokenizer(self, row: Row, seed: int) -> Path:
@@ -252,7 +253,7 @@ class ExperimentRunner:
             measured = measure_sampling_seconds(folders, rows[0].sampling, self.world)
             for row, folder, seconds in zip(rows, folders, measured, strict=True):
                 seconds["seconds_per_epoch"] = compute_training_seconds(folder, self._count_examples(row, folder))
-            write_json(file, {"about": key, "rows": measured})
+            write_json(file, add_digest({"about": key, "rows": measured}))
         self.world.wait()
         return {
             row.name: [self._count_costs(row, folder) | seconds]

@@ -29,7 +29,7 @@ from nextscale.common.reading import read_json
 from nextscale.config.migrate import migrate_record
 from nextscale.config.parse import check_fields, read_record
 from nextscale.training.engine.distributed import gather_weights
-from nextscale.training.engine.log import Values
+from nextscale.training.engine.log import Values, read_log
 from nextscale.training.engine.optimizer import Ema
 
 
@@ -149,6 +149,30 @@ class StateFiles:
         if changes and not accept_changes:
             raise UserError(f"{path} belongs to a run with other settings: {'; '.join(changes)}")
         _restore(state, content, path)
+        self._recover_best(state.step)
+
+    def _recover_best(self, step: int) -> None:
+        """Take the best state up to this step from the log when its record is lost. Otherwise the next validation would
+        count as the best, and a worse model would replace the best one.
+
+        Raises UserError when the log is lost, too, though a best model was written.
+        """
+        record, run = self.folder / f"{self.task}-best.json", self.folder.parent
+        if record.exists():
+            return
+        records = read_log(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+        records = [r for r in records if r["task"] == self.task and r["step"] <= step]
+        losses = [(r["validation_loss"], r["step"]) for r in records if "validation_loss" in r]
+        losses = [(loss, at) for loss, at in losses if isinstance(loss, int | float) and math.isfinite(loss)]
+        if losses and self.world.main:
+            loss, best = min(losses)
+            self._write_best(best, float(loss))
+            warnings.warn(f"{record} was missing; log.jsonl says that step {best} is the best so far", stacklevel=3)
+        if not records and (run / "best").is_dir() and not any(self.folder.glob("*-best.json")):
+            raise UserError(
+                f"{record} and the log are missing, so nothing tells how good the model in {run / 'best'} is: restore "
+                f"one of them, or move {run / 'best'} away"
+            )
 
     def _read_latest(self) -> tuple[dict[str, Any] | None, Path]:
         """The latest sound state, if any, and its file. A damaged one is passed over with a warning.
