@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,8 +255,8 @@ class _Callbacks(Callbacks):
         steps, every = config.train.schedule_steps(len(self.task.examples))[0], config.train.sample_every
         if step == steps or (every and step % every == 0):
             pipeline = Pipeline.from_checkpoint(checkpoint, device=self.run.world.device, dtype=torch.float32)
-            for name in (f"samples/step-{step:08d}.png", "samples.png"):
-                draw_samples(pipeline, config, self.run.folder / name)
+            names = f"samples/step-{step:08d}.png", "samples.png"
+            draw_samples(pipeline, config, [self.run.folder / name for name in names])
 
 
 @torch.no_grad()
@@ -282,11 +283,12 @@ def validate(task: Task, held_out: Examples, limit: int, world: World) -> Values
     return values | {"unreadable": unreadable} if unreadable else values
 
 
-def draw_samples(pipeline: Pipeline, config: RunConfig, path: Path) -> None:
-    """A grid of samples, a row for each of the first classes."""
+def draw_samples(pipeline: Pipeline, config: RunConfig, paths: Sequence[Path]) -> None:
+    """A grid of samples, a row for each of the first classes, as a file at each path."""
     classes = range(min(pipeline.transformer.config.condition.num_classes, _SHOWN_CLASSES))
     images = pipeline.sample([c for c in classes for _ in range(_SAMPLES_PER_CLASS)], config.sampling)
-    save_grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
+    for path in paths:
+        save_grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
 
 
 def _plot_curves(folder: Path, scales: int) -> None:

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
@@ -29,7 +30,7 @@ from nextscale.encoders.classifier import is_classifier
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.evaluation.flops import count_dense_flops, count_planned_flops
 from nextscale.evaluation.run import evaluate, make_statistics
-from nextscale.info import describe_config
+from nextscale.info import count_active_parameters
 from nextscale.research.experiments.cost import compute_training_seconds, measure_sampling_seconds
 from nextscale.research.experiments.dynamic import (
     collect_metrics,
@@ -94,9 +95,11 @@ def read_training_metrics(finished: dict[str, Any], config: ModelConfig) -> dict
     return metrics
 
 
-def _count_parameters(row: Row, config: ModelConfig) -> dict[str, float]:
-    facts = describe_config(row.name, config)
-    return {"parameters": facts["transformer_parameters"], "active_parameters": facts["active_parameters"]}
+def _count_parameters(config: ModelConfig) -> dict[str, float]:
+    _, transformer = build_on_meta(config)
+    assert transformer is not None, "a generator has a transformer"
+    count = sum(p.numel() for p in transformer.parameters())
+    return {"parameters": count, "active_parameters": count_active_parameters(config, count)}
 
 
 class ExperimentRunner:
@@ -216,7 +219,7 @@ class ExperimentRunner:
             executed = {n: v for n, v in executed.items() if n == "gflop" or n in self.experiment.metrics}
         evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling, images=self.reading)
         metrics = self._evaluate(folder, evaluation) if evaluation.count else {}
-        return metrics | _count_parameters(row, config) | read_training_metrics(finished, config) | executed
+        return metrics | _count_parameters(config) | read_training_metrics(finished, config) | executed
 
     def _count_flops(
         self, folder: Path, config: ModelConfig, sampling: SampleConfig, refiner: ModelConfig | None = None
@@ -263,7 +266,7 @@ class ExperimentRunner:
     def _count_costs(self, row: Row, folder: Path) -> dict[str, float]:
         """Parameters, and GFLOP of an image."""
         config, _ = read_config(folder)
-        return _count_parameters(row, config) | {"gflop": self._count_flops(folder, config, row.sampling)["gflop"]}
+        return _count_parameters(config) | {"gflop": self._count_flops(folder, config, row.sampling)["gflop"]}
 
     def draw_picture(self, out: Path) -> None:
         """Draw the experiment's picture, unless it was drawn of the same models."""
