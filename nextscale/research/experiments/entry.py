@@ -8,6 +8,7 @@ is then applied to the trained model. The encoder of semantic guidance, `run.los
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,7 +102,7 @@ def read_entry(name: str) -> dict[str, Any]:
     """The content of an experiment's file; UserError with the most similar name when there is none."""
     if name not in list_experiments():
         raise UserError(f"there is no experiment '{name}'{suggest_name(name, list_experiments())}")
-    return read_yaml(FOLDER / f"{name}.yaml")
+    return _read_file(name)
 
 
 def load_experiment(name: str, scale: str, *, on_cpu: bool = False) -> Experiment:
@@ -110,7 +111,7 @@ def load_experiment(name: str, scale: str, *, on_cpu: bool = False) -> Experimen
     Raises UserError for an unknown experiment, scale or setting.
     """
     entry = read_entry(name)
-    common = read_yaml(FOLDER / "scales.yaml")
+    common = _read_file("scales")
     if scale not in SCALES:
         raise UserError(f"there is no scale '{scale}'; known: {', '.join(SCALES)}")
     where = f"experiment {name} at scale {scale}"
@@ -131,7 +132,7 @@ def load_experiment(name: str, scale: str, *, on_cpu: bool = False) -> Experimen
     if isinstance(encoder, dict):
         encoder = from_dict(EncoderRunConfig, encoder, f"{where}: encoder", EncoderRunConfig())
     elif encoder:
-        encoder = read_settings(EncoderRunConfig, Path(encoder))
+        encoder = _read_recipe(EncoderRunConfig, encoder)
     refiner = {"name": "refiner", **entry["refiner"]} if "refiner" in entry else None
     guided = any(row.measured and row.run.loss.encoder == "given" for row in rows)
     return Experiment(
@@ -187,9 +188,9 @@ def _parse_row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, wh
     at_scale = row.get(scale) or {}
     layers = [*layers, row, at_scale, at_scale.get("cpu", {}) if on_cpu else {}]
     recipe = _find_setting(layers, "recipe")
-    run = read_settings(RunConfig, Path(recipe)) if recipe else RunConfig()
+    run = _read_recipe(RunConfig, recipe) if recipe else RunConfig()
     tokenizer_recipe = _find_setting(layers, "tokenizer_recipe")
-    tokenizer = read_settings(TokenizerRunConfig, Path(tokenizer_recipe)) if tokenizer_recipe else TokenizerRunConfig()
+    tokenizer = _read_recipe(TokenizerRunConfig, tokenizer_recipe) if tokenizer_recipe else TokenizerRunConfig()
     sampling = run.sampling
     for layer in layers:
         run = from_dict(RunConfig, layer.get("run", {}), f"{where}: run", run)
@@ -202,6 +203,18 @@ def _parse_row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, wh
         bool(merged.get("alone")), bool(merged.get("measured", True)),
         _parse_sparsify(layers, where) if merged.get("dynamic") else None, float(merged.get("flops", 0)),
     )  # fmt: skip
+
+
+@functools.cache
+def _read_file(name: str) -> dict[str, Any]:
+    """A file of this folder, read once; callers must not change it."""
+    return read_yaml(FOLDER / f"{name}.yaml")
+
+
+@functools.cache
+def _read_recipe(kind: type[_Config], name: str) -> _Config:
+    """The settings of a recipe, read once for all rows."""
+    return read_settings(kind, Path(name))
 
 
 def _find_setting(layers: list[dict[str, Any]], name: str) -> str | None:
