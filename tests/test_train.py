@@ -28,7 +28,7 @@ from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.optimizer import build_optimizer, compute_learning_rate, compute_weight_decay
 from nextscale.training.tokenizer import TokenizerTask
 from nextscale.training.transformer import TransformerTask
-from tests.conftest import losses_by_precision, randomised, tiny_config
+from tests.conftest import losses_by_precision, randomised, threads, tiny_config
 
 SETTINGS = TrainConfig(steps=8, batch_size=6, warmup_steps=2, log_every=1, save_every=3, drop_path=0.2)
 
@@ -138,7 +138,8 @@ def start(folder: Path) -> subprocess.Popen:
 def left_alone(tmp_path_factory):
     """Weights of the long run without a signal."""
     task = tasks(randomised(tiny_config()))[0]
-    train(task, SELDOM, tmp_path_factory.mktemp("whole"))
+    with threads(1):  # as the processes that are interrupted
+        train(task, SELDOM, tmp_path_factory.mktemp("whole"))
     return weights(task)
 
 
