@@ -159,6 +159,16 @@ def test_discriminator_and_painter_see_each_other_without_gradient():
     assert PatchDiscriminator(4, 2)(torch.zeros(1, 3, 16, 16)).shape[1] == 1
 
 
+def test_a_loss_with_a_discriminator_that_is_not_finite_is_explained(tmp_path):
+    """Its adaptive weight needs gradients, in the explanation too."""
+    losses = TokenizerLossConfig(adversarial=0.5, adversarial_start=0, discriminator_channels=4, discriminator_layers=1)
+    task = TokenizerTask(randomised(tiny_config("1,2,8")).tokenizer, MemoryExamples(image=images(4, 16)), losses)
+    with torch.no_grad():
+        task.tokenizer.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="the first layer at fault is tokenizer.decoder.conv_out"):
+        train(task, TrainConfig(steps=1, batch_size=2), tmp_path)
+
+
 def lpips_files(folder, cut=None):
     """Files in the forms of torchvision and of the LPIPS repository, with random weights."""
     rng = torch.Generator().manual_seed(0)

@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
                     close_progress_bars()  # before an error is printed
         return 0
     except UserError as error:
-        return _print_error(str(error), error.exit_status)
+        told = getattr(error, "told", False)  # by another process of the run
+        return error.exit_status if told else _print_error(str(error), error.exit_status)
     except KeyboardInterrupt:
         print("nextscale: interrupted", file=sys.stderr)
         return 130

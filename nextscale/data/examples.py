@@ -61,7 +61,10 @@ class MemoryExamples:
 
 
 class BatchDataset(Dataset):
-    """Batches of a run for a DataLoader: the item (start, stop) holds the examples of positions start to stop - 1."""
+    """Batches of a run for a DataLoader: the item (start, stop) holds the examples of positions start to stop - 1.
+
+    Where they cannot be read, a batch has only "fault", the text of the UserError; a DataLoader would add a traceback.
+    """
 
     def __init__(self, examples: Examples, seed: int, purpose: str):
         self.examples, self.seed, self.purpose = examples, seed, purpose
@@ -76,7 +79,10 @@ class BatchDataset(Dataset):
         return [int(self._order(position // count)[position % count]) for position in range(start, stop)]
 
     def __getitem__(self, span: tuple[int, int]) -> Batch:
-        return self.examples.fetch(self.select_indices(*span), range(*span))
+        try:
+            return self.examples.fetch(self.select_indices(*span), range(*span))
+        except UserError as error:
+            return {"fault": str(error)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_order"}

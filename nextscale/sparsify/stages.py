@@ -246,9 +246,9 @@ def _train(
     run.check_settings(job.accept_changes)
     run.record(job.list_inputs(inputs or {}), job.accept_changes)
     run.train(task, config, _Callbacks(task, job.examples, job.world), job.config.images.max_unreadable)
-    values = validate(task, job.examples.held_out, _VALIDATION_IMAGES, job.world)
-    values.pop("unreadable", None)
-    return dict(values)
+    if not job.world.main:
+        return {}
+    return {name: v for name, v in run.read_last("validation_loss").items() if name.startswith("validation_")}
 
 
 def _save_model(job: Job, name: Stage, before: Checkpoint, model: nn.Module) -> Checkpoint:

@@ -105,10 +105,6 @@ class Attention(Mixer):
 
 
 def scale_to_length(x_BHNd: Tensor, length: Tensor | float = 1.0) -> Tensor:
-    """Vectors scaled to `length` along the last dimension, in one pass; vectors of length 0 stay 0.
-
-    The factor is computed in float32 or more: norms overflow float16, and their inverses do where vectors are short.
-    """
-    wide = torch.promote_types(x_BHNd.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x_BHNd, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-12)
-    return (x_BHNd * (length / norm)).to(x_BHNd.dtype)
+    """Vectors scaled to `length` along the last dimension, in one pass; vectors of length 0 stay 0."""
+    norm = torch.linalg.vector_norm(x_BHNd, dim=-1, keepdim=True).clamp_min(1e-12)
+    return x_BHNd * (length / norm)

@@ -7,16 +7,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.data.examples import Batch
-from nextscale.training.engine.distributed import DistributedModel
+from nextscale.training.engine.distributed import DistributedModel, get_own_part
 from nextscale.training.engine.state import StateFiles
 from nextscale.training.engine.task import MicroBatch, Task
 
@@ -28,6 +28,7 @@ class Interrupted(Exception):
     task: str
     step: int
     steps: int
+    exit_status = 130
 
 
 def is_finite(loss: Tensor, gradient_norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
@@ -35,22 +36,32 @@ def is_finite(loss: Tensor, gradient_norm: Tensor, scaler: torch.amp.GradScaler)
     return bool(loss.isfinite()) and (scaler.is_enabled() or bool(gradient_norm.isfinite()))
 
 
-def build_non_finite_error(
+def raise_non_finite(
     model: DistributedModel, micro_batch: MicroBatch, loss: Tensor, gradient_norm: Tensor, step: int, files: StateFiles
-) -> UserError:
-    """The error of a step with non-finite values, which names where they arise and the last state on disk."""
+) -> None:
+    """Raise the error of a step with non-finite values, which names where they arise and the last state on disk.
+
+    All processes must call it. It is that of the first process whose own loss is not finite; the gradient's norm, which
+    all processes share, tells nothing about where.
+    """
     with model.autocast():
         reason = explain_non_finite(model.task, micro_batch.batch, micro_batch.noise, step)
     saved = files.list_steps()
     kept = f"the checkpoint of step {saved[0]} is kept" if saved else "no checkpoint was saved yet"
-    return UserError(
+    error = UserError(
         f"training the {model.task.name}: loss {loss.item()} and gradient norm {gradient_norm.item()} "
         f"at step {step} are not both finite{'; ' if reason else ''}{reason}; {kept}; try a lower learning rate"
     )
+    world = model.world
+    culprit = world.first(not bool(loss.isfinite())) or 0
+    world.raise_first(error if world.rank == culprit else None)
 
 
 def explain_non_finite(task: Task, batch: Batch, noise: dict[str, Tensor], step: int) -> str:
-    """Where values become non-finite: the scale whose loss it is and the first layer, or else the gradient."""
+    """Where values become non-finite: the scale whose loss it is and the first layer, or else the gradient.
+
+    A forward pass as in training, with gradients, which some losses compute. All processes must call it.
+    """
     layers: list[str] = []
 
     def make_hook(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -62,13 +73,13 @@ def explain_non_finite(task: Task, batch: Batch, noise: dict[str, Tensor], step:
 
     hooks = [m.register_forward_hook(make_hook(n)) for n, m in task.trained.named_modules() if n]
     try:
-        with torch.no_grad():
-            loss, scalars = task(batch, noise, step)
+        loss, scalars = task(batch, noise, step)
     finally:
         for handle in hooks:
             handle.remove()
     if torch.isfinite(loss):
-        broken = [n for n, p in task.trained.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        gradients = {n: get_own_part(p.grad) for n, p in task.trained.named_parameters() if p.grad is not None}
+        broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         return f"the gradient of {broken[0]} and {len(broken) - 1} more parameters is not" if broken else ""
     scale = task.describe_faulty_scales(scalars)
     reasons = ([f"at {scale}"] if scale else []) + ([f"the first layer at fault is {layers[0]}"] if layers else [])
@@ -103,10 +114,7 @@ def report_missing_gradients(model: DistributedModel, step: int) -> None:
 def _has_gradient(parameter: Tensor) -> Tensor:
     """1 where this process's part of the parameter has a gradient that is not zero, else 0; a float32 scalar."""
     gradient = parameter.grad
-    if gradient is None:
-        return torch.zeros((), device=parameter.device)
-    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return local.any().float()
+    return torch.zeros((), device=parameter.device) if gradient is None else get_own_part(gradient).any().float()
 
 
 def _group_parameters(module: nn.Module, trained: Iterable[str], idle: set[str], prefix: str = "") -> list[str]:
@@ -123,7 +131,7 @@ def _group_parameters(module: nn.Module, trained: Iterable[str], idle: set[str],
 
 
 @contextmanager
-def catch_stop_signals() -> Iterator[threading.Event]:
+def catch_stop_signals(world: World) -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
@@ -134,7 +142,8 @@ def catch_stop_signals() -> Iterator[threading.Event]:
     def request_stop(number: int, frame: FrameType | None) -> None:
         event.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+        if not world.has_failed:
+            tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
     for number in previous:
         signal.signal(number, request_stop)
@@ -143,19 +152,6 @@ def catch_stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-@contextmanager
-def report_worker_death(workers: int, steps: int, folder: Path, save: Callable[[], None]) -> Iterator[None]:
-    """Around reading a batch: when a data worker has died, save the state after `steps` steps and raise UserError."""
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        reason = describe_worker_death(error, workers)
-        if not reason:
-            raise
-        save()
-        raise UserError(f"{reason}; the state after step {steps} is saved in {folder}") from error
 
 
 def describe_worker_death(error: Exception, workers: int) -> str:

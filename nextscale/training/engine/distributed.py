@@ -137,6 +137,11 @@ def separate_sharded(tensors: Sequence[T]) -> list[list[T]]:
     return list(groups.values())
 
 
+def get_own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is divided among processes; all of one that is not. Nothing is sent."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def gather_tensor(tensor: Tensor) -> Tensor:
     """A tensor gathered from the processes among which it is divided; itself where it is not divided."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

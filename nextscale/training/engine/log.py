@@ -38,13 +38,16 @@ class Logger(Protocol):
 
 
 class JsonLog:
-    """Appends lines {"task", "step", values...}. Lines past the step that a run resumes from are dropped first."""
+    """Appends lines {"task", "step", values...}. Lines past the step that a run resumes from are dropped first, and so
+    is the validation of that step where it is `repeated`."""
 
-    def __init__(self, path: Path, task: str, from_step: int):
+    def __init__(self, path: Path, task: str, from_step: int, repeated: bool = False):
         self.path, self.task = path, task
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [r for r in read_log(path) if r["task"] != task or r["step"] <= from_step]
+            if repeated:  # what training logs has a learning rate
+                kept = [r for r in kept if r["task"] != task or r["step"] < from_step or "learning_rate" in r]
             write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def write(self, step: int, values: Values) -> None:
@@ -103,10 +106,10 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_loggers(
-    folder: Path, task: str, names: Sequence[str], from_step: int, settings: dict[str, Any]
+    folder: Path, task: str, names: Sequence[str], from_step: int, settings: dict[str, Any], repeated: bool = False
 ) -> list[Logger]:
     """log.jsonl, and the named loggers."""
-    loggers: list[Logger] = [JsonLog(folder / "log.jsonl", task, from_step)]
+    loggers: list[Logger] = [JsonLog(folder / "log.jsonl", task, from_step, repeated)]
     if "tensorboard" in names:
         loggers.append(TensorBoard(folder, task, from_step))
     if "wandb" in names:
@@ -180,11 +183,13 @@ class RunLog:
     """Progress on the screen and values in the loggers. The main process alone writes."""
 
     def __init__(
-        self, folder: Path, task: Task, config: TrainConfig, world: World, state_step: int, settings: dict[str, Any]
-    ):
-        self.folder, self.task, self.world = folder, task, world
-        self.loggers = open_loggers(folder, task.name, config.loggers, state_step, settings) if world.main else []
-        steps, _ = config.schedule_steps(len(task.examples))
+        self, folder: Path, task: Task, config: TrainConfig, world: World, state_step: int, settings: dict[str, Any],
+        unvalidated: bool = False,
+    ):  # fmt: skip
+        """`unvalidated`: the validation of `state_step` is repeated."""
+        self.folder, self.task, self.world, names = folder, task, world, config.loggers
+        self.loggers = open_loggers(folder, task.name, names, state_step, settings, unvalidated) if world.main else []
+        self.every, (steps, _) = config.log_every, config.schedule_steps(len(task.examples))
         if world.main and state_step < steps:
             print_schedule(task, config, world.size)
         self.bar = tqdm(
@@ -227,7 +232,9 @@ class RunLog:
         self.time.since += paused
 
     def log_step(self, step: int, metrics: StepMetrics, gradient_norm: Tensor, learning_rate: float) -> None:
-        """Log a step. All processes must call it."""
+        """Log every `log_every`-th step, and the last one. All processes must call it."""
+        if step % self.every and step != self.bar.total:
+            return
         now = time.monotonic()
         rate = self.examples / max(now - self.since, 1e-9)
         self.examples, self.since = 0, now

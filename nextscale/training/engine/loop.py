@@ -6,7 +6,7 @@ run that was interrupted and resumed ends with the same weights, bit for bit, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 
 from nextscale.common.distributed import World
+from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.parse import to_dict
 from nextscale.config.training import TrainConfig
-from nextscale.data.examples import BatchDataset, load_batches
+from nextscale.data.examples import Batch, BatchDataset, load_batches
 from nextscale.training.engine.checks import (
     Interrupted,
-    build_non_finite_error,
     catch_stop_signals,
+    describe_worker_death,
     is_finite,
+    raise_non_finite,
     report_missing_gradients,
-    report_worker_death,
 )
 from nextscale.training.engine.distributed import DistributedModel
 from nextscale.training.engine.log import RunLog, StepMetrics, Values
@@ -34,9 +35,9 @@ from nextscale.training.engine.task import MicroBatch, Task
 
 
 class Callbacks:
-    """What a run does whenever it saves, with the averaged weights in place where there are any.
+    """What a run does whenever it has saved, with the averaged weights in place where there are any.
 
-    All processes call both methods, at the same steps.
+    All processes call both methods, at the same steps. A run that ends in one of them repeats both when it is resumed.
     """
 
     def validate(self, step: int) -> Values:
@@ -58,9 +59,8 @@ def train(
     At the end the task holds the averaged weights, if `config.ema` is set: those that were validated and saved.
 
     Ctrl-C or SIGTERM ends the current step, saves, and raises Interrupted; a second Ctrl-C does not wait. Raises
-    UserError when `settings` (default: `config`) differ from the state's, unless `accept_changes`; when loss or
-    gradient are not finite; when a data worker has died; when more than the share `max_unreadable` of the examples is
-    unreadable.
+    UserError when `settings` (default: `config`) differ from the state's, unless `accept_changes`; when the loss or a
+    gradient is not finite; when a batch or more than the share `max_unreadable` of the examples cannot be read.
     """
     world, settings = world or World(), settings or to_dict(config)
     model = DistributedModel(task, config, world)
@@ -68,10 +68,12 @@ def train(
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
     ema = Ema(task.trained, config.ema) if config.ema else None
     state, files = TrainState(task.trained, optimizer, scaler, ema), StateFiles(folder, task.name, config.keep, world)
-    files.resume(state, settings, accept_changes)
+    due = files.resume(state, settings, accept_changes)
     steps, warmup = config.schedule_steps(len(task.examples))
     task.train()
-    with RunLog(folder, task, config, world, state.step, settings) as log, catch_stop_signals() as stop_signal:
+    with RunLog(folder, task, config, world, state.step, settings, due) as log, catch_stop_signals(world) as signals:
+        if due and callbacks:
+            validate(model, ema, callbacks, files, log, state.step)
         reader = MicroBatchReader(task, config, world, state.step, log, save=lambda: files.save(state, settings))
         for step in range(state.step, steps):
             # ---- batch, forward, backward: the gradients of the micro-batches add up
@@ -83,9 +85,9 @@ def train(
                 metrics.add(loss, scalars, micro_batch.share)
             scaler.unscale_(optimizer)
             gradient_norm = model.compute_gradient_norm()
-            stop, broken = world.any(stop_signal.is_set(), not is_finite(metrics.loss, gradient_norm, scaler))
+            stop, broken = world.any(signals.is_set(), not is_finite(metrics.loss, gradient_norm, scaler))
             if broken:
-                raise build_non_finite_error(model, micro_batch, metrics.loss, gradient_norm, step, files)
+                raise_non_finite(model, micro_batch, metrics.loss, gradient_norm, step, files)
             report_missing_gradients(model, step)
             # ---- clip, step, average
             learning_rate = set_schedule(optimizer, config, step, steps, warmup)
@@ -100,13 +102,12 @@ def train(
             # ---- log, validate, save
             log.count_step(config.batch_size, max_unreadable)
             save = state.step % config.save_every == 0 or state.step == steps
-            if state.step % config.log_every == 0 or state.step == steps:
-                log.log_step(state.step, metrics, gradient_norm, learning_rate)
+            log.log_step(state.step, metrics, gradient_norm, learning_rate)
             with log.pause():
-                if save and callbacks:
-                    log.log_validation(state.step, validate(model, ema, callbacks, files, state.step))
                 if save or stop:
-                    files.save(state, settings)
+                    files.save(state, settings, unvalidated=save and callbacks is not None)
+                if save and callbacks and not stop:
+                    validate(model, ema, callbacks, files, log, state.step)
             if stop:
                 raise Interrupted(task.name, state.step, steps)
     finish(task, ema)
@@ -119,46 +120,79 @@ def finish(task: Task, ema: Ema | None) -> None:
     task.eval()
 
 
-def validate(model: DistributedModel, ema: Ema | None, callbacks: Callbacks, files: StateFiles, step: int) -> Values:
-    """Validate the model and save it, with the averaged weights where there are any."""
+def validate(
+    model: DistributedModel, ema: Ema | None, callbacks: Callbacks, files: StateFiles, log: RunLog, step: int
+) -> None:
+    """Validate the model, whose state is saved, and write it, with the averaged weights where there are any.
+
+    Buffers that this changes are restored: a resumed run, whose state is older, must not differ.
+    """
     trained = model.task.trained
+    buffers = {name: buffer.clone() for name, buffer in trained.named_buffers()}
     trained.eval()
     with ema.apply() if ema else nullcontext():
         with model.autocast(validating=True):
             values = callbacks.validate(step)
         callbacks.save_model(step, best=files.record_best(step, values))
+    for name, buffer in trained.named_buffers():
+        buffer.copy_(buffers[name])
     trained.train()
-    return values
+    log.log_validation(step, values)
+    files.record_validated(step)
 
 
 class MicroBatchReader:
     """The micro-batches of this process from `first_step` on, read ahead by the data workers.
 
-    `save` is called when one of these has died.
+    `save`, by all processes, is called when one of them cannot read its batches.
     """
 
     def __init__(
         self, task: Task, config: TrainConfig, world: World, first_step: int, log: RunLog, save: Callable[[], None]
     ):
-        self.task, self.config, self.device, self.log, self.save = task, config, world.device, log, save
-        self.step, self.rows = first_step, config.split_batch(world.size)[world.rank]
+        self.task, self.config, self.world, self.log, self.save = task, config, world, log, save
+        self.rows = config.split_batch(world.size)[world.rank]
         size, steps = config.batch_size, config.schedule_steps(len(task.examples))[0]
         spans = ((step * size + r.start, step * size + r.stop) for step in range(first_step, steps) for r in self.rows)
         dataset = BatchDataset(task.examples, config.seed, task.name)
         self.batches = load_batches(dataset, spans, config.workers, pin=world.device.type == "cuda")
 
     def read(self, step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of the next step, which is `step`."""
-        config = self.config
+        """The micro-batches of the next step, which is `step`.
+
+        Raises UserError in all processes, after saving the state, when one of them cannot read its own.
+        """
+        batches, fault = self._fetch()
+        if any(self.world.any(fault is not None)):
+            self.save()
+            self.world.raise_first(fault)
+        yield from self._split(batches, step)
+
+    def _fetch(self) -> tuple[list[Batch], UserError | None]:
+        """The batches of the next step, one for each micro-batch; or why they cannot be read.
+
+        The error is returned, not raised: other processes must hear of it before they wait for this one.
+        """
+        try:
+            batches = [next(self.batches) for _ in self.rows]
+            fault = next((batch["fault"] for batch in batches if "fault" in batch), "")
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            batches, fault = [], describe_worker_death(error, self.config.workers)
+            if not fault:
+                raise
+            fault = f"{fault}; the state of the step before is saved in {self.log.folder}"
+        return batches, UserError(fault) if fault else None
+
+    def _split(self, batches: Sequence[Batch], step: int) -> Iterator[MicroBatch]:
+        """The batches of a step on this process's device, with the random numbers of their examples."""
+        config, device = self.config, self.world.device
         noise = self.task.draw_noise(config.batch_size, make_generator(config.seed, self.task.name, "step", step))
         examples = sum(rows.stop - rows.start for rows in self.rows)
-        for rows in self.rows:
-            with report_worker_death(config.workers, step, self.log.folder, self.save):
-                batch = next(self.batches)
+        for batch, rows in zip(batches, self.rows, strict=True):
             self.log.note_unreadable(batch.pop("unreadable", ()))
             yield MicroBatch(
-                {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()},
-                {name: tensor[rows].to(self.device) for name, tensor in noise.items()},
+                {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()},
+                {name: tensor[rows].to(device) for name, tensor in noise.items()},
                 share=(rows.stop - rows.start) / examples,
                 last=rows is self.rows[-1],
             )

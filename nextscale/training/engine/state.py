@@ -1,7 +1,7 @@
 """Training states on disk: weights, optimizer, averages, step and settings, each in one file.
 
     training/<task>-00000500.pt      the state after 500 steps
-    training/<task>-00000500.json    its checksum
+    training/<task>-00000500.json    its checksum, and whether its validation is still to be done
     training/<task>-best.json        the step with the lowest validation loss so far, and that loss
 
 States are gathered from all processes, so a run may be resumed with another number of them.
@@ -9,11 +9,12 @@ States are gathered from all processes, so a run may be resumed with another num
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ class StateNote:
     step: int
     sha256: str
     """Of the state's file."""
+    unvalidated: bool = False
+    """The model is to be validated and written at this step, and neither is finished."""
 
     def __post_init__(self) -> None:
         digits = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
@@ -101,13 +104,23 @@ class StateFiles:
         write_json(self.folder / f"{self.task}-best.json", add_digest({"step": step, "loss": loss}))
         return True
 
+    def record_validated(self, step: int) -> None:
+        """Note that the model of this step, whose state is on disk, is validated and written."""
+        path = self.path(step).with_suffix(".json")
+        if self.world.main and path.exists():
+            write_json(path, asdict(dataclasses.replace(read_record(StateNote, path), unvalidated=False)))
+            self._delete_old()
+
     def list_steps(self) -> list[int]:
         """Steps of the states on disk, latest first."""
         matches = (re.fullmatch(rf"{self.task}-(\d+)\.pt", p.name) for p in self.folder.glob("*.pt"))
         return sorted((int(m[1]) for m in matches if m), reverse=True)
 
-    def save(self, state: TrainState, settings: dict[str, Any]) -> None:
-        """Write the state, then delete all but the last `keep` and the best. All processes must call it."""
+    def save(self, state: TrainState, settings: dict[str, Any], unvalidated: bool = False) -> None:
+        """Write the state, then delete all but the last `keep` and the best. All processes must call it.
+
+        `unvalidated`: the model of this step is yet to be validated and written; a resumed run begins with that.
+        """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -123,7 +136,7 @@ class StateFiles:
             path = self.path(state.step)
             with write_atomically(path.with_suffix(".json"), path) as (note, draft):
                 torch.save(content, draft)
-                write_json(note, {"step": state.step, "sha256": _compute_digest(draft)})
+                write_json(note, asdict(StateNote(state.step, _compute_digest(draft), unvalidated)))
             self._delete_old()
         self.world.wait()
 
@@ -136,20 +149,24 @@ class StateFiles:
         for draft in self.folder.glob(f".{self.task}-*.part*"):  # a run that was killed while saving leaves one
             draft.unlink(missing_ok=True)
 
-    def resume(self, state: TrainState, settings: dict[str, Any], accept_changes: bool) -> None:
-        """Put the latest state, if any, in place.
+    def resume(self, state: TrainState, settings: dict[str, Any], accept_changes: bool) -> bool:
+        """Put the latest state, if any, in place. Returns whether its model is yet to be validated and written.
 
         Raises UserError naming settings that differ from the state's, unless `accept_changes`.
         """
         self.read_best()  # a damaged record is an error now, and not after training up to the next save
         content, path = self._read_latest()
+        step = torch.tensor([-1 if content is None else content["step"]])
+        if len(set(self.world.gather(step).tolist())) > 1:
+            raise UserError(f"the processes see different states in {self.folder}: it must be a folder that all share")
         if content is None:
-            return
+            return False
         changes = list_changes(content["settings"], settings, FREE_SETTINGS)
         if changes and not accept_changes:
             raise UserError(f"{path} belongs to a run with other settings: {'; '.join(changes)}")
         _restore(state, content, path)
         self._recover_best(state.step)
+        return read_record(StateNote, path.with_suffix(".json")).unvalidated
 
     def _recover_best(self, step: int) -> None:
         """Take the best state up to this step from the log when its record is lost. Otherwise the next validation would
