@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.backends.cpu.kernels import build
+from nextscale.backends.cpu.kernels.blocks import HEADS
 from nextscale.checkpoints import build_on_meta
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer import TokenizerConfig
@@ -42,8 +43,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def needs_kernels(name):
     """Marks a test of the compiled kernels of this file."""
-    reason = "there is no C compiler, or no AVX-512, and the plain way has tests of its own"
-    return pytest.mark.skipif(build.load_kernels(name) is None, reason=reason)
+    missing = build.explain_missing(name, HEADS[-1] if name == "blocks" else build.MAX_VECTORS)
+    return pytest.mark.skipif(missing is not None, reason=f"{missing}; the plain way has tests of its own")
 
 
 @contextmanager

@@ -143,7 +143,7 @@ class PackedExperts(CpuExperts):
         """The compiled kernels, where they can compute x; lays the weights out for them at the first use."""
         if self.fc1.packed is not None or not build.can_use_kernels(x_TD, self.fc1.bias):
             return None
-        kernels = build.load_kernels("experts")
+        kernels = build.load_kernels("experts", build.MAX_VECTORS)
         if kernels is not None:
             self.fc1.pack_panels()
             self.fc2.pack_panels()

@@ -10,22 +10,23 @@
 
 #include "products.h"
 
-#define HEAD PANEL /* values of a head; and queries at once */
+/* HEAD: values of a head, a multiple of PANEL. PANEL: queries at once. */
+
+typedef float quarter __attribute__((vector_size(16), aligned(4)));
 
 /* The sum of all lanes, by halves. */
 static inline float total(vec x)
 {
-    x += __builtin_shuffle(x, (ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    x += __builtin_shuffle(x, (ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    x += __builtin_shuffle(x, (ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-    x += __builtin_shuffle(x, (ints){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
-    return x[0];
+    quarter part[LANES / 4];
+    memcpy(part, &x, sizeof x);
+    for (int half = LANES / 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 static inline vec larger(vec a, vec b)
 {
-    const ints first = a > b;
-    return (vec)(((ints)a & first) | ((ints)b & ~first));
+    return choose(a > b, a, b);
 }
 
 /* ---- attention */
@@ -43,7 +44,7 @@ static inline __attribute__((always_inline)) void as_columns(
     const int vectors, const float *q, long apart, long count, float length, int normalise, float *queries)
 {
     const long lanes = vectors * LANES;
-    float by[HEAD] = {0};
+    float by[PANEL] = {0};
     memset(queries, 0, HEAD * lanes * sizeof *queries);
     for (long i = 0; i < count; i++)
         for (int k = 0; k < HEAD; k++) queries[k * lanes + i] = q[i * apart + k];
@@ -82,7 +83,7 @@ static inline __attribute__((always_inline)) void all_scores(
 /* What a softmax over keys that come in parts has found for each query: its largest score so far and the sum of the
    exponentials beside that; `by` is what the parts before are multiplied by when a larger one is found. */
 struct softmax {
-    float largest[HEAD], sums[HEAD], by[HEAD];
+    float largest[PANEL], sums[PANEL], by[PANEL];
 };
 
 /* exp(scores - the largest) in place of `scores` (many, vectors), in units of log 2; `first`: no part was before */
@@ -91,19 +92,18 @@ static inline __attribute__((always_inline)) void exponentials(
 {
     for (int v = 0; v < vectors; v++) {
         vec *top = (vec *)(found->largest + v * LANES), *sum = (vec *)(found->sums + v * LANES);
-        float *by = found->by + v * LANES, *start = scores + v * LANES;
+        float *start = scores + v * LANES;
         vec largest = first ? *(const vec *)start : *top;
         for (long m = 0; m < many; m++) largest = larger(*(const vec *)(start + m * vectors * LANES), largest);
         if (first) *top = largest, *sum = (vec){0};
-        *(vec *)by = *top - largest;
-        for (int i = 0; i < LANES; i++) by[i] = power(by[i]);
+        const vec by = power(*top - largest);
+        *(vec *)(found->by + v * LANES) = by;
         *top = largest;
-        *sum *= *(vec *)by;
+        *sum *= by;
         for (long m = 0; m < many; m++) {
-            float *s = start + m * vectors * LANES;
-            *(vec *)s -= largest;
-            for (int i = 0; i < LANES; i++) s[i] = power(s[i]);
-            *sum += *(const vec *)s;
+            vec *s = (vec *)(start + m * vectors * LANES);
+            *s = power(*s - largest);
+            *sum += *s;
         }
     }
 }
@@ -130,17 +130,20 @@ static inline __attribute__((always_inline)) void mixed(
 {
     const float *of_cached[ROWS], *of_fresh[ROWS];
     float *to[ROWS];
-    for (int r = 0; r < rows; r++) {
-        of_cached[r] = weights + r, of_fresh[r] = weights + values->old * lanes + r, to[r] = y + r * stride;
-        for (int v = 0; v < VECTORS && !first; v++) *(vec *)(to[r] + v * LANES) *= by[r];
+    for (int r = 0; r < rows; r++) of_cached[r] = weights + r, of_fresh[r] = weights + values->old * lanes + r;
+    for (int j = 0; j < HEAD; j += PANEL) {
+        for (int r = 0; r < rows; r++) {
+            to[r] = y + r * stride + j;
+            for (int v = 0; v < VECTORS && !first; v++) *(vec *)(to[r] + v * LANES) *= by[r];
+        }
+        products(rows, VECTORS, 0, !first, of_cached, lanes, values->cached + j, HEAD, values->old, to, 0);
+        products(rows, VECTORS, 0, 1, of_fresh, lanes, values->fresh + j, values->stride, values->new, to, 0);
     }
-    products(rows, VECTORS, 0, !first, of_cached, lanes, values->cached, HEAD, values->old, to, 0);
-    products(rows, VECTORS, 0, 1, of_fresh, lanes, values->fresh, values->stride, values->new, to, 0);
 }
 
 #define CASE(n) case n: mixed(n, scores + j, lanes, &part, found.by + j, !start, to, stride); break;
 
-/* `count` <= HEAD queries, `apart` values from one to the next, of one head */
+/* `count` <= PANEL queries, `apart` values from one to the next, of one head */
 static inline __attribute__((always_inline)) void some_queries(
     const int vectors, const float *q, long apart, long count, float length, int normalise, const float *const *keys,
     const struct values *values, long at_once, float *y, long stride, float *queries, float *scores)
@@ -162,7 +165,7 @@ static inline __attribute__((always_inline)) void some_queries(
         }
     }
     for (long j = 0; j < count; j++)
-        for (int v = 0; v < VECTORS; v++) *(vec *)(y + j * stride + v * LANES) *= 1.0f / found.sums[j];
+        for (int v = 0; v < HEAD / LANES; v++) *(vec *)(y + j * stride + v * LANES) *= 1.0f / found.sums[j];
 }
 #undef CASE
 
@@ -182,6 +185,57 @@ static void take_keys(const float *k, long apart, long count, int normalise, flo
     }
 }
 
+struct attention {
+    const float *qkv;
+    float *k_cache, *v_cache;
+    const float *lengths;
+    float *y;
+    long batch, heads, count, start, length, at_once;
+    int normalise;
+    float *scratch;
+    const float **pointers;
+};
+
+/* Head `i`, of all heads of all images. */
+static void attend_head(const struct attention *all, long i)
+{
+    const long heads = all->heads, count = all->count, start = all->start, length = all->length;
+    const long at_once = all->at_once, width = heads * HEAD, many = start + count, b = i / heads, h = i % heads;
+    const int me = omp_get_thread_num(), kept = many <= length, normalise = all->normalise;
+    float *queries = all->scratch + me * (HEAD + at_once + count) * HEAD, *scores = queries + HEAD * HEAD;
+    float *old = all->k_cache + i * length * HEAD, *fresh = kept ? old + start * HEAD : scores + at_once * HEAD;
+    float *v_cache = all->v_cache + i * length * HEAD;
+    const float **keys = all->pointers + me * many, by = all->lengths[h] * LOG2E;
+    const float *q = all->qkv + b * count * 3 * width + h * HEAD, *k = q + width, *v = k + width;
+    take_keys(k, 3 * width, count, normalise, fresh);
+    for (long n = 0; n < count && kept; n++)
+        memcpy(v_cache + (start + n) * HEAD, v + n * 3 * width, HEAD * sizeof *v);
+    for (long n = 0; n < many; n++) keys[n] = n < start ? old + n * HEAD : fresh + (n - start) * HEAD;
+    const struct values values = {v_cache, v, start, count, 3 * width};
+    for (long n = 0; n < count; n += PANEL) {
+        const long some = count - n < PANEL ? count - n : PANEL;
+        float *to = all->y + (b * count + n) * width + h * HEAD;
+#define CASE(v) case v: some_queries(v, q + n * 3 * width, 3 * width, some, by, normalise, keys, &values, at_once, \
+                                     to, width, queries, scores); break;
+        switch ((some + LANES - 1) / LANES) {
+            CASE(1)
+            CASE(2)
+#if VECTORS == 4
+            CASE(3)
+            CASE(4)
+#endif
+        }
+#undef CASE
+    }
+}
+
+static void attend_share(void *arguments)
+{
+    const struct attention *all = arguments;
+    long stop;
+    for (long i = share(all->batch * all->heads, &stop); i < stop; i++) attend_head(all, i);
+}
+
 /* qkv: (batch, count, 3, heads, HEAD) as projected. Keys and values are put into the caches (batch, heads, length,
    HEAD) at `start` if there is room; those before are attended to as well. lengths (heads): what queries are multiplied
    by, after normalisation if that is asked for, which is of keys as well. y: (batch, count, heads, HEAD). `at_once`
@@ -191,50 +245,29 @@ void attend(
     long count, long start, long length, long at_once, int normalise, int threads, float *scratch,
     const float **pointers)
 {
-    const long width = heads * HEAD, many = start + count, room = (HEAD + at_once + count) * HEAD;
-    const int kept = many <= length;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < batch * heads; i++) {
-        const long b = i / heads, h = i % heads;
-        float *queries = scratch + omp_get_thread_num() * room, *scores = queries + HEAD * HEAD;
-        float *old = k_cache + i * length * HEAD, *fresh = kept ? old + start * HEAD : scores + at_once * HEAD;
-        const float **keys = pointers + omp_get_thread_num() * many;
-        const float *q = qkv + b * count * 3 * width + h * HEAD, *k = q + width, *v = k + width;
-        take_keys(k, 3 * width, count, normalise, fresh);
-        for (long n = 0; n < count && kept; n++)
-            memcpy(v_cache + (i * length + start + n) * HEAD, v + n * 3 * width, HEAD * sizeof *v);
-        for (long n = 0; n < many; n++) keys[n] = n < start ? old + n * HEAD : fresh + (n - start) * HEAD;
-        const struct values values = {v_cache + i * length * HEAD, v, start, count, 3 * width};
-        for (long n = 0; n < count; n += HEAD) {
-            const long some = count - n < HEAD ? count - n : HEAD;
-            float *to = y + (b * count + n) * width + h * HEAD;
-#define CASE(v) case v: some_queries(v, q + n * 3 * width, 3 * width, some, lengths[h] * LOG2E, normalise, keys, \
-                                     &values, at_once, to, width, queries, scores); break;
-            switch ((some + LANES - 1) / LANES) {
-                CASE(1)
-                CASE(2)
-#if VECTORS == 4
-                CASE(3)
-                CASE(4)
-#endif
-            }
-#undef CASE
-        }
-    }
+    struct attention all = {qkv, k_cache, v_cache, lengths, y, batch, heads, count, start, length, at_once, normalise,
+                            scratch, pointers};
+    GOMP_parallel(attend_share, &all, threads, 0);
 }
 
 /* ---- LayerNorm and adaLN */
 
-/* y = LN(x) (1 + scale) + shift: x (batch, count, width), scale and shift of an image (width), `apart` values from
-   those of the next. width is a multiple of 16. */
-void modulate(
-    const float *x, const float *scale, const float *shift, float *y, long batch, long count, long width, long apart,
-    float eps, int threads)
+struct modulation {
+    const float *x, *scale, *shift;
+    float *y;
+    long batch, count, width, apart;
+    float eps;
+};
+
+static void modulate_share(void *arguments)
 {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long t = 0; t < batch * count; t++) {
-        const float *from = x + t * width, *by = scale + t / count * apart, *plus = shift + t / count * apart;
-        float *to = y + t * width;
+    const struct modulation *all = arguments;
+    const long count = all->count, width = all->width, apart = all->apart;
+    long stop;
+    for (long t = share(all->batch * count, &stop); t < stop; t++) {
+        const float *from = all->x + t * width, *by = all->scale + t / count * apart;
+        const float *plus = all->shift + t / count * apart;
+        float *to = all->y + t * width;
         vec sum = {0}, squares = {0};
         for (long j = 0; j < width; j += LANES) sum += *(const vec *)(from + j);
         const float mean = total(sum) / width;
@@ -242,9 +275,19 @@ void modulate(
             const vec rest = *(const vec *)(from + j) - mean;
             squares += rest * rest;
         }
-        const float by_deviation = 1.0f / sqrtf(total(squares) / width + eps);
+        const float by_deviation = 1.0f / sqrtf(total(squares) / width + all->eps);
         for (long j = 0; j < width; j += LANES)
             *(vec *)(to + j) = (*(const vec *)(from + j) - mean) * by_deviation * (1.0f + *(const vec *)(by + j))
                                + *(const vec *)(plus + j);
     }
+}
+
+/* y = LN(x) (1 + scale) + shift: x (batch, count, width), scale and shift of an image (width), `apart` values from
+   those of the next. width is a multiple of LANES. */
+void modulate(
+    const float *x, const float *scale, const float *shift, float *y, long batch, long count, long width, long apart,
+    float eps, int threads)
+{
+    struct modulation all = {x, scale, shift, y, batch, count, width, apart, eps};
+    GOMP_parallel(modulate_share, &all, threads, 0);
 }

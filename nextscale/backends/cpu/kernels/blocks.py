@@ -1,7 +1,7 @@
 """What a block does between its products, on a CPU in float32, by the compiled kernels (blocks.c).
 
 Each function gives None where no kernel can be used, and its caller goes the plain way to the same function: in
-training, on other devices, in 16 bits, for heads of other widths, without a compiler or AVX-512.
+training, on other devices, in 16 bits, for heads of other widths, without a compiler, AVX-512 or AVX2.
 
 Letters: B batch, N tokens at hand, L tokens that a cache has room for, H heads, d head width, D width.
 """
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from nextscale.backends.cpu.kernels import build
 
-_LANES = 16
-_HEADS = (32, 64)
+HEADS = (32, 64)
 """Head widths that kernels are built for."""
 AT_ONCE = 256
 """Keys that are scored at once: their scores, 64 KiB for heads of 64, they and their values stay in the second cache.
@@ -30,11 +29,7 @@ def attend(
     before. `lengths_H`: what multiplies queries, float32; with `normalise` queries and keys have length 1 before.
     """
     B, N, _, H, d = qkv_BN3Hd.shape
-    kernels = (
-        build.load_kernels("blocks", d // _LANES)
-        if d in _HEADS and build.can_use_kernels(qkv_BN3Hd, lengths_H)
-        else None
-    )
+    kernels = build.load_kernels("blocks", d) if d in HEADS and build.can_use_kernels(qkv_BN3Hd, lengths_H) else None
     if kernels is None or not qkv_BN3Hd.is_contiguous():
         return None
     k_BHLd, v_BHLd = caches if caches is not None else (qkv_BN3Hd.new_empty(B, H, 0, d),) * 2
@@ -52,9 +47,15 @@ def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) ->
     """LN(x) (1 + scale) + shift in one pass, with a LayerNorm that has no weights of its own, (B, N, D)."""
     B, N, D = x_BND.shape
     laid_out = x_BND.is_contiguous() and scale_B1D.stride() == shift_B1D.stride() and scale_B1D.stride(2) == 1
-    if D % _LANES or not laid_out or len(scale_B1D) != B or not build.can_use_kernels(x_BND, scale_B1D):
+    if (
+        not build.LANES
+        or D % build.LANES
+        or not laid_out
+        or len(scale_B1D) != B
+        or not build.can_use_kernels(x_BND, scale_B1D)
+    ):
         return None
-    kernels = build.load_kernels("blocks")
+    kernels = build.load_kernels("blocks", HEADS[-1])
     if kernels is None:
         return None
     y_BND = torch.empty_like(x_BND)

@@ -1,7 +1,8 @@
 """Building experts.c and blocks.c with the machine's own C compiler, if it has one, at their first use.
 
-Without a compiler or without AVX-512 `load_kernels` gives None, and callers compute the same function in another way.
-The library is kept in the user's cache folder (XDG_CACHE_HOME or ~/.cache), named after all that decides it.
+Where that is impossible `load_kernels` gives None, warns once with the reason, and callers compute the same function in
+another way. `explain_missing` gives the reason. The library is kept in the user's cache folder (XDG_CACHE_HOME or
+~/.cache), named after all that decides it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.backends.cpu.products import wide_vectors
 from nextscale.common.files import write_atomically
 
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fPIC", "-fopenmp")
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+LANES = {"AVX512": 16, "AVX2": 8}.get(_CAPABILITY, 0)
+"""Values of the vectors that kernels compute with here; 0: there are no kernels for this CPU."""
+MAX_VECTORS = 4 if LANES == 16 else 2
+"""Vectors of a product's columns at once, at most: AVX2 has half of AVX-512's registers."""
+
+_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", f"-DLANES={LANES}")
+_MACHINE = ("-march=native",) if LANES == 16 else ("-mavx2", "-mfma", "-mtune=native")
 _BUILD_SECONDS = 120
 _NOW = getattr(os, "RTLD_NOW", 2)
 """Missing symbols are found at loading, not at the first call."""
@@ -49,27 +58,65 @@ def can_use_kernels(x: Tensor, weight: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
-@lru_cache(maxsize=8)
-def load_kernels(name: str, vectors: int = 4) -> ctypes.CDLL | None:
-    """The kernels of a source file, `vectors` of 16 values at once, built at the first call; None where they cannot be
-    built or the CPU has no AVX-512."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not (wide_vectors and compiler):
-        return None
+@lru_cache(maxsize=16)
+def load_kernels(name: str, size: int) -> ctypes.CDLL | None:
+    """The kernels of a source file, built at the first call; None where they cannot be.
+
+    `size`: of "blocks" the width of heads, 32 or 64; of "experts" the vectors of a panel, up to MAX_VECTORS.
+    """
+    try:
+        return _load(name, size)
+    except _Impossible as error:
+        reason = str(error)
+    if LANES and reason not in _reasons.values():
+        warnings.warn(f"the compiled CPU kernels are not used: {reason}; torch's operators run instead", stacklevel=2)
+    _reasons[name, size] = reason
+    return None
+
+
+_reasons: dict[tuple[str, int], str] = {}
+
+
+def explain_missing(name: str, size: int) -> str | None:
+    """Why `load_kernels` gives None; None where it gives kernels."""
+    return None if load_kernels(name, size) is not None else _reasons[name, size]
+
+
+class _Impossible(Exception):
+    """The kernels cannot be built or loaded; the message says why."""
+
+
+def find_compiler() -> list[str]:
+    """The command of the C compiler: CC, else cc, gcc or clang; empty without one."""
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    return shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
+
+
+def _load(name: str, size: int) -> ctypes.CDLL:
+    """As `load_kernels`; raises _Impossible."""
+    compiler = find_compiler()
+    if not LANES:
+        raise _Impossible("the CPU has neither AVX-512 nor AVX2")
+    if not compiler:
+        raise _Impossible("there is no C compiler (cc, gcc or clang), and CC names none")
     source, shared = (Path(__file__).with_name(file) for file in (f"{name}.c", "products.h"))
-    flags = (*_FLAGS, f"-DVECTORS={vectors}")
+    if name == "blocks":
+        shape = [f"-DHEAD={size}", f"-DVECTORS={min(size // LANES, MAX_VECTORS)}"]
+    else:
+        shape = [f"-DVECTORS={size}"]
+    flags = (*_FLAGS, *_MACHINE, *shape)
     about = (compiler, flags, platform.machine(), platform.system(), _read_processor())
     key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextscale" / "kernels"
-    library = folder / f"{name}-{key}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextscale" / "kernels"
+        library = folder / f"{name}-{key}.so"
         if not library.exists():
             _build(compiler, flags, source, library)
         kernels = ctypes.CDLL(str(library), mode=_NOW)
         for function, arguments in _ARGUMENTS[name].items():
             getattr(kernels, function).argtypes, getattr(kernels, function).restype = arguments, None
-    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
-        return None  # the callers' other way is slower and gives the same function
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:  # no home, no room, no such symbol
+        raise _Impossible(" ".join(str(error).split())) from error
     return kernels
 
 
@@ -79,15 +126,30 @@ def get_pointers(*tensors: Tensor) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
-def _build(compiler: str, flags: tuple[str, ...], source: Path, library: Path) -> None:
-    """Linked without an OpenMP of its own: torch's is in the process, and a second one's threads would fight it."""
+def _build(compiler: list[str], flags: tuple[str, ...], source: Path, library: Path) -> None:
+    """Several processes may build at once: each writes a file of its own, and one of them stays."""
     with write_atomically(library) as (draft,):
         part = draft.with_suffix(".o")
         try:
-            for command in ([*flags, "-c", str(source), "-o", str(part)], ["-shared", str(part), "-o", str(draft)]):
-                subprocess.run([compiler, *command], check=True, capture_output=True, timeout=_BUILD_SECONDS)
+            _run_compiler([*compiler, *flags, "-c", str(source), "-o", str(part)])
+            _run_compiler([*compiler, "-shared", str(part), "-o", str(draft)])
         finally:
             part.unlink(missing_ok=True)
+
+
+def _run_compiler(command: list[str]) -> None:
+    """Run it; raises _Impossible with its first error."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _Impossible(f"the compiler {command[0]} took more than {_BUILD_SECONDS} s") from error
+    except OSError as error:
+        raise _Impossible(f"the compiler {command[0]} cannot be run: {error.strerror}") from error
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise _Impossible(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}")
+    if not Path(command[-1]).exists():
+        raise _Impossible(f"{command[0]} wrote no file")
 
 
 def _read_processor() -> str:

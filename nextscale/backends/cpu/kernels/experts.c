@@ -18,7 +18,7 @@
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 /* tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) */
-static inline float gelu(float x)
+static inline vec gelu(vec x)
 {
     return x / (1.0f + power(-2.302208198f * (x + 0.044715f * x * x * x))); /* -2 sqrt(2/pi) log2(e) */
 }
@@ -35,9 +35,9 @@ static inline __attribute__((always_inline)) void block(
     for (long j = 0; j < padded; j += PANEL) {
         products(rows, VECTORS, 0, 0, from, 1, w1 + j * width, PANEL, width, to, 0);
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < PANEL; i++) {
-                float value = to[r][i] + b1[j + i];
-                to[r][i] = relu ? (value > 0 ? value : 0) : gelu(value);
+            for (int i = 0; i < PANEL; i += LANES) {
+                const vec value = *(const vec *)(to[r] + i) + *(const vec *)(b1 + j + i), zero = {0};
+                *(vec *)(to[r] + i) = relu ? choose(value > zero, value, zero) : gelu(value);
             }
         advance(rows, to);
     }
@@ -88,6 +88,30 @@ static void tile_of_slices(
 }
 #undef CASE
 
+struct slices {
+    const float *x;
+    const uint8_t *chosen;
+    float *y;
+    const float *w1, *b1, *w2, *b2;
+    long rows, tile, experts, width, size;
+    int relu;
+    long *indices;
+    float *hidden;
+    long next; /* row that no thread has taken */
+};
+
+static void slices_share(void *arguments)
+{
+    struct slices *all = arguments;
+    float *hidden = all->hidden + omp_get_thread_num() * ROWS * PADDED(all->size);
+    long start;
+    while ((start = __atomic_fetch_add(&all->next, all->tile, __ATOMIC_RELAXED)) < all->rows) {
+        const long stop = start + all->tile < all->rows ? start + all->tile : all->rows;
+        tile_of_slices(all->x, all->chosen, all->y, all->w1, all->b1, all->w2, all->b2, start, stop, all->experts,
+                       all->width, all->size, all->relu, all->indices + start, hidden);
+    }
+}
+
 /* `rows` (T, D) inputs, a tile of them after another. chosen: (T, experts) bytes. w1: per expert panels (padded /
    PANEL, width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL); b2:
    (width). Scratch: indices (T), hidden (threads, ROWS, padded). */
@@ -95,12 +119,8 @@ void run_slices(
     const float *x, const uint8_t *chosen, float *y, const float *w1, const float *b1, const float *w2, const float *b2,
     long rows, long tile, long experts, long width, long size, int relu, int threads, long *indices, float *hidden)
 {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long start = 0; start < rows; start += tile) {
-        const long stop = start + tile < rows ? start + tile : rows;
-        tile_of_slices(x, chosen, y, w1, b1, w2, b2, start, stop, experts, width, size, relu, indices + start,
-                       hidden + omp_get_thread_num() * ROWS * PADDED(size));
-    }
+    struct slices all = {x, chosen, y, w1, b1, w2, b2, rows, tile, experts, width, size, relu, indices, hidden, 0};
+    GOMP_parallel(slices_share, &all, threads, 0);
 }
 
 /* ---- which slices run */
@@ -150,7 +170,7 @@ static inline __attribute__((always_inline)) void predicted(
     for (long j = 0; j < padded; j += PANEL) {
         products(rows, VECTORS, 0, 0, from, 1, w1 + j * width, PANEL, width, to, 0);
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < PANEL; i++) to[r][i] = gelu(to[r][i]);
+            for (int i = 0; i < PANEL; i += LANES) *(vec *)(to[r] + i) = gelu(*(const vec *)(to[r] + i));
         advance(rows, to);
     }
     for (int r = 0; r < rows; r++) from[r] = scratch + r * padded, to[r] = norm + r * wide;
@@ -161,18 +181,26 @@ static inline __attribute__((always_inline)) void predicted(
     for (int r = 0; r < rows; r++) at_least(norm + r * wide, wide, experts, least, chosen + r * experts);
 }
 
-#define CASE(n) \
-    case n: predicted(n, x + t * width, chosen + t * experts, w1, w2, experts, width, hidden, least, mine); break;
+struct choice {
+    const float *x;
+    uint8_t *chosen;
+    const float *w1, *w2;
+    long rows, experts, width, hidden;
+    float least, *scratch;
+};
 
-/* chosen (rows, experts): where p >= least max p, p = |W2 gelu(W1 x)|. w1: panels (padded / PANEL, width, PANEL); w2:
-   panels (experts / PANEL rounded up, hidden, PANEL). Scratch: (threads, ROWS, padded + experts rounded up). */
-void choose_slices(
-    const float *x, uint8_t *chosen, const float *w1, const float *w2, long rows, long experts, long width, long hidden,
-    float least, int threads, float *scratch)
+#define CASE(n) \
+    case n: predicted(n, all->x + t * width, all->chosen + t * experts, all->w1, all->w2, experts, width, hidden, \
+                      all->least, mine); break;
+
+static void choose_share(void *arguments)
 {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long t = 0; t < rows; t += ROWS) {
-        float *mine = scratch + omp_get_thread_num() * ROWS * (PADDED(hidden) + PADDED(experts));
+    const struct choice *all = arguments;
+    const long rows = all->rows, experts = all->experts, width = all->width, hidden = all->hidden;
+    float *mine = all->scratch + omp_get_thread_num() * ROWS * (PADDED(hidden) + PADDED(experts));
+    long stop;
+    for (long block = share((rows + ROWS - 1) / ROWS, &stop); block < stop; block++) {
+        const long t = block * ROWS;
         switch (rows - t < ROWS ? rows - t : ROWS) {
             CASES
         }
@@ -180,9 +208,20 @@ void choose_slices(
 }
 #undef CASE
 
+/* chosen (rows, experts): where p >= least max p, p = |W2 gelu(W1 x)|. w1: panels (padded / PANEL, width, PANEL); w2:
+   panels (experts / PANEL rounded up, hidden, PANEL). Scratch: (threads, ROWS, padded + experts rounded up). */
+void choose_slices(
+    const float *x, uint8_t *chosen, const float *w1, const float *w2, long rows, long experts, long width, long hidden,
+    float least, int threads, float *scratch)
+{
+    struct choice all = {x, chosen, w1, w2, rows, experts, width, hidden, least, scratch};
+    GOMP_parallel(choose_share, &all, threads, 0);
+}
+
 /* ---- whole FFNs */
 
 #define STEPS 128 /* of a chunk: 32 KiB of a panel of 64, which the first cache holds beside the rows' values */
+#define LINES (PANEL / 16) /* of 64 bytes, of a step */
 #define TILE 56   /* rows: their hidden units, of 4,096 values, stay in the second cache */
 
 /* `steps` steps of a block's products with a panel, added to `sums` (rows, PANEL) unless they are the first */
@@ -201,7 +240,7 @@ static inline __attribute__((always_inline)) void chunk(
     case 0: chunk(n, 0, a + first, panel, from, steps, to, next); break; \
     case 1: chunk(n, 1, a + first, panel, from, steps, to, next); break; \
     case 2: chunk(n, 2, a + first, panel, from, steps, to, next); break; \
-    default: chunk(n, VECTORS, a + first, panel, from, steps, to, next); \
+    default: chunk(n, LINES, a + first, panel, from, steps, to, next); \
     } \
     break;
 
@@ -213,13 +252,64 @@ static void panel_product(const float *const *a, long count, const float *panel,
         const long steps = depth - from < STEPS ? depth - from : STEPS;
         for (long b = 0; b < blocks; b++) {
             const long first = count * b / blocks;
-            /* The blocks share in fetching the next chunk, VECTORS lines for each of its steps. */
-            const int share = blocks == 1 ? VECTORS : blocks <= 3 ? 2 : 1, ahead = b * share < VECTORS ? share : 0;
-            const char *next = (const char *)(panel + (from + STEPS) * PANEL) + b * share * steps * 64;
+            /* The blocks share in fetching the next chunk, LINES for each of its steps. */
+            const int lines = blocks == 1 ? LINES : blocks <= 3 && LINES > 1 ? 2 : 1, ahead = b * lines < LINES ? lines : 0;
+            const char *next = (const char *)(panel + (from + STEPS) * PANEL) + b * lines * steps * 64;
             float *to = sums + first * PANEL;
             switch (count * (b + 1) / blocks - first) { CASES }
         }
     }
+}
+
+struct experts {
+    const float *x;
+    const long *rows;
+    const float *gates;
+    const int32_t *ends;
+    float *y;
+    const float *w1, *b1, *w2, *b2;
+    long experts, width, size;
+    float *hidden, *sums;
+};
+
+/* This thread's part of the panels of expert `e`, for its pairs `start` to `start + count`. */
+static void tile_of_expert(const struct experts *all, long e, long start, long count, float *hidden, float *sums)
+{
+    const long width = all->width, size = all->size, padded = PADDED(size), wide = PADDED(width);
+    const float *w1 = all->w1 + e * padded * width, *w2 = all->w2 + e * wide * size;
+    const float *b1 = all->b1 + e * padded, *b2 = all->b2 + e * width, *from[TILE];
+    const long *rows = all->rows + start;
+    long stop;
+    for (long r = 0; r < count; r++) from[r] = all->x + rows[r] * width;
+    for (long p = share(padded / PANEL, &stop); p < stop; p++) {
+        panel_product(from, count, w1 + p * PANEL * width, width, sums);
+        for (long r = 0; r < count; r++)
+            for (long i = 0; i < PANEL; i += LANES)
+                *(vec *)(hidden + r * padded + p * PANEL + i)
+                    = gelu(*(const vec *)(sums + r * PANEL + i) + *(const vec *)(b1 + p * PANEL + i));
+    }
+    GOMP_barrier();
+    for (long r = 0; r < count; r++) from[r] = hidden + r * padded;
+    for (long p = share(wide / PANEL, &stop); p < stop; p++) {
+        const long left = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
+        panel_product(from, count, w2 + p * PANEL * size, size, sums);
+        for (long r = 0; r < count; r++) {
+            float *to = all->y + rows[r] * width + p * PANEL;
+            for (long i = 0; i < left; i++) to[i] += all->gates[start + r] * (sums[r * PANEL + i] + b2[p * PANEL + i]);
+        }
+    }
+}
+
+static void experts_share(void *arguments)
+{
+    const struct experts *all = arguments;
+    float *sums = all->sums + omp_get_thread_num() * TILE * PANEL;
+    long turn = 0; /* others may still read the last hidden units */
+    for (long e = 0; e < all->experts; e++)
+        for (long start = e ? all->ends[e - 1] : 0; start < all->ends[e]; start += TILE) {
+            const long count = all->ends[e] - start < TILE ? all->ends[e] - start : TILE;
+            tile_of_expert(all, e, start, count, all->hidden + (turn++ % 2) * TILE * PADDED(all->size), sums);
+        }
 }
 
 /* rows: of all pairs of row and expert, sorted by expert; ends: where each expert's end. Weights as in run_slices, b2
@@ -227,41 +317,9 @@ static void panel_product(const float *const *a, long count, const float *panel,
    panels. */
 void run_experts(
     const float *x, const long *rows, const float *gates, const int32_t *ends, float *y,
-    const float *w1_all, const float *b1_all, const float *w2_all, const float *b2_all,
-    long experts, long width, long size, int threads, float *hidden_all, float *sums_all)
+    const float *w1, const float *b1, const float *w2, const float *b2,
+    long experts, long width, long size, int threads, float *hidden, float *sums)
 {
-    const long padded = PADDED(size), wide = PADDED(width), panels1 = padded / PANEL, panels2 = wide / PANEL;
-#pragma omp parallel num_threads(threads)
-    {
-        const long me = omp_get_thread_num(), all = omp_get_num_threads();
-        float *sums = sums_all + me * TILE * PANEL;
-        const float *from[TILE];
-        long turn = 0;
-        for (long e = 0; e < experts; e++) {
-            const float *w1 = w1_all + e * padded * width, *w2 = w2_all + e * wide * size;
-            const float *b1 = b1_all + e * padded, *b2 = b2_all + e * width;
-            for (long start = e ? ends[e - 1] : 0; start < ends[e]; start += TILE) {
-                const long count = ends[e] - start < TILE ? ends[e] - start : TILE;
-                float *hidden = hidden_all + (turn++ % 2) * TILE * padded; /* others may still read the last one */
-                for (long r = 0; r < count; r++) from[r] = x + rows[start + r] * width;
-                for (long p = panels1 * me / all; p < panels1 * (me + 1) / all; p++) {
-                    panel_product(from, count, w1 + p * PANEL * width, width, sums);
-                    for (long r = 0; r < count; r++)
-                        for (long i = 0; i < PANEL; i++)
-                            hidden[r * padded + p * PANEL + i] = gelu(sums[r * PANEL + i] + b1[p * PANEL + i]);
-                }
-#pragma omp barrier
-                for (long r = 0; r < count; r++) from[r] = hidden + r * padded;
-                for (long p = panels2 * me / all; p < panels2 * (me + 1) / all; p++) {
-                    const long left = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
-                    panel_product(from, count, w2 + p * PANEL * size, size, sums);
-                    for (long r = 0; r < count; r++) {
-                        float *to = y + rows[start + r] * width + p * PANEL;
-                        for (long i = 0; i < left; i++)
-                            to[i] += gates[start + r] * (sums[r * PANEL + i] + b2[p * PANEL + i]);
-                    }
-                }
-            }
-        }
-    }
+    struct experts all = {x, rows, gates, ends, y, w1, b1, w2, b2, experts, width, size, hidden, sums};
+    GOMP_parallel(experts_share, &all, threads, 0);
 }

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.backends.cpu.kernels.build import get_pointers
+from nextscale.backends.cpu.kernels.build import LANES, MAX_VECTORS, get_pointers
 
-_LANES = 16
 _SLICE_ROWS, _EXPERT_ROWS = 12, 56
 """Rows that the kernels take at once, at most."""
 TILE_VALUES = 2**19
@@ -29,13 +28,13 @@ have like numbers of experts, and threads would not be done together."""
 
 def vectors_for(size: int) -> int:
     """How many vectors of outputs a kernel takes at once for experts of this size: none should be padding."""
-    return 4 if size % (4 * _LANES) == 0 else 2
+    return MAX_VECTORS if size % (MAX_VECTORS * LANES) == 0 else 2
 
 
-def to_panels(weight_EOI: Tensor, vectors: int = 4) -> Tensor:
+def to_panels(weight_EOI: Tensor, vectors: int = MAX_VECTORS) -> Tensor:
     """(E, out, in) as (E, out / panel, in, panel), outputs padded with zeros: one step after another, `vectors` vectors
-    of 16 outputs in each."""
-    panel = vectors * _LANES
+    of LANES outputs in each."""
+    panel = vectors * LANES
     padded = F.pad(weight_EOI.detach(), (0, 0, 0, -weight_EOI.shape[1] % panel))
     return padded.unflatten(1, (-1, panel)).transpose(2, 3).contiguous()
 
@@ -46,7 +45,7 @@ def from_panels(panels: Tensor, out: int) -> Tensor:
 
 
 def _padded(bias_ES: Tensor, vectors: int) -> Tensor:
-    return F.pad(bias_ES.detach(), (0, -bias_ES.shape[1] % (vectors * _LANES))).contiguous()
+    return F.pad(bias_ES.detach(), (0, -bias_ES.shape[1] % (vectors * LANES))).contiguous()
 
 
 class SlicePanels:
@@ -88,7 +87,7 @@ class RouterPanels:
 
     def chosen(self, kernels: ctypes.CDLL, x_TD: Tensor, tau: float) -> Tensor:
         """(T, E) bool: where p >= (1 - tau) max p, p = |W2 gelu(W1 x)|, with tanh-GELU."""
-        threads, panel = torch.get_num_threads(), self.vectors * _LANES
+        threads, panel = torch.get_num_threads(), self.vectors * LANES
         chosen_TE = torch.empty(len(x_TD), self.experts, dtype=torch.bool)
         columns = sum(-(-n // panel) * panel for n in (self.hidden, self.experts))
         scratch = torch.empty(threads * _SLICE_ROWS * columns)
@@ -105,11 +104,15 @@ def add_experts_by_kernel(
     """Add to `into` (T, D) the gated outputs of whole experts, FFNs with tanh-GELU.
 
     `pairs`: row (R,) int64, gate (R,) float32 and where each expert's pairs end (E,) int32, sorted by expert.
-    `weights`: fc1's panels, its bias (E, F), fc2's panels, its bias (E, D); panels of four vectors. All contiguous.
+    `weights`: fc1's panels, its bias (E, F), fc2's panels, its bias (E, D); panels of MAX_VECTORS vectors. All
+    contiguous.
     """
     w1, b1_EF, w2, b2_ED = weights
     (experts, size), width, threads = b1_EF.shape, b2_ED.shape[1], torch.get_num_threads()
-    b1 = _padded(b1_EF, 4)
-    hidden, sums = torch.empty(2 * _EXPERT_ROWS * b1.shape[1]), torch.empty(threads * _EXPERT_ROWS * 4 * _LANES)
+    b1 = _padded(b1_EF, MAX_VECTORS)
+    hidden, sums = (
+        torch.empty(2 * _EXPERT_ROWS * b1.shape[1]),
+        torch.empty(threads * _EXPERT_ROWS * MAX_VECTORS * LANES),
+    )
     tensors = get_pointers(x_TD, *pairs, into, w1, b1, w2, b2_ED)
     kernels.run_experts(*tensors, experts, width, size, threads, *get_pointers(hidden, sums))

@@ -1,28 +1,44 @@
 /* Products of a few rows and a panel of a matrix, on a CPU in float32: what all kernels are made of. */
 
-#include <omp.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#ifndef VECTORS
-#define VECTORS 4 /* of 16 columns at once */
-#endif
-/* Sums fill most of AVX-512's 32 registers. Not more than 12 rows: rows of 4 KiB all fall into one set of the first
-   cache, which has 12 places. */
-#if VECTORS == 4
+/* LANES: values of a vector, 16 for AVX-512 and 8 for AVX2. VECTORS: of them, columns at once, 2 or 4. ROWS at once:
+   sums fill most of the 32 registers of AVX-512 and of AVX2's 16. Not more than 12 rows: rows of 4 KiB all fall into
+   one set of the first cache, which has 12 places. */
+#if LANES == 16 && VECTORS == 4
 #define ROWS 7
 #define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-#else
+#elif LANES == 16 && VECTORS == 2
 #define ROWS 12
 #define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#elif LANES == 8 && VECTORS == 2
+#define ROWS 6
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#else
+#error "no kernels for these LANES and VECTORS"
 #endif
-#define LANES 16
 #define PANEL (VECTORS * LANES)
 #define PADDED(n) (((n) + PANEL - 1) / PANEL * PANEL)
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* Threads come from the OpenMP library that torch has loaded, called as gcc's compiled code does: a compiler's own would
+   start others beside them, and clang often has none. */
+void GOMP_parallel(void (*work)(void *), void *arguments, unsigned threads, unsigned flags);
+void GOMP_barrier(void);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+
+/* This thread's share of `all` items: from what is returned to `stop`. */
+static inline long share(long all, long *stop)
+{
+    const long me = omp_get_thread_num(), threads = omp_get_num_threads();
+    *stop = all * (me + 1) / threads;
+    return all * me / threads;
+}
 
 #define AT(r) AT_(r, 0) AT_(r, 1) AT_(r, 2) AT_(r, 3)
 #define EVERYWHERE AT(0) AT(1) AT(2) AT(3) AT(4) AT(5) AT(6) AT(7) AT(8) AT(9) AT(10) AT(11)
@@ -57,15 +73,22 @@ static inline __attribute__((always_inline)) void products(
 #undef AT_
 }
 
-/* 2^t by its whole and broken part, for t from -126 to 126; that of the nearer end beyond them */
-static inline float power(float t)
+/* a where the lane's bits are set, b where they are not */
+static inline vec choose(ints where, vec a, vec b)
 {
-    t = t > 126.0f ? 126.0f : t < -126.0f ? -126.0f : t;
-    float whole = (t + 12582912.0f) - 12582912.0f, part = (t - whole) * 0.693147181f;
-    float broken = 1.0f + part * (1.0f + part * (0.5f + part * (0.166666667f + part * (0.0416666667f
-                   + part * (0.00833333333f + part * 0.00138888889f)))));
-    union { int32_t i; float f; } scale = {((int32_t)whole + 127) << 23};
-    return broken * scale.f;
+    return (vec)(((ints)a & where) | ((ints)b & ~where));
+}
+
+/* 2^t by its whole and broken part, for t from -126 to 126; that of the nearer end beyond them */
+static inline vec power(vec t)
+{
+    const vec zero = {0};
+    t = choose(t > 126.0f, zero + 126.0f, t);
+    t = choose(t < -126.0f, zero - 126.0f, t);
+    const vec whole = (t + 12582912.0f) - 12582912.0f, part = (t - whole) * 0.693147181f;
+    const vec broken = 1.0f + part * (1.0f + part * (0.5f + part * (0.166666667f + part * (0.0416666667f
+                       + part * (0.00833333333f + part * 0.00138888889f)))));
+    return broken * (vec)((__builtin_convertvector(whole, ints) + 127) << 23);
 }
 
 /* Each of `rows` places one panel on. */

@@ -1,0 +1,31 @@
+"""Which of the fast CPU paths are in use on this machine, and why others are not."""
+
+from __future__ import annotations
+
+from nextscale.backends.cpu import products
+from nextscale.backends.cpu.kernels import build
+from nextscale.backends.cpu.kernels.blocks import HEADS
+from nextscale.backends.cpu.kernels.experts import RouterPanels
+
+_BLOCKS = [("blocks", head) for head in HEADS]
+_EXPERTS, _ROUTERS = ("experts", build.MAX_VECTORS), ("experts", RouterPanels.vectors)
+FAMILIES = {
+    "attention": _BLOCKS,
+    "adaLN": _BLOCKS[-1:],
+    "experts": [_EXPERTS],
+    "slices": [_EXPERTS, _ROUTERS],
+}
+"""What the compiled kernels compute -> the libraries that it needs: adaptive layer normalisation, the experts of a
+mixture, and dynamic experts, which are slices of one feed-forward."""
+
+
+def explain_kernels() -> dict[str, str | None]:
+    """For each family of `FAMILIES`, and for packed products, None where it is in use here, else the reason.
+
+    Builds what has not been built: some ten seconds at the first call on a machine.
+    """
+    missing = {
+        family: next((reason for one in libraries if (reason := build.explain_missing(*one))), None)
+        for family, libraries in FAMILIES.items()
+    }
+    return missing | {"packed products": None if products.has_onednn else "this torch has no oneDNN products here"}
