@@ -23,6 +23,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -104,6 +105,9 @@ def in_turn(plan: Path) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stderr(printed):
             status = run_command(entry)
+        print(printed.getvalue())
+        if status not in (0, 130):
+            sys.exit(status)
         said.append({"status": status, "text": printed.getvalue()})
         with init_distributed("cpu") as world:  # what rank 0 still writes is there when the next command begins
             world.wait()
@@ -115,26 +119,35 @@ def by_pairs(plan: Path) -> None:
     said = []
     for entry in json.loads(plan.read_text()):
         began, drafts = time.monotonic(), [Path(f"{plan}.text-{rank}") for rank in range(2)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = [fork(entry, rank, port, draft) for rank, draft in enumerate(drafts)]
-        status = wait(children)
+        status = fork_all(2, lambda entry=entry: run_command(entry), drafts)
         said.append({"status": status, "text": [d.read_text() for d in drafts], "seconds": time.monotonic() - began})
     Path(f"{plan}.said").write_text(json.dumps(said))
 
 
-def fork(entry: dict, rank: int, port: int, draft: Path) -> int:
+def find_port() -> int:
+    """A free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def fork_all(size: int, work: Callable[[], int], drafts: list[Path]) -> list[int]:
+    """Do `work` in so many new processes, which write what they print to `drafts`; the exit status of each."""
+    port = find_port()
+    return wait([fork(work, rank, size, port, draft) for rank, draft in enumerate(drafts)])
+
+
+def fork(work: Callable[[], int], rank: int, size: int, port: int, draft: Path) -> int:
     child = os.fork()
     if child:
         return child
     status = 99
     try:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-        status = run_command(entry)
+        status = work()
         sys.stdout.flush(), sys.stderr.flush()
     except BaseException:
         traceback.print_exc()

@@ -170,6 +170,37 @@ def check_equal(place: Path, whole: str, parts: str) -> None:
     assert logs[0] == logs[1]
 
 
+@pytest.mark.skipif(not SOAK, reason="make soak starts two launchers")
+@pytest.mark.parametrize("mishap", ["", "kill 1 1"])
+def test_two_nodes(mishap, road, place):
+    """Two torchruns of one process each, as on two machines, train what two processes of one torchrun train; and when
+    the second one's process is killed, the first one says so."""
+    from tests.process_worker import find_port
+
+    name = "dense-full-bf16"
+    out = f"nodes{mishap.replace(' ', '-')}"
+    entry = {"command": list_road()[name].replace(f"--out {name}", f"--out {out}")}
+    (plan := place / f"{out}.plan").write_text(json.dumps([entry | ({"mishap": mishap} if mishap else {})]))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    common = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={find_port()}"]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *common, f"--node-rank={rank}", "-m",
+             "tests.process_worker", str(plan)],
+            cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    if not mishap:
+        assert [node.returncode for node in nodes] == [0, 0], said
+        check_equal(place, name, out)
+    else:
+        assert 0 not in [node.returncode for node in nodes]
+        assert "rank 1 of 2 failed: the process" in said[0]
+        assert (place / out / "training" / "transformer-00000001.pt").exists()
+
+
 MISHAPS = {
     "kill 1 1": ("mixture-experts-bf16", "ended without a word: it was killed"),
     "kill 0 1": ("dense-full-bf16", "ended without a word: it was killed"),

@@ -1,8 +1,11 @@
 """Training processes for tests: python -m tests.train_worker FOLDER TASK [setting=value ...] [-- FOLDER TASK ...] ...
 
-Alone or under torchrun. Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with
-mixers=mvar an M-VAR) or 2 (encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and,
-for each process, FOLDER/held-RANK.json: which share of each parameter it holds.
+Alone or under torchrun. `python -m tests.train_worker SESSIONS.json` reads [[processes, [word, ...]], ...] and
+does each by so many new processes, which it forks: torch is imported once.
+
+Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with mixers=mvar an M-VAR) or
+2 (encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and, for each process,
+FOLDER/held-RANK.json: which share of each parameter it holds.
 """
 
 import json
@@ -28,6 +31,18 @@ from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, mixture_task, tasks
 
 MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
+
+
+def run_sessions(path: Path) -> int:
+    """Each of the sessions by new processes; the first exit status that is not 0."""
+    from tests.process_worker import fork_all
+
+    for size, words in json.loads(path.read_text()):
+        drafts = [path.with_suffix(f".{rank}") for rank in range(size)]
+        if any(statuses := fork_all(size, lambda words=words: main(words), drafts)):
+            print(*(draft.read_text()[-3000:] for draft in drafts), file=sys.stderr)
+            return next(filter(None, statuses))
+    return 0
 
 
 def main(arguments: list[str]) -> int:
@@ -118,4 +133,4 @@ def parse(text: str):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_sessions(Path(sys.argv[1])) if sys.argv[1].endswith(".json") else main(sys.argv[1:]))
