@@ -78,7 +78,7 @@ def print_report(options: argparse.Namespace, pipeline: Pipeline, runs: dict, se
         "batch": options.batch,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "precision": "bf16" if options.bf16 else "fp32",
+        "precision": "bfloat16" if options.bf16 else "float32",
         "torch": torch.__version__,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "tflop_per_step": 3 * options.batch * flops / 1e12,

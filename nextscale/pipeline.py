@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import read_modules
-from nextscale.common.devices import find_device, find_dtype
+from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
+from nextscale.common.precision import choose_sampling_dtype
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig, parse_count, parse_sampling
@@ -75,6 +76,7 @@ class Pipeline:
         self._refiner_source, self._refiner_labels = "", cast(Tensor | None, None)
         self._captured: CreatePredictor | None = None
         self._backend: Backend = "plain"
+        self._training, self._dtype = False, torch.float32
 
     @classmethod
     def from_config(
@@ -94,15 +96,16 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu",
+        cls, source: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto",
         revision: str | None = None, token: str | None = None, backend: Backend = "auto",
     ) -> Pipeline:  # fmt: skip
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
-        `dtype`: what the networks compute in; by default float32 on a CPU, whatever is stored, and the stored dtype
-        elsewhere. `revision` (branch, tag or commit) and `token` are for the hub. `backend`: "auto" swaps modules for
-        fast ones (`Pipeline.optimize`), for inference alone; "plain" leaves plain PyTorch modules, which can be
-        trained. UserError names the file and tensor at fault.
+        `dtype`: what the networks compute in, whatever is stored; auto: the fastest type that is right for the device
+        and the model (`nextscale.common.precision`). `device`: auto, cpu, cuda, cuda:1, mps. `revision` (branch, tag
+        or commit) and `token` are for the hub. `backend`: "auto" swaps modules for fast ones (`Pipeline.optimize`),
+        for inference alone; "plain" leaves plain PyTorch modules, which can be trained. UserError names the file and
+        tensor at fault.
         """
         checkpoint, modules = read_modules(_find_folder(source, revision, token))
         _check_routers(source, checkpoint)
@@ -115,7 +118,7 @@ class Pipeline:
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu",
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto",
         backend: Backend = "auto",
     ) -> Pipeline:  # fmt: skip
         """Build the modules around a checkpoint's tensors. Arguments as in `from_pretrained`; it can be trained."""
@@ -139,12 +142,13 @@ class Pipeline:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
         """Move to a device and compute in `dtype`; the quantiser stays in float32."""
+        self._dtype = dtype
         self.tokenizer.to(device).set_compute_dtype(dtype)
         if self._transformer is not None:
             self._transformer.to(device, dtype)
         if self._refiner is not None:
             self._refiner.to(device, dtype)
-        return self
+        return self.optimize(self._backend, training=self._training)
 
     def optimize(self, backend: Backend = "auto", *, training: bool = False) -> Pipeline:
         """Swap modules for fast ones of this machine, see `nextscale.backends.twins`; "plain" changes nothing.
@@ -152,7 +156,7 @@ class Pipeline:
         On a CPU sampling takes half the time or less. Without `training` the pipeline is for inference alone; it can
         still be saved, moved and converted.
         """
-        self._backend = backend
+        self._backend, self._training = backend, training
         if backend != "plain":
             from nextscale.backends import optimize
 
@@ -177,7 +181,7 @@ class Pipeline:
     def load_refiner(self, settings: SampleConfig) -> VAR | None:
         """The refiner of these settings, loaded at its first use; or the one that `refine_with` was given."""
         if settings.refiner and settings.refiner != self._refiner_source:
-            source, dtype = settings.refiner, next(self.transformer.parameters()).dtype
+            source, dtype = settings.refiner, self._dtype
             self.refine_with(Pipeline.from_pretrained(source, dtype=dtype, device=self.device, backend=self._backend))
             self._refiner_source = source
         return self._refiner if settings.draft_scales or settings.refiner else None
@@ -228,6 +232,11 @@ class Pipeline:
                 "this checkpoint is a tokenizer alone: it can reconstruct, but has no transformer to sample"
             )
         return self._transformer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the networks' weights."""
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
@@ -386,7 +395,6 @@ def _check_routers(source: object, checkpoint: Checkpoint) -> None:
         check_router_fingerprint(source, checkpoint)
 
 
-def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    if dtype is not None:
-        return find_dtype(dtype)
-    return torch.float32 if device.type == "cpu" else checkpoint.tokenizer["quant_conv.weight"].dtype
+def _choose_dtype(dtype: torch.dtype | str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    transformer = checkpoint.config.transformer
+    return choose_sampling_dtype(dtype, device, transformer.width if transformer is not None else 0)

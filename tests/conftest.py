@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.blocks import HEADS
 from nextscale.checkpoints import build_on_meta
+from nextscale.common.precision import is_fast
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.training import TrainConfig
@@ -150,16 +151,19 @@ def check_flops(config: ModelConfig) -> None:
 
 
 def losses_by_precision(make, settings: TrainConfig, folder: Path) -> dict[str, list[float]]:
-    """Losses of each step of the task that `make(settings)` builds: in float32, bf16 and fp16 (with its loss scale).
+    """Losses of each step of the task that `make(settings)` builds: in float32, bfloat16 and float16 (scaled).
 
     Asserts that low precision changes them, and that recomputing blocks does not."""
     losses = {}
-    variants = {n: {"precision": n} for n in ("fp32", "bf16", "fp16")} | {"again": {"activation_checkpointing": True}}
+    variants = {n: {"precision": n} for n in ("float32", "bfloat16", "float16")} | {
+        "again": {"activation_checkpointing": True}
+    }
     for name, changes in variants.items():
         config = replace(settings, **changes)
         train(make(config), config, folder / name)
         losses[name] = [r["loss"] for r in read_log(folder / name / "log.jsonl")]
-    assert losses["again"] == losses["fp32"]
-    for name in ("bf16", "fp16"):
-        assert losses[name] != losses["fp32"]
+    assert losses["again"] == losses["float32"]
+    for name in ("bfloat16", "float16"):
+        fast = is_fast(getattr(torch, name), "cpu")  # otherwise computed in float32
+        assert (losses[name] != losses["float32"]) == fast
     return losses

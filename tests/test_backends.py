@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nextscale.backends.twins import CUDA, DECODER_CPU, INFERENCE_CPU, TRAINING_CPU, optimize, swap_module
+from nextscale.common.precision import Float32Linear
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import DynamicConfig, ExpertsConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
@@ -24,7 +25,6 @@ from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
 from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.mamba import Mamba2
-from nextscale.transformer.precision import Float32Linear
 from nextscale.transformer.scale_attention import ScaleAttention
 from tests.conftest import randomised, tiny_config
 

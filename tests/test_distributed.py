@@ -38,7 +38,9 @@ LOW = {
     "full, dense": "1 sharding=full",
     "experts, smoe": "1 sharding=experts router=smoe",
 }
-LOW = {f"bf16 {name}": f"{words} precision=bf16 steps=3 ema=0.9 save_every=2 validate=1" for name, words in LOW.items()}
+LOW = {
+    f"bf16 {name}": f"{words} precision=bfloat16 steps=3 ema=0.9 save_every=2 validate=1" for name, words in LOW.items()
+}
 BACK = {"none": "1 sharding=none", "full": "1 sharding=full router=stmoe", "experts": "1 sharding=experts router=smoe"}
 BACK = {
     # the same learning rate throughout, however many steps there are
@@ -123,7 +125,7 @@ def test_two_processes_equal_one_that_accumulates(name, two, tmp_path):
 def test_in_bfloat16_two_processes_stay_near_one_in_float32(name, two, tmp_path):
     """In validation too, where FSDP2 gives its blocks rounded weights. Routers are not rounded at all: by scales alone
     (SMoE) their scores, so the balance loss, are the same."""
-    words = LOW[name].replace("precision=bf16", "")
+    words = LOW[name].replace("precision=bfloat16", "")
     one, low = (read_log(folder / "log.jsonl") for folder in (alone(tmp_path, words), two / name))
     for key in ("loss", "gradient_norm", "validation_loss", "validation_loss_per_scale"):
         exact, rounded = ([r[key] for r in records if key in r] for records in (one, low))
@@ -165,12 +167,12 @@ def test_what_is_not_trained_stays(two):
 
 
 def test_what_cannot_be_divided_is_refused():
-    """Four experts by three processes; a dense model, also by one process; and the loss scale of fp16."""
+    """Four experts by three processes; a dense model, also by one process; and the loss scale of float16."""
     config = TrainConfig(sharding="experts")
     with pytest.raises(UserError, match="4 experts cannot be divided evenly among 3 processes"):
         DistributedModel(build(1, {"router": "stmoe"}), config, World(0, 3))
     for processes in (1, 2):
         with pytest.raises(UserError, match="sharding: experts needs a mixture of experts; the transformer has none"):
             DistributedModel(build(1, {}), config, World(0, processes))
-    with pytest.raises(UserError, match="precision fp16 does not go with sharding experts, use bf16"):
-        TrainConfig(sharding="experts", precision="fp16")
+    with pytest.raises(UserError, match="precision float16 does not go with sharding experts, use bfloat16"):
+        TrainConfig(sharding="experts", precision="float16")

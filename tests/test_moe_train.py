@@ -100,8 +100,8 @@ def test_micro_batches_sum_up_to_the_whole_batch(router, micro_batch, tmp_path):
 def test_lower_precision_stays_near_and_recomputation_changes_nothing(router, tmp_path):
     settings = replace(SETTINGS, steps=4)
     losses = losses_by_precision(lambda config: build_task(router, LOSS, config=config), settings, tmp_path)
-    for name in ("bf16", "fp16"):
-        assert losses[name] == pytest.approx(losses["fp32"], abs=0.1)
+    for name in ("bfloat16", "float16"):
+        assert losses[name] == pytest.approx(losses["float32"], abs=0.1)
 
 
 def test_training_with_guidance_learns_both(tmp_path):
@@ -145,7 +145,7 @@ CONFIG = {
     "images": {"held_out": 0.25},
     "loss": {"group": "2,3"},
     "train": {"steps": 4, "batch_size": 6, "micro_batch": 3, "save_every": 2, "log_every": 1, "warmup_steps": 1,
-              "precision": "bf16"},
+              "precision": "bfloat16"},
 }  # fmt: skip
 TRAIN = "train c.json --data photos --tokenizer tokenizer --out run --device cpu"
 

@@ -374,7 +374,9 @@ def test_bench_of_a_tokenizer_and_an_unknown_device(place, tmp_path, capsys):
     Pipeline(replace(pipeline.config, transformer=None), pipeline.tokenizer, None).save_pretrained("tokenizer")
     assert "tokenizer is a tokenizer alone, which cannot sample" in refuse(capsys, "bench tokenizer")
     said = refuse(capsys, "bench model --device gpu")
-    assert said.endswith("device 'gpu' cannot be used here: there is no such kind; use cpu, cuda or cuda:1")
+    assert said.endswith(
+        "device 'gpu' cannot be used here: there is no such device; use auto, cpu, cuda, cuda:1 or mps"
+    )
 
 
 # ---- a property: no command line changes what was there

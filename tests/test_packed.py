@@ -137,7 +137,7 @@ def test_winograd_is_for_decoders_in_inference_alone(tiny):
     )
     assert all(isinstance(m, convolution._Winograd) for m in decoder)
     assert not any(isinstance(m, convolution._Winograd) for m in encoder)
-    assert all(isinstance(m, convolution._BatchIndependent) for m in encoder)
+    assert all(isinstance(m, convolution.BatchIndependentConvolution) for m in encoder)
     conv = next(m for m in decoder if m.kernel_size == (3, 3))
     assert not conv.uses_winograd(torch.randn(1, conv.in_channels, 80, 80)), "gradients are enabled here"
 

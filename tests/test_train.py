@@ -308,10 +308,10 @@ def test_weight_decay_groups_are_var_s(shared):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_lower_precision_stays_near(which, tmp_path):
-    """bf16 and fp16 (with its loss scale) lose what float32 loses, but for rounding; recomputation changes nothing."""
+    """bfloat16 and float16 (scaled) lose what float32 loses, but for rounding; recomputation changes nothing."""
     losses = losses_by_precision(lambda config: tasks(randomised(tiny_config()))[which], SETTINGS, tmp_path)
-    for name in ("bf16", "fp16"):
-        assert losses[name] == pytest.approx(losses["fp32"], rel=0.03)
+    for name in ("bfloat16", "float16"):
+        assert losses[name] == pytest.approx(losses["float32"], rel=0.03)
 
 
 def test_averaged_weights_are_the_moving_average(tmp_path):

@@ -21,9 +21,9 @@ from nextscale.backends.cpu.experts import create_dispatch
 from nextscale.backends.cpu.linear import apply_gelu_linear
 from nextscale.backends.cpu.products import linear
 from nextscale.backends.experts import can_group, find_low_precision, run_grouped
+from nextscale.common.precision import disable_autocast, is_computed_in_float32
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward, ExpertRouter
 from nextscale.transformer.feed_forward.experts import add_experts
-from nextscale.transformer.precision import disable_autocast
 
 TILE_VALUES = 2**19
 """Values of a tile's input (and of its output): 2 MiB each in float32, what a core's second cache holds in part and
@@ -67,7 +67,8 @@ class SparseDynamicFeedForward(DynamicFeedForward):
     def slice_weights(self, experts: int) -> list[tuple[Tensor, Tensor]]:
         """(W1_e (S, D), W2_e (D, S)) of each expert."""
         w1, w2 = (self.get_weight(layer) for layer in self.divided)
-        return [(a, b.contiguous()) for a, b in zip(w1.chunk(experts), w2.chunk(experts, dim=1), strict=True)]
+        pairs = zip(w1.chunk(experts), w2.chunk(experts, dim=1), strict=True)
+        return [(a, b if is_computed_in_float32(b) else b.contiguous()) for a, b in pairs]  # one is copied at its use
 
     def run_units(self, x_TD: Tensor, units: Tensor, relu: bool) -> Tensor:
         fc1, fc2 = self.divided

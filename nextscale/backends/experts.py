@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nextscale.backends.cpu.products import compute_input_gradient, compute_weight_gradient, multiply_rows
+from nextscale.common.precision import disable_autocast
 from nextscale.transformer.feed_forward.experts import Dispatch
-from nextscale.transformer.precision import disable_autocast
 
 
 def find_low_precision(x: Tensor) -> torch.dtype | None:

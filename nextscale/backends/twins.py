@@ -38,7 +38,7 @@ TRAINING_CPU: Twins = {
     _DECODER: f"{_CPU}.convolution:CpuDecoder",
     "nextscale.tokenizer.quantizer:Phi": f"{_CPU}.convolution:CpuPhi",
     "nextscale.tokenizer.quantizer:Quantizer": f"{_CPU}.convolution:CpuQuantizer",
-    f"{_T}.precision:Float32Linear": f"{_CPU}.linear:CpuFloat32Linear",
+    "nextscale.common.precision:Float32Linear": f"{_CPU}.linear:CpuFloat32Linear",
     f"{_T}.block:AdaLayerNorm": f"{_CPU}.attention:CpuAdaLayerNorm",
     f"{_T}.attention:Attention": f"{_CPU}.attention:CpuAttention",
     f"{_T}.scale_attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",
@@ -92,6 +92,10 @@ def optimize(module: nn.Module, backend: Backend = "auto", *, training: bool = F
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     twins = (TRAINING_CPU if training else INFERENCE_CPU) if device.type == "cpu" else CUDA
     _swap_children(module, twins, {}, channels_last=not training and device.type == "cpu")
+    if device.type == "cpu":
+        from nextscale.backends.cpu.conversion import widen_parameters
+
+        widen_parameters(module)
     return module
 
 

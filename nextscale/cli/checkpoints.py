@@ -117,7 +117,7 @@ class Sparsify:
     accept_changes: bool = False
     """Resume a training even though its settings have changed."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     main_options: ClassVar[tuple[str, ...]] = (
         "model",

@@ -38,7 +38,7 @@ class EncoderTrain:
     accept_changes: bool = False
     """Resume even though settings, data or other inputs have changed."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     main_options: ClassVar[tuple[str, ...]] = (
         "config",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
-from nextscale.cli.use import Dtype
+from nextscale.common.dtypes import Dtype
 from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
@@ -62,10 +62,11 @@ class Evaluate:
     """Batch size. Metrics do not depend on it beyond rounding."""
     shard: int = 1000
     """Images of one file of features; a resumed run repeats at most this many."""
-    dtype: Dtype | None = None
-    """Computing type of a model; default float32 on a CPU, the stored type elsewhere."""
+    dtype: Dtype = "auto"
+    """Type that a model computes in: float32, bfloat16, float16, or auto: the fastest that is right for the device and
+    the model."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     overwrite: Overwrite = False
 
     def check(self) -> None:
@@ -133,7 +134,7 @@ class Statistics:
     shard: int = 1000
     """Images of one file of features; a resumed run repeats at most this many."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     overwrite: Overwrite = False
 
     def check(self) -> None:
@@ -178,15 +179,15 @@ class Bench:
     """A second model. Each round times both, and the report has the ratio of each round."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Batch sizes to time, one after the other."""
-    dtypes: tuple[Dtype, ...] = ()
-    """Computing types to time; default float32 on a CPU, the stored type elsewhere."""
+    dtypes: tuple[Dtype, ...] = ("auto",)
+    """Types to time: float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
     rounds: int = 5
     """Timed rounds, after one to warm up."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     def check(self) -> None:
         sizes = len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1
@@ -198,8 +199,7 @@ class Bench:
         from nextscale.evaluation.latency import compare_models, format_comparison
 
         models = [self.model, self.against] if self.against else [self.model]
-        dtypes = self.dtypes or (None,)
-        report = compare_models(models, self.batch_sizes, dtypes, self.rounds, self.settings, self.device)
+        report = compare_models(models, self.batch_sizes, self.dtypes, self.rounds, self.settings, self.device)
         print(format_comparison(report))
         print(json.dumps(report))
 
@@ -265,7 +265,7 @@ class ExperimentRun:
     """Encoder of semantic guidance, for experiments that train with it (see `nextscale train`)."""
     images: ReadConfig = field(default_factory=ReadConfig)
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         from nextscale.common.outputs import ExperimentsFolder
@@ -318,7 +318,7 @@ class ClassifierTrain:
     accept_changes: bool = False
     """Resume even though settings, data or other inputs have changed."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     main_options: ClassVar[tuple[str, ...]] = (
         "config",

@@ -18,7 +18,7 @@ from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
 from nextscale.cli.files import check_files
 from nextscale.cli.help import HELP, hide_options, list_required
-from nextscale.cli.spelling import name_as_typed, refuse_empty_paths, restore_spelling
+from nextscale.cli.spelling import name_as_typed, refuse_empty_paths, restore_spelling, spell_out_types
 from nextscale.common.errors import SettingError, UserError
 from nextscale.common.progress import close_progress_bars
 from nextscale.config.files import read_settings
@@ -95,7 +95,7 @@ def parse(arguments: list[str]) -> Any:
     if name not in COMMANDS:
         name = " ".join(arguments[:2]) if any(c.startswith(f"{name} ") for c in COMMANDS) else name
         raise UserError(f"there is no command '{name}'{suggest_name(name, list(COMMANDS))}")
-    kind, rest = COMMANDS[name], _move_lists_last(rest)
+    kind, rest = COMMANDS[name], _move_lists_last(spell_out_types(rest))
     refuse_empty_paths(kind, rest)
     try:
         command = _parse_options(name, kind, rest)

@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from nextscale.common.dtypes import SHORT_NAMES
 from nextscale.common.errors import SettingError, UserError
+
+_TYPE_OPTIONS = ("dtype", "dtypes", "precision")
 
 
 def name_as_typed(error: SettingError, arguments: list[str]) -> str:
@@ -31,6 +34,20 @@ def name_as_typed(error: SettingError, arguments: list[str]) -> str:
 
     rule = re.sub(r"\b[a-z]\w*\b", spell, error.rule)
     return f"{rule}; got {shown}"
+
+
+def spell_out_types(arguments: list[str]) -> list[str]:
+    """The arguments with the names of types spelled out: --train.precision bf16 means bfloat16."""
+    spelled, is_type = [], False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            is_type = _get_field(option) in _TYPE_OPTIONS
+            short = SHORT_NAMES.get(value) if is_type and equals else None
+            spelled.append(f"{option}={short}" if short else argument)
+        else:
+            spelled.append(SHORT_NAMES.get(argument, argument) if is_type else argument)
+    return spelled
 
 
 def restore_spelling(text: str, arguments: list[str]) -> str:

@@ -88,7 +88,7 @@ class TokenizerTrain:
     accept_changes: bool = False
     """Resume even though settings, data or other inputs have changed."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     main_options: ClassVar[tuple[str, ...]] = (
         "config",
@@ -185,7 +185,7 @@ class Tokenize:
     accept_changes: bool = False
     """Keep what --out has even though files of the data have changed, as when only their modification times did."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     def check(self) -> None:
         rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("views", "shard", "batch_size")}
@@ -237,7 +237,7 @@ class Train:
     dry_run: bool = False
     """Print parameters, memory, arithmetic and time, and do not train."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     main_options: ClassVar[tuple[str, ...]] = (
         "config",
@@ -286,7 +286,7 @@ class Resume:
     accept_changes: bool = False
     """Resume even though the data or the tokenizer have changed."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     def run(self) -> None:
         from nextscale.training.transformer import read_run_config

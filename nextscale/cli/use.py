@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.common.dtypes import Dtype
 from nextscale.common.errors import UserError
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import check_fields
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from nextscale.common.outputs import Input, Output
 
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["auto", "plain"]
 
 
@@ -44,10 +44,10 @@ class Sample:
     batch_size: int = 16
     """Batch size, 1 or more. On a CPU with the default backend images do not depend on it. --official-seeding makes one
     batch of all images."""
-    dtype: Dtype | None = None
-    """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
     overwrite: Overwrite = False
@@ -89,10 +89,10 @@ class Reconstruct:
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     images_out: Path | None = None
     """Also write each reconstruction into this folder."""
-    dtype: Dtype | None = None
-    """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
     overwrite: Overwrite = False
@@ -132,10 +132,10 @@ class Edit:
     """YAML or JSON file with sampling settings; options on the command line override it."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
-    dtype: Dtype | None = None
-    """Data type to compute in; default float32 on a CPU, the stored type elsewhere."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
     overwrite: Overwrite = False

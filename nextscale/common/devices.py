@@ -1,4 +1,4 @@
-"""Find devices and dtypes by name."""
+"""Find devices by name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from torch import nn
 from nextscale.common.errors import UserError
 
 
-def find_device(name: torch.device | str) -> torch.device:
-    """The named device; UserError when torch does not know it or cannot reach it here."""
+def find_device(name: torch.device | str = "auto") -> torch.device:
+    """The named device; auto: cuda where there is one, else mps, else cpu.
+
+    UserError when torch does not know it or cannot reach it here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
         if device.type == "meta":
@@ -17,17 +22,11 @@ def find_device(name: torch.device | str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        if reason.startswith("Expected one of"):
-            reason = "there is no such kind; use cpu, cuda or cuda:1"
+        if reason.startswith(("Expected one of", "Invalid device string", "Device string")):
+            reason = "there is no such device; use auto, cpu, cuda, cuda:1 or mps"
+        elif reason.startswith("Could not run"):
+            reason = "this torch was built without it, or the machine has none; use auto or cpu"
         raise UserError(f"device '{name}' cannot be used here: {reason}") from error
-
-
-def find_dtype(name: torch.dtype | str) -> torch.dtype:
-    """The floating-point dtype of this name; UserError for anything else."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"'{name}' is no floating-point dtype; use float32, bfloat16 or float16")
-    return dtype
 
 
 def create_embedding(count: int, width: int) -> nn.Embedding:

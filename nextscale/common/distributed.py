@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nextscale.common.devices import find_device
+from nextscale.common.errors import UserError
 from nextscale.common.peers import Peers
 
 _PATIENCE = timedelta(days=7)
@@ -98,7 +99,7 @@ def is_main_process() -> bool:
 
 @contextmanager
 def init_distributed(device: str = "auto") -> Iterator[World]:
-    """Join the processes that the launcher has started. `device`: cpu, cuda, cuda:1, or auto: cuda if available.
+    """Join the processes that the launcher has started. `device`: as in `find_device`; cuda is this process's own.
 
     An error inside ends all processes: the first one that fails raises it, and the others raise a ProcessFailure that
     names the rank and the cause, also when a process dies without a word.
@@ -108,6 +109,8 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(0, 1, chosen)
         return
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"several processes cannot share a device of kind {chosen.type}: give --device cpu")
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"  # flags do not wait for the GPU
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"nextscale-{next(_sessions)}", store)  # torchrun's keeps the addresses of an earlier one
@@ -157,11 +160,9 @@ def _stop_at_sigterm(peers: Peers) -> Callable[[], None]:
 
 
 def _choose_device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    device = find_device(name)
+    device = find_device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type == "cuda" and device.index is None:
+        device = find_device(f"cuda:{local_rank}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -20,8 +20,8 @@ class AnalysisConfig:
     """Seed of the split (use that of training) and of all random choices."""
     batch_size: int = 16
     """Batch size. It changes results by rounding only."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -46,8 +46,8 @@ class ErrorsConfig:
     """Number of images in the figure."""
     batch_size: int = 16
     """Batch size. Results do not depend on it."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -72,8 +72,8 @@ class DynamicAnalysisConfig:
     """Number of images in the figure."""
     batch_size: int = 16
     """Batch size. Results do not depend on it."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, ..."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     def __post_init__(self) -> None:
         rules = {

@@ -32,7 +32,7 @@ class EvaluationConfig:
     """How data sets are read."""
     batch: int = 50
     """Batch size. Metrics do not depend on it beyond rounding."""
-    dtype: str | None = None
-    """Computing type of a model; None = float32 on a CPU, the stored type elsewhere."""
+    dtype: str = "auto"
+    """Type that a model computes in; auto = the fastest that is right for the device and the model."""
     reconstruct: str = ""
     """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""

@@ -6,6 +6,8 @@ from typing import Any
 
 _RENAMED = {"dynamic": {"own": "late_ffn", "identity": "router_fingerprint"}}
 """Old and new names of fields, by the table that holds them."""
+_RESPELLED = {"precision": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}}
+"""Old and new spellings of values, by the name of the field, in any table."""
 _ADDED: dict[str, dict[str, Any]] = {
     "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
     "micro_batch": {"backend": "auto"},  # TrainConfig
@@ -19,12 +21,12 @@ _ADDED: dict[str, dict[str, Any]] = {
 
 
 def rename_settings(data: Any) -> Any:
-    """`data` with the current names of fields, at every depth. The argument is not changed."""
+    """`data` with the current names of fields and values, at every depth. The argument is not changed."""
     if isinstance(data, list):
         return [rename_settings(entry) for entry in data]
     if not isinstance(data, dict):
         return data
-    out = {name: rename_settings(value) for name, value in data.items()}
+    out = {name: _respell(_RESPELLED.get(name, {}), rename_settings(value)) for name, value in data.items()}
     for table, names in _RENAMED.items():
         if isinstance(out.get(table), dict):
             out[table] = {names.get(name, name): value for name, value in out[table].items()}
@@ -48,7 +50,8 @@ def restore_record(data: Any) -> Any:
         return [restore_record(entry) for entry in data]
     if not isinstance(data, dict):
         return data
-    out = {name: restore_record(value) for name, value in data.items()}
+    old = {name: {new: before for before, new in values.items()} for name, values in _RESPELLED.items()}
+    out = {name: _respell(old.get(name, {}), restore_record(value)) for name, value in data.items()}
     for field, added in _ADDED.items():
         if field in out:
             out = {name: value for name, value in out.items() if name not in added or value != added[name]}
@@ -57,6 +60,10 @@ def restore_record(data: Any) -> Any:
             old_names = {new: old for old, new in names.items()}
             out[table] = {old_names.get(name, name): value for name, value in out[table].items()}
     return out
+
+
+def _respell(spellings: dict[str, str], value: Any) -> Any:
+    return spellings.get(value, value) if isinstance(value, str) else value
 
 
 def _add_defaults(data: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from nextscale.common.dtypes import Dtype, parse_dtype
 from nextscale.common.errors import UserError
 from nextscale.config.idle import Idle
 from nextscale.config.parse import SEED_RULE, check_fields, is_seed
@@ -60,8 +61,9 @@ class TrainConfig:
     """Share of the target probability that is spread over all tokens (or classes), against overconfidence; 0 = off."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks have proportionally less."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of matrix products and convolutions; weights, quantizer and optimizer stay in float32."""
+    precision: Dtype = "float32"
+    """Type of matrix products and convolutions; weights, quantizer and optimizer stay in float32. auto: bfloat16 where
+    the device is faster in it, else float32; a resumed run keeps it. float16 scales the loss."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
@@ -87,6 +89,7 @@ class TrainConfig:
     """Seed of initial weights, split, order and augmentation. Change it to see how much a result varies."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", parse_dtype(self.precision, "precision"))
         at_least = {
             1: ("steps", "batch_size", "save_every", "log_every", "keep"),
             0: ("micro_batch", "warmup_steps", "workers", "sample_every"),
@@ -100,7 +103,7 @@ class TrainConfig:
             "warmup_start must lie in 0 to 1": 0 <= self.warmup_start <= 1,
             "betas must be two numbers in 0 to below 1": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "final_weight_decay must be 0 or more": self.final_weight_decay is None or self.final_weight_decay >= 0,
-            "precision fp16 does not go with sharding experts, use bf16": self.precision != "fp16"
+            "precision float16 does not go with sharding experts, use bfloat16": self.precision != "float16"
             or self.sharding != "experts",  # GradScaler cannot unscale sharded and other gradients together
             SEED_RULE: is_seed(self.seed),
             "loggers must be tensorboard or wandb": set(self.loggers) <= {"tensorboard", "wandb"},

@@ -18,6 +18,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint, fingerprint_bytes, fingerprint_path
 from nextscale.common.notes import print_note
 from nextscale.common.pictures import to_uint8
+from nextscale.common.precision import get_name
 from nextscale.common.sizes import Size, expand_size
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import to_dict
@@ -93,7 +94,7 @@ class ModelImages:
         return {
             "model": self.where,
             "weights": compute_fingerprint(networks.state_dict()),
-            "compute_dtype": str(next(self.pipeline.transformer.parameters()).dtype).removeprefix("torch."),
+            "compute_dtype": get_name(self.pipeline.dtype),
             "sampling": to_dict(self.settings),
             "images": self.count,
             "samples_per_class": self.count / len(self.order),

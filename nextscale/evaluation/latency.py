@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nextscale.common.errors import UserError
 from nextscale.common.machine import describe_machine
+from nextscale.common.precision import get_name
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.evaluation.flops import FlopCounter
@@ -44,7 +45,7 @@ class BatchTimes:
 def compare_models(
     models: Sequence[str],
     batches: Sequence[int],
-    dtypes: Sequence[str | None],
+    dtypes: Sequence[str],
     rounds: int,
     settings: SampleConfig,
     device: str,
@@ -64,7 +65,7 @@ def compare_models(
         for batch in batches:
             times = [BatchTimes() for _ in models]
             counters = [FlopCounter(pipeline, settings, batch) for pipeline in pipelines]
-            for turn in tqdm(range(rounds + 1), desc=f"{dtype or 'default'} batch {batch}", unit="round"):
+            for turn in tqdm(range(rounds + 1), desc=f"{dtype} batch {batch}", unit="round"):
                 for pipeline, counter, model_times in zip(pipelines, counters, times, strict=True):
                     scales, decode = time_batch(pipeline, batch, settings, None if turn else counter)
                     if turn:
@@ -123,7 +124,7 @@ def _report_case(
     seconds = statistics.median(times.totals)
     return {
         "model": model,
-        "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
+        "dtype": get_name(pipeline.dtype),
         "batch": batch,
         "seconds": summarize_spread(times.totals),
         "seconds_per_image": seconds / batch,

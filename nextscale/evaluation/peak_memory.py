@@ -23,7 +23,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
 
 
-def measure_peak_memory(model: str, dtype: str | None, batch: int, settings: SampleConfig, pipeline: Pipeline) -> int:
+def measure_peak_memory(model: str, dtype: str, batch: int, settings: SampleConfig, pipeline: Pipeline) -> int:
     """Peak bytes of the GPU that the pipeline is on, else of a process that loads the model and samples once.
 
     0 where the operating system does not report it.
@@ -32,7 +32,7 @@ def measure_peak_memory(model: str, dtype: str | None, batch: int, settings: Sam
         torch.cuda.reset_peak_memory_stats(pipeline.device)
         pipeline.sample([None] * batch, settings, batch_size=batch)
         return torch.cuda.max_memory_allocated(pipeline.device)
-    arguments = [model, dtype or "", str(batch), json.dumps(to_dict(settings)), *list_own_modules()]
+    arguments = [model, dtype, str(batch), json.dumps(to_dict(settings)), *list_own_modules()]
     command = [sys.executable, "-m", "nextscale.evaluation.peak_memory", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -46,7 +46,7 @@ def main() -> None:
     model, dtype, batch, settings, *modules = sys.argv[1:]
     for module in modules:
         importlib.import_module(module)
-    pipeline = Pipeline.from_pretrained(model, dtype=dtype or None)
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype, device="cpu")
     pipeline.sample(
         [None] * int(batch), from_dict(SampleConfig, parse_json(settings, "settings")), batch_size=int(batch)
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.devices import create_embedding
+from nextscale.common.precision import compute_exactly
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 
@@ -126,7 +127,7 @@ class Quantizer(nn.Module):
         """Quantise in training: straight-through features, the loss of VAR's tokenizer, and the tokens."""
         features = features_BChw.float()
         loss, scales = features.new_zeros(()), []
-        with torch.autocast(features.device.type, enabled=False):  # rounding would change tokens
+        with compute_exactly(features):  # rounding would change tokens
             for scale in self.encode_scales(features):
                 scales.append(scale)
                 loss = loss + F.mse_loss(scale.canvas_BChw, features.detach())

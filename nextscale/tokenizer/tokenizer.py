@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nextscale.common.checks import check_floats, check_range, check_uint8
 from nextscale.common.errors import UserError
+from nextscale.common.precision import cast_for, compute_exactly
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.autoencoder import Decoder, Encoder
@@ -30,8 +31,8 @@ class Tokenizer(nn.Module):
     """Multi-scale VQ-VAE (VAR, arXiv 2404.02905; MEPA Eq. 1-3).
 
     `encode(image)` gives tokens, `decode_canvas(canvas)` an image. `add_scale` adds one token map to the canvas
-    (B, c, h, w), from which `next_input` reads what the next scale may see. The quantiser always computes in float32;
-    encoder and decoder in the dtype of their weights.
+    (B, c, h, w), from which `next_input` reads what the next scale may see. The encoder and the quantiser, which choose
+    tokens, compute in full float32 (`nextscale.common.precision`), the decoder in the dtype of its weights.
     """
 
     def __init__(self, config: TokenizerConfig, pyramid: Pyramid):
@@ -45,10 +46,10 @@ class Tokenizer(nn.Module):
         self.quantizer = Quantizer(config, pyramid)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> Tokenizer:
-        """Convert the CNNs to `dtype`; the quantiser stays in float32, where a rounding error would change tokens."""
-        for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
-            part.to(dtype)
-        self.quantizer.float()
+        """Convert the decoder to `dtype`; what chooses tokens stays in float32, where rounding would change them."""
+        self.float()
+        self.decoder.to(dtype)
+        self.post_quant_conv.to(dtype)
         return self
 
     # image -> tokens
@@ -69,9 +70,10 @@ class Tokenizer(nn.Module):
         """
         check_floats("the tokenizer", image_B3HW)
         check_range("the tokenizer", image_B3HW)
-        features_BChw = self.extract_features(image_B3HW)
-        _check_finite("the encoder's features", features_BChw)
-        return torch.cat([scale.tokens_BN for scale in self.quantizer.encode_scales(features_BChw)], dim=1)
+        with compute_exactly(image_B3HW):
+            features_BChw = self.extract_features(image_B3HW)
+            _check_finite("the encoder's features", features_BChw)
+            return torch.cat([scale.tokens_BN for scale in self.quantizer.encode_scales(features_BChw)], dim=1)
 
     # tokens -> canvas -> what the transformer may see
 
@@ -82,7 +84,8 @@ class Tokenizer(nn.Module):
 
     def add_codes(self, canvas_BChw: Tensor, codes_BNC: Tensor, k: int) -> Tensor:
         """The canvas after scale k, given its codes (B, N, c): mixtures of codes are allowed."""
-        return canvas_BChw + self.quantizer.upsample_codes(codes_BNC, k)
+        with compute_exactly(canvas_BChw):
+            return canvas_BChw + self.quantizer.upsample_codes(codes_BNC, k)
 
     def add_scale(self, canvas_BChw: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
         """The canvas after scale k, given its tokens (B, N)."""
@@ -127,7 +130,7 @@ class Tokenizer(nn.Module):
 
     def decode_features(self, features_BChw: Tensor) -> Tensor:
         """Image (B, 3, H, W), not clamped, of a canvas or of straight-through features."""
-        return self.decoder(self.post_quant_conv(features_BChw.to(self.post_quant_conv.weight.dtype))).float()
+        return self.decoder(self.post_quant_conv(cast_for(self.post_quant_conv, features_BChw))).float()
 
     @torch.no_grad()
     def decode_canvas(self, canvas_BChw: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
+from nextscale.common.precision import compute_exactly
 from nextscale.common.rng import fold_seed
 from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderConfig, EncoderRunConfig, MocoConfig, ViewConfig
@@ -54,7 +55,7 @@ class EncoderTask(Task):
         return {"views": torch.rand(count, 2, DRAWS, generator=rng)}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(batch["image"].device.type, enabled=False):
+        with compute_exactly(batch["image"]):
             query_B3HW, key_B3HW = (make_view(batch["image"], noise["views"][:, i], self.views) for i in range(2))
         loss, accuracy = self.moco(query_B3HW, key_B3HW)
         return loss, {"own_key_nearest": accuracy}

@@ -169,7 +169,7 @@ def count_activation_bytes(transformer: VAR, images: int, train: TrainConfig, gu
     if train.activation_checkpointing:
         depth, width = transformer.config.depth, transformer.config.width
         total = total // depth + depth * pyramid.length * width * 4
-    return total * images // (1 if train.precision == "fp32" else 2)
+    return total * images // (1 if train.precision == "float32" else 2)
 
 
 def _count_repeats(blocks: Sequence[Block]) -> list[int]:

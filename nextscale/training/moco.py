@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.distributed import World
+from nextscale.common.precision import compute_exactly
 from nextscale.config.encoder import MocoConfig
 from nextscale.encoders.self_supervised import SmallEncoder
 
@@ -76,7 +77,7 @@ def info_nce(query_BD: Tensor, key_BD: Tensor, queue_QD: Tensor, temperature: fl
 
     Loss: -log(exp(q k / T) / (exp(q k / T) + sum over the queue exp(q k' / T))), a mean over the batch, float32.
     """
-    with torch.autocast(query_BD.device.type, enabled=False):
+    with compute_exactly(query_BD):
         own_B1 = (query_BD * key_BD).sum(dim=1, keepdim=True)
         logits = torch.cat([own_B1, query_BD @ queue_QD.T], dim=1) / temperature
         target_B = torch.zeros(len(logits), dtype=torch.long, device=logits.device)

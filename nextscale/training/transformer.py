@@ -19,6 +19,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
+from nextscale.common.precision import compute_exactly
 from nextscale.common.reading import read_json
 from nextscale.config.migrate import rename_settings
 from nextscale.config.parse import parse_record, to_dict
@@ -139,7 +140,7 @@ class TransformerTask(Task):
             return batch["features"]
         encoder = self.frozen.encoder
         assert encoder is not None, "load_components gives an encoder where a cache has no features"
-        with torch.autocast(batch["image"].device.type, enabled=False):
+        with compute_exactly(batch["image"]):
             return encoder(scale_to_unit(batch["image"]), self.model.pyramid.last)
 
     def _average_scales(self, values_BL: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class TransformerTask(Task):
 def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (B,), tokens (B, L) and teacher-forced inputs (B, L - first scale, C) of a batch of tokens or images."""
     label_B = batch["label"]
-    with torch.autocast(label_B.device.type, enabled=False):  # rounding would change tokens
+    with compute_exactly(label_B):  # rounding would change tokens
         tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
         return label_B, tokens_BL, tokenizer.teacher_inputs(tokens_BL)
 

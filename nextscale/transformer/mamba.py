@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.common.precision import disable_autocast
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import Mixer, ScaleContext
-from nextscale.transformer.precision import disable_autocast
 from nextscale.transformer.scan import count_scan_multiply_adds, scan
 
 _NORM_EPS = 1e-5

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
+from nextscale.common.precision import disable_autocast
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
-from nextscale.transformer.precision import disable_autocast
 
 GROUPS = ("last", "large", "intermediate", "small")
 

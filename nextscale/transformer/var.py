@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.common.devices import create_embedding
 from nextscale.common.errors import UserError
+from nextscale.common.precision import cast_for
 from nextscale.common.registry import CONDITIONS
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
@@ -177,7 +178,7 @@ class VAR(nn.Module):
 
     def embed_inputs(self, x_BNC: Tensor, span: tuple[int, int]) -> Tensor:
         """Embedding of the tokenizer's inputs at the positions of a span, (B, N, D)."""
-        return self.word_embed(x_BNC.to(self.word_embed.weight.dtype)) + self._embed_positions(span)
+        return self.word_embed(cast_for(self.word_embed, x_BNC)) + self._embed_positions(span)
 
     def _embed_positions(self, span: tuple[int, int]) -> Tensor:
         """Level and position embeddings of a span, (1, N, D)."""

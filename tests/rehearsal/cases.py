@@ -42,7 +42,7 @@ from tests.rehearsal.watch import rehearse
 
 DEVICE = torch.device("cuda", 0)
 SCALES = "1,2,4"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "dense": {},
     **{router: {"experts": ExpertsConfig(router=router, count=4, active=2), "depth": depth} for router, depth in (
@@ -164,7 +164,7 @@ def run_training(make: Callable[[TrainConfig], Task], precision: str, micro_batc
     world = World(device=DEVICE)
     with torch.device(DEVICE):
         task = make(config)
-    measure = partial(measure_task, task, world) if precision == "fp32" else bool
+    measure = partial(measure_task, task, world) if precision == "float32" else bool
     with tempfile.TemporaryDirectory() as folder:
         try:
             train(task, config, Path(folder), _Rehearsed(measure), world=world)
@@ -258,7 +258,7 @@ TASKS: dict[str, Callable[[TrainConfig], Task]] = {
     "encoder": make_encoder_task,
 }
 
-SIMILAR = {"smoe": "fp32", "moe++": "bf16", "expert-choice": "fp16", "late": "fp32", "guided": "bf16"}
+SIMILAR = {"smoe": "float32", "moe++": "bfloat16", "expert-choice": "float16", "late": "float32", "guided": "bfloat16"}
 """Variants that differ from another one in nothing that depends on the precision, and the one that they run in."""
 
 
@@ -278,13 +278,13 @@ CASES: dict[str, Callable[[], Output]] = {
     "sample oracle": partial(sample, "dynamic", torch.bfloat16, **TAU, selection="oracle"),
     "sample with refiner": sample_with_refiner,
     **{f"prefill {family}": partial(prefill, family, torch.bfloat16) for family in ("moe++", "mvar")},
-    "edit fp16": partial(edit, torch.float16),
+    "edit float16": partial(edit, torch.float16),
     **{f"tokenize and decode {name}": partial(tokenize_and_decode, dtype) for name, dtype in DTYPES.items()},
-    "score bf16": partial(score, torch.bfloat16),
+    "score bfloat16": partial(score, torch.bfloat16),
     "extract features": extract,
     **{f"train {task} {precision}": partial(run_training, make, precision)
        for task, make in TASKS.items() for precision in list_precisions(task)},
-    "train in micro-batches": partial(run_training, TASKS["transformer dense"], "fp16", micro_batch=2),
+    "train in micro-batches": partial(run_training, TASKS["transformer dense"], "float16", micro_batch=2),
 }  # fmt: skip
 
 

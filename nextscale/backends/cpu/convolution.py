@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.backends.cpu.products import linear
+from nextscale.common.precision import is_computed_in_float32
 from nextscale.tokenizer.autoencoder import Decoder, Downsample, Upsample
 from nextscale.tokenizer.quantizer import Phi, Quantizer
 
@@ -30,12 +31,16 @@ def has_nnpack() -> bool:
     return hasattr(torch, "_nnpack_spatial_convolution") and bool(torch._nnpack_available())
 
 
-class _BatchIndependent(nn.Conv2d):
+class BatchIndependentConvolution(nn.Conv2d):
     """Overrides how nn.Conv2d and its subclasses compute; their own forward stays."""
+
+    converts_weight = True
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.device.type != "cpu":
             return super()._conv_forward(input, weight, bias)
+        if is_computed_in_float32(weight):
+            input, weight, bias = input.float(), weight.float(), bias if bias is None else bias.float()
         if self.kernel_size == (1, 1) and self.stride == (1, 1):
             y = linear(input.flatten(2).transpose(1, 2), weight[:, :, 0, 0], bias)
             y = y.transpose(1, 2).unflatten(2, input.shape[-2:])
@@ -45,31 +50,33 @@ class _BatchIndependent(nn.Conv2d):
         return super()._conv_forward(input, weight, bias)
 
 
-class CpuConv2d(_BatchIndependent):
+class CpuConv2d(BatchIndependentConvolution):
     """nn.Conv2d whose result for an image is the same alone and in a batch."""
 
     plain = nn.Conv2d
 
 
-class CpuDownsample(_BatchIndependent, Downsample):
+class CpuDownsample(BatchIndependentConvolution, Downsample):
     """Downsample, batch-independent."""
 
     plain = Downsample
 
 
-class CpuPhi(_BatchIndependent, Phi):
+class CpuPhi(BatchIndependentConvolution, Phi):
     """Phi, batch-independent."""
 
     plain = Phi
 
 
-class _Winograd(_BatchIndependent):
+class _Winograd(BatchIndependentConvolution):
     """3x3 convolutions of large maps by Winograd's algorithm in inference: about half the time.
 
     Rounding errors are 1e-5 of the largest value instead of 1e-7: good for decoding images, not for choosing tokens.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if is_computed_in_float32(weight):
+            input, weight, bias = input.float(), weight.float(), bias if bias is None else bias.float()
         if not self.uses_winograd(input):
             return super()._conv_forward(input, weight, bias)
         images = [torch._nnpack_spatial_convolution(image, weight, bias, 1, 1) for image in input.split(1)]
@@ -78,7 +85,8 @@ class _Winograd(_BatchIndependent):
     def uses_winograd(self, x: Tensor) -> bool:
         """Whether NNPACK can compute this convolution and the map is large enough for it to be faster."""
         same_size = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
-        inference = not torch.is_grad_enabled() and x.dtype == self.weight.dtype == torch.float32
+        full = x.dtype == torch.float32 and (self.weight.dtype == x.dtype or is_computed_in_float32(self.weight))
+        inference = not torch.is_grad_enabled() and full
         large = x.shape[-2] * x.shape[-1] >= _LARGE_MAP
         return x.device.type == "cpu" and same_size and inference and large and has_nnpack()
 
@@ -122,5 +130,6 @@ class CpuQuantizer(Quantizer):
 
 def use_channels_last(convolution: nn.Conv2d) -> None:
     """Lay a weight out as convolutions in bfloat16 read it fastest on a CPU; its values stay."""
-    if convolution.weight.dtype == torch.bfloat16 and convolution.weight.device.type == "cpu":
+    weight = convolution.weight
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not is_computed_in_float32(weight):
         convolution.weight.data = convolution.weight.data.to(memory_format=torch.channels_last)

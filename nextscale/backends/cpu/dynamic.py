@@ -29,7 +29,7 @@ class PackedDynamicFeedForward(SparseDynamicFeedForward):
         fc1, fc2 = self.divided
         experts = selected_TE.shape[1]
         kernels = None
-        if build.can_use_kernels(x_TD, fc1.bias):
+        if build.can_use_kernels(x_TD, fc1.weight):
             kernels = build.load_kernels("experts", vectors_for(fc1.out_features // experts))
         if kernels is None:
             return super().loop_over_experts(x_TD, selected_TE, relu)

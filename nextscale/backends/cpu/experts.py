@@ -33,6 +33,7 @@ class CpuStackedLinear(StackedLinear):
     """StackedLinear by `products.linear`."""
 
     plain = StackedLinear
+    converts_weight = True
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         return self.multiply(x, expert)
@@ -141,7 +142,7 @@ class PackedExperts(CpuExperts):
 
     def _load_kernels(self, x_TD: Tensor) -> ctypes.CDLL | None:
         """The compiled kernels, where they can compute x; lays the weights out for them at the first use."""
-        if self.fc1.packed is not None or not build.can_use_kernels(x_TD, self.fc1.bias):
+        if self.fc1.packed is not None or not build.can_use_kernels(x_TD, self.fc1.weight):
             return None
         kernels = build.load_kernels("experts", build.MAX_VECTORS)
         if kernels is not None:

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from nextscale.backends.cpu.products import NOT_TRAINABLE, PACK_ROWS, can_pack, linear, pack_weight, unpack_weight
 from nextscale.common.errors import UserError
+from nextscale.common.precision import Float32Linear
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import DenseFeedForward
-from nextscale.transformer.precision import Float32Linear
 
 
 class CpuLinear(nn.Linear):
     """nn.Linear by `products.linear`, for training and inference."""
 
     plain = nn.Linear
+    converts_weight = True
+    """Whether a weight of 16 bits is converted at its use, see `nextscale.backends.cpu.conversion`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.multiply(input, self.bias)

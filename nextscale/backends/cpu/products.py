@@ -22,12 +22,15 @@ from torch import Tensor
 
 from nextscale.backends.cpu.activations import compute_gelu
 from nextscale.common.errors import UserError
+from nextscale.common.precision import is_computed_in_float32, is_fast
 
 _MIN_ROWS = 16
 _PACKED_FOR = 64
 """Rows that oneDNN lays a packed weight out for: with any number but 0 the layout is good from 2 rows to thousands."""
 PACK_ROWS = 32
 """A weight is packed at its first product with at least so many rows; the first scales have fewer."""
+_CONVERTED_VALUES = 2**18
+"""Values of a weight that are converted to float32 at once: 1 MiB, which a core's second cache holds."""
 _PRODUCT_ROWS = 128
 """In training oneDNN's product is the faster one from this number of rows on."""
 
@@ -60,12 +63,13 @@ def list_onednn_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes in which oneDNN's products are fast on this machine; empty without oneDNN."""
     if not has_onednn:
         return ()
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if is_fast(torch.bfloat16, "cpu") else (torch.float32,)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`F.linear(x, weight, bias)`, followed by tanh-GELU if `gelu`. x (..., in), weight (out, in), bias (out)."""
+    if is_computed_in_float32(weight):
+        return _linear_converted(x.float(), weight, bias, gelu)
     if _use_onednn(x, weight):
         return _linear_onednn(x, weight, bias, gelu)
     rows = x.numel() // x.shape[-1]
@@ -106,6 +110,15 @@ def _linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -
         rows_RI, weight, bias, "gelu" if fused else "none", [], "tanh" if fused else ""
     )[:rows].view(*x.shape[:-1], weight.shape[0])
     return compute_gelu(y) if gelu and not fused else y
+
+
+def _linear_converted(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """`linear` in float32 with a weight of 16 bits, which is converted a few rows at a time, so that they stay in the
+    cache: the whole weight is read from memory once, in half of float32's bytes."""
+    size = max(_CONVERTED_VALUES // weight.shape[1], _MIN_ROWS)
+    biases = [None] * -(-len(weight) // size) if bias is None else bias.float().split(size)
+    parts = [linear(x, w.float(), b, gelu) for w, b in zip(weight.split(size), biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 # ---- packed weights

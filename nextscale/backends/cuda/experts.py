@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from nextscale.backends.cuda.tiles import Tiles, load_products, plan_tiles
 from nextscale.backends.experts import can_group, find_low_precision, run_experts
+from nextscale.common.precision import disable_autocast
 from nextscale.transformer.feed_forward.experts import Dispatch, Experts
-from nextscale.transformer.precision import disable_autocast
 
 
 class CudaExperts(Experts):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.machine import describe_machine
@@ -61,7 +62,7 @@ def analyse_errors(
         distance_panels[name] = (scales, reports[-1]["errors"], reports[-1]["another_image"])
     report = {
         "analysis": "errors", "images": config.num, "share": config.share, "sampling": to_dict(sampling),
-        "machine": describe_machine(torch.device(config.device)), "models": reports,
+        "machine": describe_machine(find_device(config.device)), "models": reports,
     }  # fmt: skip
     write_json(out / "errors.json", report)
     plot_image_rows(image_panels, out / "errors.png")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
 from nextscale.common.extras import import_extra
 from nextscale.common.files import write_json
@@ -54,7 +55,7 @@ def analyse_features(
         reports.append(report)
         title = f"{analyzed.name}, block {number}\n{report['variance_between_scales']:.0%} of the variance is between"
         panels[f"{title} scales"] = (_name_axes(report), dict(zip(analyzed.scales, report["points"], strict=True)))
-    report = {"analysis": "features", **describe_analysis(data, config, torch.device(config.device)), "models": reports}
+    report = {"analysis": "features", **describe_analysis(data, config, find_device(config.device)), "models": reports}
     write_json(out / "features.json", report)
     plot_points(panels, out / "features.png")
     return report

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.common.devices import find_device
 from nextscale.common.files import write_json
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.analyzed_model import AnalyzedModel, describe_analysis, open_models
@@ -29,7 +30,7 @@ def analyse_load(
     variances (n - 1) over the experts. Raises UserError for a dense model, or for data that is not the model's.
     """
     config = config or AnalysisConfig()
-    reports, device = [], torch.device(config.device)
+    reports, device = [], find_device(config.device)
     for analyzed in open_models(models, names, data, config):
         experts, counts_SKM = analyzed.list_experts(), count_selections(analyzed)
         reports.append(_report_load(analyzed, experts, counts_SKM))

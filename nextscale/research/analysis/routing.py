@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nextscale.common.devices import find_device
 from nextscale.common.files import write_json
 from nextscale.common.pictures import to_pil
 from nextscale.config.analysis import AnalysisConfig
@@ -38,7 +39,7 @@ def analyse_routing(
     dense model, for a block or an image that does not exist, or for data that is not the model's.
     """
     config = config or AnalysisConfig()
-    head = describe_analysis(data, config, torch.device(config.device))
+    head = describe_analysis(data, config, find_device(config.device))
     return write_routing_maps(open_models(models, names, data, config), head, out, block=block, image=image)
 
 

@@ -32,7 +32,7 @@ class Interrupted(Exception):
 
 
 def is_finite(loss: Tensor, gradient_norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
-    """Whether a step may be taken. With fp16 the scaler itself skips steps whose gradient overflows."""
+    """Whether a step may be taken. With float16 the scaler itself skips steps whose gradient overflows."""
     return bool(loss.isfinite()) and (scaler.is_enabled() or bool(gradient_norm.isfinite()))
 
 

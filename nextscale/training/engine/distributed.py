@@ -15,13 +15,12 @@ from nextscale.backends import optimize
 from nextscale.backends.compiler import compile_block
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.common.precision import choose_training_dtype, lower_precision
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import Batch
 from nextscale.training.engine.expert_parallel import find_mixtures, share_experts
 from nextscale.training.engine.task import Task
 from nextscale.transformer.feed_forward.routers import Router
-
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DistributedModel:
@@ -31,7 +30,7 @@ class DistributedModel:
         self.task, self.world = task.to(world.device), world
         for model in task.fast_modules():
             optimize(model, config.backend, training=True)
-        self.dtype = _DTYPES[config.precision]
+        self.dtype = choose_training_dtype(config.precision, world.device)
         self.fully_sharded = config.sharding == "full" and world.size > 1
         self.module: nn.Module = task
         for block in task.blocks():
@@ -62,7 +61,7 @@ class DistributedModel:
             raise UserError(f"the {task.name} has no blocks to shard; train it with sharding: none")
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         # inputs stay as they are: autocast rounds what products take, and the residual stream remains in float32
-        low = MixedPrecisionPolicy(self.dtype, torch.float32 if self.dtype else None, cast_forward_inputs=False)
+        low = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in task.blocks():
             for router in (m for m in block.modules() if isinstance(m, Router)):
@@ -83,8 +82,8 @@ class DistributedModel:
 
         Validation computes in float32, except where FSDP2 gives the blocks rounded weights.
         """
-        enabled = self.dtype is not None and (self.fully_sharded or not validating)
-        return torch.autocast(self.world.device.type, self.dtype, enabled=enabled)
+        low = self.fully_sharded or not validating
+        return lower_precision(self.world.device, self.dtype if low else torch.float32)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

@@ -161,7 +161,7 @@ class StateFiles:
             raise UserError(f"the processes see different states in {self.folder}: it must be a folder that all share")
         if content is None:
             return False
-        changes = list_changes(content["settings"], settings, FREE_SETTINGS)
+        changes = list_changes(migrate_record(content["settings"]), settings, FREE_SETTINGS)
         if changes and not accept_changes:
             raise UserError(f"{path} belongs to a run with other settings: {'; '.join(changes)}")
         _restore(state, content, path)

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.common.precision import Float32Linear, disable_autocast
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import FeedForward, Record
 from nextscale.transformer.feed_forward.records import ExpertSelection, Norms, Sparsity, UnitContribution
 from nextscale.transformer.feed_forward.selection import select_experts, select_units
 from nextscale.transformer.feed_forward.thresholds import Thresholds
-from nextscale.transformer.precision import Float32Linear, disable_autocast
 
 Layers = tuple[nn.Linear, nn.Linear]
 """fc1 and fc2."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.common.devices import create_embedding
+from nextscale.common.precision import Float32Linear, disable_autocast
 from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import Record
-from nextscale.transformer.precision import Float32Linear, disable_autocast
 
 
 @dataclass(frozen=True)

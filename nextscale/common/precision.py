@@ -1,0 +1,182 @@
+"""Which floating-point types are used where: the one place that decides it.
+
+- **Stored and computed type.** A weight is stored in the type that was asked for. It is computed in the same type,
+  except on a CPU that is slow in it (`find_computed`): there products are computed in float32.
+- **auto** takes the fastest type that is right for the device and the model: bfloat16 where its products are faster
+  than in float32, else float32. float16 is taken only when it is asked for, as its range is small.
+- **What chooses tokens or experts** (the tokenizer's encoder and quantiser, routers) is computed in full float32,
+  whatever autocast and torch's settings for float32 products say: `compute_exactly`. Rounded, it would choose others.
+  TF32 alone, which keeps 10 bits, changes about one token in a hundred.
+- **The rest of float32** follows torch's settings (`torch.set_float32_matmul_precision`, `torch.backends`): by
+  default full float32 in products, and TF32 in convolutions on a GPU, as in the decoder.
+- **float64** is used for sums and statistics on devices that have it: `widen`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.common.dtypes import SHORT_NAMES, parse_dtype
+from nextscale.common.errors import UserError
+
+LOW = (torch.bfloat16, torch.float16)
+"""The types of 16 bits."""
+_FULL = ("none", "ieee")
+"""torch's names for float32 products that round nothing."""
+_CPU_WIDTH = 768
+"""From this width on a transformer is faster in bfloat16 on a CPU with bfloat16 instructions; the elementwise work of
+smaller ones takes longer than their products gain."""
+
+
+def find_dtype(name: torch.dtype | str) -> torch.dtype:
+    """The floating-point type of this name; UserError for anything else, and for auto."""
+    dtype = getattr(torch, SHORT_NAMES.get(name, name), None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"'{name}' is no floating-point dtype; use auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def get_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- what is fast
+
+
+def choose_sampling_dtype(name: torch.dtype | str, device: torch.device, width: int) -> torch.dtype:
+    """The type of a model's weights. `width`: the transformer's, 0 for a tokenizer alone."""
+    if name != "auto":
+        return find_dtype(name)
+    large = device.type != "cpu" or width >= _CPU_WIDTH
+    return torch.bfloat16 if width and large and is_fast(torch.bfloat16, device.type) else torch.float32
+
+
+def choose_training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of products and convolutions in training, by the name of a setting."""
+    name = parse_dtype(name, "precision")
+    return find_computed(torch.bfloat16 if name == "auto" else find_dtype(name), device)
+
+
+def find_computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which a device computes what is of this type: float32 for one of 16 bits in which it is slow."""
+    return dtype if is_fast(dtype, device.type) else torch.float32
+
+
+def is_computed_in_float32(weight: Tensor) -> bool:
+    """Whether products with a weight of 16 bits are computed in float32, as `find_computed` says."""
+    return weight.dtype in LOW and weight.device.type == "cpu" and not is_fast(weight.dtype, "cpu")
+
+
+def cast_for(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """x in the type that a layer takes: that of its weight, or float32 where it converts a weight of 16 bits."""
+    converts = getattr(layer, "converts_weight", False) and is_computed_in_float32(layer.weight)
+    return x.float() if converts else x.to(layer.weight.dtype)
+
+
+@lru_cache(maxsize=16)
+def is_fast(dtype: torch.dtype, kind: str) -> bool:
+    """Whether products in `dtype` are faster than in float32 on this kind of device ("cpu", "cuda", "mps").
+
+    Asked of a GPU; measured once per process on a CPU, in a few milliseconds, because libraries also claim support for
+    types that they emulate (bfloat16 with AVX-512 but without its bfloat16 instructions).
+    """
+    if dtype not in LOW:
+        return True
+    if kind == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and _is_claimed(dtype) and _time_products(dtype) < 0.9 * _time_products(torch.float32)
+
+
+def _is_claimed(dtype: torch.dtype) -> bool:
+    """Whether oneDNN says that it has products of this type for the CPU. What it denies is emulated slowly."""
+    question = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question, bool)())
+
+
+@torch.no_grad()
+def _time_products(dtype: torch.dtype) -> float:
+    """Seconds of a product, the least of several, so that other processes do not decide it."""
+    x = torch.ones(64, 512, dtype=dtype, device="cpu")
+    weight, seconds = torch.ones(512, 512, dtype=dtype, device="cpu"), []
+    with compute_exactly(x):
+        F.linear(x, weight)
+        for _ in range(8):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+# ---- contexts
+
+
+def lower_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to a type of 16 bits, or no autocast for float32."""
+    low = dtype in LOW
+    return torch.autocast(device.type, dtype if low else None, enabled=low)
+
+
+def disable_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast on x's device."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+@contextmanager
+def compute_exactly(x: Tensor) -> Iterator[None]:
+    """A context on x's device without autocast and with full float32 products and convolutions.
+
+    torch's settings hold for the process, so they are put back at the end. Code that torch.compile traces keeps them.
+    """
+    with disable_autocast(x), nullcontext() if torch.compiler.is_compiling() else full_float32(x.device):
+        yield
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Products and convolutions of float32 without TF32 or bfloat16 inside."""
+    lowered = [(place, place.fp32_precision) for place in _list_settings(device.type)]
+    lowered = [(place, value) for place, value in lowered if value not in _FULL]
+    for place, _ in lowered:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, value in lowered:
+            place.fp32_precision = value
+
+
+def _list_settings(kind: str) -> tuple[Any, ...]:
+    """Where torch keeps the precision of float32 products and convolutions on this kind of device."""
+    backends: Any = torch.backends
+    if kind == "cuda":
+        return backends.cuda.matmul, backends.cudnn.conv
+    return (backends.mkldnn.matmul, backends.mkldnn.conv) if kind == "cpu" else ()
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever dtype its weights and inputs have. Call it without autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float(), self.bias)
+
+
+# ---- float64
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device has float64; Apple's MPS has not."""
+    return device.type != "mps"
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float64, or in float32 on a device without float64."""
+    return x.double() if has_float64(x.device) else x.float()
