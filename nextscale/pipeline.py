@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
-from nextscale.checkpoints.native import read_modules
+from nextscale.checkpoints.native import check_routers, find_folder, read_modules
 from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
 from nextscale.common.precision import choose_sampling_dtype
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig, parse_count, parse_sampling
-from nextscale.sampling import CreatePredictor, build_sampler
+from nextscale.sampling import build_sampler
 from nextscale.sampling.sampler import LogitsProcessor, Sampler, ScaleStep, sample_images, sample_scales
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nextscale.backends.twins import Backend
     from nextscale.config.initialization import InitConfig
     from nextscale.data.arrays import ImageInput, ImagesInput
+    from nextscale.sampling.capturing import Capture, Capturing
     from nextscale.sampling.editing import Edit
 
 Labels = Tensor | Sequence["int | str | None"] | int | str | None
@@ -74,7 +75,8 @@ class Pipeline:
         self._stored: dict[str, torch.dtype] = {}
         self._refiner: VAR | None = None
         self._refiner_source, self._refiner_labels = "", cast(Tensor | None, None)
-        self._captured: CreatePredictor | None = None
+        self._capture: Capture = "auto"
+        self._capturing: Capturing | None = None
         self._backend: Backend = "plain"
         self._training, self._dtype = False, torch.float32
 
@@ -97,24 +99,24 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls, source: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto",
-        revision: str | None = None, token: str | None = None, backend: Backend = "auto",
+        revision: str | None = None, token: str | None = None, backend: Backend = "auto", capture: Capture = "auto",
     ) -> Pipeline:  # fmt: skip
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
         `dtype`: what the networks compute in, whatever is stored; auto: the fastest type that is right for the device
         and the model (`nextscale.common.precision`). `device`: auto, cpu, cuda, cuda:1, mps. `revision` (branch, tag
         or commit) and `token` are for the hub. `backend`: "auto" swaps modules for fast ones (`Pipeline.optimize`),
-        for inference alone; "plain" leaves plain PyTorch modules, which can be trained. UserError names the file and
-        tensor at fault.
+        for inference alone; "plain" leaves plain PyTorch modules, which can be trained. `capture`: see
+        `Pipeline.capture`. UserError names the file and tensor at fault.
         """
-        checkpoint, modules = read_modules(_find_folder(source, revision, token))
-        _check_routers(source, checkpoint)
+        checkpoint, modules = read_modules(find_folder(source, revision, token))
+        check_routers(source, checkpoint)
         device = find_device(device)
         computes = _choose_dtype(dtype, device, checkpoint)
         pipeline = cls._around(checkpoint, modules)
         del checkpoint  # from here on a tensor that is converted or packed frees the original
         pipeline.to(device, computes)
-        return pipeline.optimize(backend)
+        return pipeline.optimize(backend).capture(capture)
 
     @classmethod
     def from_checkpoint(
@@ -186,11 +188,12 @@ class Pipeline:
             self._refiner_source = source
         return self._refiner if settings.draft_scales or settings.refiner else None
 
-    def capture(self) -> Pipeline:
-        """Run the transformer's steps on fixed memory, on a GPU as CUDA graphs: faster at small batches."""
-        from nextscale.backends.cuda.graphs import GraphPool
+    def capture(self, mode: Capture = "on") -> Pipeline:
+        """Run the transformer's steps as CUDA graphs, which is faster at small batches: see `sampling.capturing`.
 
-        self._captured = GraphPool().create_predictor
+        auto, as a new pipeline: on a GPU where that pays. on: always; on a CPU on fixed memory, without graphs.
+        """
+        self._capture = mode
         return self
 
     def to_checkpoint(self) -> Checkpoint:
@@ -270,12 +273,15 @@ class Pipeline:
 
     def sample_scales(
         self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, *,
-        logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
+        records: bool = True, logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
     ) -> Iterator[ScaleStep]:  # fmt: skip
-        """As `sample` for one batch, yielding each scale as it is done, with the canvas that it leaves."""
+        """As `sample` for one batch, yielding each scale as it is done, with the canvas that it leaves.
+
+        `records`: whether the steps need them; captured graphs have none.
+        """
         values = self._parse_labels(labels)
         settings = self._parse_settings(config, overrides)
-        return sample_scales(self._build_sampler(values, settings, first_image, logits_processors))
+        return sample_scales(self._build_sampler(values, settings, first_image, logits_processors, records=records))
 
     def reconstruct(self, images: ImagesInput | Images) -> Images:
         """Encode and decode images: one or several paths, PIL images, arrays of uint8 or of floats in [0, 1].
@@ -359,12 +365,18 @@ class Pipeline:
 
     def _build_sampler(
         self, values: Any, settings: SampleConfig, first_image: int, processors: Sequence[LogitsProcessor],
-        edit: Edit | None = None,
+        edit: Edit | None = None, records: bool = False,
     ) -> Sampler:  # fmt: skip
+        refiner, captured = self.load_refiner(settings), None
+        if self._capture == "on" or (self._capture == "auto" and self.device.type == "cuda" and not records):
+            from nextscale.sampling.capturing import Capturing
+
+            self._capturing = self._capturing or Capturing()
+            captured = self._capturing.choose(self._capture, self.transformer, settings, refiner, len(values))
         return build_sampler(
             self.tokenizer, self.transformer, values, settings, first_image=parse_count("first_image", first_image),
-            edit=edit, refiner=self.load_refiner(settings), refiner_labels=self._refiner_labels,
-            logits_processors=processors, captured=self._captured,
+            edit=edit, refiner=refiner, refiner_labels=self._refiner_labels, logits_processors=processors,
+            captured=captured,
         )  # fmt: skip
 
     def _load_images(self, images: ImagesInput | Images) -> tuple[Tensor, tuple[str, ...]]:
@@ -376,23 +388,6 @@ class Pipeline:
     def _encode_images(self, images_B3HW: Tensor) -> Tensor:
         """Tokens (B, L) of images in [-1, 1], on the model's device; one at a time."""
         return torch.cat([self.tokenizer.encode(x_3HW[None].to(self.device)) for x_3HW in images_B3HW])
-
-
-def _find_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
-    """The checkpoint's folder, downloaded if `source` is no folder."""
-    if Path(source).is_dir():
-        return Path(source)
-    from nextscale.checkpoints.hub import find_checkpoint
-
-    return find_checkpoint(source, revision=revision, token=token)
-
-
-def _check_routers(source: object, checkpoint: Checkpoint) -> None:
-    """UserError when the routers of dynamic experts were trained for other weights than the checkpoint's."""
-    if checkpoint.config.transformer is not None and checkpoint.config.transformer.dynamic.router_fingerprint:
-        from nextscale.checkpoints.router_fingerprint import check_router_fingerprint
-
-        check_router_fingerprint(source, checkpoint)
 
 
 def _choose_dtype(dtype: torch.dtype | str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -31,13 +31,16 @@ WAITS = {
     # training, once for each step or more rarely
     "training/engine/checks.py:is_finite": "a step whose loss is not finite must not be taken",
     "training/engine/loop.py:train": "torch's GradScaler asks whether a gradient has overflowed",
-    "training/engine/loop.py:MicroBatchReader.read": "the noise is drawn on the host",
+    "training/engine/loop.py:MicroBatchReader._split": "the noise is drawn on the host",
     "training/views.py:_build_hue_rotation": "constants, copied for each micro-batch",
     "training/views.py:change_colours": "constants, copied for each micro-batch",
     "training/engine/checks.py:report_missing_gradients": "in the first step alone",
     "tokenizer/codebook.py:CodebookLearner._revive": "which codes are dead decides how many there are",
     "training/engine/log.py:StepMetrics.average": "a line of the log",
     "training/engine/log.py:RunLog.log_step": "a line of the log",
+    "training/engine/state.py:StateFiles.save": "a state for the disk",
+    "training/engine/distributed.py:gather_weights": "a state for the disk",
+    "training/engine/optimizer.py:Ema.state_dict": "a state for the disk",
     # validation, once for each batch or more rarely
     "training/transformer.py:validate": "held-out batches and what they gave",
     "training/open_run.py:read_batches": "held-out batches",

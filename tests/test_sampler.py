@@ -284,14 +284,14 @@ def test_interleaved_captured_generators_do_not_share_a_cache():
 
 def test_captured_steps_are_reused_and_given_back():
     pipeline = randomised(tiny_config()).capture()
-    pool = pipeline._captured.__self__
     for seed in range(3):
         pipeline.sample([1, 2], seed=seed)
     first = next(pipeline.sample_scales([1, 2]))  # a generator that is dropped half-way
     assert first.k == 0
-    assert {count: len(steps) for count, steps in pool._free.items()} == {4: 1}
+    pool = pipeline._capturing.pool
+    assert [key for key, _ in pool._idle] == [(4, None)]
     pipeline.sample([1])
-    assert {count: len(steps) for count, steps in pool._free.items()} == {4: 1, 2: 1}
+    assert [key for key, _ in pool._idle] == [(4, None), (2, None)]
 
 
 def test_captured_steps_of_a_model_on_the_fast_backend(tiny_folder):

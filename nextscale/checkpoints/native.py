@@ -34,6 +34,23 @@ _LARGE = 2**18
 """Elements from which a tensor gets a memory mapping of its own."""
 
 
+def find_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The checkpoint's folder, downloaded from the hub if `source` is no folder."""
+    if Path(source).is_dir():
+        return Path(source)
+    from nextscale.checkpoints.hub import find_checkpoint
+
+    return find_checkpoint(source, revision=revision, token=token)
+
+
+def check_routers(source: object, checkpoint: Checkpoint) -> None:
+    """UserError when the routers of dynamic experts were trained for other weights than the checkpoint's."""
+    if checkpoint.config.transformer is not None and checkpoint.config.transformer.dynamic.router_fingerprint:
+        from nextscale.checkpoints.router_fingerprint import check_router_fingerprint
+
+        check_router_fingerprint(source, checkpoint)
+
+
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The folder's ModelConfig and its `origin`, without reading the weights. UserError when it is no checkpoint."""
     head = _read_head(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from nextscale.sampling.editing import Edit
     from nextscale.transformer.feed_forward.thresholds import Thresholds
 
-CreatePredictor = Callable[[VAR, Any], Predictor]
-"""(model, condition values) to a predictor."""
+CreatePredictor = Callable[[VAR, Any, "Thresholds | None"], Predictor]
+"""(model, condition values, thresholds of dynamic experts) to a predictor."""
 
 
 @torch.no_grad()
@@ -51,8 +52,13 @@ def build_sampler(
     if settings.prune or settings.draft_scales or settings.official_seeding or refiner is not None or captured:
         from nextscale.sampling.combinations import Request, check_combinations
 
-        refiner_config = refiner.config if refiner is not None else None
-        check_combinations(Request(settings, model.config, refiner_config, first_image, captured is not None))
+        request = Request(settings, model.config, refiner.config if refiner is not None else None, first_image)
+        if captured is not None:
+            from nextscale.sampling.capturing import skips_experts
+
+            device = tokenizer.quantizer.codebook.weight.device
+            request = replace(request, captured=True, fixed_experts=skips_experts(device))
+        check_combinations(request)
     strengths = schedule_guidance(settings.cfg, model.pyramid)
     filters = build_filters(settings, len(model.pyramid))
     if settings.guided:
@@ -80,7 +86,7 @@ def _build_predictor(
     """The predictor of logits before guidance."""
     thresholds = _find_thresholds(model, settings)
     if captured is not None:
-        return captured(model, values)
+        return captured(model, values, thresholds)
     if settings.prune:
         from nextscale.sampling.pruning import PrunedPredictor, PruningPlan
 

@@ -22,6 +22,8 @@ class Request:
     refiner: TransformerConfig | None = None
     first_image: int = 0
     captured: bool = False
+    fixed_experts: bool = False
+    """Whether dynamic experts below tau 1 run in fixed shapes."""
 
 
 def _has_unprunable_layers(model: TransformerConfig) -> bool:
@@ -82,16 +84,21 @@ REFUSED: tuple[tuple[Callable[[Request], bool], str], ...] = (
         "captured steps cannot be combined with a refiner: sample without capture, or without the refiner",
     ),
     (
-        lambda r: r.captured and _runs_few_experts(r),
-        "captured steps have fixed shapes, but dynamic experts below tau 1 do not: sample without capture, or with "
-        "tau 1",
+        lambda r: r.captured and _runs_few_experts(r) and not r.fixed_experts,
+        "captured steps have fixed shapes, but dynamic experts below tau 1 have them only on a GPU with Triton: sample "
+        "without capture, or with tau 1",
     ),
 )
 """(whether it applies, reason)."""
 
 
+def find_refusal(request: Request) -> str:
+    """The reason for the first combination that is refused; empty if there is none."""
+    return next((reason for applies, reason in REFUSED if applies(request)), "")
+
+
 def check_combinations(request: Request) -> None:
     """UserError with the reason for the first combination that is refused."""
-    for applies, reason in REFUSED:
-        if applies(request):
-            raise UserError(reason)
+    reason = find_refusal(request)
+    if reason:
+        raise UserError(reason)

@@ -7,55 +7,75 @@ same fixed memory, which is how they are tested where there is no GPU.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nextscale.transformer.context import index_scales
 from nextscale.transformer.var import VAR, Conditioning, Output
 
+if TYPE_CHECKING:
+    from nextscale.transformer.feed_forward.thresholds import Thresholds
+
+MOST_IDLE = 4
+"""Captured steps that are kept while nothing uses them; each holds caches for its batch."""
 _WARM_UP = 2
 
 
-class _CapturedSteps:
+class FixedSteps:
     """The steps of one model for a fixed number of sequences: inputs, conditioning, caches and logits stay in place."""
 
-    def __init__(self, model: VAR, values: Any):
-        self.model, self.conditioning = model, model.embed_condition(values)
-        self.cache = model.new_cache(len(values))
+    @torch.no_grad()
+    def __init__(self, model: VAR, values: Any, thresholds: Thresholds | None = None):
+        self.model, self.thresholds = model, thresholds
+        self.conditioning, self.cache = model.embed_condition(values), model.new_cache(len(values))
         self.inputs_BNC: list[Tensor | None] = [None]
-        width, device = model.word_embed.in_features, self.conditioning.cond_BD.device
+        width, self.device = model.word_embed.in_features, self.conditioning.cond_BD.device
         for count in model.pyramid.counts[1:]:
-            self.inputs_BNC.append(torch.zeros(len(values), count, width, device=device))
+            self.inputs_BNC.append(torch.zeros(len(values), count, width, device=self.device))
+        # steps read it from a cache: made now, outside of any graph, and held as long as the graphs have its address
+        self.scales_L = index_scales(model.pyramid, model.pos_embed.device)
         self.graphs: list[tuple[Any, Tensor]] = []
-        if device.type == "cuda":
-            self._capture(device)
+        self.done: Any = None
+        """An event after the last replay, which may be on another stream than the next batch."""
 
-    def _capture(self, device: torch.device) -> None:
+    @torch.no_grad()
+    def capture(self) -> None:
         """Record one graph for each scale, in order, in one pool of memory."""
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # libraries set themselves up in their first calls, outside of any graph
-            for _ in range(_WARM_UP):
-                for k in range(len(self.inputs_BNC)):
-                    self._step(k)
-        torch.cuda.current_stream(device).wait_stream(side)
-        pool = torch.cuda.graph_pool_handle()
-        for k in range(len(self.inputs_BNC)):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._step(k)
-            self.graphs.append((graph, logits))
+        with self._select_device():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries set themselves up in their first calls, outside of any graph
+                for _ in range(_WARM_UP):
+                    for k in range(len(self.inputs_BNC)):
+                        self._step(k)
+            torch.cuda.current_stream().wait_stream(side)
+            pool, self.done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+            for k in range(len(self.inputs_BNC)):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    logits = self._step(k)
+                self.graphs.append((graph, logits))
+
+    def _select_device(self) -> AbstractContextManager[object]:
+        """Streams and graphs belong to the current device, whichever the tensors are on."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _step(self, k: int) -> Tensor:
-        return self.model.step(self.conditioning, self.inputs_BNC[k], k, self.cache).logits_BNV
+        inputs = self.conditioning, self.inputs_BNC[k], k, self.cache
+        return self.model.step(*inputs, thresholds=self.thresholds).logits_BNV
 
     def set_condition(self, values: Any) -> None:
         """Take a new batch of the same size."""
-        for target, source in zip(
-            _tensors(self.conditioning), _tensors(self.model.embed_condition(values)), strict=True
-        ):
-            target.copy_(source)
+        with self._select_device():
+            if self.done is not None:
+                self.done.wait()
+            for target, source in zip(
+                _tensors(self.conditioning), _tensors(self.model.embed_condition(values)), strict=True
+            ):
+                target.copy_(source)
 
     def predict(self, x_BNC: Tensor | None, k: int) -> Tensor:
         """Logits (B, N, V) of scale k."""
@@ -66,8 +86,11 @@ class _CapturedSteps:
         if not self.graphs:
             return self._step(k)
         graph, logits = self.graphs[k]
-        graph.replay()
-        return logits.clone()  # the next replay overwrites it
+        with self._select_device():
+            graph.replay()
+            result = logits.clone()  # the next replay overwrites it
+            self.done.record()
+        return result
 
 
 def _tensors(conditioning: Conditioning) -> list[Tensor]:
@@ -77,7 +100,7 @@ def _tensors(conditioning: Conditioning) -> list[Tensor]:
 class CapturedPredictor:
     """A predictor by captured steps, which belong to it alone until it is garbage-collected."""
 
-    def __init__(self, steps: _CapturedSteps):
+    def __init__(self, steps: FixedSteps):
         self.steps = steps
 
     def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
@@ -85,31 +108,51 @@ class CapturedPredictor:
 
 
 class GraphPool:
-    """Captured steps that no predictor uses, by model and batch size; captures new ones when there are none.
+    """Captured steps that no predictor uses, the least recently used first; captures new ones when none fits.
 
-    Graphs hold addresses of weights. So they are dropped when the model's weights are elsewhere than at the capture.
+    Graphs hold addresses of weights and the kernels that were chosen. So they are dropped when the model's weights are
+    elsewhere, or TF32 is allowed otherwise, than at the capture.
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[_CapturedSteps]] = {}
-        """By number of sequences."""
-        self._weights: tuple[Any, ...] = ()
+        self._idle: list[tuple[Any, FixedSteps]] = []
+        """What the steps were captured for (sequences, thresholds), and the steps."""
+        self._state: tuple[Any, ...] = ()
 
     @torch.no_grad()
-    def create_predictor(self, model: VAR, values: Any) -> CapturedPredictor:
+    def create_predictor(self, model: VAR, values: Any, thresholds: Thresholds | None = None) -> CapturedPredictor:
         """A predictor for this batch, on captured steps that no other predictor uses at the time."""
-        weights = _locate_weights(model)
-        if weights != self._weights:
-            self._free, self._weights = {}, weights
-        free = self._free.setdefault(len(values), [])
-        steps = free.pop() if free else _CapturedSteps(model, values)
+        state = _describe_state(model)
+        if state != self._state:
+            self._idle, self._state = [], state
+        key = len(values), thresholds
+        steps = self._take(key)
+        if steps is None:
+            steps = FixedSteps(model, values, thresholds)
+            if steps.device.type == "cuda":
+                steps.capture()
         steps.set_condition(values)
         predictor = CapturedPredictor(steps)
-        weakref.finalize(predictor, free.append, steps).atexit = False
+        weakref.finalize(predictor, _give_back, self._idle, key, steps).atexit = False
         return predictor
 
+    def _take(self, key: Any) -> FixedSteps | None:
+        """Idle steps for this key, the last used, out of the pool."""
+        for i in reversed(range(len(self._idle))):
+            if self._idle[i][0] == key:
+                return self._idle.pop(i)[1]
+        return None
 
-def _locate_weights(model: VAR) -> tuple[Any, ...]:
-    """Which tensors the model's weights are, their dtypes and, on a GPU, their addresses."""
+
+def _give_back(idle: list[tuple[Any, FixedSteps]], key: Any, steps: FixedSteps) -> None:
+    """Put steps back; into a list that nobody has any more when the weights have changed since."""
+    idle.append((key, steps))
+    del idle[:-MOST_IDLE]
+
+
+def _describe_state(model: VAR) -> tuple[Any, ...]:
+    """Which tensors the model's weights are, their dtypes and, on a GPU, their addresses; and whether TF32 is used."""
     tensors = (*model.parameters(), *model.buffers())
-    return id(model), *((id(t), t.dtype, t.device, t.data_ptr() if t.is_cuda else 0) for t in tensors)
+    weights = ((id(t), t.dtype, t.device, t.data_ptr() if t.is_cuda else 0) for t in tensors)
+    matmul: Any = torch.backends.cuda.matmul
+    return id(model), matmul.fp32_precision, *weights

@@ -8,6 +8,7 @@ Sums are float32. On a CPU the kernels run in Triton's interpreter (TRITON_INTER
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -132,7 +133,12 @@ def _select_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def _uses_tf32() -> bool:
+    matmul: Any = torch.backends.cuda.matmul
+    return bool(matmul.fp32_precision == "tf32")
+
+
 def _choose_precision(x: Tensor) -> dict[str, object]:
     """float32 as torch's own products: TF32 where it is allowed."""
-    rounded = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    rounded = x.is_cuda and _uses_tf32()
     return {"PRECISION": "tf32" if rounded else "ieee", "WIDEN": not x.is_cuda}
