@@ -22,7 +22,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.precision import choose_sampling_dtype
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
-from nextscale.config.sampling import SampleConfig, parse_count, parse_sampling
+from nextscale.config.sampling import Capture, SampleConfig, parse_count, parse_sampling
 from nextscale.sampling import build_sampler
 from nextscale.sampling.sampler import LogitsProcessor, Sampler, ScaleStep, sample_images, sample_scales
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nextscale.backends.twins import Backend
     from nextscale.config.initialization import InitConfig
     from nextscale.data.arrays import ImageInput, ImagesInput
-    from nextscale.sampling.capturing import Capture, Capturing
+    from nextscale.sampling.capturing import Capturing
     from nextscale.sampling.editing import Edit
 
 Labels = Tensor | Sequence["int | str | None"] | int | str | None
@@ -109,6 +109,10 @@ class Pipeline:
         for inference alone; "plain" leaves plain PyTorch modules, which can be trained. `capture`: see
         `Pipeline.capture`. UserError names the file and tensor at fault.
         """
+        if capture != "auto":
+            from nextscale.sampling.capturing import check_capture
+
+            check_capture(capture, find_device(device))
         checkpoint, modules = read_modules(find_folder(source, revision, token))
         check_routers(source, checkpoint)
         device = find_device(device)

@@ -109,6 +109,13 @@ def test_the_host_waits_only_where_there_is_a_reason(rehearsal):
     assert found.keys() <= WAITS.keys(), {place: found[place] for place in found.keys() - WAITS.keys()}
 
 
+def test_nothing_waits_in_a_step_that_a_graph_captures(rehearsal):
+    cases = {name: set(case["waits"]) for name, case in rehearsal.items() if name.startswith("fixed steps")}
+    before = {"transformer/condition.py:ClassCondition.parse", "transformer/context.py:index_scales"}
+    assert len(cases) == 4
+    assert all(waits <= before for waits in cases.values()), cases
+
+
 def test_tokens_and_experts_are_chosen_in_float32_and_layers_compute_as_asked(rehearsal):
     seen = set()
     for name, case in rehearsal.items():

@@ -14,7 +14,7 @@ from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import check_fields
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import Capture, SampleConfig
 
 if TYPE_CHECKING:
     from nextscale.common.outputs import Input, Output
@@ -67,6 +67,8 @@ class Evaluate:
     the model."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
+    capture: Capture = "auto"
+    """Captured CUDA graphs, as in `nextscale sample`."""
     overwrite: Overwrite = False
 
     def check(self) -> None:
@@ -99,7 +101,8 @@ class Evaluate:
 
         config = EvaluationConfig(
             self.num, self.settings, parse_size("--size", self.size), shard=self.shard, images=self.images,
-            batch=self.batch_size, dtype=self.dtype, reconstruct=self.reconstruct,
+            batch=self.batch_size, dtype=self.dtype, capture=self.capture,
+            reconstruct=self.reconstruct,
         )  # fmt: skip
         with init_distributed(self.device) as world:
             report = evaluate(
@@ -188,6 +191,8 @@ class Bench:
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
+    capture: Capture = "auto"
+    """Captured CUDA graphs, as in `nextscale sample`."""
 
     def check(self) -> None:
         sizes = len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1
@@ -199,7 +204,9 @@ class Bench:
         from nextscale.evaluation.latency import compare_models, format_comparison
 
         models = [self.model, self.against] if self.against else [self.model]
-        report = compare_models(models, self.batch_sizes, self.dtypes, self.rounds, self.settings, self.device)
+        report = compare_models(
+            models, self.batch_sizes, self.dtypes, self.rounds, self.settings, self.device, self.capture
+        )
         print(format_comparison(report))
         print(json.dumps(report))
 

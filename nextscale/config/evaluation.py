@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nextscale.common.sizes import Size
 from nextscale.config.data import ReadConfig
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import Capture, SampleConfig
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,7 @@ class EvaluationConfig:
     """Batch size. Metrics do not depend on it beyond rounding."""
     dtype: str = "auto"
     """Type that a model computes in; auto = the fastest that is right for the device and the model."""
+    capture: Capture = "auto"
+    """Whether a model samples by captured CUDA graphs."""
     reconstruct: str = ""
     """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextscale.common.errors import UserError
 from nextscale.config.parse import check_fields, check_types, from_dict, to_plain
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nextscale.config.idle import Idle
 
 Number = TypeVar("Number", int, float)
+Capture = Literal["auto", "on", "off"]
+"""Whether a transformer's steps run as captured CUDA graphs, see `nextscale.sampling.capturing`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.machine import describe_machine
 from nextscale.common.precision import get_name
 from nextscale.config.parse import to_dict
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import Capture, SampleConfig
 from nextscale.evaluation.flops import FlopCounter
 from nextscale.evaluation.peak_memory import measure_peak_memory
 from nextscale.info import describe_config
@@ -49,26 +49,30 @@ def compare_models(
     rounds: int,
     settings: SampleConfig,
     device: str,
+    capture: Capture = "auto",
 ) -> dict[str, Any]:
     """Time sampling of one model, or of two in alternation, for each batch size and dtype.
 
-    Each case runs once to warm up, then `rounds` times. Raises UserError when a model cannot be loaded.
+    Each case runs once to warm up and to count FLOPs, without graphs; where graphs may be captured, three times more;
+    and then `rounds` times. Raises UserError when a model cannot be loaded.
     """
     if min([*batches, rounds]) < 1:
         raise UserError("--batch-sizes and --rounds must be 1 or more")
     cases: list[dict[str, Any]] = []
     for dtype in dtypes:
-        pipelines = [Pipeline.from_pretrained(model, dtype=dtype, device=device) for model in models]
+        pipelines = [Pipeline.from_pretrained(model, dtype=dtype, device=device, capture=capture) for model in models]
         for model, pipeline in zip(models, pipelines, strict=True):
             if pipeline.config.transformer is None:
                 raise UserError(f"{model} is a tokenizer alone, which cannot sample: give a model with a transformer")
         for batch in batches:
             times = [BatchTimes() for _ in models]
             counters = [FlopCounter(pipeline, settings, batch) for pipeline in pipelines]
-            for turn in tqdm(range(rounds + 1), desc=f"{dtype} batch {batch}", unit="round"):
+            graphs = capture != "off" and pipelines[0].device.type == "cuda"
+            for turn in tqdm(range(-3 if graphs else 0, rounds + 1), desc=f"{dtype} batch {batch}", unit="round"):
                 for pipeline, counter, model_times in zip(pipelines, counters, times, strict=True):
+                    pipeline.capture(capture if turn else "off")  # captured steps have no records to count
                     scales, decode = time_batch(pipeline, batch, settings, None if turn else counter)
-                    if turn:
+                    if turn > 0:
                         model_times.scales.append(scales)
                         model_times.decode.append(decode)
             for model, pipeline, counter, model_times in zip(models, pipelines, counters, times, strict=True):
@@ -95,9 +99,9 @@ def time_batch(
     """
     assert pipeline.config.transformer is not None, "a generator has a transformer"
     classes = pipeline.config.transformer.condition.num_classes
-    times = [_read_clock(pipeline.device)]
+    labels, times = [i % classes for i in range(batch)], [_read_clock(pipeline.device)]
     canvas = None
-    for step in pipeline.sample_scales([i % classes for i in range(batch)], settings):
+    for step in pipeline.sample_scales(labels, settings, records=counter is not None):
         canvas = step.canvas_BChw
         times.append(_read_clock(pipeline.device))
         if counter is not None:

@@ -174,7 +174,7 @@ def _read_feature_file(source: str) -> NpzFile | None:
 def _open_images(source: str, config: EvaluationConfig, world: World, reconstruct: str = "") -> MeasuredImages:
     return open_images(
         source, config.count, config.size, config.sampling, config.batch, reconstruct,
-        reading=config.images, dtype=config.dtype, device=world.device,
+        reading=config.images, dtype=config.dtype, device=world.device, capture=config.capture,
     )  # fmt: skip
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from nextscale.backends.cuda.graphs import GraphPool
 from nextscale.common.errors import UserError
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import Capture, SampleConfig
 from nextscale.sampling import CreatePredictor
 from nextscale.sampling.combinations import Request, find_refusal
 from nextscale.transformer.var import VAR
 
-Capture = Literal["auto", "on", "off"]
 MOST_SEQUENCES = 32
 """Up to so many sequences (two an image with guidance) graphs are used by themselves: above, the products of VAR-d16
 take a GPU longer than launching their kernels, by the estimate of docs/performance.md."""

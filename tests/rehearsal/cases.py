@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nextscale.backends import optimize
+from nextscale.backends.cuda.graphs import FixedSteps
 from nextscale.checkpoints import build_modules
 from nextscale.common.distributed import World
 from nextscale.config.classifier import ClassifierConfig
@@ -96,6 +97,20 @@ def prefill(family: str, dtype: torch.dtype) -> Output:
     inputs = torch.zeros(2, length, pipeline.config.tokenizer.code_width, device=DEVICE)
     with torch.no_grad():
         return {"logits": model.prefill(conditioning, inputs, k, model.new_cache(2)).logits_BNV}
+
+
+def run_fixed_steps(family: str, dtype: torch.dtype) -> Output:
+    """Two batches on the fixed memory of captured steps: what a graph would record."""
+    pipeline = build(family, dtype)
+    model, values = pipeline.transformer, pipeline._parse_labels([0, 4])
+    steps = FixedSteps(model, values)
+    for _ in range(2):
+        steps.set_condition(values)
+        for k, count in enumerate(model.pyramid.counts):
+            inputs = torch.zeros(2, count, pipeline.config.tokenizer.code_width, device=DEVICE) if k else None
+            with torch.no_grad():
+                logits = steps.predict(inputs, k)
+    return {"logits": logits}
 
 
 def edit(dtype: torch.dtype) -> Output:
@@ -278,6 +293,8 @@ CASES: dict[str, Callable[[], Output]] = {
     "sample oracle": partial(sample, "dynamic", torch.bfloat16, **TAU, selection="oracle"),
     "sample with refiner": sample_with_refiner,
     **{f"prefill {family}": partial(prefill, family, torch.bfloat16) for family in ("moe++", "mvar")},
+    **{f"fixed steps {family} {name}": partial(run_fixed_steps, family, DTYPES[name])
+       for family, name in (("dense", "bfloat16"), ("stmoe", "float32"), ("moe++", "float16"), ("mvar", "bfloat16"))},
     "edit float16": partial(edit, torch.float16),
     **{f"tokenize and decode {name}": partial(tokenize_and_decode, dtype) for name, dtype in DTYPES.items()},
     "score bfloat16": partial(score, torch.bfloat16),

@@ -127,6 +127,8 @@ def rehearse() -> Iterator[Watch]:
         # only now: FakeTensorMode itself asks whether there is a device
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=True))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
+        for name in ("_exchange_device", "_maybe_exchange_device"):
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=0))
         # moving a module exchanges such tensors in place, which torch refuses while its own caches refer to them
         stack.enter_context(mock.patch("torch.utils.weakref", SimpleNamespace(getweakrefs=lambda tensor: [])))
         # what holds no values cannot be written
