@@ -106,6 +106,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
 
 RUN = """
 import sys, torch
+from dataclasses import replace
 from pathlib import Path
 from nextscale.training.engine.checks import Interrupted
 from nextscale.training.engine.loop import train
@@ -113,7 +114,7 @@ from tests.test_train import tasks, LONG
 from tests.conftest import randomised, tiny_config
 torch.set_num_threads(1)
 try:
-    train(tasks(randomised(tiny_config()))[0], LONG, Path(sys.argv[1]))
+    train(tasks(randomised(tiny_config()))[0], replace(LONG, workers=1), Path(sys.argv[1]))
 except Interrupted as stop:
     print("stopped", stop.step)
     sys.exit(5)

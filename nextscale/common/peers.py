@@ -239,12 +239,13 @@ class Peers:
             if self._gone:
                 return False
             first, self.failure = self.failure is None, self.failure or failure
+            if first:
+                self._end_soon(failure)
         if first:
             if self.rank == 0:
                 for link in list(self.links):
                     link.send(failure=asdict(failure))
             self._known.set()
-            self._end_soon(failure)
         return first
 
     def _end_soon(self, failure: Failure) -> None:

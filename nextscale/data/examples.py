@@ -6,6 +6,8 @@ derived from the position, so they do not depend on the process, the worker or t
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -106,7 +108,10 @@ def load_batches(dataset: BatchDataset, spans: Iterable[tuple[int, int]], worker
     # torch's handler raises as soon as a worker dies, possibly in the middle of an optimizer step. Without the handler
     # the error is raised when the next batch is requested.
     handler = signal.getsignal(signal.SIGCHLD)
+    others = set(multiprocessing.active_children())
     reader = iter(loader)
+    for process in set(multiprocessing.active_children()) - others:
+        atexit.register(process.kill)  # else Python would wait at its exit for workers that ignore its SIGTERM
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return reader

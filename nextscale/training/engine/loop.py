@@ -162,14 +162,14 @@ class MicroBatchReader:
 
         Raises UserError in all processes, after saving the state, when one of them cannot read its own.
         """
-        batches, fault = self._fetch()
+        batches, fault = self._fetch(step)
         if any(self.world.any(fault is not None)):
             self.save()
             self.world.raise_first(fault)
         yield from self._split(batches, step)
 
-    def _fetch(self) -> tuple[list[Batch], UserError | None]:
-        """The batches of the next step, one for each micro-batch; or why they cannot be read.
+    def _fetch(self, step: int) -> tuple[list[Batch], UserError | None]:
+        """The batches of `step`, one for each micro-batch; or why they cannot be read.
 
         The error is returned, not raised: other processes must hear of it before they wait for this one.
         """
@@ -180,7 +180,7 @@ class MicroBatchReader:
             batches, fault = [], describe_worker_death(error, self.config.workers)
             if not fault:
                 raise
-            fault = f"{fault}; the state of the step before is saved in {self.log.folder}"
+            fault = f"{fault}; the state after step {step} is saved in {self.log.folder}"
         return batches, UserError(fault) if fault else None
 
     def _split(self, batches: Sequence[Batch], step: int) -> Iterator[MicroBatch]:
