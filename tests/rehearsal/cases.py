@@ -100,16 +100,15 @@ def prefill(family: str, dtype: torch.dtype) -> Output:
 
 
 def run_fixed_steps(family: str, dtype: torch.dtype) -> Output:
-    """Two batches on the fixed memory of captured steps: what a graph would record."""
+    """A batch on the fixed memory of captured steps: what a graph would record."""
     pipeline = build(family, dtype)
     model, values = pipeline.transformer, pipeline._parse_labels([0, 4])
     steps = FixedSteps(model, values)
-    for _ in range(2):
-        steps.set_condition(values)
-        for k, count in enumerate(model.pyramid.counts):
-            inputs = torch.zeros(2, count, pipeline.config.tokenizer.code_width, device=DEVICE) if k else None
-            with torch.no_grad():
-                logits = steps.predict(inputs, k)
+    steps.set_condition(values)
+    for k, count in enumerate(model.pyramid.counts):
+        inputs = torch.zeros(2, count, pipeline.config.tokenizer.code_width, device=DEVICE) if k else None
+        with torch.no_grad():
+            logits = steps.predict(inputs, k)
     return {"logits": logits}
 
 
@@ -155,7 +154,7 @@ def extract() -> Output:
 
 
 class Ended(Exception):
-    """The rehearsal of a training run is over: what follows writes files."""
+    """The rehearsal of a training run is over."""
 
 
 class _Rehearsed(Callbacks):
@@ -171,23 +170,38 @@ class _Rehearsed(Callbacks):
 
 
 def run_training(make: Callable[[TrainConfig], Task], precision: str, micro_batch: int = 0) -> Output:
-    """A training run up to its first save: forward, backward, step, average and log; in float32 with a validation."""
+    """A step of a training run: forward, backward, optimizer, average and log; in float32 also its state and what is
+    measured with it."""
+    saves = precision == "float32"
     config = TrainConfig(
-        steps=1, batch_size=4, micro_batch=micro_batch, log_every=1, save_every=1, warmup_steps=0, ema=0.5,
+        steps=1 if saves else 2, batch_size=4, micro_batch=micro_batch, log_every=1, warmup_steps=0, ema=0.5,
         precision=precision,
     )  # fmt: skip
     world = World(device=DEVICE)
     with torch.device(DEVICE):
         task = make(config)
-    measure = partial(measure_task, task, world) if precision == "float32" else bool
+    if not saves:
+        end_before_second_step(task)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(task, config, Path(folder), _Rehearsed(measure), world=world)
+            train(task, config, Path(folder), _Rehearsed(partial(measure_task, task, world)), world=world)
         except Ended:
             pass
         else:
-            raise AssertionError("the run ended before its first save")
+            raise AssertionError("the run did not come to what ends its rehearsal")
     return {f"weight {i}": p for i, p in enumerate(task.trained.parameters()) if p.requires_grad}
+
+
+def end_before_second_step(task: Task) -> None:
+    """End the run where the second step draws its noise."""
+    draw, steps = task.draw_noise, iter([True])
+
+    def draw_once(count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        if not next(steps, False):
+            raise Ended
+        return draw(count, rng)
+
+    task.draw_noise = draw_once  # type: ignore[method-assign]
 
 
 def measure_task(task: Task, world: World) -> None:
@@ -287,8 +301,7 @@ CASES: dict[str, Callable[[], Output]] = {
     **{f"sample {family} {name}": partial(
            sample, family, DTYPES[name], **(TAU if family in ("dynamic", "late") else {})
        ) for family in FAMILIES for name in list_precisions(family)},
-    "sample smooth": partial(sample, "dense", torch.float32, smooth=True),
-    "sample unguided": partial(sample, "dense", torch.float32, cfg=0.0),
+    "sample smooth": partial(sample, "dense", torch.float32, smooth=True, cfg=0.0),
     "sample pruned": partial(sample, "stmoe", torch.float32, prune=(0.4, 0.5), prune_first_block=1, depth=2),
     "sample oracle": partial(sample, "dynamic", torch.bfloat16, **TAU, selection="oracle"),
     "sample with refiner": sample_with_refiner,
