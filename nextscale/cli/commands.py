@@ -11,6 +11,7 @@ from nextscale.cli.analysis import (
     AnalyseRouting,
 )
 from nextscale.cli.checkpoints import Adapt, ExportOfficial, ImportOfficial, Sparsify, Upcycle
+from nextscale.cli.doctor import Doctor
 from nextscale.cli.encoders import EncoderEvaluate, EncoderTrain
 from nextscale.cli.measuring import (
     Bench,
@@ -57,4 +58,5 @@ COMMANDS: dict[str, type] = {
     "import-official": ImportOfficial,
     "export-official": ExportOfficial,
     "info": Info,
+    "doctor": Doctor,
 }

@@ -34,6 +34,12 @@ class Interruption(UserError):
     exit_status = 130
 
 
+class ChecksFailedError(UserError):
+    """Some checks of `nextscale doctor` failed; the message names them."""
+
+    exit_status = 1
+
+
 def clean_message(text: str) -> str:
     """The text as one line of at most 2,000 characters, without terminal escape codes and control characters."""
     text = text.encode("utf-8", "backslashreplace").decode()  # names of files may hold bytes that are no text
