@@ -71,6 +71,21 @@ class Evaluate:
     """Captured CUDA graphs, as in `nextscale sample`."""
     overwrite: Overwrite = False
 
+    main_options: ClassVar[tuple[str, ...]] = (
+        "source",
+        "out",
+        "features",
+        "reference",
+        "num",
+        "cfg",
+        "seed",
+        "reconstruct",
+        "batch-size",
+        "dtype",
+        "device",
+        "overwrite",
+    )
+
     def check(self) -> None:
         rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("batch_size", "shard")}
         check_fields("", self, {"num must be 0 or more": self.num >= 0, **rules})
