@@ -72,19 +72,8 @@ class Evaluate:
     overwrite: Overwrite = False
 
     main_options: ClassVar[tuple[str, ...]] = (
-        "source",
-        "out",
-        "features",
-        "reference",
-        "num",
-        "cfg",
-        "seed",
-        "reconstruct",
-        "batch-size",
-        "dtype",
-        "device",
-        "overwrite",
-    )
+        "source", "out", "features", "reference", "num", "cfg", "seed", "reconstruct", "batch-size", "dtype", "device",
+    )  # fmt: skip
 
     def check(self) -> None:
         rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("batch_size", "shard")}
