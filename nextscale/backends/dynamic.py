@@ -21,7 +21,7 @@ from nextscale.backends.cpu.experts import create_dispatch
 from nextscale.backends.cpu.linear import apply_gelu_linear
 from nextscale.backends.cpu.products import linear
 from nextscale.backends.experts import can_group, find_low_precision, run_grouped
-from nextscale.common.precision import disable_autocast, is_computed_in_float32
+from nextscale.common.precision import compute_exactly, is_computed_in_float32
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward, ExpertRouter
 from nextscale.transformer.feed_forward.experts import add_experts
 
@@ -94,6 +94,6 @@ class CpuExpertRouter(ExpertRouter):
     plain = ExpertRouter
 
     def forward(self, x: Tensor) -> Tensor:
-        with disable_autocast(x):
+        with compute_exactly(x):
             hidden = linear(x.float(), self.fc1.weight.float(), gelu=True)
             return linear(hidden, self.fc2.weight.float()).abs()

@@ -17,6 +17,7 @@ from nextscale.config.sampling import Capture, SampleConfig
 
 if TYPE_CHECKING:
     from nextscale.common.outputs import Input, Output
+    from nextscale.pipeline import Pipeline
 
 
 Backend = Literal["auto", "plain"]
@@ -64,11 +65,7 @@ class Sample:
         return _list_outputs(self.out, self.tokens_out, self.images_out), inputs
 
     def run(self) -> None:
-        from nextscale.pipeline import Pipeline
-
-        pipeline = Pipeline.from_pretrained(
-            self.model, dtype=self.dtype, device=self.device, backend=self.backend, capture=self.capture
-        )
+        pipeline = _load_pipeline(self, capture=self.capture)
         labels = pipeline.config.parse_classes(self.labels, "--labels")
         images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
         _write_outputs(images, "sample", self.out, self.tokens_out, self.images_out)
@@ -108,9 +105,8 @@ class Reconstruct:
 
     def run(self) -> None:
         from nextscale.data.files import load_named_images
-        from nextscale.pipeline import Pipeline
 
-        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
+        pipeline = _load_pipeline(self)
         given = load_named_images(self.images, pipeline.config.image_size, self.reading)
         given.print_notes(pipeline.config.image_size)
         images = replace(pipeline.reconstruct(given.images), captions=tuple(Path(name).name for name in given.names))
@@ -153,9 +149,8 @@ class Edit:
     def run(self) -> None:
         from nextscale.data.files import load_named_images
         from nextscale.data.images import load_mask
-        from nextscale.pipeline import Pipeline
 
-        pipeline = Pipeline.from_pretrained(self.model, dtype=self.dtype, device=self.device, backend=self.backend)
+        pipeline = _load_pipeline(self)
         labels = pipeline.config.parse_classes(self.label, "--label")
         if len(labels) != 1:
             raise UserError(f"--label takes one class; got '{self.label}'")
@@ -206,6 +201,20 @@ class Info:
 
         facts = describe(self.model)
         print(json.dumps(facts, indent=2) if self.json else as_text(facts))
+
+
+def _load_pipeline(command: Sample | Reconstruct | Edit, capture: Capture = "auto") -> Pipeline:
+    """The command's model, with a note on its type where that was chosen, or is not the one that computes."""
+    from nextscale.common.precision import describe_sampling_dtype
+    from nextscale.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(
+        command.model, dtype=command.dtype, device=command.device, backend=command.backend, capture=capture
+    )
+    note = describe_sampling_dtype(command.dtype, pipeline.dtype, pipeline.device, fast=command.backend != "plain")
+    if note:
+        print(f"note: {note}")
+    return pipeline
 
 
 def _list_outputs(out: Path, tokens_out: Path | None, images_out: Path | None = None) -> list[Output]:

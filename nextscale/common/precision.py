@@ -1,7 +1,7 @@
 """Which floating-point types are used where: the one place that decides it.
 
-- **Stored and computed type.** A weight is stored in the type that was asked for. It is computed in the same type,
-  except on a CPU that is slow in it (`find_computed`): there products are computed in float32.
+- **Stored and computed type.** Weights are stored in the type that was asked for, and computed in it; except on a CPU
+  that is slow in it (`find_computed`), where products are computed in float32. Training always stores float32.
 - **auto** takes the fastest type that is right for the device and the model: bfloat16 where its products are faster
   than in float32, else float32. float16 is taken only when it is asked for, as its range is small.
 - **What chooses tokens or experts** (the tokenizer's encoder and quantiser, routers) is computed in full float32,
@@ -64,6 +64,27 @@ def choose_training_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of products and convolutions in training, by the name of a setting."""
     name = parse_dtype(name, "precision")
     return find_computed(torch.bfloat16 if name == "auto" else find_dtype(name), device)
+
+
+def describe_sampling_dtype(name: str, chosen: torch.dtype, device: torch.device, *, fast: bool) -> str:
+    """A note where a model is not computed in the type that was asked for, or auto chose one of 16 bits; else empty.
+
+    `fast`: whether the model has the fast modules of its device, which alone compute in another type than the weights'.
+    """
+    if fast and (computed := find_computed(chosen, device)) != chosen and device.type == "cpu":
+        stored, used = get_name(chosen), get_name(computed)
+        return f"weights in {stored} are computed in {used}: products in {stored} are slow on this cpu"
+    return f"dtype auto: {get_name(chosen)} on {device}" if name == "auto" and chosen in LOW else ""
+
+
+def describe_training_dtype(name: str, device: torch.device) -> str:
+    """A note where training does not compute in the type of its setting, or chose it; empty otherwise."""
+    chosen = get_name(choose_training_dtype(name, device))
+    if name == "auto":
+        return f"precision auto: {chosen}"
+    if name == chosen:
+        return ""
+    return f"precision {name} is computed in {chosen}, as products in {name} are slow on this {device.type}"
 
 
 def find_computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -130,13 +151,18 @@ def disable_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-@contextmanager
-def compute_exactly(x: Tensor) -> Iterator[None]:
+def compute_exactly(x: Tensor) -> AbstractContextManager[object]:
     """A context on x's device without autocast and with full float32 products and convolutions.
 
-    torch's settings hold for the process, so they are put back at the end. Code that torch.compile traces keeps them.
+    torch's settings hold for the process, so they are put back at the end. Code that torch.compile traces keeps them,
+    so compiled training sets them around each forward pass.
     """
-    with disable_autocast(x), nullcontext() if torch.compiler.is_compiling() else full_float32(x.device):
+    return disable_autocast(x) if x.is_meta or torch.compiler.is_compiling() else _compute_exactly(x)
+
+
+@contextmanager
+def _compute_exactly(x: Tensor) -> Iterator[None]:
+    with disable_autocast(x), full_float32(x.device):
         yield
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
+from nextscale.common.precision import widen
 from nextscale.common.reading import has_format
 from nextscale.config.encoder import EncoderConfig
 from nextscale.config.parse import to_dict
@@ -70,9 +71,9 @@ class SmallEncoder(PatchEncoder):
     @torch.no_grad()
     def compute_statistics(self, images: Iterable[Tensor]) -> None:
         """Set mean and deviation from all positions of these batches of images (B, 3, H, W) in [-1, 1]."""
-        count, sums_2C = 0, torch.zeros(2, self.width, dtype=torch.float64, device=self.mean_C.device)
+        count, sums_2C = 0, widen(torch.zeros(2, self.width, device=self.mean_C.device))
         for image_B3HW in images:
-            values_RC = self.forward_map(self.preprocess(image_B3HW, self.grid)).movedim(1, -1).flatten(0, 2).double()
+            values_RC = widen(self.forward_map(self.preprocess(image_B3HW, self.grid)).movedim(1, -1).flatten(0, 2))
             sums_2C += torch.stack([values_RC.sum(dim=0), values_RC.square().sum(dim=0)])
             count += len(values_RC)
         mean_C, square_C = sums_2C / count

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nextscale.common.precision import widen
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import Selection
 from nextscale.evaluation.flops import count_dense_flops, count_step_flops
@@ -87,7 +88,7 @@ def _add_measurement(
     images, sequences = len(tokens_BL), len(dense_BLV)
     log_p_BLV = output.logits_BNV.log_softmax(dim=-1)
     kl_BL = F.kl_div(log_p_BLV, dense_BLV, reduction="none", log_target=True).sum(dim=-1)
-    agree_BL = (log_p_BLV.argmax(dim=-1) == dense_BLV.argmax(dim=-1)).double()
+    agree_BL = widen(log_p_BLV.argmax(dim=-1) == dense_BLV.argmax(dim=-1))
     nats_BL = -log_p_BLV[:images].gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
     activities = collect(output.records, "activity")
     for k, span in enumerate(config.pyramid.spans):
@@ -96,8 +97,8 @@ def _add_measurement(
         active = torch.stack([a.share_BN(config.transformer.ffn_width).mean() for a in at_scale]).mean()
         total_5K[:, k] += torch.tensor([
             count_step_flops(config, k, at_scale, sequences) / 2,
-            float(kl_BL[:, columns].double().sum()) / 2,
-            float(nats_BL[:, columns].double().mean()) * images,
+            float(widen(kl_BL[:, columns]).sum()) / 2,
+            float(widen(nats_BL[:, columns]).mean()) * images,
             float(agree_BL[:, columns].mean()) * images,
             float(active) * images,
         ], dtype=torch.float64)  # fmt: skip

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.common.precision import widen
+
 _LOWEST_TEMPERATURE, _SINKHORN_STEPS = 0.02, 40
 _SWAP_LIMIT = 64
 """Swaps are tried up to this number of clusters: the pairs grow with its square, and their gain does not."""
@@ -57,7 +59,7 @@ def _square_distances(x_FD: Tensor, center_ED: Tensor) -> Tensor:
 
 
 def _sum_costs(cost_FE: Tensor, label_F: Tensor) -> float:
-    return cost_FE.gather(1, label_F[:, None]).double().sum().item()
+    return widen(cost_FE.gather(1, label_F[:, None])).sum().item()
 
 
 def assign_balanced(cost_FE: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from nextscale.training.open_run import (
     open_image_run,
     plot_log,
     read_batches,
+    resolve_precision,
 )
 
 _BATCH = 200
@@ -82,6 +83,7 @@ def train_classifier(
     run. Raises UserError and Interrupted as `engine.loop.train` does.
     """
     world = world or World()
+    config = resolve_precision(config, folder, world)
     run, examples, held_out, source = open_image_run(
         folder, data, config, config.classifier.image_size, world, accept_changes=accept_changes
     )

@@ -30,6 +30,7 @@ from nextscale.training.open_run import (
     open_image_run,
     plot_log,
     read_batches,
+    resolve_precision,
 )
 from nextscale.training.views import DRAWS, make_view
 
@@ -85,6 +86,7 @@ def train_encoder(
     UserError and Interrupted as `engine.loop.train` does.
     """
     world = world or World()
+    config = resolve_precision(config, folder, world)
     run, examples, held_out, source = open_image_run(
         folder, data, config, config.encoder.image_size, world,
         accept_changes=accept_changes, other_settings={"untrained": untrained},

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nextscale.common.distributed import World
+from nextscale.common.dtypes import DTYPES, parse_dtype
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.inputs import INPUTS, check_inputs
+from nextscale.common.notes import print_note
 from nextscale.common.plots import can_plot, note_missing_plot, plot_curves
+from nextscale.common.precision import choose_training_dtype, get_name
+from nextscale.common.reading import read_json
 from nextscale.common.sizes import Size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderRunConfig
+from nextscale.config.migrate import migrate_record
 from nextscale.config.parse import to_dict
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer_training import RunConfig
 from nextscale.data.datasets import ImageExamples, ImageSet, load_images, open_dataset
 from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch, Examples
@@ -32,6 +38,29 @@ from nextscale.training.engine.state import check_settings
 from nextscale.training.engine.task import Task
 
 ImageRunConfig = TokenizerRunConfig | ClassifierRunConfig | EncoderRunConfig
+
+
+C = TypeVar("C", RunConfig, TokenizerRunConfig, ClassifierRunConfig, EncoderRunConfig)
+
+
+def resolve_precision(config: C, folder: Path, world: World) -> C:
+    """The config with a type in place of precision auto: that of the run in the folder, else the fastest here.
+
+    So the record of a run names its type, and the run keeps it on another machine. All processes must call this.
+    """
+    if config.train.precision != "auto":
+        return config
+    path = folder / "run.json"
+    before = migrate_record(read_json(path)) if path.is_file() else {}
+    train = before.get("train") if isinstance(before, dict) else None
+    recorded = train.get("precision") if isinstance(train, dict) else None
+    if recorded not in DTYPES or recorded == "auto":
+        recorded = get_name(choose_training_dtype("auto", world.device))
+        if world.main:
+            print_note("precision", f"precision auto: {recorded}")
+    (low,) = world.any(recorded == "bfloat16")  # machines may differ
+    precision = parse_dtype("bfloat16" if low else recorded)
+    return replace(config, train=replace(config.train, precision=precision))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,14 @@ from nextscale.tokenizer.discriminator import PatchDiscriminator, compute_adapti
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.task import Task
-from nextscale.training.open_run import MainProcessCallbacks, load_test_images, open_image_run, plot_log, read_batches
+from nextscale.training.open_run import (
+    MainProcessCallbacks,
+    load_test_images,
+    open_image_run,
+    plot_log,
+    read_batches,
+    resolve_precision,
+)
 
 _BATCH, _SHOWN_IMAGES, _VALIDATION_IMAGES = 100, 8, 500
 _SSIM_WINDOW = 11
@@ -154,6 +161,7 @@ def train_tokenizer(
     settings, unless `accept_changes`.
     """
     world = world or World()
+    config = resolve_precision(config, folder, world)
     start = read_checkpoint(Path(config.start)) if config.start else None
     codes = start.config.tokenizer if start else config.tokenizer
     model = ModelConfig(_choose_pyramid(config, start), codes, None)

@@ -19,7 +19,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
-from nextscale.common.precision import compute_exactly
+from nextscale.common.precision import compute_exactly, widen
 from nextscale.common.reading import read_json
 from nextscale.config.migrate import rename_settings
 from nextscale.config.parse import parse_record, to_dict
@@ -36,7 +36,7 @@ from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
-from nextscale.training.open_run import LogName, Run, list_model_folders, plot_log
+from nextscale.training.open_run import LogName, Run, list_model_folders, plot_log, resolve_precision
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
 from nextscale.transformer.feed_forward.thresholds import Thresholds
@@ -187,7 +187,7 @@ def train_transformer(
     unfinished run in `folder` is resumed; a finished one is refused unless `extend`, which allows more steps. Raises
     UserError naming what differs from an earlier run's settings and inputs, unless `accept_changes`.
     """
-    config = config.complete()
+    config = resolve_precision(config.complete(), folder, world)
     run = Run(folder, to_dict(config), world)
     run.check_settings(accept_changes, free=("train.steps", "train.epochs") if extend else ())
     if (folder / "finished.json").exists() and not extend:
@@ -279,7 +279,7 @@ def validate(task: Task, held_out: Examples, limit: int, world: World) -> Values
         unreadable += batch.pop("unreadable", [])
         loss, scalars = task({n: t.to(world.device) for n, t in batch.items()}, {}, 0)
         for name, value in {"loss": loss, **scalars}.items():
-            sums[name] = sums.get(name, 0) + value.double() * weight
+            sums[name] = sums.get(name, 0) + widen(value) * weight
     values: Values = {f"validation_{name}": world.sum(value).tolist() for name, value in sums.items()}
     return values | {"unreadable": unreadable} if unreadable else values
 

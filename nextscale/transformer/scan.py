@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.common.precision import widen
+
 CHUNK = 64
 """Tokens of a chunk: about a head's width, where the product within a chunk costs as much as those with the state."""
 
@@ -46,8 +48,9 @@ def scan(
         x_BNHp, B_BNn, C_BNn, dt_BNH = (_pad_tokens(t, short) for t in (x_BNHp, B_BNn, C_BNn, dt_BNH))
     B_BGQn, C_BGQn = B_BNn.unflatten(1, (-1, Q)), C_BNn.unflatten(1, (-1, Q))
     x_BGQHp = (x_BNHp * dt_BNH.unsqueeze(-1)).unflatten(1, (-1, Q))
-    # Log of the decay since the chunk began, in float64: what counts are small differences of sums that may be large.
-    log_BGQH = (dt_BNH.double() * A_H.double()).unflatten(1, (-1, Q)).cumsum(dim=2)
+    # Log of the decay since the chunk began, in float64 where the device has it: what counts are small
+    # differences of sums that may be large.
+    log_BGQH = (widen(dt_BNH) * widen(A_H)).unflatten(1, (-1, Q)).cumsum(dim=2)
     end_BGH = log_BGQH[:, :, -1]
 
     y_BGQHp = _mix_within_chunks(x_BGQHp, log_BGQH, C_BGQn @ B_BGQn.transpose(2, 3))

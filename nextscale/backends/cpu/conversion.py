@@ -6,16 +6,21 @@ from torch import nn
 
 from nextscale.common.precision import is_computed_in_float32
 
+SMALL = 2**18
+"""Values of a weight that is converted once: the weights of models that are so narrow take 1 MiB each at most, and
+converting them at each product would take a tenth of a small batch's time."""
+
 
 def widen_parameters(module: nn.Module) -> None:
     """Convert to float32, in place, what is computed in float32 and not converted at its use.
 
-    The weights of linear layers, experts and convolutions (`converts_weight`) are converted a piece at a time at each
+    Large weights of linear layers, experts and convolutions (`converts_weight`) are converted a piece at a time at each
     product. All others (norms, biases, embeddings, and what your own modules read directly) are small.
     """
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
-            converted = name == "weight" and getattr(child, "converts_weight", False)
+            large = parameter.numel() > SMALL
+            converted = large and name == "weight" and getattr(child, "converts_weight", False)
             if is_computed_in_float32(parameter) and not converted:
                 wide = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
                 setattr(child, name, wide)

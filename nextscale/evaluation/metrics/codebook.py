@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.common.precision import widen
 from nextscale.pyramid import Pyramid
 
 
@@ -48,10 +49,10 @@ def count_codes(tokens_BL: Tensor, pyramid: Pyramid, vocab_size: int) -> Tensor:
 
 def compute_usage(counts_V: Tensor) -> float:
     """Share of codes that occur."""
-    return float((counts_V > 0).double().mean())
+    return float(widen(counts_V > 0).mean())
 
 
 def compute_perplexity(counts_V: Tensor) -> float:
     """exp of the entropy of the code frequencies, 1 to V: the number of equally frequent codes of that entropy."""
-    p = counts_V.double() / counts_V.sum().clamp_min(1)
+    p = widen(counts_V) / counts_V.sum().clamp_min(1)
     return float(torch.special.entr(p).sum().exp())

@@ -19,6 +19,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.machine import describe_machine
 from nextscale.common.pictures import to_pil
+from nextscale.common.precision import widen
 from nextscale.common.rng import make_generator
 from nextscale.config.analysis import ErrorsConfig
 from nextscale.config.parse import to_dict
@@ -107,10 +108,10 @@ class _Distances:
     """Root mean squared difference of the pixels, which are in 0 to 1, (B,)."""
 
     def report(self) -> dict[str, Any]:
-        image_B = torch.cat(self.image).double()
+        image_B = widen(torch.cat(self.image))
         return {
-            "tokens_changed": torch.cat(self.tokens).double().mean(dim=0).tolist(),
-            "canvas_distance": torch.cat(self.canvas).double().mean(dim=0).tolist(),
+            "tokens_changed": widen(torch.cat(self.tokens)).mean(dim=0).tolist(),
+            "canvas_distance": widen(torch.cat(self.canvas)).mean(dim=0).tolist(),
             "image_distance": float(image_B.mean()),
             "image_distance_deviation": float(image_B.std(correction=1)) if len(image_B) > 1 else 0.0,
         }

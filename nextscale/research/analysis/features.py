@@ -16,6 +16,7 @@ from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
 from nextscale.common.extras import import_extra
 from nextscale.common.files import write_json
+from nextscale.common.precision import widen
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.analyzed_model import AnalyzedModel, describe_analysis, open_models
@@ -62,14 +63,14 @@ def analyse_features(
 
 
 class ScaleMoments:
-    """Count, sum and sum of squared norms of the features of one scale, float64."""
+    """Count, sum and sum of squared norms of the features of one scale, float64 where the device has it."""
 
     def __init__(self) -> None:
         self.count, self.sum_D, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, x_PD: Tensor) -> None:
         """Add the features of more tokens."""
-        x_PD = x_PD.double()
+        x_PD = widen(x_PD)
         self.count += len(x_PD)
         self.sum_D, self.squares = self.sum_D.to(x_PD) + x_PD.sum(dim=0), self.squares.to(x_PD) + (x_PD**2).sum()
 
@@ -115,7 +116,7 @@ def _collect_features(analyzed: AnalyzedModel, block: int, points: int) -> tuple
             moments[k].add(x_PD)
             index = drawn[k] - start * count
             index = index[(index >= 0) & (index < len(x_PD))]
-            tokens[k].append(x_PD[index.to(x_PD.device)].double().cpu())
+            tokens[k].append(x_PD[index.to(x_PD.device)].cpu().double())
     return moments, [torch.cat(batches) for batches in tokens]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextscale.common.devices import find_device
 from nextscale.common.files import write_json
+from nextscale.common.precision import widen
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.analyzed_model import AnalyzedModel, describe_analysis, open_models
 from nextscale.research.analysis.figures import plot_expert_load
@@ -55,7 +56,7 @@ def count_selections(analyzed: AnalyzedModel) -> Tensor:
 
 def _report_load(analyzed: AnalyzedModel, experts: list[str], counts_SKM: Tensor) -> dict[str, Any]:
     """The loads of a model as JSON values."""
-    counts = counts_SKM.double()
+    counts = widen(counts_SKM)
     report: dict[str, Any] = {
         "name": analyzed.name,
         "router": analyzed.model.config.experts.router,

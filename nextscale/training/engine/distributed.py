@@ -15,7 +15,13 @@ from nextscale.backends import optimize
 from nextscale.backends.compiler import compile_block
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.precision import choose_training_dtype, lower_precision
+from nextscale.common.notes import print_note
+from nextscale.common.precision import (
+    choose_training_dtype,
+    describe_training_dtype,
+    full_float32,
+    lower_precision,
+)
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import Batch
 from nextscale.training.engine.expert_parallel import find_mixtures, share_experts
@@ -31,6 +37,9 @@ class DistributedModel:
         for model in task.fast_modules():
             optimize(model, config.backend, training=True)
         self.dtype = choose_training_dtype(config.precision, world.device)
+        self.compiled = config.compile
+        if world.main and (note := describe_training_dtype(config.precision, world.device)):
+            print_note("precision", note)
         self.fully_sharded = config.sharding == "full" and world.size > 1
         self.module: nn.Module = task
         for block in task.blocks():
@@ -74,7 +83,7 @@ class DistributedModel:
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass of a micro-batch, in the config's precision: the loss, and scalars to log."""
-        with self.autocast():
+        with self.autocast(), full_float32(self.world.device) if self.compiled else nullcontext():
             return self.module(batch, noise, step)
 
     def autocast(self, validating: bool = False) -> torch.autocast:

@@ -65,7 +65,7 @@ def train(
     world, settings = world or World(), settings or to_dict(config)
     model = DistributedModel(task, config, world)
     optimizer = build_optimizer(task.trained, config)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=model.dtype == torch.float16)
     ema = Ema(task.trained, config.ema) if config.ema else None
     state, files = TrainState(task.trained, optimizer, scaler, ema), StateFiles(folder, task.name, config.keep, world)
     due = files.resume(state, settings, accept_changes)

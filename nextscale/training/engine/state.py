@@ -263,7 +263,8 @@ def _restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
         # a parameter that never got a gradient (a phi that serves no scale) has no optimizer state
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_optimizer_state_dict(state.module, state.optimizer, content["optimizer"], options=options)
-        state.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # empty where float16 was computed in float32
+            state.scaler.load_state_dict(content["scaler"])
         if state.ema:
             state.ema.load_state_dict(content["ema"])
         state.step = int(content["step"])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.common.precision import Float32Linear, disable_autocast
+from nextscale.common.precision import Float32Linear, compute_exactly, widen
 from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import FeedForward, Record
@@ -39,7 +39,7 @@ class ExpertRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norms (..., E) for x (..., D), float32."""
-        with disable_autocast(x):  # rounded norms would select other experts
+        with compute_exactly(x):  # rounded norms would select other experts
             return self.fc2(F.gelu(self.fc1(x), approximate="tanh")).abs()
 
     def select(self, x_TD: Tensor, tau: float, selection: str) -> Tensor:
@@ -181,10 +181,10 @@ class DynamicFeedForward(FeedForward):
             return Record(sparsity=Sparsity(hoyer_BN.mean(), (a_BNF == 0).float().mean()))
         w2_DF = self.get_weight(self.divided[1])
         if what == "contribution":
-            contribution_F = a_BNF.abs().double().sum(dim=(0, 1)) * w2_DF.float().norm(dim=0).double()
+            contribution_F = widen(a_BNF.abs()).sum(dim=(0, 1)) * widen(w2_DF.float().norm(dim=0))
             return Record(contribution=UnitContribution(contribution_F))
         assert self.router is not None, "norms are recorded of models with experts"
-        with torch.no_grad(), disable_autocast(x_BND):
+        with torch.no_grad():
             true_TE = compute_expert_norms(a_BNF.flatten(0, 1), w2_DF, self.config.experts)
         norms = Norms(self.router(x_BND.detach()), true_TE.view(*x_BND.shape[:2], self.config.experts))
         return Record(norms=norms)
@@ -225,10 +225,10 @@ def compute_expert_norms(a_TF: Tensor, w2_DF: Tensor, experts: int, chunk: int =
     |W2_e a_e|^2 = a_e^T (W2_e^T W2_e) a_e: with the S x S matrix in the middle S^2 multiply-adds in place of S D, and
     no array of E x T x D. `chunk` rows at a time.
     """
-    w2_EDS = w2_DF.float().unflatten(1, (experts, -1)).permute(1, 0, 2)
-    gram_ESS = w2_EDS.mT @ w2_EDS
-    norms = []
-    for rows_tF in a_TF.float().split(chunk):
-        a_EtS = rows_tF.unflatten(1, (experts, -1)).transpose(0, 1)
-        norms.append(((a_EtS @ gram_ESS) * a_EtS).sum(dim=-1).clamp_min(0).sqrt().T)
+    w2_EDS, norms = w2_DF.float().unflatten(1, (experts, -1)).permute(1, 0, 2), []
+    with compute_exactly(a_TF):  # experts are selected by them
+        gram_ESS = w2_EDS.mT @ w2_EDS
+        for rows_tF in a_TF.float().split(chunk):
+            a_EtS = rows_tF.unflatten(1, (experts, -1)).transpose(0, 1)
+            norms.append(((a_EtS @ gram_ESS) * a_EtS).sum(dim=-1).clamp_min(0).sqrt().T)
     return torch.cat(norms)

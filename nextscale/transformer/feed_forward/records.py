@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nextscale.common.precision import widen
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -22,8 +24,8 @@ class Activity:
     """int64: 1 where a router that predicts norms selected the experts, else 0."""
 
     def share_BN(self, width: int) -> Tensor:
-        """Share of the hidden units that worked, float64. `width`: hidden units of an FFN."""
-        return self.units_BN.double() / width
+        """Share of the hidden units that worked, float64 where the device has it. `width`: hidden units of an FFN."""
+        return widen(self.units_BN) / width
 
     def select(self, span: tuple[int, int]) -> Activity:
         """The activity of the positions start to end - 1."""
@@ -74,4 +76,4 @@ class UnitContribution:
     """How much each hidden unit contributed."""
 
     contribution_F: Tensor
-    """Sum over tokens of |a_j| |column j of W2|_2, float64."""
+    """Sum over tokens of |a_j| |column j of W2|_2, float64 where the device has it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.common.devices import create_embedding
-from nextscale.common.precision import Float32Linear, disable_autocast
+from nextscale.common.precision import Float32Linear, compute_exactly
 from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import Record
@@ -62,7 +62,7 @@ class Router(nn.Module):
 
     def forward(self, x_BND: Tensor, context: ScaleContext, previous: Record | None = None) -> Routing:
         """`previous`: the record of the block before."""
-        with disable_autocast(x_BND):  # rounded scores would select other experts
+        with compute_exactly(x_BND):  # rounded scores would select other experts
             logits_BNM = self.score_tokens(x_BND, context)
             logits_BNM = self.add_previous(logits_BNM, previous)
             scores_BNM = logits_BNM.softmax(dim=-1)
