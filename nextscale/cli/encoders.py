@@ -94,6 +94,8 @@ class EncoderEvaluate:
     """Read images at this side, which the encoder then resizes; 0 = the one that it was made for."""
     out: Path | None = None
     """JSON file to write the result to."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     overwrite: Overwrite = False
 
     def check(self) -> None:
@@ -109,7 +111,7 @@ class EncoderEvaluate:
     def run(self) -> None:
         from nextscale.training.encoder import evaluate_encoder
 
-        report = evaluate_encoder(self.encoder, self.data, self.test, self.size, self.out, self.images)
+        report = evaluate_encoder(self.encoder, self.data, self.test, self.size, self.out, self.images, self.device)
         print(
             f"{report['test_images']} images: k-NN accuracy {report['knn_accuracy']:.2%} "
             f"(k = {report['neighbours']}, bank of {report['data_images']})"

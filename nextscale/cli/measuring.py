@@ -374,6 +374,8 @@ class ClassifierEvaluate:
     images: ReadConfig = field(default_factory=ReadConfig)
     out: Path | None = None
     """JSON file to write the result to."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     overwrite: Overwrite = False
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
@@ -386,5 +388,5 @@ class ClassifierEvaluate:
     def run(self) -> None:
         from nextscale.training.classifier import evaluate_classifier
 
-        report = evaluate_classifier(self.model, self.data, self.out, self.images)
+        report = evaluate_classifier(self.model, self.data, self.out, self.images, self.device)
         print(f"{report['images']} images: accuracy {report['accuracy']:.2%}, cross-entropy {report['loss']:.3f} nats")

@@ -137,6 +137,8 @@ class TokenizerEvaluate:
     limit: int = 1_000_000
     """Use at most this many images, chosen at random."""
     images: ReadConfig = field(default_factory=ReadConfig)
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     overwrite: Overwrite = False
 
     def check(self) -> None:
@@ -155,7 +157,11 @@ class TokenizerEvaluate:
         from nextscale.training.report import format_tokenizer_report
         from nextscale.training.tokenizer import evaluate_folder
 
-        print(format_tokenizer_report(evaluate_folder(self.model, self.data, self.limit, self.out, self.images)))
+        print(
+            format_tokenizer_report(
+                evaluate_folder(self.model, self.data, self.limit, self.out, self.images, self.device)
+            )
+        )
 
 
 @dataclass

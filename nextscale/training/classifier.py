@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.common.devices import find_device
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
@@ -134,9 +135,11 @@ def measure_classifier(task: ClassifierTask, examples: Examples) -> dict[str, fl
     return sums
 
 
-def evaluate_classifier(folder: Path, data: str, out: Path | None, reading: ReadConfig | None = None) -> dict[str, Any]:
+def evaluate_classifier(
+    folder: Path, data: str, out: Path | None, reading: ReadConfig | None = None, device: str = "auto"
+) -> dict[str, Any]:
     """Loss and accuracy of a classifier on all images of `data`; UserError when it has other classes."""
-    model = load_classifier(folder)
+    model = load_classifier(folder).to(find_device(device))
     images = load_test_images(data, model.config.image_size, reading=reading)
     match = match_classes(Classes.of_data(data, images.class_names), Classes.of_data(str(folder), model.class_names))
     match.print_note()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.common.devices import find_device
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.precision import compute_exactly
@@ -146,14 +147,20 @@ def encode_images(
 
 
 def evaluate_encoder(
-    source: str, data: str, test: str, size: int, out: Path | None, reading: ReadConfig | None = None
+    source: str,
+    data: str,
+    test: str,
+    size: int,
+    out: Path | None,
+    reading: ReadConfig | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """k-NN accuracy: the class of each image of `test` by the weighted vote of its nearest neighbours in `data`.
 
     `source`: any encoder that `load_encoder` knows; its feature of an image is the mean over its patches. `size`:
     images are read at this side; 0 = the encoder's own. UserError when the two sets have other classes.
     """
-    encoder = load_encoder(source)
+    encoder = load_encoder(source).to(find_device(device))
     test_images, bank_images = (load_test_images(d, size or encoder.size, reading=reading) for d in (test, data))
     bank_classes = Classes.of_data(data, bank_images.class_names)
     match = match_classes(Classes.of_data(test, test_images.class_names), bank_classes)

@@ -19,6 +19,7 @@ from nextscale.checkpoints import Checkpoint, build_modules
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.common.devices import find_device
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.fingerprint import fingerprint_path
@@ -258,12 +259,13 @@ def draw_reconstructions(tokenizer: Tokenizer, examples: Examples, path: Path) -
 
 
 def evaluate_folder(
-    folder: Path, data: str, limit: int, out: Path | None, reading: ReadConfig | None = None
+    folder: Path, data: str, limit: int, out: Path | None, reading: ReadConfig | None = None, device: str = "auto"
 ) -> dict[str, Any]:
     """Evaluate the tokenizer of a checkpoint folder on a data set; write report.json and a picture to `out`."""
+    place = find_device(device)
     checkpoint = read_checkpoint(folder)
     model = dataclasses.replace(checkpoint.config, transformer=None, class_names=())
-    tokenizer = load_tokenizer(checkpoint, model).eval()
+    tokenizer = load_tokenizer(checkpoint, model).to(place).eval()
     optimize(tokenizer)
     images = load_test_images(data, model.image_size, limit, reading)
     report = evaluate_tokenizer(tokenizer, images.to_examples())
