@@ -50,6 +50,7 @@ def resolve_precision(config: C, folder: Path, world: World) -> C:
     """
     if config.train.precision != "auto":
         return config
+    check_loggers(config.train.loggers)  # an error comes before a note
     path = folder / "run.json"
     before = migrate_record(read_json(path)) if path.is_file() else {}
     train = before.get("train") if isinstance(before, dict) else None
