@@ -25,6 +25,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import ConditionConfig, TransformerConfig
+from nextscale.doctor.models import randomise
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
@@ -112,13 +113,7 @@ def tiny_config(scales: str = "1,2,3,4", **transformer) -> ModelConfig:
 def randomised(config: ModelConfig, seed: int = 0, backend: str = "auto") -> Pipeline:
     """A pipeline in which every parameter is random, so that every path matters."""
     pipeline = Pipeline.from_config(config, backend=backend)
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in (pipeline.tokenizer, pipeline.transformer):
-            for name, parameter in module.named_parameters():
-                spread = 0.5 if parameter.ndim < 2 or "embed" in name else parameter[0].numel() ** -0.5
-                center = 1.0 if ".norm" in name and name.endswith("weight") else 0.0
-                parameter.copy_(center + spread * torch.randn(parameter.shape, generator=rng))
+    randomise(pipeline, seed)
     return pipeline
 
 

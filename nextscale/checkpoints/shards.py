@@ -19,6 +19,7 @@ from torch import Tensor
 from nextscale.checkpoints.native import read_safetensors
 from nextscale.common.digest import check_digest, compute_digest
 from nextscale.common.errors import UserError
+from nextscale.common.precision import get_name
 from nextscale.common.reading import parse_json, read_json
 
 _KEY = "nextscale"
@@ -61,8 +62,8 @@ def read_shard(path: Path, owner: str, forms: Mapping[str, Form], remedy: str) -
         tensor = tensors[name]
         fits = len(shape) == tensor.ndim and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
         if tensor.dtype not in dtypes or not fits:
-            expected = f"{' or '.join(map(_describe, dtypes))} {_join('any' if n is None else n for n in shape)}"
-            found = f"{_describe(tensor.dtype)} {_join(tensor.shape)}"
+            expected = f"{' or '.join(map(get_name, dtypes))} {_join('any' if n is None else n for n in shape)}"
+            found = f"{get_name(tensor.dtype)} {_join(tensor.shape)}"
             raise UserError(f"{path}: '{name}' is {found} instead of {expected}; {remedy}")
     return tensors
 
@@ -114,10 +115,6 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise UserError(f"{path} is damaged: its metadata cannot be read")
     return metadata
-
-
-def _describe(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _join(values: object) -> str:

@@ -14,7 +14,7 @@ class Doctor:
     """
 
     device: str = "auto"
-    """Device to check: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    """Device to check: cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     json: bool = False
     """Print JSON instead of lines: a list of checks with name, status, found, advice and measured values."""
 

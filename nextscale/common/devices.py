@@ -29,6 +29,12 @@ def find_device(name: torch.device | str = "auto") -> torch.device:
         raise UserError(f"device '{name}' cannot be used here: {reason}") from error
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given. A CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def create_embedding(count: int, width: int) -> nn.Embedding:
     """nn.Embedding(count, width). On the meta device no values are drawn, for which torch would load its compiler."""
     weight = torch.empty(count, width)

@@ -34,10 +34,18 @@ def import_extra(module: str, purpose: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        project = _PROJECTS.get(package, package)
-        is_absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
-        reason = "" if is_absent else f" ({error})"
-        raise UserError(f"{purpose} needs {project}: {install_command(package)}{reason}") from None
+        reason = "" if is_absent(error, package) else f" ({error})"
+        raise UserError(f"{purpose} needs {get_project(package)}: {install_command(package)}{reason}") from None
+
+
+def is_absent(error: ImportError, package: str) -> bool:
+    """Whether this error of importing a package means that it is not installed, rather than that it is broken."""
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
+
+
+def get_project(package: str) -> str:
+    """The name under which pip knows a package that is imported by this name."""
+    return _PROJECTS.get(package, package)
 
 
 def install_command(package: str) -> str:

@@ -54,6 +54,14 @@ def write_atomically(*paths: Path) -> Iterator[list[Path]]:
         raise UserError(f"cannot write {names}: {reason}; what was there before is unchanged") from error
 
 
+def find_cache_folder() -> Path:
+    """The folder for what can be made again, such as compiled kernels: in XDG_CACHE_HOME or ~/.cache.
+
+    Raises RuntimeError when there is neither that variable nor a home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextscale"
+
+
 def find_target(path: Path) -> Path:
     """The file that a path stands for: links are followed, also to a file that does not exist yet."""
     return Path(os.path.realpath(path))

@@ -1,8 +1,8 @@
 """How the processes of a run learn that one of them has failed or died, so that none waits for it.
 
-Each process holds a connection to the first one, the hub. A process that fails says why before it leaves, and the hub
-passes that on. A process that dies closes its connection; for a machine that is gone, TCP's keep-alive does. Nothing
-has to arrive in time, so a process may be busy for hours.
+Each process holds a connection to rank 0. A process that fails says why before it leaves, and rank 0 passes that on. A
+process that dies closes its connection; for a machine that is gone, TCP's keep-alive does. Nothing has to arrive in
+time, so a process may be busy for hours.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nextscale.common.reading import parse_json
 
 GRACE = 20.0
 """Seconds that a process has to end by itself after another one failed; torchrun kills after 30."""
-_WORD = 5.0
-"""Seconds to wait for what another process has to say."""
+_REPLY = 5.0
+"""Seconds to wait for a message of another process."""
 _LONGEST = 2**16
 
 
@@ -141,16 +141,16 @@ class Peers:
         self.ending_since = time.monotonic()
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if isinstance(error, RuntimeError | KeyboardInterrupt):  # which may follow from another process's death
-            self._known.wait(_WORD if isinstance(error, RuntimeError) else 1)
+            self._known.wait(_REPLY if isinstance(error, RuntimeError) else 1)
         status = getattr(error, "exit_status", 130 if isinstance(error, KeyboardInterrupt) else 1)
         own = Failure(self.rank, reason[: _LONGEST // 8], status)
         if self.rank == 0:
             if self._decide(own):
-                self._heard.wait(_WORD)
+                self._heard.wait(_REPLY)
         else:
             if not self._known.is_set():
                 self.links[0].send(failure=asdict(own))
-            self._known.wait(_WORD)  # the hub says who was first
+            self._known.wait(_REPLY)  # rank 0 says who was first
         first = self.failure or own
         return None if first.rank == self.rank else self.describe(first, told=first.reason == own.reason)
 
@@ -160,7 +160,7 @@ class Peers:
 
     def wait_for_failure(self) -> ProcessFailure:
         """The failure of another process that is known to have failed, once it has said why."""
-        if not self._known.wait(2 * _WORD) or self.failure is None:
+        if not self._known.wait(2 * _REPLY) or self.failure is None:
             raise RuntimeError("a process has failed and does not say why")
         return self.describe(self.failure)
 
@@ -177,7 +177,7 @@ class Peers:
         for link in list(self.links):
             link.send(left=True)
         self._wake.close()
-        self._thread.join(_WORD)
+        self._thread.join(_REPLY)
         for link in self.links:
             link.close()
         if self.listener is not None:
@@ -213,7 +213,7 @@ class Peers:
         if message.get("token") == self.token:
             link.rank, link.host = int(message["rank"]), str(message["host"])
         if link.rank < 0:
-            return  # a stranger
+            return  # not a process of this run
         if sum(other.rank >= 0 for other in self.links) == self.size - 1:
             self._complete.set()
         link.left |= "left" in message
@@ -234,7 +234,7 @@ class Peers:
         link.left = True
 
     def _decide(self, failure: Failure) -> bool:
-        """Take this failure as the run's, unless there is one already or this process is gone. The hub tells all."""
+        """Take this failure as the run's, unless there is one already or this process is gone. Rank 0 tells all."""
         with self._lock:
             if self._gone:
                 return False

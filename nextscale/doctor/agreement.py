@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nextscale.common.precision import get_name
 from nextscale.doctor.models import FAMILIES, create_model, predict_logits
 from nextscale.doctor.result import Result
 from nextscale.pipeline import Pipeline
@@ -33,7 +34,7 @@ def check_families(device: torch.device, dtypes: Sequence[torch.dtype]) -> Itera
         for dtype in dtypes:
             low = create_model(config, "auto", device, dtype)
             errors = measure_error(predict_logits(low, _LABELS, tokens_BL), reference)
-            name = str(dtype).removeprefix("torch.")
+            name = get_name(dtype)
             good = errors <= _LARGEST_ERROR[dtype]
             found = f"logits differ from float32 by {errors:.2g} of their standard deviation"
             yield Result(f"{family}, {name}", "pass" if good else "fail", found, "" if good else _DEFECT)

@@ -11,18 +11,20 @@ from collections.abc import Iterator
 from importlib import import_module, metadata
 from pathlib import Path
 
+from nextscale.common.extras import get_project, install_command, is_absent
+from nextscale.common.files import find_cache_folder
 from nextscale.doctor.result import Result
 
 _LEAST_PYTHON, _LEAST_TORCH = (3, 11), (2, 11)
 _NEEDED = ("numpy", "pillow", "pyyaml", "safetensors", "huggingface_hub", "tyro", "tqdm")
 _OPTIONAL = {
-    "matplotlib": ("matplotlib", "quickstart", "curves and other plots"),
-    "scikit-learn": ("sklearn", "quickstart", "the bundled digits and t-SNE"),
-    "pyarrow": ("pyarrow", "data", "parquet files"),
-    "transformers": ("transformers", "features", "DINOv2 and DINOv3"),
-    "tensorboard": ("tensorboard", "track", "the tensorboard logger"),
+    "matplotlib": "curves and other plots need",
+    "sklearn": "the bundled digits and t-SNE need",
+    "pyarrow": "parquet files need",
+    "transformers": "DINOv2 and DINOv3 need",
+    "tensorboard": "the tensorboard logger needs",
 }
-"""Distribution: module, extra, what needs it."""
+"""Package: what needs it."""
 _LEAST_BYTES = 2 * 2**30
 """Free space below which a training state of a small model may not fit."""
 
@@ -70,25 +72,21 @@ def _check_torch() -> Result:
 
 def check_extras() -> Iterator[Result]:
     """Optional packages: each is tried, since one that is installed may still fail to import."""
-    for name, (module, extra, purpose) in _OPTIONAL.items():
+    for package, use in _OPTIONAL.items():
+        name = get_project(package)
         try:
-            import_module(module)
+            import_module(package)
             yield Result(name, "pass", metadata.version(name))
         except ImportError as error:
-            installed = not (isinstance(error, ModuleNotFoundError) and error.name == module)
-            if installed:
+            if is_absent(error, package):
+                yield Result(name, "skip", "not installed", f"only {use} it: {install_command(package)}")
+            else:
                 found = f"installed, but cannot be imported: {error}".splitlines()[0]
                 yield Result(name, "fail", found, f"install it anew: pip install --force-reinstall {name}")
-            else:
-                advice = (
-                    f"only {purpose} need{'s' if ' and ' not in purpose else ''} it: pip install 'nextscale[{extra}]'"
-                )
-                yield Result(name, "skip", "not installed", advice)
 
 
 def check_folders(folder: Path) -> Iterator[Result]:
     """Whether files can be written, and how much space is left: in `folder`, for temporary files, in the cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextscale"
     yield _check_folder("current folder", folder, "choose another folder for --out")
     try:
         temporary = Path(tempfile.gettempdir())
@@ -96,7 +94,7 @@ def check_folders(folder: Path) -> Iterator[Result]:
         yield Result("temporary folder", "fail", str(error), "set TMPDIR to a folder that can be written")
     else:
         yield _check_folder("temporary folder", temporary, "set TMPDIR to another folder")
-    result = _check_folder("cache folder", cache, "set XDG_CACHE_HOME to another folder")
+    result = _check_folder("cache folder", find_cache_folder(), "set XDG_CACHE_HOME to another folder")
     if result.status == "fail":
         found = f"{result.found}; compiled kernels cannot be kept there"
         result = Result(result.name, "slow", found, result.advice, result.values)

@@ -51,14 +51,19 @@ def create_model(
     )
     conditioned = replace(transformer, condition=ConditionConfig(num_classes=CLASSES))
     pipeline = Pipeline.from_config(ModelConfig(Pyramid.parse(scales), tokenizer, conditioned), backend="plain")
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in (pipeline.tokenizer, pipeline.transformer):
-            for name, parameter in module.named_parameters():
-                spread = 0.5 if parameter.ndim < 2 or "embed" in name else parameter[0].numel() ** -0.5
-                center = 1.0 if ".norm" in name and name.endswith("weight") else 0.0
-                parameter.copy_(center + spread * torch.randn(parameter.shape, generator=rng))
+    randomise(pipeline)
     return pipeline.to(device, dtype).optimize(backend)
+
+
+@torch.no_grad()
+def randomise(pipeline: Pipeline, seed: int = 0) -> None:
+    """Draw every parameter of a generator on the CPU at random, so that each part of the model has an effect."""
+    rng = torch.Generator().manual_seed(seed)
+    for module in (pipeline.tokenizer, pipeline.transformer):
+        for name, parameter in module.named_parameters():
+            spread = 0.5 if parameter.ndim < 2 or "embed" in name else parameter[0].numel() ** -0.5
+            center = 1.0 if ".norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(center + spread * torch.randn(parameter.shape, generator=rng))
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from nextscale.common.devices import synchronize
 from nextscale.common.machine import describe_machine
+from nextscale.common.precision import get_name
 from nextscale.config.transformer import TransformerConfig
 from nextscale.doctor.models import create_model
 from nextscale.doctor.result import Result, Status
@@ -69,7 +71,7 @@ def check_types(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator
     found = f"{base / _BATCH * 1000:.1f} ms an image (depth {_TIMED.depth}, width {_TIMED.width}, batch {_BATCH})"
     yield Result("float32", "pass", found, values={"seconds": base})
     for dtype in dtypes:
-        name, ratio = str(dtype).removeprefix("torch."), base / min(seconds[dtype])
+        name, ratio = get_name(dtype), base / min(seconds[dtype])
         slow = ratio < 1 / _SLOWER
         advice = f"do not ask for {name} here; --dtype auto chooses the fastest type" if slow else ""
         found = f"{ratio:.2f} times as fast as float32"
@@ -78,13 +80,8 @@ def check_types(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator
 
 def _time_sampling(model: Pipeline) -> float:
     """Seconds in which a batch is sampled."""
-    _synchronize(model.device)
+    synchronize(model.device)
     start = time.perf_counter()
     model.sample([0] * _BATCH, cfg=0.0, batch_size=_BATCH)
-    _synchronize(model.device)
+    synchronize(model.device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nextscale.common.devices import synchronize
 from nextscale.common.errors import UserError
 from nextscale.common.machine import describe_machine
 from nextscale.common.precision import get_name
@@ -114,8 +115,7 @@ def time_batch(
 
 
 def _read_clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

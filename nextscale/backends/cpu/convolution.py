@@ -39,8 +39,7 @@ class BatchIndependentConvolution(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.device.type != "cpu":
             return super()._conv_forward(input, weight, bias)
-        if is_computed_in_float32(weight):
-            input, weight, bias = input.float(), weight.float(), bias if bias is None else bias.float()
+        input, weight, bias = _convert(input, weight, bias)
         if self.kernel_size == (1, 1) and self.stride == (1, 1):
             y = linear(input.flatten(2).transpose(1, 2), weight[:, :, 0, 0], bias)
             y = y.transpose(1, 2).unflatten(2, input.shape[-2:])
@@ -48,6 +47,13 @@ class BatchIndependentConvolution(nn.Conv2d):
         if input.shape[0] == 1 and input.numel() <= _SMALL_IMAGE:
             return super()._conv_forward(torch.cat((input, input)), weight, bias)[:1]
         return super()._conv_forward(input, weight, bias)
+
+
+def _convert(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A convolution's arguments, in float32 where a weight of 16 bits is computed in float32."""
+    if not is_computed_in_float32(weight):
+        return input, weight, bias
+    return input.float(), weight.float(), None if bias is None else bias.float()
 
 
 class CpuConv2d(BatchIndependentConvolution):
@@ -75,8 +81,7 @@ class _Winograd(BatchIndependentConvolution):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if is_computed_in_float32(weight):
-            input, weight, bias = input.float(), weight.float(), bias if bias is None else bias.float()
+        input, weight, bias = _convert(input, weight, bias)
         if not self.uses_winograd(input):
             return super()._conv_forward(input, weight, bias)
         images = [torch._nnpack_spatial_convolution(image, weight, bias, 1, 1) for image in input.split(1)]

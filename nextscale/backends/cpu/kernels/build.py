@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.common.files import write_atomically
+from nextscale.common.files import find_cache_folder, write_atomically
 
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 LANES = {"AVX512": 16, "AVX2": 8}.get(_CAPABILITY, 0)
@@ -108,14 +108,18 @@ def _load(name: str, size: int) -> ctypes.CDLL:
     about = (compiler, flags, platform.machine(), platform.system(), _read_processor())
     key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextscale" / "kernels"
-        library = folder / f"{name}-{key}.so"
+        library = find_cache_folder() / "kernels" / f"{name}-{key}.so"
         if not library.exists():
             _build(compiler, flags, source, library)
         kernels = ctypes.CDLL(str(library), mode=_NOW)
         for function, arguments in _ARGUMENTS[name].items():
             getattr(kernels, function).argtypes, getattr(kernels, function).restype = arguments, None
-    except (OSError, RuntimeError, ValueError, AttributeError) as error:  # no home, no room, no such symbol
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # such as no home folder, a full disk
         raise _Impossible(" ".join(str(error).split())) from error
     return kernels
 
