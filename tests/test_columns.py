@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +17,12 @@ from nextscale.cli.commands import COMMANDS
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.data import ReadConfig
+from nextscale.config.evaluation import EvaluationConfig
 from nextscale.data.sources import open_source
+from nextscale.encoders.classifier import Classifier
+from nextscale.evaluation.run import evaluate
 from nextscale.research.experiments.entry import load_experiment, replace_reading
 from nextscale.research.experiments.run import resolve_inputs, run_experiment
 from tests.conftest import randomised, tiny_config
@@ -101,8 +107,6 @@ def test_images_outside_of_classes_are_images(tmp_path):
 
 
 def test_archives_without_labels(tmp_path):
-    import tarfile
-
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
 
@@ -123,6 +127,120 @@ def test_archives_without_labels(tmp_path):
         list_names(*samples)
     with pytest.raises(UserError, match="has no images"):
         list_names("notes.txt")
+
+
+# ---- evaluate and statistics: labels are used where there are any
+
+
+def write_forms(folder, seed):
+    """The same twelve images in every form, of which some have the columns `fine` and `second`, some others, some none.
+
+    Those that have neither a column nor folders of classes have no labels."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    labels = [i % 3 for i in range(12)]
+    folder.mkdir()
+    contents = []
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        contents.append({"bytes": buffer.getvalue(), "path": None})
+        for name in (f"classes/{'abc'[label]}/{i}.png", f"flat/{i}.png", f"listed/{i}.png"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(buffer.getvalue())
+    rows = "".join(f"{i}.png,{'abc'[label]}\n" for i, label in enumerate(labels))
+    (folder / "listed" / "metadata.csv").write_text(f"file_name,fine\n{rows}")
+    np.savez(folder / "plain.npz", pixels)
+    black = [{"bytes": images(1)[0]["bytes"], "path": None}] * 12
+    write_table(folder / "fine.parquet", image=contents, fine=labels)
+    write_table(folder / "second.parquet", image=black, second=contents, label=labels, fine=labels)
+    write_table(folder / "bare.parquet", image=contents)
+    write_table(folder / "unknown.parquet", image=contents, label=[-1] * 12)
+    for suffix in ("fine", "other", ""):
+        with tarfile.open(folder / f"{suffix or 'bare'}.tar", "w") as archive:
+            for i, content in enumerate(contents):
+                parts = [(f"{i}.png", content["bytes"]), (f"{i}.{suffix}", str(labels[i]).encode())]
+                for name, data in parts if suffix else parts[:1]:
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+
+
+FORMS = ["classes", "flat", "listed", "plain.npz", "fine.parquet", "second.parquet", "bare.parquet", "unknown.parquet",
+         "fine.tar", "other.tar", "bare.tar"]  # fmt: skip
+WITH_COLUMN = {
+    "label_column": {"listed", "fine.parquet", "second.parquet", "fine.tar"},
+    "image_column": {"second.parquet"},
+}
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forms")
+    torch.manual_seed(0)
+    Classifier(ClassifierConfig(8, (8,), 4), ("a", "b", "c")).save(folder / "classifier")
+    for seed, name in enumerate(("set", "reference")):
+        write_forms(folder / name, seed)
+    return folder
+
+
+def measure_pair(forms, first, second, out, **columns):
+    config = EvaluationConfig(images=ReadConfig(**columns), references=5)
+    network, reference = str(forms / "classifier"), str(forms / "reference" / second)
+    report = evaluate(str(forms / "set" / first), out, [network], [reference], config, World())
+    return report["measures"]["classifier"]
+
+
+@pytest.mark.parametrize("columns", [{"label_column": "fine"}, {"image_column": "second"},
+                                     {"label_column": "fine", "image_column": "second"}, {}])  # fmt: skip
+def test_a_data_set_without_the_column_is_measured_where_another_one_has_it(forms, tmp_path, columns):
+    """Each form as the set and as the reference. Without labels only the share that is read as asked is missing."""
+    expected = measure_pair(forms, "classes", "classes", tmp_path / "r.json")
+    assert expected["classifier_fd"] > 0
+    pairs = [("classes", form) for form in FORMS]
+    pairs += [(form, "second.parquet") for form in FORMS] if len(columns) == 2 else []
+    pairs += [("plain.npz", "fine.tar"), ("fine.tar", "bare.tar"), ("other.tar", "listed"), ("listed", "plain.npz")]
+    for number, (first, second) in enumerate(pairs):
+        lacking = [option for option in columns if not {first, second} & WITH_COLUMN[option]]
+        black = "second.parquet" in (first, second) and "image_column" not in columns
+        if lacking:
+            with pytest.raises(UserError, match="has no (column|table|images|labels)|no samples with labels"):
+                measure_pair(forms, first, second, tmp_path / "x.json", **columns)
+            continue
+        found = measure_pair(forms, first, second, tmp_path / f"{number}.json", **columns)
+        if not black:
+            for metric in ("classifier_fd", "classifier_score", "classifier_precision", "classifier_recall"):
+                assert found[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-7), (first, second, metric)
+        if first in ("classes", "listed"):
+            with_labels = first == "classes" or "label_column" in columns
+            assert ("classifier_read_as_asked" in found) == with_labels, (first, second)
+
+
+def test_a_column_that_no_data_set_has_is_refused_before_anything_is_measured(forms, tmp_path, capsys):
+    command = ["evaluate", str(forms / "set" / "flat"), "--features", str(forms / "classifier"), "--out"]
+    command += [str(tmp_path / "r.json"), "--reference", str(forms / "reference" / "fine.parquet")]
+    assert main([*command, "--images.label-column", "fnie"]) == 2
+    assert "flat has no table with a column 'fnie'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([*command, "--images.label-column", "fine"]) == 0
+    assert "no table with a column 'fine'; it is read as without --images.label-column" in capsys.readouterr().out
+
+
+def test_statistics_and_pairs_need_no_labels(forms, tmp_path, capsys):
+    tables = [str(forms / "set" / name) for name in ("bare.parquet", "fine.parquet", "flat")]
+    made = []
+    for number, options in enumerate(([], ["--images.label-column", "fine"], [])):
+        out = tmp_path / f"{number}.npz"
+        assert (
+            main(["statistics", tables[number], "--features", str(forms / "classifier"), "--out", str(out), *options])
+            == 0
+        )
+        made.append(np.load(out)["mu"])
+    assert np.allclose(made[0], made[1])
+    assert np.allclose(made[0], made[2])
+    assert "bare.parquet has no column 'label'" in capsys.readouterr().out
+    command = ["statistics", tables[0], "--features", str(forms / "classifier"), "--out", str(tmp_path / "x.npz")]
+    assert main([*command, "--images.label-column", "fine"]) == 2
 
 
 # ---- experiments

@@ -6,6 +6,7 @@ All are returned as uint8, so that the same samples have the same metrics whatev
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from nextscale.data.datasets import decode_image
 from nextscale.data.describe import print_data_set
 from nextscale.data.inputs import describe_data
 from nextscale.data.parts import choose_part
-from nextscale.data.sources import open_source
+from nextscale.data.sources import open_optional
 from nextscale.evaluation.sizes import choose_size
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -107,9 +108,10 @@ class StoredImages:
 
     def __init__(self, data: str, size: Size = 0, count: int = 0, reading: ReadConfig | None = None):
         """`size`: resize and crop to it; 0 = the size of the images, see `choose_size`. `count`: the number of images,
-        drawn from all classes; 0 = all. Prints the classes with their counts, and what is not used."""
+        drawn from all classes; 0 = all. Prints the classes with their counts, and what is not used. Labels are not
+        needed; `lacking`: see `open_optional`."""
         self.where = data
-        self.source = open_source(data, size or 8, reading)
+        self.source, self.lacking = open_optional(data, size or 8, reading)
         print_data_set(self.source.class_names, [torch.tensor(self.source.labels)], self.source.unused.format_lines())
         self.available = len(self.source.labels)
         self.size, self.size_note = (expand_size(size), "") if size else choose_size(self.source)
@@ -260,7 +262,7 @@ def pair_rows(images: MeasuredImages, partner: MeasuredImages) -> None:
             side.rows = rows
 
 
-def _find_stored(images: MeasuredImages) -> StoredImages | NpzImages | None:
+def _find_stored(images: object) -> StoredImages | NpzImages | None:
     """What holds the stored images of a side; None where a model samples them."""
     images = images.originals if isinstance(images, Reconstructions) else images
     return images if isinstance(images, StoredImages | NpzImages) else None
@@ -271,6 +273,14 @@ def _check_count(where: str, available: int, requested: int) -> int:
     if requested > available or not available:
         raise UserError(f"{where} holds {available} images, {requested or 1} are asked for")
     return requested or available
+
+
+def check_columns(images: Sequence[object]) -> None:
+    """Raise UserError when a column was asked for that none of the data sets has. A model and .npz files have none."""
+    stored = [found for side in images if isinstance(found := _find_stored(side), StoredImages)]
+    for option, error in stored[0].lacking.items() if stored else ():
+        if all(option in side.lacking for side in stored):
+            raise error
 
 
 def compare_pairs(images: MeasuredImages, partner: MeasuredImages) -> str:

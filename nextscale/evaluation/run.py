@@ -32,7 +32,15 @@ from nextscale.evaluation.extract import (
     record_extraction,
     sort_rows,
 )
-from nextscale.evaluation.images import MeasuredImages, ModelImages, NpzImages, compare_pairs, open_images, pair_rows
+from nextscale.evaluation.images import (
+    MeasuredImages,
+    ModelImages,
+    NpzImages,
+    check_columns,
+    compare_pairs,
+    open_images,
+    pair_rows,
+)
 from nextscale.evaluation.metrics.lpips import Lpips
 from nextscale.evaluation.reference import NpzFile, Reference, choose_evenly, read_npz
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -81,16 +89,19 @@ def evaluate(
     if npz is not None:
         if against or images_out:
             raise UserError(f"{source} holds features and no images: nothing to compare in pairs or to write")
+        opened = _open_references(references, loaded, config)
+        check_columns(opened)
         measured = _ImageFeatures({npz.network: sort_rows(npz.features())}, {npz.network: npz.read_text("fingerprint")})
     else:
         images = _open_images(source, config, world, config.reconstruct)
         if not (loaded or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
         partner = _open_partner(against, images, config, world) if against else None
+        opened = _open_references(references, loaded, replace(config, size=config.size or images.size))
+        check_columns([images, *([partner] if partner else ()), *opened])
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
         measured = _measure_images(images, loaded, extraction, work / "samples", world)
-    reference_config = replace(config, size=config.size or measured.size)
-    by_network = _load_references(references, loaded, reference_config, world, work, measured.fingerprints)
+    by_network = _measure_references(opened, loaded, config, world, work, measured.fingerprints)
     if not world.main:
         return {}
     measures: dict[str, Any] = {
@@ -123,6 +134,7 @@ def make_statistics(
     """
     (loaded,) = _load_networks([network], world).values()
     images = open_images(data, config.count, config.size, config.sampling, config.batch, reading=config.images)
+    check_columns([images])
     extraction = _plan_extraction({loaded.name: loaded}, config, world)
     tensors = _extract(images, extraction, out.with_suffix(".work"), world)
     if not world.main:
@@ -290,8 +302,25 @@ def _add_class_accuracy(metrics: dict[str, Any], network: FeatureNetwork | None,
 # ---- the reference
 
 
-def _load_references(
-    sources: Sequence[str],
+def _open_references(
+    sources: Sequence[str], networks: dict[str, FeatureNetwork], config: EvaluationConfig
+) -> list[NpzFile | MeasuredImages]:
+    """Files of statistics or features, and images, which are resized to `config.size`."""
+    opened: list[NpzFile | MeasuredImages] = []
+    for source in sources:
+        npz = read_npz(Path(source)) if source.endswith(".npz") else None
+        if npz is not None and (npz.has_statistics or npz.has_features):
+            opened.append(npz)
+            continue
+        if not networks:
+            raise UserError(f"{source} holds images without features: give --features, or statistics")
+        size = 0 if npz else config.size
+        opened.append(open_images(source, 0, size, config.sampling, config.batch, reading=config.images))
+    return opened
+
+
+def _measure_references(
+    opened: Sequence[NpzFile | MeasuredImages],
     networks: dict[str, FeatureNetwork],
     config: EvaluationConfig,
     world: World,
@@ -300,30 +329,24 @@ def _load_references(
 ) -> dict[str, Reference]:
     """The reference of each network. UserError when one is of a network that is not measured, or of other weights."""
     references: dict[str, Reference] = {}
-    for number, source in enumerate(sources):
+    for number, images in enumerate(opened):
         folder = work / f"reference-{number}"
-        npz = read_npz(Path(source)) if source.endswith(".npz") else None
-        if npz is not None and (npz.has_statistics or npz.has_features):
-            reference = _read_reference(npz, networks, config, world, folder)
+        if isinstance(images, NpzFile):
+            reference = _read_reference(images, networks, config, world, folder)
             name = reference.network
             if reference.fingerprint and fingerprints.get(name) and reference.fingerprint != fingerprints[name]:
                 raise UserError(
-                    f"{source} was made with other weights of the {name} network: make the statistics again"
+                    f"{images.path} was made with other weights of the {name} network: make the statistics again"
                 )
             if name not in fingerprints:
                 measured = ", ".join(fingerprints)
-                raise UserError(f"{source} is of the {name} network; the features measured are {measured}'s")
+                raise UserError(f"{images.path} is of the {name} network; the features measured are {measured}'s")
             references[name] = reference
-        elif not networks:
-            raise UserError(f"{source} holds images without features: give --features, or statistics")
         else:
-            images = open_images(
-                source, 0, 0 if npz else config.size, config.sampling, config.batch, reading=config.images
-            )
             tensors = _extract(images, _plan_extraction(networks, config, world), folder, world)
             for name in networks if world.main else ():
                 features = _select_network(tensors, name)
-                reference = Reference.compute(source, features, name, fingerprints[name])
+                reference = Reference.compute(images.where, features, name, fingerprints[name])
                 index = choose_evenly(len(features["pool"]), config.references)
                 references[name] = replace(reference, pool_MD=features["pool"][index])
     return references

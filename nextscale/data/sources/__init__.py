@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nextscale.common.errors import UserError
 from nextscale.common.reading import is_hub_name
@@ -11,7 +13,7 @@ from nextscale.config.data import ReadConfig
 from nextscale.data.sources.digits import Digits
 from nextscale.data.sources.folder import open_folder, open_unlabelled
 from nextscale.data.sources.parquet import Parquet, has_images, list_hub_files
-from nextscale.data.sources.source import Source, Unused, check_classes
+from nextscale.data.sources.source import MissingColumnError, Source, Unused, check_classes
 from nextscale.data.sources.tar import Tar
 from nextscale.data.sources.tree import Folder, scan_folder
 
@@ -31,11 +33,45 @@ def open_source(data: str, size: Size, config: ReadConfig | None = None, *, labe
     return source
 
 
+def open_optional(
+    data: str, size: Size, config: ReadConfig | None = None
+) -> tuple[Source, dict[str, MissingColumnError]]:
+    """`open_source` for a use that needs no labels, and that has several data sets with one `config`.
+
+    Columns that `config` names and the data set lacks are as not asked for; they are returned, with the error, by the
+    field of `config`. Without labels all images are one class. Either is remarked in the source's `unused`. Raises
+    UserError in all other cases of `open_source`.
+    """
+    lacking: dict[str, MissingColumnError] = {}
+    remarks: list[str] = []
+    labelled = True
+    while True:
+        without: dict[str, Any] = dict.fromkeys(lacking, "")
+        try:
+            source = open_source(data, size, replace(config or ReadConfig(), **without), labelled=labelled)
+            break
+        except MissingColumnError as error:
+            if error.option:
+                lacking[error.option] = error
+                remarks.append(f"{error}; it is read as without --images.{error.option.replace('_', '-')}")
+            elif labelled:
+                labelled = False
+                remarks.append(f"{error}; all its images are one class")
+            else:
+                raise
+    for remark in remarks:
+        source.unused.remark(remark)
+    return source, lacking
+
+
 def _open(data: str, size: Size, config: ReadConfig, labelled: bool) -> Source:
     path = Path(data)
     if data == "digits":
-        if config.label_column or config.image_column:
-            raise UserError("digits have no columns: leave out --images.label-column and --images.image-column")
+        for option in ("label_column", "image_column"):
+            if getattr(config, option):
+                raise MissingColumnError(
+                    option, f"digits have no columns: leave out --images.{option.replace('_', '-')}"
+                )
         return Digits(max(expand_size(size)))
     if path.is_dir():
         return _open_folder(path, data, config, labelled)

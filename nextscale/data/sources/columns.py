@@ -8,6 +8,7 @@ from typing import Any
 
 from nextscale.common.errors import UserError
 from nextscale.common.reading import parse_json
+from nextscale.data.sources.source import MissingColumnError
 
 _IMAGE_COLUMNS, _LABEL_COLUMNS, _OTHER_LABEL_COLUMNS = ("image", "img"), ("label", "labels"), ("class", "category")
 _SHOWN = 50
@@ -60,10 +61,11 @@ def find_image_column(schema: Schema, asked: str) -> str:
             if candidates
             else f"no column '{asked or 'image'}'"
         )
-        raise UserError(
+        message = (
             f"{schema.where} has {many}; it has {_list_columns(list(schema.types))}; choose the images' with "
             "--images.image-column"
         )
+        raise MissingColumnError("image_column", message) if asked else UserError(message)
     if not _holds_images(schema.types[candidates[0]]):
         raise UserError(
             f"{schema.where}: column '{candidates[0]}' holds {schema.types[candidates[0]]}, not image files (bytes, or "
@@ -103,9 +105,10 @@ def _find_declared(schemas: Sequence[Schema]) -> tuple[str, ...]:
 
 def _refuse_labels(schemas: Sequence[Schema], images: Sequence[str], asked: str) -> None:
     first = schemas[0]
-    raise UserError(
+    raise MissingColumnError(
+        "label_column" if asked else "",
         f"{first.where} has no column '{asked or 'label'}'; it has {_list_columns(list(first.types))}; "
-        f"{_suggest_labels(schemas, images)}"
+        f"{_suggest_labels(schemas, images)}",
     )
 
 

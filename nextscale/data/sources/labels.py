@@ -10,7 +10,7 @@ from typing import Any
 
 from nextscale.common.errors import UserError
 from nextscale.config.classes import list_names
-from nextscale.data.sources.source import HELD_OUT, TRAIN, Unused
+from nextscale.data.sources.source import HELD_OUT, TRAIN, MissingColumnError, Unused
 
 NO_LABEL = -1
 """What stands for "no label" in tables whose labels are numbers of classes (the hub's test splits)."""
@@ -42,9 +42,10 @@ def name_classes(tables: Sequence[TableLabels], unused: Unused) -> tuple[tuple[s
     _drop_markers(tables)
     labelled = [table for table in tables if any(value is not None for value in table.values)]
     if not labelled:
-        raise UserError(
+        raise MissingColumnError(
+            "",
             f"{tables[0].where}: column '{tables[0].column}' must hold a whole number or a text in every row that has "
-            "a label, and there must be such rows"
+            "a label, and there must be such rows",
         )
     for table in tables:
         missing = sum(value is None for value in table.values)

@@ -13,7 +13,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.classes import list_names
 from nextscale.config.data import ReadConfig
 from nextscale.data.sources.metadata import TABLES, ListedFile, Metadata, read_metadata
-from nextscale.data.sources.source import HELD_OUT, TRAIN, Unused
+from nextscale.data.sources.source import HELD_OUT, TRAIN, MissingColumnError, Unused
 from nextscale.data.sources.tree import Folder
 
 _Row = tuple[str, str]
@@ -222,8 +222,9 @@ class _LayoutReader:
         inner, below = self._find_inner(tree, prefix)
         if inner is not tree:
             return self._read_part(inner, below)
-        if self.config.label_column:
-            raise UserError(f"{self._name(prefix)} has no table with a column '{self.config.label_column}'")
+        for option in ("label_column", "image_column"):
+            if asked := getattr(self.config, option):
+                raise MissingColumnError(option, f"{self._name(prefix)} has no table with a column '{asked}'")
         filled = [folder for folder in tree.folders.values() if folder.count]
         if not filled and not tree.images:
             place = self._name(prefix).rstrip("/")

@@ -14,7 +14,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.reading import parse_json
 from nextscale.config.data import ReadConfig
 from nextscale.data.sources.labels import is_marked_text
-from nextscale.data.sources.source import HELD_OUT, TRAIN, Unused
+from nextscale.data.sources.source import HELD_OUT, TRAIN, MissingColumnError, Unused
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 _FILE_COLUMNS, _LABEL_COLUMNS = ("file_name", "filename"), ("label", "labels", "class", "category")
@@ -52,8 +52,8 @@ def read_metadata(path: Path, config: ReadConfig, unused: Unused) -> Metadata:
     """
     table = list(_read_csv(path) if path.suffix.lower() == ".csv" else _read_json_lines(path))
     columns = tuple(dict.fromkeys(name for _, row in table for name in row))
-    file_column = _choose_column(path, columns, config.image_column, _FILE_COLUMNS)
-    label_column = _choose_column(path, columns, config.label_column, _LABEL_COLUMNS)
+    file_column = _choose_column(path, columns, config, "image_column", _FILE_COLUMNS)
+    label_column = _choose_column(path, columns, config, "label_column", _LABEL_COLUMNS)
     if not file_column or not table:
         raise UserError(
             f"{path} must list file_name and label in every row; it has "
@@ -141,10 +141,13 @@ def _read_text(path: Path) -> str:
     return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _choose_column(path: Path, columns: tuple[str, ...], asked: str, known: tuple[str, ...]) -> str:
-    """The column asked for, else the first known one, else ""."""
+def _choose_column(
+    path: Path, columns: tuple[str, ...], config: ReadConfig, option: str, known: tuple[str, ...]
+) -> str:
+    """The column asked for by this field of the config, else the first known one, else ""."""
+    asked: str = getattr(config, option)
     if asked and _normalize_name(asked) not in columns:
-        raise UserError(f"{path} has no column '{asked}'; it has {', '.join(columns)}")
+        raise MissingColumnError(option, f"{path} has no column '{asked}'; it has {', '.join(columns)}")
     found = [name for name in known if name in columns]
     if not asked and len(found) > 1 and found[0] not in ("file_name", "label", "labels"):
         raise UserError(f"{path} has the columns {' and '.join(found)}: choose one with --images.label-column")
@@ -171,7 +174,7 @@ def _drop_unlabelled(path: Path, column: str, rows: list[ListedFile], unused: Un
     marked = is_marked_text(row.label for row in rows if row.label is not None)
     labelled = [row for row in rows if row.label is not None and not (marked and row.label == "-1")]
     if not labelled:
-        raise UserError(f"{path}: no row has a label in the column {column}")
+        raise MissingColumnError("", f"{path}: no row has a label in the column {column}")
     kept = {id(row) for row in labelled}
     for row in rows:
         if id(row) not in kept:

@@ -18,6 +18,15 @@ TRAIN, HELD_OUT = ("train", "training"), ("validation", "valid", "val", "dev", "
 _SHOWN = 5
 
 
+class MissingColumnError(UserError):
+    """A data set lacks a column that was asked for, or labels."""
+
+    def __init__(self, option: str, message: str):
+        """`option`: the field of `ReadConfig` that asks for the column; "" when labels are missing altogether."""
+        super().__init__(message)
+        self.option = option
+
+
 class Source(Protocol):
     """Encoded images by row."""
 

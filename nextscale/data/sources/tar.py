@@ -24,7 +24,7 @@ from nextscale.config.data import ReadConfig
 from nextscale.data.images import ImageLike
 from nextscale.data.sources.labels import TableLabels, arrange_tables, parse_split
 from nextscale.data.sources.layout import find_layout
-from nextscale.data.sources.source import Unused, shuffle_rows
+from nextscale.data.sources.source import MissingColumnError, Unused, shuffle_rows
 from nextscale.data.sources.tree import build_tree, is_image_name, is_system_name
 
 _NAMES_FILE = "classnames.txt"
@@ -61,15 +61,25 @@ class Tar:
         self.tables: list[Path] = []
         archives = [_list_members(number, file, self.unused) for number, file in enumerate(self.files)]
         samples = [_group_samples(members) for members in archives]
+        self._check_image_suffix(samples)
         label = self._find_label(samples)
         if not labelled:
-            self._read_all(archives, samples if label else [])
+            self._read_all(archives, samples if label or self.config.image_column else [])
         elif label:
             self._read_samples(samples, label, root)
+        elif self.config.image_column:
+            raise MissingColumnError("", f"{where} has no samples with labels: leave out --images.image-column")
         else:
             self._read_folders(archives, root)
 
     # ---- WebDataset
+
+    def _check_image_suffix(self, samples: list[dict[str, _Sample]]) -> None:
+        asked = self.config.image_column.lower()
+        suffixes = {suffix for archive in samples for sample in archive.values() for suffix in sample}
+        if asked and asked not in suffixes:
+            known = list_names(sorted(suffixes))
+            raise MissingColumnError("image_column", f"{self.where} has no images '{asked}'; its samples have {known}")
 
     def _find_label(self, samples: list[dict[str, _Sample]]) -> str:
         """The suffix or the field of a .json file that holds the labels; "" where there are none."""
@@ -83,7 +93,9 @@ class Tar:
         if asked:
             if asked not in suffixes and asked not in fields:
                 known = list_names([*sorted(suffixes), *fields])
-                raise UserError(f"{self.where} has no labels '{asked}'; its samples have {known}")
+                raise MissingColumnError(
+                    "label_column", f"{self.where} has no labels '{asked}'; its samples have {known}"
+                )
             return asked
         return "cls" if "cls" in suffixes else next((name for name in _LABEL_FIELDS if name in fields), "")
 
