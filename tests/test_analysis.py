@@ -33,6 +33,7 @@ from nextscale.training.tokenize import tokenize
 from tests.conftest import randomised, tiny_config
 from tests.test_cli import fails
 from tests.test_convergence import write_log
+from tests.test_random import word_by_loop
 
 CLASSES = tuple("abcde")
 SPANS = [(0, 1), (1, 5), (5, 14), (14, 30)]
@@ -233,8 +234,8 @@ def grown(pipeline, label: int, number: int, config: SampleConfig, wrong: dict[i
         with torch.no_grad():
             plain, free = (pipeline.transformer(torch.tensor([v]), inputs).logits_BNV[:, i:j] for v in (label, 5))
         likely = filter_top_k_top_p(guide_logits(plain, free, config.cfg * k / 3), config.top_k, config.top_p)
-        u = torch.rand(j - i, generator=make_generator(config.seed, "token", number, k)).view(1, -1, 1)
-        tokens[:, i:j] = invert_cdf(likely.softmax(-1), u).squeeze(-1)
+        words = torch.tensor([[word_by_loop(config.seed, "token", number, 0, cell) for cell in range(i, j)]])
+        tokens[:, i:j] = invert_cdf(likely, words)
         if wrong and k in wrong:
             tokens[:, i:j] = wrong[k]
     return tokens

@@ -208,6 +208,11 @@ def test_samples_of_another_model_are_drawn_again_and_every_class_is_held_out(tm
     assert len(first.train) == 90
     assert torch.equal(draw(0).train.tensors["tokens"], first.train.tensors["tokens"])
     assert "made again" not in capsys.readouterr().out
+    record = tmp_path / "samples" / "samples.json"
+    before = json.loads(record.read_text())
+    record.write_text(json.dumps({name: value for name, value in before.items() if name != "random numbers"}))
+    draw(0)
+    assert "made again: random numbers was a Mersenne Twister" in capsys.readouterr().out
     assert not torch.equal(draw(1).train.tensors["tokens"], first.train.tensors["tokens"])
     assert "samples of the model in" in capsys.readouterr().out
 

@@ -25,9 +25,6 @@ WAITS = {
     "tokenizer/tokenizer.py:_check_finite": "damaged weights must not give tokens or an image",
     "common/checks.py:check_range": "images in another range would give wrong tokens",
     "tokenizer/tokenizer.py:Tokenizer.check_tokens": "tokens of another model would give a wrong result",
-    # sampling, at every scale
-    "sampling/draw.py:PerImageRandom.draw_tokens": "random numbers come from the host",
-    "sampling/draw.py:PerImageRandom.draw_gumbel": "random numbers come from the host",
     # training, once for each step or more rarely
     "training/engine/checks.py:is_finite": "a step whose loss is not finite must not be taken",
     "training/engine/loop.py:train": "torch's GradScaler asks whether a gradient has overflowed",

@@ -1,8 +1,5 @@
-"""Sampling: filters against brute force, draws against their distribution, and the promise about batches."""
+"""Sampling: filters against brute force, and the promise about batches."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +7,6 @@ from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
-from nextscale.sampling.draw import PerImageRandom, invert_cdf
 from nextscale.sampling.filters import build_filters, filter_top_k, filter_top_k_top_p, filter_top_p, select_largest
 from nextscale.sampling.guidance import guide_logits
 from nextscale.sampling.likelihood import compute_log_likelihood
@@ -80,28 +76,6 @@ def test_guidance_formula():
     a, b = torch.randn(2, 4), torch.randn(2, 4)
     assert torch.allclose(guide_logits(a, b, 1.5), a + 1.5 * (a - b))
     assert torch.equal(guide_logits(a, b, 0.0), a)
-
-
-@given(
-    st.lists(st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.floats(0, 1, exclude_max=True, width=32)
-)
-def test_inverse_cdf_against_a_loop(weights, u):
-    if sum(weights) == 0:
-        return
-    index = invert_cdf(torch.tensor(weights), torch.tensor([u])).item()
-    assert weights[index] > 0, "an entry of probability zero was drawn"
-    cumulative = np.cumsum(np.array(weights, dtype=np.float64))
-    target = u * cumulative[-1]
-    assert cumulative[index] >= target - 1e-6
-    assert index == 0 or cumulative[index - 1] <= target + 1e-6
-
-
-def test_draws_follow_the_distribution():
-    probability = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    tokens = PerImageRandom(seed=1).draw_tokens(probability.log().expand(1, 40000, 4), k=2)
-    share = torch.bincount(tokens.flatten(), minlength=4) / 40000
-    assert share[1] == 0
-    assert (share - probability).abs().max() < 4 * math.sqrt(0.25 / 40000)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -26,6 +26,10 @@ from nextscale.common.reading import parse_json, read_json
 INPUTS = "inputs.json"
 _FILES = ("files", "bytes", "names")
 _ABSENT = object()
+RANDOM_NUMBERS = "random numbers"
+"""The name under which a record of samples says how their random numbers were computed."""
+_BEFORE_RECORDED = {RANDOM_NUMBERS: "a Mersenne Twister for each image and scale"}
+"""What an input was when records did not have it yet."""
 
 
 class Differences(NamedTuple):
@@ -60,7 +64,8 @@ def compare_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differe
 def _compare_tables(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, bool]]:
     """(what differs, whether the record has it)."""
     for key in dict.fromkeys([*now, *before]):
-        old, new, name = before.get(key, _ABSENT), now.get(key, _ABSENT), f"{prefix}{key}"
+        old, new = before.get(key, _BEFORE_RECORDED.get(key, _ABSENT)), now.get(key, _ABSENT)
+        name = f"{prefix}{key}"
         if old == new:
             continue
         if old is _ABSENT or (isinstance(old, str) and isinstance(new, dict) and "where" in new):

@@ -11,6 +11,7 @@ from nextscale.common.precision import get_name
 from nextscale.doctor.models import FAMILIES, create_model, predict_logits
 from nextscale.doctor.result import Result
 from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
 from nextscale.sampling.draw import PerImageRandom
 
 _LABELS = [1, 4, 7, 2]
@@ -45,11 +46,7 @@ def check_logits(family: str, pipeline: Pipeline, reference: list[Tensor], token
     logits = predict_logits(pipeline, _LABELS, tokens_BL)
     error = measure_error(logits, reference)
     greedy = count_different([a.argmax(-1) for a in logits], [b.argmax(-1) for b in reference])
-    random = PerImageRandom(seed=0)
-    drawn = count_different(
-        [random.draw_tokens(a, k) for k, a in enumerate(logits)],
-        [random.draw_tokens(b, k) for k, b in enumerate(reference)],
-    )
+    drawn = count_different(*(draw_tokens(pipeline.config.pyramid, made) for made in (logits, reference)))
     total = tokens_BL.numel()
     good = error <= _LARGEST_ERROR[torch.float32] and max(greedy, drawn) <= _LARGEST_SHARE * total
     found = (
@@ -58,6 +55,12 @@ def check_logits(family: str, pipeline: Pipeline, reference: list[Tensor], token
     )
     values = {"error": error, "greedy": greedy, "drawn": drawn, "tokens": total}
     return Result(family, "pass" if good else "fail", found, "" if good else _DEFECT, values)
+
+
+def draw_tokens(pyramid: Pyramid, logits: list[Tensor]) -> list[Tensor]:
+    """Tokens (B, N) of each scale that a seed draws from logits (B, N, V)."""
+    random = PerImageRandom(0, pyramid, len(logits[0]), logits[0].device)
+    return [random.draw_tokens(logits_BNV, k) for k, logits_BNV in enumerate(logits)]
 
 
 def check_batches(device: torch.device) -> Iterator[Result]:

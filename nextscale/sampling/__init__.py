@@ -67,11 +67,7 @@ def build_sampler(
         predict = GuidedPredictor(predict, strengths)
     else:
         predict = _build_predictor(model, values, settings, refiner, refiner_labels, captured)
-    random: RandomSource = PerImageRandom(settings.seed, first_image)
-    if settings.official_seeding:
-        from nextscale.sampling.official_seeding import OfficialRandom
-
-        random = OfficialRandom(settings.seed, tokenizer.quantizer.codebook.weight.device)
+    random = _build_random(settings, model, len(values), tokenizer.quantizer.codebook.weight.device, first_image)
     draw: DrawTokens = random.draw_tokens
     embed = _build_embedding(tokenizer, settings, random)
     if edit is not None:
@@ -101,6 +97,16 @@ def _build_predictor(
     theirs = values if refiner_labels is None else refiner_labels.to(values.device)[values]
     start_refiner = partial(ModelPredictor, refiner, theirs, _find_thresholds(refiner, settings))
     return CollaborativePredictor(predict, start_refiner, settings.draft_scales)
+
+
+def _build_random(
+    settings: SampleConfig, model: VAR, batch: int, device: torch.device, first_image: int
+) -> RandomSource:
+    if settings.official_seeding:
+        from nextscale.sampling.official_seeding import OfficialRandom
+
+        return OfficialRandom(settings.seed, device)
+    return PerImageRandom(settings.seed, model.pyramid, batch, device, first_image)
 
 
 def _build_embedding(tokenizer: Tokenizer, settings: SampleConfig, random: RandomSource) -> EmbedTokens:

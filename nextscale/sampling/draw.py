@@ -7,7 +7,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nextscale.common.rng import make_generator
+from nextscale.common.errors import UserError
+from nextscale.common.rng import draw_words, fold_seed
+from nextscale.pyramid import Pyramid
+
+RANDOM_NUMBERS = "Philox4x32-10 of seed, image and position"
+"""What `PerImageRandom` computes, for the records of work that is made of samples. Change it with the numbers."""
+_TOTAL = 2**30
+"""What probabilities are integer multiples of the inverse of, while a token is drawn."""
+_ON_CPU, _ON_OTHERS = 2**18, 2**22
+"""How many numbers of Gumbel noise are computed at once: on a CPU so few that they stay in its caches."""
 
 
 class RandomSource(Protocol):
@@ -21,36 +30,57 @@ class RandomSource(Protocol):
 
 
 class PerImageRandom:
-    """Streams derived from (seed, number of the image, scale): an image depends neither on its batch nor on the device.
+    """Numbers that are functions of (seed, number of the image, position, token): an image depends neither on its batch
+    nor on the device. Image b of the batch is number `first + b`; the position counts the tokens of all scales.
 
-    Image b of the batch is number `first + b`.
+    All numbers are integers, computed on `device` with the same bits everywhere. Gumbel noise is made of them by two
+    logarithms, whose last bit may differ between devices.
     """
 
-    def __init__(self, seed: int, first: int = 0):
-        self.seed, self.first = seed, first
+    def __init__(self, seed: int, pyramid: Pyramid, batch: int, device: torch.device, first: int = 0):
+        if first + batch >= 2**63:
+            raise UserError(f"first_image must lie below 2^63 - {batch}; got {first}")
+        self.seed, self.pyramid = seed, pyramid
+        self._images_B = torch.arange(first, first + batch, device=device)
+        self._token_words_BL = draw_words(fold_seed(seed, "token"), self._images_B, range(1), pyramid.length)[:, 0]
+        self._noise = (-1, torch.empty(0))
+        """Number and content of the last part of the noise that was used: one part may serve several small scales."""
 
     def draw_tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
-        B, N, _V = logits_BNV.shape
-        draws = [torch.rand(N, generator=make_generator(self.seed, "token", self.first + b, k)) for b in range(B)]
-        u_BN1 = torch.stack(draws).unsqueeze(-1).to(logits_BNV.device)
-        return invert_cdf(logits_BNV.softmax(dim=-1), u_BN1).squeeze(-1)
+        return invert_cdf(logits_BNV, self._token_words_BL[:, slice(*self.pyramid.spans[k])])
 
     def draw_gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
-        B, N, V = logits_BNV.shape
-        draws = [
-            torch.empty(N, V).exponential_(generator=make_generator(self.seed, "gumbel", self.first + b, k))
-            for b in range(B)
-        ]
-        return -torch.stack(draws).to(logits_BNV.device).log()
+        batch, _, codes = logits_BNV.shape
+        start, end = self.pyramid.spans[k]
+        size = max(1, (_ON_CPU if logits_BNV.device.type == "cpu" else _ON_OTHERS) // (batch * codes))
+        parts = []
+        for number in range(start // size, -(-end // size)):
+            noise_BRV = self._compute_noise(number, size, codes)
+            parts.append(noise_BRV[:, max(0, start - number * size) : end - number * size])
+        return torch.cat(parts, dim=1)
+
+    def _compute_noise(self, number: int, size: int, codes: int) -> Tensor:
+        """Gumbel noise (B, R, V) of positions from number * size on, at most `size` of them."""
+        if self._noise[0] != number:
+            rows = range(number * size, min((number + 1) * size, self.pyramid.length))
+            words_BRV = draw_words(fold_seed(self.seed, "gumbel"), self._images_B, rows, codes)
+            self._noise = number, compute_gumbel(words_BRV)
+        return self._noise[1]
 
 
-def invert_cdf(probability: Tensor, u: Tensor) -> Tensor:
-    """Index of the first entry along the last dimension whose cumulative probability exceeds u (..., 1) in [0, 1).
+def compute_gumbel(words: Tensor) -> Tensor:
+    """Gumbel noise of random words (0 to 2^32 - 1): -log(-log(u)), u an odd multiple of 2^-24, exact in float32."""
+    u = (words >> 9).float().mul_(2**-23).add_(2**-24)
+    return u.log_().neg_().log_().neg_()
 
-    Never an entry of probability 0: such an entry does not raise the sum, and u times the total stays below the total.
+
+def invert_cdf(logits_BNV: Tensor, word_BN: Tensor) -> Tensor:
+    """The token (B, N) at which the cumulative softmax(logits) first exceeds word / 2^32; `word_BN`: 0 to 2^32 - 1.
+
+    Probabilities are rounded down to multiples of 2^-30 and added up as integers, so the order of the sum does not
+    matter, and rounding moves no border between tokens by more than its own rounding. Never a token of probability 0.
     """
-    cumulative = probability.cumsum(dim=-1)
-    total = cumulative[..., -1:]
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, target, right=True)
-    return index.clamp_max(probability.shape[-1] - 1)  # NaN sorts last; the sampler reports it
+    cumulative_BNV = logits_BNV.softmax(dim=-1).mul_(_TOTAL).to(torch.int32).cumsum_(dim=-1)
+    target_BN1 = (word_BN.unsqueeze(-1) * cumulative_BNV[..., -1:]) >> 32  # below the sum
+    index_BN1 = torch.searchsorted(cumulative_BNV, target_BN1.to(torch.int32), right=True)
+    return index_BN1.squeeze(-1).clamp_max(logits_BNV.shape[-1] - 1)  # after NaN; the sampler reports it

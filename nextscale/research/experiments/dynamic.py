@@ -14,7 +14,7 @@ from nextscale.config.sparsify import PUBLISHED, SparsifyConfig
 from nextscale.evaluation.flops import count_sampled_flops
 from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.dynamic import find_threshold
-from nextscale.research.experiments.keys import compute_key, list_changed_settings
+from nextscale.research.experiments.keys import compute_key, compute_key_of_samples, list_changed_settings
 from nextscale.research.experiments.records import read_finished, read_flops, read_threshold
 from nextscale.sparsify.run import sparsify
 
@@ -49,7 +49,8 @@ def sparsify_once(config: SparsifyConfig, source: Path, data: str, parent: Path,
 
 def _run_stages(config: SparsifyConfig, source: Path, parent: Path, world: World) -> Path:
     """Sparsify, unless that is finished; finished.json has the figures of these stages and of those before."""
-    folder = parent / f"sparse-{compute_key(str(source), list_changed_settings(config))}"
+    name = compute_key if config.data else compute_key_of_samples
+    folder = parent / f"sparse-{name(str(source), list_changed_settings(config))}"
     if not (folder / "finished.json").exists():
         report = sparsify(source, folder, config, world)
         if world.main:

@@ -8,11 +8,17 @@ from typing import Any
 
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.config.parse import to_dict
+from nextscale.sampling.draw import RANDOM_NUMBERS
 
 
 def compute_key(*parts: Any) -> str:
     """A short checksum of JSON values."""
     return compute_fingerprint({}, json.dumps(parts, sort_keys=True))[:10]
+
+
+def compute_key_of_samples(*parts: Any) -> str:
+    """`compute_key` of what is made of samples, with the random numbers that they are drawn with."""
+    return compute_key(*parts, RANDOM_NUMBERS)
 
 
 def list_changed_settings(config: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from nextscale.research.experiments.dynamic import (
     sparsify_once,
 )
 from nextscale.research.experiments.entry import Experiment, Row
-from nextscale.research.experiments.keys import compute_key, list_changed_settings
+from nextscale.research.experiments.keys import compute_key, compute_key_of_samples, list_changed_settings
 from nextscale.research.experiments.ledger import check_experiment_inputs
 from nextscale.research.experiments.pictures import TrainedModel, draw_picture
 from nextscale.research.experiments.records import (
@@ -230,7 +230,7 @@ class ExperimentRunner:
             dense = count_dense_flops(config, 2 if sampling.guided else 1)
             return {"gflop": planned / 1e9, "flops_share": planned / dense}
         unseeded = dataclasses.replace(sampling, seed=0)
-        file = self._choose_folder(folder) / f"flops-{compute_key(dataclasses.asdict(unseeded))}.json"
+        file = self._choose_folder(folder) / f"flops-{compute_key_of_samples(dataclasses.asdict(unseeded))}.json"
         return measure_flops(folder, unseeded, file, self.world)
 
     def _sparsify(
@@ -242,7 +242,7 @@ class ExperimentRunner:
         data = given if self.model else read_data_name(dense)
         folder = sparsify_once(row.sparsify, dense, data, self.folder, self.world)
         unseeded = dataclasses.replace(sampling, seed=0)
-        name = compute_key(dataclasses.asdict(unseeded), row.flops)
+        name = compute_key_of_samples(dataclasses.asdict(unseeded), row.flops)
         sampling = match_flops(folder, unseeded, row.flops, folder / f"thresholds-{name}.json", self.world)
         metrics = collect_metrics(folder, sampling, folder / f"flops-{name}.json", self.world)
         return folder, dataclasses.replace(sampling, seed=seed), metrics
@@ -272,7 +272,7 @@ class ExperimentRunner:
         """Draw the experiment's picture, unless it was drawn of the same models."""
         jobs = [(row, seed) for row in self.experiment.rows if row.measured for seed in self.experiment.seeds]
         models = [TrainedModel(row.name, self._train_model(row, seed), row.sampling) for row, seed in jobs]
-        key = compute_key([[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
+        key = compute_key_of_samples([[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
         record = out / "drawn.json"
         if self.world.main and not (record.exists() and read_json(record) == key):
             draw_picture(self.experiment.picture, models, out, str(self.world.device))
@@ -320,9 +320,10 @@ class ExperimentRunner:
 
     def _evaluate(self, folder: Path, config: EvaluationConfig) -> dict[str, float]:
         """The metrics of `nextscale evaluate`, named independently of the feature network."""
-        drawn = ["a part is drawn"] if config.reconstruct else []  # earlier versions took the first images
-        name = f"measured-{compute_key(dataclasses.asdict(config), self.features, self.reference, *drawn)}.json"
-        out = self._choose_folder(folder) / name
+        settings = dataclasses.asdict(config), self.features, self.reference
+        # of reconstructions, earlier versions took the first images
+        key = compute_key(*settings, "a part is drawn") if config.reconstruct else compute_key_of_samples(*settings)
+        out = self._choose_folder(folder) / f"measured-{key}.json"
         if not out.exists():
             reference = self._make_statistics(shorten_size(read_config(folder)[0].image_size))
             evaluate(str(folder), out, [self.features], [reference], config, self.world)
