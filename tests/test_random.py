@@ -14,8 +14,9 @@ from nextscale.common.rng import compute_philox, draw_words
 from nextscale.config.sampling import SampleConfig
 from nextscale.evaluation.images import ModelImages
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.draw import PerImageRandom, compute_gumbel, invert_cdf
+from nextscale.sampling.draw import PerImageRandom, invert_cdf
 from nextscale.sampling.filters import filter_top_k_top_p
+from nextscale.sampling.gumbel import compute_gumbel
 from tests.conftest import randomised, tiny_config
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from nextscale.common.errors import UserError
 from nextscale.common.rng import draw_words, fold_seed
 from nextscale.pyramid import Pyramid
 
+if TYPE_CHECKING:
+    from nextscale.sampling.gumbel import GumbelNoise
+
 RANDOM_NUMBERS = "Philox4x32-10 of seed, image and position"
 """What `PerImageRandom` computes, for the records of work that is made of samples. Change it with the numbers."""
 _TOTAL = 2**30
 """What probabilities are integer multiples of the inverse of, while a token is drawn."""
-_ON_CPU, _ON_OTHERS = 2**18, 2**22
-"""How many numbers of Gumbel noise are computed at once: on a CPU so few that they stay in its caches."""
 
 
 class RandomSource(Protocol):
@@ -43,35 +44,17 @@ class PerImageRandom:
         self.seed, self.pyramid = seed, pyramid
         self._images_B = torch.arange(first, first + batch, device=device)
         self._token_words_BL = draw_words(fold_seed(seed, "token"), self._images_B, range(1), pyramid.length)[:, 0]
-        self._noise = (-1, torch.empty(0))
-        """Number and content of the last part of the noise that was used: one part may serve several small scales."""
+        self._noise: GumbelNoise | None = None
 
     def draw_tokens(self, logits_BNV: Tensor, k: int) -> Tensor:
         return invert_cdf(logits_BNV, self._token_words_BL[:, slice(*self.pyramid.spans[k])])
 
     def draw_gumbel(self, logits_BNV: Tensor, k: int) -> Tensor:
-        batch, _, codes = logits_BNV.shape
-        start, end = self.pyramid.spans[k]
-        size = max(1, (_ON_CPU if logits_BNV.device.type == "cpu" else _ON_OTHERS) // (batch * codes))
-        parts = []
-        for number in range(start // size, -(-end // size)):
-            noise_BRV = self._compute_noise(number, size, codes)
-            parts.append(noise_BRV[:, max(0, start - number * size) : end - number * size])
-        return torch.cat(parts, dim=1)
+        if self._noise is None:
+            from nextscale.sampling.gumbel import GumbelNoise
 
-    def _compute_noise(self, number: int, size: int, codes: int) -> Tensor:
-        """Gumbel noise (B, R, V) of positions from number * size on, at most `size` of them."""
-        if self._noise[0] != number:
-            rows = range(number * size, min((number + 1) * size, self.pyramid.length))
-            words_BRV = draw_words(fold_seed(self.seed, "gumbel"), self._images_B, rows, codes)
-            self._noise = number, compute_gumbel(words_BRV)
-        return self._noise[1]
-
-
-def compute_gumbel(words: Tensor) -> Tensor:
-    """Gumbel noise of random words (0 to 2^32 - 1): -log(-log(u)), u an odd multiple of 2^-24, exact in float32."""
-    u = (words >> 9).float().mul_(2**-23).add_(2**-24)
-    return u.log_().neg_().log_().neg_()
+            self._noise = GumbelNoise(self.seed, self.pyramid, self._images_B)
+        return self._noise.draw(k, logits_BNV.shape[-1])
 
 
 def invert_cdf(logits_BNV: Tensor, word_BN: Tensor) -> Tensor:
