@@ -11,7 +11,6 @@ import torch
 import nextscale.sampling.filters
 from nextscale.cli.parser import main, parse
 from nextscale.common.errors import UserError
-from nextscale.common.rng import make_generator
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import MVAR_MIXERS, ExpertsConfig, MambaConfig
@@ -20,13 +19,15 @@ from nextscale.sampling import build_sampler
 from nextscale.sampling.combinations import REFUSED, Request, check_combinations
 from nextscale.sampling.sampler import sample_images
 from tests.conftest import randomised, tiny_config
+from tests.test_random import word_by_loop
 
 K = 4
 
 
-def draw(probabilities, number: int, k: int, seed: int) -> torch.Tensor:
-    """One token per row: the first whose cumulative probability exceeds the image's uniform number."""
-    u = torch.rand(len(probabilities), generator=make_generator(seed, "token", number, k)).tolist()
+def draw(probabilities, number: int, start: int, seed: int) -> torch.Tensor:
+    """One token per row, of positions from `start` on: the first whose cumulative probability exceeds the image's
+    uniform number."""
+    u = [word_by_loop(seed, "token", number, 0, start + n) / 2**32 for n in range(len(probabilities))]
     cumulative = np.cumsum(probabilities.double().numpy(), axis=1)
     return torch.tensor([int((row <= x * row[-1]).sum()) for row, x in zip(cumulative, u, strict=True)])
 
@@ -54,12 +55,13 @@ def sample_by_hand(pipeline, label: int, number: int, seed: int, cfg, temperatur
         given, free = (model(torch.tensor([v]), packed).logits_BNV[0, start:end] for v in (label, 5))
         logits = (1 + cfg[k]) * given - cfg[k] * free
         logits = torch.stack([filter_row(row / temperature[k], top_k[k], top_p[k]) for row in logits])
-        tokens.append(draw(logits.softmax(-1), number, k, seed))
+        tokens.append(draw(logits.softmax(-1), number, start, seed))
         codes = tokenizer.quantizer.codebook.weight[tokens[-1]]
         if smooth:
             ratio = k / (K - 1)
-            noise = torch.empty(logits.shape).exponential_(generator=make_generator(seed, "gumbel", number, k))
-            noisy = (logits * (1 + ratio) - noise.log()) / max(0.27 * (1 - ratio * 0.95), 0.005)
+            words = [[word_by_loop(seed, "gumbel", number, i, v) for v in range(32)] for i in range(start, end)]
+            noise = -(-((torch.tensor(words) // 2**9 + 0.5) / 2**23).log()).log()
+            noisy = (logits * (1 + ratio) + noise) / max(0.27 * (1 - ratio * 0.95), 0.005)
             codes = noisy.softmax(-1) @ tokenizer.quantizer.codebook.weight
         canvas = tokenizer.add_codes(canvas, codes[None], k)
         if k + 1 < K:
