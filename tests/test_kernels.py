@@ -1,13 +1,21 @@
-"""The compiled kernels of whole experts and of routers, against formulas; tests/test_dynamic.py has that of slices."""
+"""The compiled kernels of whole experts, routers and linear layers, against formulas; tests/test_dynamic.py has that of slices."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from nextscale.backends import optimize
-from nextscale.backends.cpu.kernels.experts import from_panels, to_panels
+from nextscale.backends.cpu.kernels import build, linear
+from nextscale.backends.cpu.kernels.experts import (
+    SlicePanels,
+    add_experts_by_kernel,
+    from_panels,
+    to_panels,
+    vectors_for,
+)
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.feed_forward.experts import Experts
 from tests.conftest import needs_kernels, threads
@@ -120,3 +128,54 @@ def test_routers_choose_by_the_formula(rows, experts, width, hidden, tau, thread
     clear = np.abs(p - (1 - tau) * largest) > 1e-4 * largest + 1e-6  # elsewhere rounding decides
     assert (chosen.numpy() == (p >= (1 - tau) * largest))[clear].all()
     assert chosen.any(dim=1).all()
+
+
+@needs_kernels("experts")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(1, 40, 100), (13, 64, 128), (150, 200, 520)])
+@torch.no_grad()
+def test_weights_of_16_bits_give_the_bits_of_the_same_weights_in_float32(dtype, rows, width, hidden):
+    """Of whole experts and of slices, on one thread and two."""
+    rng, count = torch.Generator().manual_seed(rows), 4
+    x, gate = torch.randn(rows, width, generator=rng), torch.rand(rows, generator=rng)
+    w1 = (torch.randn(count, hidden, width, generator=rng) / width**0.5).to(dtype)
+    w2 = (torch.randn(count, width, hidden, generator=rng) / hidden**0.5).to(dtype)
+    b1, b2 = torch.randn(count, hidden, generator=rng), torch.randn(count, width, generator=rng)
+    pairs = torch.arange(rows), gate, torch.tensor([0, rows // 2, rows // 2, rows], dtype=torch.int32)
+    chosen = torch.rand(rows, count, generator=rng) < 0.6
+    chosen[:, 1] = False
+    whole, slices = [], []
+    for kind in (dtype, torch.float32):
+        whole.append(torch.zeros(rows, width))
+        weights = to_panels(w1.to(kind)), b1, to_panels(w2.to(kind)), b2
+        with threads(1 + (kind == dtype)):
+            add_experts_by_kernel(build.load_kernels("experts", build.MAX_VECTORS), x, pairs, weights, into=whole[-1])
+            panels = SlicePanels(
+                w1.to(kind).flatten(0, 1), b1.flatten(), w2.to(kind).transpose(0, 1).flatten(1), b2[0], count
+            )
+            slices.append(panels.output(build.load_kernels("experts", vectors_for(hidden)), x, chosen, False))
+    assert whole[0].abs().sum() > 0
+    assert torch.equal(*whole)
+    assert torch.equal(*slices)
+
+
+@needs_kernels("linear")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 2, 7, 30, 224, 225, 300]), depth=st.sampled_from([1, 3, 8, 100, 128, 300]),
+    outputs=st.sampled_from([1, 5, 16, 64, 150]), gelu=st.booleans(), biased=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@torch.no_grad()
+def test_linear_layers_of_16_bits_equal_the_formula(dtype, rows, depth, outputs, gelu, biased, seed):
+    """Weights that lie apart, and a row that is the same alone."""
+    rng = torch.Generator().manual_seed(seed)
+    x, whole = torch.randn(rows, depth, generator=rng), torch.randn(outputs, 2 * depth, generator=rng).to(dtype)
+    weight, bias = whole.chunk(2, dim=1)[1], torch.randn(outputs, generator=rng) if biased else None
+    kernels = build.load_kernels("linear", build.MAX_VECTORS)
+    with threads(1 + seed % 3):
+        found = linear.run(kernels, x, weight, bias, gelu)
+        assert torch.equal(linear.run(kernels, x[-1:], weight, bias, gelu), found[-1:])
+    h = x.double().numpy() @ weight.double().numpy().T + (0 if bias is None else bias.numpy())
+    expected = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))) if gelu else h
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6 * depth**0.5 * max(1, np.abs(h).max(initial=0)))

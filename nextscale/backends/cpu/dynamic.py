@@ -29,7 +29,7 @@ class PackedDynamicFeedForward(SparseDynamicFeedForward):
         fc1, fc2 = self.divided
         experts = selected_TE.shape[1]
         kernels = None
-        if build.can_use_kernels(x_TD, fc1.weight):
+        if build.can_use_kernels(x_TD, fc1.weight, converts=True):
             kernels = build.load_kernels("experts", vectors_for(fc1.out_features // experts))
         if kernels is None:
             return super().loop_over_experts(x_TD, selected_TE, relu)
@@ -56,7 +56,8 @@ class PackedExpertRouter(CpuExpertRouter):
     panels: RouterPanels | None = None
 
     def select(self, x_TD: Tensor, tau: float, selection: str) -> Tensor:
-        usable = selection == "threshold" and 0 < tau < 1 and build.can_use_kernels(x_TD, self.fc1.weight)
+        usable = selection == "threshold" and 0 < tau < 1
+        usable = usable and build.can_use_kernels(x_TD, self.fc1.weight, converts=True)
         kernels = build.load_kernels("experts", RouterPanels.vectors) if usable else None
         if kernels is None:
             return super().select(x_TD, tau, selection)

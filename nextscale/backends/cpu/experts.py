@@ -1,7 +1,8 @@
 """Fast twins of the experts of a mixture.
 
-Training takes the loop over experts with its backward pass written out (`nextscale.backends.experts`). Inference in
-float32 takes a compiled kernel over packed weights; elsewhere each expert's products are packed as a linear layer's.
+Training takes the loop over experts with its backward pass written out (`nextscale.backends.experts`). Inference takes
+a compiled kernel over packed weights where it computes in float32; elsewhere each expert's products are packed as a
+linear layer's.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class PackedStackedLinear(CpuStackedLinear):
             self._release()
 
     def pack_panels(self) -> None:
-        """Lay the weights out for the compiled kernels, float32."""
+        """Lay the weights out for the compiled kernels."""
         if not self.is_packed:
             self.panels = to_panels(self.weight.detach())
             self._release()
@@ -142,7 +143,7 @@ class PackedExperts(CpuExperts):
 
     def _load_kernels(self, x_TD: Tensor) -> ctypes.CDLL | None:
         """The compiled kernels, where they can compute x; lays the weights out for them at the first use."""
-        if self.fc1.packed is not None or not build.can_use_kernels(x_TD, self.fc1.weight):
+        if self.fc1.packed is not None or not build.can_use_kernels(x_TD, self.fc1.weight, converts=True):
             return None
         kernels = build.load_kernels("experts", build.MAX_VECTORS)
         if kernels is not None:

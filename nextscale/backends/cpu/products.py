@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.backends.cpu.activations import compute_gelu
+from nextscale.backends.cpu.kernels.linear import multiply
 from nextscale.common.errors import UserError
 from nextscale.common.precision import is_computed_in_float32, is_fast
 
@@ -72,7 +73,8 @@ def list_onednn_dtypes() -> tuple[torch.dtype, ...]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`F.linear(x, weight, bias)`, followed by tanh-GELU if `gelu`. x (..., in), weight (out, in), bias (out)."""
     if is_computed_in_float32(weight):
-        return _linear_converted(x.float(), weight, bias, gelu)
+        y = multiply(x.float(), weight, bias, gelu)
+        return _linear_converted(x.float(), weight, bias, gelu) if y is None else y
     if _use_onednn(x, weight):
         return _linear_onednn(x, weight, bias, gelu)
     rows = x.numel() // x.shape[-1]

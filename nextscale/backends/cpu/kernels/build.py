@@ -1,4 +1,4 @@
-"""Building experts.c and blocks.c with the machine's own C compiler, if it has one, at their first use.
+"""Building experts.c, linear.c and blocks.c with the machine's own C compiler, if it has one, at their first use.
 
 Where that is impossible `load_kernels` gives None, warns once with the reason, and callers compute the same function in
 another way. `explain_missing` gives the reason. The library is kept in the user's cache folder (XDG_CACHE_HOME or
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.files import find_cache_folder, write_atomically
+from nextscale.common.precision import is_computed_in_float32
 
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 LANES = {"AVX512": 16, "AVX2": 8}.get(_CAPABILITY, 0)
@@ -30,8 +31,11 @@ LANES = {"AVX512": 16, "AVX2": 8}.get(_CAPABILITY, 0)
 MAX_VECTORS = 4 if LANES == 16 else 2
 """Vectors of a product's columns at once, at most: AVX2 has half of AVX-512's registers."""
 
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The kernels' numbers for types of weights."""
+
 _FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", f"-DLANES={LANES}")
-_MACHINE = ("-march=native",) if LANES == 16 else ("-mavx2", "-mfma", "-mtune=native")
+_MACHINE = ("-march=native",) if LANES == 16 else ("-mavx2", "-mfma", "-mf16c", "-mtune=native")
 _BUILD_SECONDS = 120
 _NOW = getattr(os, "RTLD_NOW", 2)
 """Missing symbols are found at loading, not at the first call."""
@@ -39,10 +43,11 @@ _NOW = getattr(os, "RTLD_NOW", 2)
 _POINTER, _NUMBER, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, dict[str, list[Any]]] = {
     "experts": {
-        "run_slices": [_POINTER] * 7 + [_NUMBER] * 5 + [_FLAG] * 2 + [_POINTER] * 2,
-        "run_experts": [_POINTER] * 9 + [_NUMBER] * 3 + [_FLAG] + [_POINTER] * 2,
+        "run_slices": [_POINTER] * 7 + [_NUMBER] * 5 + [_FLAG] * 3 + [_NUMBER] + [_POINTER] * 2,
+        "run_experts": [_POINTER] * 9 + [_NUMBER] * 3 + [_FLAG] * 2 + [_POINTER] * 2,
         "choose_slices": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG, _POINTER],
     },
+    "linear": {"multiply": [_POINTER] * 4 + [_NUMBER] * 4 + [_FLAG] * 3 + [_POINTER]},
     "blocks": {
         "attend": [_POINTER] * 5 + [_NUMBER] * 6 + [_FLAG] * 2 + [_POINTER] * 2,
         "modulate": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG],
@@ -50,10 +55,12 @@ _ARGUMENTS: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def can_use_kernels(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels can compute with these: in inference, on a CPU, in float32."""
+def can_use_kernels(x: Tensor, weight: Tensor, *, converts: bool = False) -> bool:
+    """Whether the kernels can compute with these: in inference, on a CPU, in float32. With `converts` the weight may be
+    of 16 bits where it is computed in float32."""
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if gradient or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+    full = x.dtype == torch.float32 and (weight.dtype == x.dtype or converts and is_computed_in_float32(weight))
+    if gradient or x.device.type != "cpu" or not full:
         return False
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
@@ -62,7 +69,7 @@ def can_use_kernels(x: Tensor, weight: Tensor) -> bool:
 def load_kernels(name: str, size: int) -> ctypes.CDLL | None:
     """The kernels of a source file, built at the first call; None where they cannot be.
 
-    `size`: of "blocks" the width of heads, 32 or 64; of "experts" the vectors of a panel, up to MAX_VECTORS.
+    `size`: of "blocks" the width of heads, 32 or 64; of the others the vectors of a panel, up to MAX_VECTORS.
     """
     try:
         return _load(name, size)

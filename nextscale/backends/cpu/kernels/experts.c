@@ -1,4 +1,6 @@
-/* Feed-forward experts on a CPU, float32. Compiled by nextscale/backends/cpu/kernels/build.py.
+/* Feed-forward experts on a CPU, computed in float32. Compiled by nextscale/backends/cpu/kernels/build.py.
+
+   Weights of experts are float32, or of 16 bits and converted where they are used: once for all rows at hand.
 
    run_slices: y[t] = b2 + the sum over chosen experts e of W2_e act(W1_e x[t] + b1_e), experts being slices of one FFN.
    A block of up to ROWS rows of one expert goes through both products before the next: its inputs are read where they
@@ -16,12 +18,6 @@
 #include "products.h"
 
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-
-/* tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) */
-static inline vec gelu(vec x)
-{
-    return x / (1.0f + power(-2.302208198f * (x + 0.044715f * x * x * x))); /* -2 sqrt(2/pi) log2(e) */
-}
 
 /* One expert on a block of rows. `later`: those of a block to come, whose inputs are fetched. */
 static inline __attribute__((always_inline)) void block(
@@ -64,18 +60,23 @@ static inline __attribute__((always_inline)) void block(
 
 /* The rows start to stop of all experts. */
 static void tile_of_slices(
-    const float *x, const uint8_t *chosen, float *y, const float *w1_all, const float *b1_all, const float *w2_all,
-    const float *b2, long start, long stop, long experts, long width, long size, int relu, long *rows, float *hidden)
+    const float *x, const uint8_t *chosen, float *y, const void *w1_all, const float *b1_all, const void *w2_all,
+    const float *b2, long start, long stop, long experts, long width, long size, int relu, int type, long *rows,
+    float *hidden)
 {
     const long padded = PADDED(size), wide = PADDED(width);
+    float *room = hidden + ROWS * padded;
     for (long t = start; t < stop; t++) memcpy(y + t * width, b2, width * sizeof *y);
     for (long e = 0; e < experts; e++) {
-        const float *w1 = w1_all + e * padded * width, *b1 = b1_all + e * padded, *w2 = w2_all + e * wide * size;
+        const float *b1 = b1_all + e * padded;
         long count = 0;
         for (long t = start; t < stop; t++) { /* without a branch, which would be foretold wrongly */
             rows[count] = t;
             count += chosen[t * experts + e];
         }
+        if (!count) continue;
+        const float *w1 = widened(w1_all, e * padded * width, padded * width, type, room);
+        const float *w2 = widened(w2_all, e * wide * size, wide * size, type, room + padded * width);
         const long blocks = (count + ROWS - 1) / ROWS;
         for (long b = 0; b < blocks; b++) { /* of nearly equal size */
             const long first = count * b / blocks, many = count * (b + 1) / blocks - first;
@@ -92,34 +93,41 @@ struct slices {
     const float *x;
     const uint8_t *chosen;
     float *y;
-    const float *w1, *b1, *w2, *b2;
+    const void *w1;
+    const float *b1;
+    const void *w2;
+    const float *b2;
     long rows, tile, experts, width, size;
-    int relu;
+    int relu, type;
     long *indices;
     float *hidden;
+    long room; /* values of `hidden` for each thread */
     long next; /* row that no thread has taken */
 };
 
 static void slices_share(void *arguments)
 {
     struct slices *all = arguments;
-    float *hidden = all->hidden + omp_get_thread_num() * ROWS * PADDED(all->size);
+    float *hidden = all->hidden + omp_get_thread_num() * all->room;
     long start;
     while ((start = __atomic_fetch_add(&all->next, all->tile, __ATOMIC_RELAXED)) < all->rows) {
         const long stop = start + all->tile < all->rows ? start + all->tile : all->rows;
         tile_of_slices(all->x, all->chosen, all->y, all->w1, all->b1, all->w2, all->b2, start, stop, all->experts,
-                       all->width, all->size, all->relu, all->indices + start, hidden);
+                       all->width, all->size, all->relu, all->type, all->indices + start, hidden);
     }
 }
 
 /* `rows` (T, D) inputs, a tile of them after another. chosen: (T, experts) bytes. w1: per expert panels (padded /
    PANEL, width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL); b2:
-   (width). Scratch: indices (T), hidden (threads, ROWS, padded). */
+   (width). w1 and w2 are of `type`. Scratch: indices (T), hidden (threads, room): ROWS rows of padded values and, unless
+   `type` is FLOAT32, the weights of one expert. */
 void run_slices(
-    const float *x, const uint8_t *chosen, float *y, const float *w1, const float *b1, const float *w2, const float *b2,
-    long rows, long tile, long experts, long width, long size, int relu, int threads, long *indices, float *hidden)
+    const float *x, const uint8_t *chosen, float *y, const void *w1, const float *b1, const void *w2, const float *b2,
+    long rows, long tile, long experts, long width, long size, int relu, int type, int threads, long room,
+    long *indices, float *hidden)
 {
-    struct slices all = {x, chosen, y, w1, b1, w2, b2, rows, tile, experts, width, size, relu, indices, hidden, 0};
+    struct slices all = {x, chosen, y, w1, b1, w2, b2, rows, tile, experts, width, size, relu, type, indices, hidden,
+                         room, 0};
     GOMP_parallel(slices_share, &all, threads, 0);
 }
 
@@ -220,44 +228,18 @@ void choose_slices(
 
 /* ---- whole FFNs */
 
-#define STEPS 128 /* of a chunk: 32 KiB of a panel of 64, which the first cache holds beside the rows' values */
-#define LINES (PANEL / 16) /* of 64 bytes, of a step */
-#define TILE 56   /* rows: their hidden units, of 4,096 values, stay in the second cache */
-
-/* `steps` steps of a block's products with a panel, added to `sums` (rows, PANEL) unless they are the first */
-static inline __attribute__((always_inline)) void chunk(
-    const int rows, const int ahead, const float *const *a, const float *panel, long from, long steps, float *sums,
-    const char *next)
+/* sums (count, PANEL) = the rows a (count, depth) times panel `p` (depth, PANEL) of `panels` */
+static void panel_product(
+    const float *const *a, long count, const void *panels, long p, long depth, int type, float *sums)
 {
-    const float *here[ROWS];
-    float *to[ROWS];
-    for (int r = 0; r < rows; r++) here[r] = a[r] + from, to[r] = sums + r * PANEL;
-    products(rows, VECTORS, ahead, from > 0, here, 1, panel + from * PANEL, PANEL, steps, to, next);
-}
-
-#define CASE(n) case n: \
-    switch (ahead) { \
-    case 0: chunk(n, 0, a + first, panel, from, steps, to, next); break; \
-    case 1: chunk(n, 1, a + first, panel, from, steps, to, next); break; \
-    case 2: chunk(n, 2, a + first, panel, from, steps, to, next); break; \
-    default: chunk(n, LINES, a + first, panel, from, steps, to, next); \
-    } \
-    break;
-
-/* sums (count, PANEL) = the rows a (count, depth) times a panel (depth, PANEL) */
-static void panel_product(const float *const *a, long count, const float *panel, long depth, float *sums)
-{
-    const long blocks = (count + ROWS - 1) / ROWS;
+    const long size = bytes_of(type);
+    const int lines = PANEL * size > 64 ? PANEL * size / 64 : 1;
+    float room[STEPS * PANEL];
     for (long from = 0; from < depth; from += STEPS) {
-        const long steps = depth - from < STEPS ? depth - from : STEPS;
-        for (long b = 0; b < blocks; b++) {
-            const long first = count * b / blocks;
-            /* The blocks share in fetching the next chunk, LINES for each of its steps. */
-            const int lines = blocks == 1 ? LINES : blocks <= 3 && LINES > 1 ? 2 : 1, ahead = b * lines < LINES ? lines : 0;
-            const char *next = (const char *)(panel + (from + STEPS) * PANEL) + b * lines * steps * 64;
-            float *to = sums + first * PANEL;
-            switch (count * (b + 1) / blocks - first) { CASES }
-        }
+        const long steps = depth - from < STEPS ? depth - from : STEPS, place = (p * depth + from) * PANEL;
+        const float *part = widened(panels, place, steps * PANEL, type, room);
+        const char *later = (const char *)panels + (place + STEPS * PANEL) * size;
+        chunk_products(a, count, part, from, steps, lines, later, sums);
     }
 }
 
@@ -267,8 +249,12 @@ struct experts {
     const float *gates;
     const int32_t *ends;
     float *y;
-    const float *w1, *b1, *w2, *b2;
+    const void *w1;
+    const float *b1;
+    const void *w2;
+    const float *b2;
     long experts, width, size;
+    int type;
     float *hidden, *sums;
 };
 
@@ -276,13 +262,13 @@ struct experts {
 static void tile_of_expert(const struct experts *all, long e, long start, long count, float *hidden, float *sums)
 {
     const long width = all->width, size = all->size, padded = PADDED(size), wide = PADDED(width);
-    const float *w1 = all->w1 + e * padded * width, *w2 = all->w2 + e * wide * size;
+    const long panels = padded / PANEL, outputs = wide / PANEL;
     const float *b1 = all->b1 + e * padded, *b2 = all->b2 + e * width, *from[TILE];
     const long *rows = all->rows + start;
     long stop;
     for (long r = 0; r < count; r++) from[r] = all->x + rows[r] * width;
-    for (long p = share(padded / PANEL, &stop); p < stop; p++) {
-        panel_product(from, count, w1 + p * PANEL * width, width, sums);
+    for (long p = share(panels, &stop); p < stop; p++) {
+        panel_product(from, count, all->w1, e * panels + p, width, all->type, sums);
         for (long r = 0; r < count; r++)
             for (long i = 0; i < PANEL; i += LANES)
                 *(vec *)(hidden + r * padded + p * PANEL + i)
@@ -290,9 +276,9 @@ static void tile_of_expert(const struct experts *all, long e, long start, long c
     }
     GOMP_barrier();
     for (long r = 0; r < count; r++) from[r] = hidden + r * padded;
-    for (long p = share(wide / PANEL, &stop); p < stop; p++) {
+    for (long p = share(outputs, &stop); p < stop; p++) {
         const long left = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
-        panel_product(from, count, w2 + p * PANEL * size, size, sums);
+        panel_product(from, count, all->w2, e * outputs + p, size, all->type, sums);
         for (long r = 0; r < count; r++) {
             float *to = all->y + rows[r] * width + p * PANEL;
             for (long i = 0; i < left; i++) to[i] += all->gates[start + r] * (sums[r * PANEL + i] + b2[p * PANEL + i]);
@@ -317,9 +303,9 @@ static void experts_share(void *arguments)
    panels. */
 void run_experts(
     const float *x, const long *rows, const float *gates, const int32_t *ends, float *y,
-    const float *w1, const float *b1, const float *w2, const float *b2,
-    long experts, long width, long size, int threads, float *hidden, float *sums)
+    const void *w1, const float *b1, const void *w2, const float *b2,
+    long experts, long width, long size, int type, int threads, float *hidden, float *sums)
 {
-    struct experts all = {x, rows, gates, ends, y, w1, b1, w2, b2, experts, width, size, hidden, sums};
+    struct experts all = {x, rows, gates, ends, y, w1, b1, w2, b2, experts, width, size, type, hidden, sums};
     GOMP_parallel(experts_share, &all, threads, 0);
 }

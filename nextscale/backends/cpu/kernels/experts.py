@@ -1,5 +1,7 @@
 """Experts on a CPU in float32 by the compiled kernels (experts.c), and their weights as those read them.
 
+Weights of 16 bits stay so; the kernels convert them.
+
 Letters: T rows, D width, F hidden units, E experts, S hidden units of one, R pairs of row and expert.
 """
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.backends.cpu.kernels.build import LANES, MAX_VECTORS, get_pointers
+from nextscale.backends.cpu.kernels.build import LANES, MAX_VECTORS, TYPES, get_pointers
 
 _SLICE_ROWS, _EXPERT_ROWS = 12, 56
 """Rows that the kernels take at once, at most."""
@@ -51,7 +53,7 @@ def _padded(bias_ES: Tensor, vectors: int) -> Tensor:
 class SlicePanels:
     """The weights of experts that are slices of one FFN.
 
-    `w1_FD`, `b1_F`, `w2_DF`, `b2_D`: those of the whole FFN, float32, hidden units expert by expert.
+    `w1_FD`, `b1_F`, `w2_DF`, `b2_D`: those of the whole FFN, hidden units expert by expert; biases float32.
     """
 
     def __init__(self, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, experts: int):
@@ -67,23 +69,26 @@ class SlicePanels:
         shares = 1 if threads == 1 or self.w1.numel() + self.w2.numel() > TILE_VALUES else _SHARES
         tile = max(1, min(TILE_VALUES // self.width, _TILE_ROWS, -(-count // (shares * threads))))
         rows = torch.empty(count, dtype=torch.int64)
-        hidden = torch.empty(threads * _SLICE_ROWS * self.b1.shape[1])
+        converted = 0 if self.w1.dtype == torch.float32 else (self.w1.numel() + self.w2.numel()) // self.experts
+        room = _SLICE_ROWS * self.b1.shape[1] + converted
+        hidden = torch.empty(threads * room)
         y_TD = torch.empty_like(x_TD)
         tensors = get_pointers(x_TD, chosen_TE, y_TD, self.w1, self.b1, self.w2, self.b2)
         kernels.run_slices(
-            *tensors, count, tile, self.experts, self.width, self.size, int(relu), threads, *get_pointers(rows, hidden)
-        )
+            *tensors, count, tile, self.experts, self.width, self.size, int(relu), TYPES[self.w1.dtype], threads, room,
+            *get_pointers(rows, hidden),
+        )  # fmt: skip
         return y_TD
 
 
 class RouterPanels:
-    """The weights of a router, Linear-GELU-Linear without biases: (H, D) and (E, H), float32."""
+    """The weights of a router, Linear-GELU-Linear without biases: (H, D) and (E, H), converted to float32."""
 
     vectors = 2
 
     def __init__(self, w1_HD: Tensor, w2_EH: Tensor):
         (self.hidden, self.width), self.experts = w1_HD.shape, len(w2_EH)
-        self.w1, self.w2 = (to_panels(w.unsqueeze(0), self.vectors) for w in (w1_HD, w2_EH))
+        self.w1, self.w2 = (to_panels(w.float().unsqueeze(0), self.vectors) for w in (w1_HD, w2_EH))
 
     def chosen(self, kernels: ctypes.CDLL, x_TD: Tensor, tau: float) -> Tensor:
         """(T, E) bool: where p >= (1 - tau) max p, p = |W2 gelu(W1 x)|, with tanh-GELU."""
@@ -104,8 +109,8 @@ def add_experts_by_kernel(
     """Add to `into` (T, D) the gated outputs of whole experts, FFNs with tanh-GELU.
 
     `pairs`: row (R,) int64, gate (R,) float32 and where each expert's pairs end (E,) int32, sorted by expert.
-    `weights`: fc1's panels, its bias (E, F), fc2's panels, its bias (E, D); panels of MAX_VECTORS vectors. All
-    contiguous.
+    `weights`: fc1's panels, its bias (E, F), fc2's panels, its bias (E, D); panels of MAX_VECTORS vectors, both of one
+    type, biases float32. All contiguous.
     """
     w1, b1_EF, w2, b2_ED = weights
     (experts, size), width, threads = b1_EF.shape, b2_ED.shape[1], torch.get_num_threads()
@@ -115,4 +120,4 @@ def add_experts_by_kernel(
         torch.empty(threads * _EXPERT_ROWS * MAX_VECTORS * LANES),
     )
     tensors = get_pointers(x_TD, *pairs, into, w1, b1, w2, b2_ED)
-    kernels.run_experts(*tensors, experts, width, size, threads, *get_pointers(hidden, sums))
+    kernels.run_experts(*tensors, experts, width, size, TYPES[w1.dtype], threads, *get_pointers(hidden, sums))

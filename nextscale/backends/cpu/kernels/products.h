@@ -1,5 +1,6 @@
 /* Products of a few rows and a panel of a matrix, on a CPU in float32: what all kernels are made of. */
 
+#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -73,6 +74,32 @@ static inline __attribute__((always_inline)) void products(
 #undef AT_
 }
 
+/* Types of weights, all computed in float32. */
+enum type { FLOAT32, BFLOAT16, FLOAT16 };
+
+static inline long bytes_of(int type)
+{
+    return type == FLOAT32 ? 4 : 2;
+}
+
+/* 8 values of a type of 16 bits, exactly. */
+static inline __m256 eight(__m128i bits, int type)
+{
+    if (type == FLOAT16) return _mm256_cvtph_ps(bits);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+/* `count` values from `from` on, a multiple of 8, as float32: where they lie if they are of it, else converted in
+   `to`. */
+static inline const float *widened(const void *weights, long from, long count, int type, float *to)
+{
+    const uint16_t *half = (const uint16_t *)weights + from;
+    if (type == FLOAT32) return (const float *)weights + from;
+    for (long i = 0; i < count; i += 8)
+        _mm256_storeu_ps(to + i, eight(_mm_loadu_si128((const __m128i *)(half + i)), type));
+    return to;
+}
+
 /* a where the lane's bits are set, b where they are not */
 static inline vec choose(ints where, vec a, vec b)
 {
@@ -96,3 +123,55 @@ static inline __attribute__((always_inline)) void advance(const int rows, float 
 {
     for (int r = 0; r < rows; r++) to[r] += PANEL;
 }
+
+/* tanh-GELU as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) */
+static inline vec gelu(vec x)
+{
+    return x / (1.0f + power(-2.302208198f * (x + 0.044715f * x * x * x))); /* -2 sqrt(2/pi) log2(e) */
+}
+
+/* ---- products of many steps, a chunk of them after another */
+
+#define STEPS 128 /* of a chunk: 32 KiB of a panel of 64, which the first cache holds beside the rows' values */
+#define LINES (PANEL / 16) /* of 64 bytes, of a step in float32 */
+#define TILE 56   /* rows: their hidden units, of 4,096 values, stay in the second cache */
+
+/* `steps` steps of a block's products with a panel, of which `part` holds these steps, added to `sums` (rows, PANEL)
+   unless they are the first */
+static inline __attribute__((always_inline)) void chunk(
+    const int rows, const int ahead, const float *const *a, const float *part, long from, long steps, float *sums,
+    const char *next)
+{
+    const float *here[ROWS];
+    float *to[ROWS];
+    for (int r = 0; r < rows; r++) here[r] = a[r] + from, to[r] = sums + r * PANEL;
+    products(rows, VECTORS, ahead, from > 0, here, 1, part, PANEL, steps, to, next);
+}
+
+#define CASE(n) case n: \
+    switch (ahead) { \
+    case 0: chunk(n, 0, a + first, part, from, steps, to, next); break; \
+    case 1: chunk(n, 1, a + first, part, from, steps, to, next); break; \
+    case 2: chunk(n, 2, a + first, part, from, steps, to, next); break; \
+    default: chunk(n, LINES, a + first, part, from, steps, to, next); \
+    } \
+    break;
+
+/* The part of sums (count, PANEL) = the rows a (count, depth) times a panel (depth, PANEL) that is of the steps `from` to
+   `from + steps`, which `part` holds; earlier ones were added before. Meanwhile `lines` lines of 64 bytes for each step
+   are fetched, from `later` on. */
+static void chunk_products(
+    const float *const *a, long count, const float *part, long from, long steps, int lines, const char *later,
+    float *sums)
+{
+    const long blocks = (count + ROWS - 1) / ROWS;
+    for (long b = 0; b < blocks; b++) {
+        const long first = count * b / blocks;
+        /* The blocks share in fetching. */
+        const int each = blocks == 1 ? lines : blocks <= 3 && lines > 1 ? 2 : 1, ahead = b * each < lines ? each : 0;
+        const char *next = later + b * each * steps * 64;
+        float *to = sums + first * PANEL;
+        switch (count * (b + 1) / blocks - first) { CASES }
+    }
+}
+#undef CASE

@@ -14,9 +14,10 @@ FAMILIES = {
     "adaLN": _BLOCKS[-1:],
     "experts": [_EXPERTS],
     "slices": [_EXPERTS, _ROUTERS],
+    "16-bit weights": [("linear", build.MAX_VECTORS)],
 }
 """What the compiled kernels compute -> the libraries that it needs: adaptive layer normalisation, the experts of a
-mixture, and dynamic experts, which are slices of one feed-forward."""
+mixture, dynamic experts, which are slices of one feed-forward, and linear layers that a CPU computes in float32."""
 
 
 def explain_kernels() -> dict[str, str | None]:
