@@ -1,7 +1,7 @@
 """Processor time of a type of 16 bits beside float32's, for each family of models: sampling, and a training step.
 
-    python -m benchmarks.types sampling [--dtype bfloat16] [--widths 256 1024] [--batches 1 16] [--rounds 5] [--threads 1]
-    python -m benchmarks.types training [--dtype bfloat16] [--widths 256] [--batches 16] [--rounds 5] [--threads 1]
+    python -m benchmarks.types sampling [--dtype bfloat16] [--widths 256 1024] [--batches 1 16] [--rounds 5]
+    python -m benchmarks.types training [--dtype bfloat16] [--widths 256] [--batches 16] [--rounds 5]
     python -m benchmarks.types tokenizer [--dtype bfloat16] [--batches 1 16] [--rounds 5] [--threads 1]
 
 Random weights, 3 blocks, scales 1 to 8, with guidance. The two types take turns; a line gives the median of the rounds'
@@ -77,7 +77,7 @@ Case = tuple[str, Callable[[], object], Callable[[], object]]
 
 
 def time_in_turns(full: Callable[[], object], low: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Processor time of `low` over that of `full`: median, smallest and largest of the rounds; the first one warms up."""
+    """Processor time of `low` over that of `full`: median, smallest and largest of the rounds after the first one."""
     ratios = []
     for turn in range(rounds + 1):
         seconds = []

@@ -1,6 +1,7 @@
 """Building the compiled kernels: by any compiler, by several processes at once, and what is said where it fails."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,42 @@ def test_two_processes_build_at_once_with_either_compiler(compiler, tmp_path):
         _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors.decode()
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".so"]
+
+
+LOAD = "from nextscale.backends.cpu.kernels import build; print(build.explain_missing('linear', 2))"
+
+
+@needs_vectors
+@pytest.mark.skipif(not build.find_compiler(), reason="there is no C compiler")
+def test_a_damaged_library_is_built_again(tmp_path):
+    """Loading it would kill the process. By two processes at once; where building fails, torch's operators run."""
+    compiler = tmp_path / "my-cc"
+    compiler.write_text(f'#!/bin/sh\nexec {shlex.join(build.find_compiler())} "$@"\n')
+    compiler.chmod(0o755)
+    env = os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+
+    def load(processes):
+        command = [sys.executable, "-c", LOAD]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs = [subprocess.Popen(command, env=env, **pipes) for _ in range(processes)]
+        answers = [run.communicate(timeout=300) for run in runs]
+        assert [run.returncode for run in runs] == [0] * processes, answers
+        return answers
+
+    assert load(1) == [("None\n", "")]
+    (library,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    whole, note = library.read_bytes(), f"note: {library} was damaged, so these CPU kernels are built again\n"
+    library.write_bytes(whole[: len(whole) // 2])
+    found = [out for out, _ in load(2)]
+    assert sorted(found)[-1] == f"{note}None\n"
+    assert set(found) <= {f"{note}None\n", "None\n"}, "the second one may come when it is built"
+    assert library.read_bytes() == whole
+
+    library.write_bytes(bytes(range(256)) * 64)
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    [(out, errors)] = load(1)
+    assert out == f"{note}my-cc failed: exit status 3\n".replace("my-cc", str(compiler))
+    assert "my-cc failed: exit status 3; torch's operators run instead" in errors
 
 
 FAILURES = {

@@ -1,4 +1,7 @@
-"""The compiled kernels of whole experts, routers and linear layers, against formulas; tests/test_dynamic.py has that of slices."""
+"""The compiled kernels of whole experts, routers and linear layers, against formulas.
+
+tests/test_dynamic.py has that of slices.
+"""
 
 import numpy as np
 import pytest
@@ -178,4 +181,5 @@ def test_linear_layers_of_16_bits_equal_the_formula(dtype, rows, depth, outputs,
         assert torch.equal(linear.run(kernels, x[-1:], weight, bias, gelu), found[-1:])
     h = x.double().numpy() @ weight.double().numpy().T + (0 if bias is None else bias.numpy())
     expected = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))) if gelu else h
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6 * depth**0.5 * max(1, np.abs(h).max(initial=0)))
+    largest = max(1, np.abs(h).max(initial=0))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6 * depth**0.5 * largest)

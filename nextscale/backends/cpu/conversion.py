@@ -14,8 +14,8 @@ converting them at each product would take a tenth of a small batch's time."""
 def widen_parameters(module: nn.Module) -> None:
     """Convert to float32, in place, what is computed in float32 and not converted at its use.
 
-    Large weights of linear layers, experts and convolutions (`converts_weight`) are converted a piece at a time at each
-    product. All others (norms, biases, embeddings, and what your own modules read directly) are small.
+    Large weights of linear layers, experts and convolutions (`converts_weight`) are converted at each product, some
+    values at a time. All others (norms, biases, embeddings, and what your own modules read directly) are small.
     """
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):

@@ -118,8 +118,8 @@ def _linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -
 
 
 def _linear_converted(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """`linear` in float32 with a weight of 16 bits, which is converted some rows at a time: the whole weight is read
-    from memory once, in half of float32's bytes."""
+    """`linear` in float32 with a weight of 16 bits, without the compiled kernel. Some rows are converted at a time: the
+    whole weight is read from memory once, in half of float32's bytes."""
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     size = max(_CONVERTED_VALUES // weight.shape[1], _MIN_ROWS)
     biases = [None] * -(-len(weight) // size) if bias is None else bias.float().split(size)

@@ -2,7 +2,8 @@
 
 Where that is impossible `load_kernels` gives None, warns once with the reason, and callers compute the same function in
 another way. `explain_missing` gives the reason. The library is kept in the user's cache folder (XDG_CACHE_HOME or
-~/.cache), named after all that decides it.
+~/.cache), named after all that decides it. It ends with a digest of itself, because loading a damaged one can kill the
+process; a damaged one is built again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.files import find_cache_folder, write_atomically
+from nextscale.common.notes import print_note
 from nextscale.common.precision import is_computed_in_float32
 
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -59,7 +61,7 @@ def can_use_kernels(x: Tensor, weight: Tensor, *, converts: bool = False) -> boo
     """Whether the kernels can compute with these: in inference, on a CPU, in float32. With `converts` the weight may be
     of 16 bits where it is computed in float32."""
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    full = x.dtype == torch.float32 and (weight.dtype == x.dtype or converts and is_computed_in_float32(weight))
+    full = x.dtype == torch.float32 and (weight.dtype == x.dtype or (converts and is_computed_in_float32(weight)))
     if gradient or x.device.type != "cpu" or not full:
         return False
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
@@ -116,7 +118,10 @@ def _load(name: str, size: int) -> ctypes.CDLL:
     key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
     try:
         library = find_cache_folder() / "kernels" / f"{name}-{key}.so"
-        if not library.exists():
+        damaged = library.exists() and not _is_whole(library)
+        if damaged:
+            print_note("kernels", f"{library} was damaged, so these CPU kernels are built again")
+        if damaged or not library.exists():
             _build(compiler, flags, source, library)
         kernels = ctypes.CDLL(str(library), mode=_NOW)
         for function, arguments in _ARGUMENTS[name].items():
@@ -144,8 +149,17 @@ def _build(compiler: list[str], flags: tuple[str, ...], source: Path, library: P
         try:
             _run_compiler([*compiler, *flags, "-c", str(source), "-o", str(part)])
             _run_compiler([*compiler, "-shared", str(part), "-o", str(draft)])
+            content = draft.read_bytes()
+            draft.write_bytes(content + hashlib.sha256(content).digest())
         finally:
             part.unlink(missing_ok=True)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library ends with the digest of what comes before."""
+    content = library.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _run_compiler(command: list[str]) -> None:

@@ -14,7 +14,7 @@ _ROWS = 224
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor | None:
-    """x (..., in), float32, times a weight (out, in) of 16 bits transposed, plus a bias (out), then tanh-GELU if `gelu`.
+    """x (..., in), float32, times a weight (out, in) of 16 bits transposed, plus a bias (out); tanh-GELU if `gelu`.
 
     None where no kernel can be used.
     """
