@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from nextscale.checkpoints.adapt import NewClass, parse_classes
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
-from nextscale.config.classes import find_class, index_labels
+from nextscale.config.classes import find_class
 from nextscale.config.classes import parse_classes as parse_list
+from nextscale.config.labels import index_labels
 from nextscale.data.classes import Classes, match_classes
 from tests.conftest import randomised, tiny_config
 from tests.test_cli import fails

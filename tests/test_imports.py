@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = """
 import json, sys
 from nextscale import Pipeline
-Pipeline.from_pretrained("models/var-cifar10", backend="plain").sample(["cat", 3], top_k=1)
+Pipeline.from_pretrained("models/var-cifar10", backend="plain").sample([3, 5], top_k=1)
 files = {m: sys.modules[m].__file__ for m in sys.modules if m.startswith("nextscale.")}
 print(json.dumps({m: len(open(f).read().splitlines()) for m, f in files.items()}))
 """
@@ -21,12 +21,26 @@ def run(code: str) -> str:
 
 
 def test_a_plain_dense_model_loads_few_modules():
-    """None of mixtures, dynamic experts, Mamba, backends and research."""
+    """None of mixtures, dynamic experts, Mamba, backends, research, and of reading class names.
+
+    Four of the modules are packages of one line. Of the lines about 2,550 are code, the others docstrings and blank.
+    """
     lines = json.loads(run(SAMPLE))
-    foreign = ("mixture", "experts", "routers", "dynamic", "thresholds", "mamba", "scan", "backends", "research")
+    foreign = (
+        "mixture",
+        "experts",
+        "routers",
+        "dynamic",
+        "thresholds",
+        "mamba",
+        "scan",
+        "backends",
+        "research",
+        "classes",
+    )
     assert [m for m in lines if any(part in m.split(".") for part in foreign)] == []
     assert len(lines) <= 37, sorted(lines)
-    assert sum(lines.values()) <= 4400, sum(lines.values())
+    assert sum(lines.values()) <= 4230, sum(lines.values())
 
 
 def test_the_default_backend_loads_no_twin_of_other_models():

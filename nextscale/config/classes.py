@@ -14,15 +14,15 @@ refused, with the candidates.
 from __future__ import annotations
 
 import difflib
-import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nextscale.common.errors import UserError
+from nextscale.config.labels import check_range
 
 T = TypeVar("T")
 _SHOWN = 10
@@ -109,13 +109,6 @@ def find_class(text: str, names: tuple[str, ...], count: int | None) -> int | No
     raise UserError(f"there is no class named '{entry}'{_suggest(entry, names)}")
 
 
-def check_range(number: int, count: int | None) -> int:
-    """The number of a class; UserError when there is none of this number."""
-    if count is not None and not 0 <= number < count:
-        raise UserError(f"label {number} is out of range: this model has {count} classes, 0 to {count - 1}")
-    return number
-
-
 def parse_classes(text: str, names: tuple[str, ...], count: int | None, option: str = "labels") -> list[int | None]:
     """The classes of a list such as `3,cat,none`. `option`: what messages call the list. Otherwise as `find_class`."""
     return parse_entries(text, lambda entry: find_class(entry, names, count), index_names(names), option)
@@ -186,38 +179,6 @@ def split_entries(text: str, option: str) -> list[str]:
     if not all(piece.strip() for piece in pieces):
         raise UserError(f"{option} '{text}' has an empty entry; write numbers or names separated by commas: 3,7")
     return pieces
-
-
-def index_labels(labels: Any, names: tuple[str, ...], count: int | None) -> list[int | None]:
-    """Labels of a Python caller as class numbers: of a text as `parse_classes` reads it, of one label, or of several.
-
-    A label is a name (as `find_class` reads it), a whole number of any library, or None for no label.
-    """
-    if isinstance(labels, str):
-        return parse_classes(labels, names, count)
-    return [_index_label(label, names, count) for label in list_labels(labels)]
-
-
-def list_labels(labels: Any) -> list[Any]:
-    """One label, or several of any library, as a list. UserError for what has no order, such as a set."""
-    given = labels.tolist() if hasattr(labels, "tolist") else labels
-    if isinstance(given, bytes | bytearray | Mapping | Set):
-        raise UserError(f"labels are one label or a list of them; got {type(given).__name__} {given!r:.60}")
-    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-
-
-def _index_label(label: Any, names: tuple[str, ...], count: int | None) -> int | None:
-    value = label.tolist() if hasattr(label, "tolist") else label
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return find_class(value, names, count)
-    try:
-        if isinstance(value, bool):
-            raise TypeError("a truth value is no class")
-        return check_range(operator.index(value), count)
-    except TypeError:
-        raise UserError(f"a label is a class name, a whole number or None; got {value!r}") from None
 
 
 def _is_quoted(text: str) -> bool:

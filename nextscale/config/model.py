@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nextscale.common.errors import UserError
-from nextscale.config.classes import find_class, index_labels, list_labels, parse_classes
+from nextscale.config.labels import index_labels, list_labels
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import PYRAMID_256, Pyramid
@@ -42,14 +42,18 @@ class ModelConfig:
 
     def find_class(self, label: str) -> int | None:
         """The class that a user wrote, None for no label: see `nextscale.config.classes`."""
+        from nextscale.config.classes import find_class
+
         return find_class(label, self.class_names, self.count_of_classes)
 
     def parse_classes(self, text: str, option: str = "labels") -> list[int | None]:
         """The classes of a list that a user wrote, such as `cat,3,none`. `option`: what messages call the list."""
+        from nextscale.config.classes import parse_classes
+
         return parse_classes(text, self.class_names, self.count_of_classes, option)
 
     def index_labels(self, labels: Any) -> list[int | None]:
-        """Labels of a Python caller as class numbers, None for no label: see `nextscale.config.classes.index_labels`.
+        """Labels of a Python caller as class numbers, None for no label: see `nextscale.config.labels.index_labels`.
 
         Values of a condition of your own that are no text stay as they are.
         """
