@@ -22,6 +22,7 @@ from nextscale.config.presets import PRESETS, preset
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
+from nextscale.sampling.guidance import count_sequences, schedule_guidance
 from nextscale.sampling.pruning import PruningPlan
 from nextscale.tokenizer.tokenizer import Tokenizer
 
@@ -134,17 +135,19 @@ def scale_flops(config: ModelConfig, k: int, pruning: PruningPlan | None = None,
 
 
 def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConfig | None = None) -> int:
-    """FLOPs of the transformer, or of both with a refiner, to sample one image: guidance doubles them."""
+    """FLOPs of the transformer, or of both with a refiner, to sample an image: guidance doubles those of its scales."""
     pruning = PruningPlan(config.pyramid, settings.prune, settings.prune_first_block) if settings.prune else None
-    scales, models = range(len(config.pyramid)), [m.transformer for m in (config, refiner) if m and m.transformer]
-    total = sum(condition_flops(model) for model in models)
-    if refiner is None:
-        total += sum(scale_flops(config, k, pruning) for k in scales)
-    else:  # which takes in at once all that was drawn before
-        taken_over = settings.draft_scales
-        total += sum(scale_flops(config, k) for k in scales[:taken_over])
-        total += sum(scale_flops(refiner, k, head=k >= taken_over) for k in scales)
-    return total * (2 if settings.guided else 1)
+    sequences_K = count_sequences(schedule_guidance(settings, config.pyramid))
+    assert config.transformer is not None, "a tokenizer alone has no transformer to count"
+    total, switch = sequences_K[0] * condition_flops(config.transformer), len(config.pyramid)
+    if refiner is not None:  # it takes in at once all that was drawn before
+        assert refiner.transformer is not None, "a refiner is a transformer"
+        switch = settings.draft_scales
+        taken_in = sum(scale_flops(refiner, k, head=False) for k in range(switch))
+        total += sequences_K[switch] * (condition_flops(refiner.transformer) + taken_in)
+    for k, sequences in enumerate(sequences_K):
+        total += sequences * scale_flops(config if k < switch or refiner is None else refiner, k, pruning)
+    return total
 
 
 def condition_flops(model: TransformerConfig) -> int:

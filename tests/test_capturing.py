@@ -49,7 +49,7 @@ def test_batches_of_all_sizes_side_by_side_with_errors_and_dropped_generators():
     assert len(pool._idle) == MOST_IDLE
     for count in (7, 1, 9, 7, 2, 3, 7):
         pipeline.sample([1] * count, cfg=0.0)
-    assert [sequences for (sequences, _), _ in pool._idle] == [9, 2, 3, 7]
+    assert [sequences for (sequences, _), _ in pool._idle] == [(9,) * 4, (2,) * 4, (3,) * 4, (7,) * 4]
 
 
 @torch.no_grad()

@@ -68,6 +68,10 @@ def make_pipeline(kind):
         ("mixture", {"cfg": 0.0, **PRUNE}),
         ("dynamic", {"tau": (0.5,)}),
         ("dynamic", {"tau": (0.8, 0.3), **PRUNE}),
+        ("dense", {"cfg_scales": 2}),
+        ("dense", {"cfg": (0.0, 2.0, 0.0, 0.0), **PRUNE}),
+        ("mixture", {"cfg_scales": 3}),
+        ("dynamic", {"cfg_scales": 2, "tau": (0.8, 0.3)}),
     ],
 )
 def test_counts_equal_torch_s(monkeypatch, kind, settings):
@@ -76,21 +80,22 @@ def test_counts_equal_torch_s(monkeypatch, kind, settings):
     pipeline, settings = make_pipeline(kind), SampleConfig(**settings)
     ours, theirs = count_both(pipeline, settings)
     assert ours == theirs
-    whole = 3 * sample_flops(pipeline.config, SampleConfig(cfg=settings.cfg))
+    whole = 3 * sample_flops(pipeline.config, SampleConfig(cfg=settings.cfg, cfg_scales=settings.cfg_scales))
     assert (ours < whole) == (kind != "dense" or bool(settings.prune)), "a dense model without pruning costs all of it"
 
 
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
-def test_a_refiner_counts_for_the_scales_that_it_predicts(kind):
+@pytest.mark.parametrize(("kind", "cfg_scales"), [("dense", 0), ("mixture", 0), ("dense", 2)])
+def test_a_refiner_counts_for_the_scales_that_it_predicts(kind, cfg_scales):
     """Its first pass computes attention as a square under a mask, of which the visible part is counted."""
     pipeline, small = make_pipeline("dense"), make_pipeline(kind)
     pipeline.refine_with(small)
-    settings = SampleConfig(draft_scales=2)
+    settings = SampleConfig(draft_scales=2, cfg_scales=cfg_scales)
     ours, theirs = count_both(pipeline, settings)
     spans = pipeline.config.pyramid.spans[:3]
     square = spans[-1][1] ** 2 - sum((end - start) * end for start, end in spans)
     width, depth = small.config.transformer.width, small.config.transformer.depth
-    assert theirs == ours + 2 * 3 * 2 * 2 * width * square * depth
+    sequences = 3 if cfg_scales else 6
+    assert theirs == ours + sequences * 2 * 2 * width * square * depth
     executed = count_sampled_flops(pipeline, LABELS, settings, batch_size=2)
     assert executed.flops * 3 == ours, "whatever the batches are"
 

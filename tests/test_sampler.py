@@ -291,9 +291,9 @@ def test_captured_steps_are_reused_and_given_back():
     first = next(pipeline.sample_scales([1, 2]))  # a generator that is dropped half-way
     assert first.k == 0
     pool = pipeline._capturing.pool
-    assert [key for key, _ in pool._idle] == [(4, None)]
+    assert [key for key, _ in pool._idle] == [((4,) * 4, None)]
     pipeline.sample([1])
-    assert [key for key, _ in pool._idle] == [(4, None), (2, None)]
+    assert [key for key, _ in pool._idle] == [((4,) * 4, None), ((2,) * 4, None)]
 
 
 def test_captured_steps_of_a_model_on_the_fast_backend(tiny_folder):

@@ -334,7 +334,7 @@ def test_routers_learn_the_norms_and_nothing_else_changes():
 def test_thresholds_are_allotted_with_the_least_divergence():
     """Against all combinations of a fine grid, on convex curves."""
     config = dynamic_pipeline().config
-    dense = count_dense_flops(config, 1)
+    dense = count_dense_flops(config, SampleConfig(cfg=0.0))
     fixed, room = 0.6 * dense, 0.2 * dense
     divergences = (lambda t: 3 * (1 - t) ** 2, lambda t: (1 - t) ** 2)
 

@@ -29,6 +29,9 @@ class SampleConfig:
     cfg: float | tuple[float, ...] = 1.5
     """Classifier-free guidance: strength at the last scale; it grows linearly from 0 at the first. 0 = off. A list
     gives the strength of each scale as it is."""
+    cfg_scales: int = 0
+    """Guide this many scales, counted from the coarsest; the later, larger ones are sampled without guidance, in half
+    the work. 0 = guide all."""
     top_k: int | tuple[int, ...] = 900
     """Keep the k most likely tokens; 0 = off."""
     top_p: float | tuple[float, ...] = 0.96
@@ -71,6 +74,10 @@ class SampleConfig:
                 1e-3 <= t <= 1e3 for t in _list_values(self.temperature)
             ),
             "seed must lie in 0 to 2^63 - 1": 0 <= self.seed < 2**63,
+            "cfg_scales must be 0 (all) or more": self.cfg_scales >= 0,
+            "cfg_scales and a list of cfg cannot be combined: end the list with zeros": not (
+                self.cfg_scales and isinstance(self.cfg, tuple)
+            ),
             "draft_scales must be 0 or more": self.draft_scales >= 0,
             "prune must list shares of 0 to below 1": all(0 <= ratio < 1 for ratio in self.prune),
             "prune_first_block must be 0 or more": self.prune_first_block >= 0,
@@ -86,13 +93,15 @@ class SampleConfig:
         idle: dict[str, tuple[str, ...]] = {}
         if not any(self.prune):
             idle["no token is pruned ({at}prune is empty or 0)"] = ("prune", "prune_first_block")
+        if not self.guided:
+            idle["there is no guidance ({at}cfg is 0)"] = ("cfg_scales",)
         if all(k == 1 for k in _list_values(self.top_k)):
             idle["{at}top_k 1 always takes the likeliest token"] = ("top_p", "temperature", "smooth")
         return idle
 
     @property
     def guided(self) -> bool:
-        """Whether the model also runs without the condition, which doubles its work."""
+        """Whether a scale is guided: the model then also runs without the condition, which doubles its work."""
         return any(cfg > 0 for cfg in _list_values(self.cfg))
 
     @property

@@ -19,6 +19,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.info import condition_flops, depends_on_tokens, sample_flops, scale_flops
 from nextscale.pipeline import Pipeline
+from nextscale.sampling.guidance import count_sequences, schedule_guidance
 from nextscale.sampling.pruning import PruningPlan
 from nextscale.sampling.sampler import ScaleStep
 from nextscale.transformer.feed_forward import Record, collect
@@ -71,11 +72,9 @@ def _correct_for_routing(config: ModelConfig, scales: range, routing: Routing) -
     return 2 * 2 * model.width * model.ffn_width * (selected - expected)
 
 
-def count_dense_flops(config: ModelConfig, sequences: int) -> int:
-    """FLOPs of all scales and of the condition, with all experts; `sequences`: two for an image with guidance."""
-    assert config.transformer is not None, "a tokenizer alone has no transformer to count"
-    scales = sum(scale_flops(config, k) for k in range(len(config.pyramid)))
-    return sequences * (condition_flops(config.transformer) + scales)
+def count_dense_flops(config: ModelConfig, settings: SampleConfig) -> int:
+    """FLOPs of an image with all experts and all tokens, without a refiner, under the guidance of these settings."""
+    return sample_flops(config, SampleConfig(cfg=settings.cfg, cfg_scales=settings.cfg_scales))
 
 
 class FlopCounter:
@@ -83,22 +82,24 @@ class FlopCounter:
 
     def __init__(self, pipeline: Pipeline, settings: SampleConfig, images: int):
         self.config, self.refiner, self.settings = pipeline.config, pipeline.load_refiner(settings), settings
-        self.sequences = images * (2 if settings.guided else 1)
+        per_image = count_sequences(schedule_guidance(settings, self.config.pyramid))
+        self.sequences_K = [images * count for count in per_image]
         self.pruning = None
         if settings.prune:
             self.pruning = PruningPlan(self.config.pyramid, settings.prune, settings.prune_first_block)
         assert self.config.transformer is not None, "a generator has a transformer"
-        self.flops = self.sequences * condition_flops(self.config.transformer)
+        self.flops = self.sequences_K[0] * condition_flops(self.config.transformer)
 
     def add(self, step: ScaleStep) -> None:
         """Count a step."""
+        sequences = self.sequences_K[step.k]
         config, scales, switch = self.config, range(step.k, step.k + 1), self.settings.draft_scales
         if self.refiner is not None and step.k >= switch:
             config = replace(config, transformer=self.refiner.config)
             if step.k == switch:  # it takes in at once all that was drawn before
                 scales = range(step.k + 1)
-                self.flops += self.sequences * condition_flops(self.refiner.config)
-        self.flops += count_pass_flops(config, scales, step.records, self.sequences, self.pruning)
+                self.flops += sequences * condition_flops(self.refiner.config)
+        self.flops += count_pass_flops(config, scales, step.records, sequences, self.pruning)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class ExecutedFlops:
     flops: float
     """Of an image, with guidance and routers."""
     share: float
-    """Over the FLOPs of the same model with all experts and all tokens, without a refiner."""
+    """Over the FLOPs of the same model with all experts and all tokens, without a refiner, under equal guidance."""
     deviation: float
     """Standard deviation of the share over batches; 0 for one batch."""
     active_K: tuple[float, ...]
@@ -141,7 +142,7 @@ def count_sampled_flops(
         flops.append(counter.flops)
         sizes.append(len(batch))
         active.append(share_K * len(batch))
-    dense = count_dense_flops(config, 2 if settings.guided else 1)
+    dense = count_dense_flops(config, settings)
     per_batch = torch.tensor([f / n / dense for f, n in zip(flops, sizes, strict=True)], dtype=torch.float64)
     deviation = float(per_batch.std()) if len(per_batch) > 1 else 0.0
     mean = sum(flops) / len(labels)

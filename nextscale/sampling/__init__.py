@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from nextscale.config.sampling import SampleConfig
 from nextscale.sampling.draw import PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
-from nextscale.sampling.guidance import GuidedPredictor, schedule_guidance
+from nextscale.sampling.guidance import GuidedPredictor, count_sequences, schedule_guidance
 from nextscale.sampling.sampler import DrawTokens, EmbedTokens, LogitsProcessor, ModelPredictor, Predictor, Sampler
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
     from nextscale.sampling.editing import Edit
     from nextscale.transformer.feed_forward.thresholds import Thresholds
 
-CreatePredictor = Callable[[VAR, Any, "Thresholds | None"], Predictor]
-"""(model, condition values, thresholds of dynamic experts) to a predictor."""
+CreatePredictor = Callable[[VAR, Any, "Thresholds | None", Sequence[int]], Predictor]
+"""(model, condition values, thresholds of dynamic experts, sequences at each scale) to a predictor."""
 
 
 @torch.no_grad()
@@ -59,30 +58,31 @@ def build_sampler(
             device = tokenizer.quantizer.codebook.weight.device
             request = replace(request, captured=True, fixed_experts=skips_experts(device))
         check_combinations(request)
-    strengths = schedule_guidance(settings.cfg, model.pyramid)
+    strengths = schedule_guidance(settings, model.pyramid)
     filters = build_filters(settings, len(model.pyramid))
-    if settings.guided:
-        both = model.condition.add_unconditional(values)
-        predict = _build_predictor(model, both, settings, refiner, refiner_labels, captured)
-        predict = GuidedPredictor(predict, strengths)
+    batch, sequences_K = len(values), [len(values) * count for count in count_sequences(strengths)]
+    guided = sequences_K[0] > batch
+    if guided:
+        values = model.condition.add_unconditional(values)
+    if captured is not None:
+        predict = captured(model, values, _find_thresholds(model, settings), sequences_K)
     else:
-        predict = _build_predictor(model, values, settings, refiner, refiner_labels, captured)
-    random = _build_random(settings, model, len(values), tokenizer.quantizer.codebook.weight.device, first_image)
+        predict = _build_predictor(model, values, settings, refiner, refiner_labels)
+    if guided:
+        predict = GuidedPredictor(predict, strengths)
+    random = _build_random(settings, model, batch, tokenizer.quantizer.codebook.weight.device, first_image)
     draw: DrawTokens = random.draw_tokens
     embed = _build_embedding(tokenizer, settings, random)
     if edit is not None:
         draw, embed = edit.wrap_draw(draw, model.pyramid), edit.wrap_embed(embed, tokenizer)
-    return Sampler(tokenizer, len(values), predict, [*logits_processors, *filters], draw, embed)
+    return Sampler(tokenizer, batch, predict, [*logits_processors, *filters], draw, embed)
 
 
 def _build_predictor(
-    model: VAR, values: Any, settings: SampleConfig, refiner: VAR | None, refiner_labels: Tensor | None,
-    captured: CreatePredictor | None,
-) -> Predictor:  # fmt: skip
+    model: VAR, values: Any, settings: SampleConfig, refiner: VAR | None, refiner_labels: Tensor | None
+) -> Predictor:
     """The predictor of logits before guidance."""
     thresholds = _find_thresholds(model, settings)
-    if captured is not None:
-        return captured(model, values, thresholds)
     if settings.prune:
         from nextscale.sampling.pruning import PrunedPredictor, PruningPlan
 
@@ -95,7 +95,11 @@ def _build_predictor(
 
     check_draft_scales(settings, len(model.pyramid))
     theirs = values if refiner_labels is None else refiner_labels.to(values.device)[values]
-    start_refiner = partial(ModelPredictor, refiner, theirs, _find_thresholds(refiner, settings))
+    refiner_thresholds = _find_thresholds(refiner, settings)
+
+    def start_refiner(count: int) -> ModelPredictor:
+        return ModelPredictor(refiner, theirs[:count], refiner_thresholds)
+
     return CollaborativePredictor(predict, start_refiner, settings.draft_scales)
 
 

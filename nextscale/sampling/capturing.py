@@ -12,6 +12,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.sampling import Capture, SampleConfig
 from nextscale.sampling import CreatePredictor
 from nextscale.sampling.combinations import Request, find_refusal
+from nextscale.sampling.guidance import count_sequences, schedule_guidance
 from nextscale.transformer.var import VAR
 
 MOST_SEQUENCES = 32
@@ -29,7 +30,7 @@ class Capturing:
 
     def __init__(self) -> None:
         self.pool = GraphPool()
-        self._seen: Counter[int] = Counter()
+        self._seen: Counter[tuple[int, ...]] = Counter()
 
     def choose(
         self, mode: Capture, model: VAR, settings: SampleConfig, refiner: VAR | None, images: int
@@ -39,11 +40,11 @@ class Capturing:
             return self.pool.create_predictor
         refining, fixed = refiner.config if refiner is not None else None, skips_experts(model.pos_embed.device)
         request = Request(settings, model.config, refining, captured=True, fixed_experts=fixed)
-        sequences = images * (2 if settings.guided else 1)
-        if sequences > MOST_SEQUENCES or find_refusal(request):
+        sequences_K = tuple(images * count for count in count_sequences(schedule_guidance(settings, model.pyramid)))
+        if max(sequences_K) > MOST_SEQUENCES or find_refusal(request):
             return None
-        self._seen[sequences] += 1
-        return self.pool.create_predictor if self._seen[sequences] > 1 else None
+        self._seen[sequences_K] += 1
+        return self.pool.create_predictor if self._seen[sequences_K] > 1 else None
 
 
 def skips_experts(device: torch.device) -> bool:

@@ -18,10 +18,11 @@ from nextscale.transformer.var import Output
 class CollaborativePredictor:
     """`draft` predicts the scales before `switch`; the refiner reads them in one pass and predicts the others.
 
-    `start_refiner` is called at the switch, when the draft's KV cache is freed.
+    `start_refiner` is called at the switch, when the draft's KV cache is freed, with the number of sequences, the first
+    ones of the batch.
     """
 
-    def __init__(self, draft: Predictor, start_refiner: Callable[[], ModelPredictor], switch: int):
+    def __init__(self, draft: Predictor, start_refiner: Callable[[int], ModelPredictor], switch: int):
         self.predict, self.start_refiner, self.switch = draft, start_refiner, switch
         self.inputs_BNC: list[Tensor] = []
         """The inputs of scales 1 to k, for the refiner."""
@@ -33,8 +34,9 @@ class CollaborativePredictor:
             self.inputs_BNC.append(x_BNC)
         if k < self.switch:
             return self.predict(x_BNC, k)
-        self.predict = refiner = self.start_refiner()
-        prediction = refiner.prefill(torch.cat(self.inputs_BNC, dim=1), k)
+        count = len(self.inputs_BNC[-1])
+        self.predict = refiner = self.start_refiner(count)
+        prediction = refiner.prefill(torch.cat([x_BNC[:count] for x_BNC in self.inputs_BNC], dim=1), k)
         self.inputs_BNC.clear()
         return prediction
 

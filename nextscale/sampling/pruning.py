@@ -65,6 +65,7 @@ class PrunedPredictor(ModelPredictor):
         """What each layer of each block added at the last scale that was not pruned."""
 
     def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
+        self.finish_sequences(x_BNC)
         model, records = self.model, list[Record | None]()
         x_BND = model.embed_scale(self.conditioning, x_BNC, k)
         for block, adaln_B3SD, states in zip(model.blocks, self.conditioning.blocks_B3SD, self.cache, strict=True):
@@ -91,7 +92,7 @@ class PrunedPredictor(ModelPredictor):
         index_BnD = index_Bn1.expand(-1, -1, x_BND.shape[-1])
         y_BnD, record = run(x_BND.gather(1, index_BnD))
         sides = self.model.pyramid.sides
-        earlier_BND = resize_map(self._added[block, layer], sides[self.plan.first_scale - 1], sides[k])
+        earlier_BND = resize_map(self._added[block, layer][: len(x_BND)], sides[self.plan.first_scale - 1], sides[k])
         return earlier_BND.scatter(1, index_BnD, y_BnD), record
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Predictor = Callable[[Tensor | None, int], Output]
 """(x_BNC, k) to logits and records of scale k, called once for each scale in order. `x_BNC`: the tokenizer's next
-input, None at scale 0. A predictor holds the state of one batch, such as its KV cache."""
+input, None at scale 0. A predictor holds the state of one batch, such as its KV cache. `x_BNC` may have fewer sequences
+than at the scale before: the first ones go on, the others are finished (guidance that ends)."""
 
 LogitsProcessor = Callable[[Tensor, int], Tensor]
 """(logits_BNV, k) to logits of the same shape: temperature, a filter, or a rule of your own. Not in place."""
@@ -47,7 +48,14 @@ class ModelPredictor:
         self.cache = model.new_cache(len(values))
 
     def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
+        self.finish_sequences(x_BNC)
         return self.model.step(self.conditioning, x_BNC, k, self.cache, thresholds=self.thresholds)
+
+    def finish_sequences(self, x_BNC: Tensor | None) -> None:
+        """Go on with as many sequences as `x_BNC` has, the first ones."""
+        if x_BNC is not None and len(x_BNC) < len(self.conditioning.cond_BD):
+            self.conditioning = self.conditioning.first(len(x_BNC))
+            self.cache = self.model.first_of_cache(self.cache, len(x_BNC))
 
     def prefill(self, x_BLC: Tensor, k: int) -> Output:
         """As a call for scale k, by a model that has not seen earlier scales. `x_BLC`: the inputs of scales 1 to k."""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nextscale.common.precision import widen
 from nextscale.config.model import ModelConfig
+from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import Selection
 from nextscale.evaluation.flops import count_dense_flops, count_step_flops
 from nextscale.info import condition_flops
@@ -56,7 +57,9 @@ class Measurement:
     def share(self, config: ModelConfig) -> float:
         """FLOPs over those of the dense model, of an image."""
         assert config.transformer is not None, "a generator has a transformer"
-        return (condition_flops(config.transformer) + sum(self.flops_K)) / count_dense_flops(config, 1)
+        return (condition_flops(config.transformer) + sum(self.flops_K)) / count_dense_flops(
+            config, SampleConfig(cfg=0.0)
+        )
 
 
 @torch.no_grad()
@@ -128,7 +131,7 @@ def choose_thresholds(
     first = K - min(config.transformer.dynamic.scales, K)
     curves = [_trace_curve(grid, measurements, k) for k in range(first, K)]
     place = [0] * len(curves)
-    dense = count_dense_flops(config, 1)
+    dense = count_dense_flops(config, SampleConfig(cfg=0.0))
     total = condition_flops(config.transformer) + sum(measurements[0].flops_K)
     taus: dict[float, tuple[float, ...]] = {}
     for share in sorted(shares, reverse=True):

@@ -5,6 +5,7 @@ Letters: B batch, L tokens of all scales, N tokens at hand, D width.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,6 +96,20 @@ class Mixer(nn.Module, ABC):
         `length`: tokens of all scales but the last one, which no later scale needs.
         """
         return None
+
+    def first_of_state(self, state: Any, count: int) -> Any:
+        """A state whose tensors are views of those of the first `count` sequences; None stays None.
+
+        This serves states that are objects whose tensors all have the sequences as their first dimension; override it
+        for others.
+        """
+        if state is None:
+            return None
+        part = copy.copy(state)
+        for name, value in vars(state).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(part, name, value[:count])  # a frozen dataclass refuses setattr
+        return part
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw the parameters that are neither linear layers nor embeddings."""

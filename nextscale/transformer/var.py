@@ -41,6 +41,11 @@ class Conditioning:
     head_B2D: Tensor
     """scale and shift before the head."""
 
+    def first(self, count: int) -> Conditioning:
+        """Of the first `count` sequences: views."""
+        blocks = [adaln_B3SD[:count] for adaln_B3SD in self.blocks_B3SD]
+        return Conditioning(self.cond_BD[:count], blocks, self.head_B2D[:count])
+
 
 @dataclass(frozen=True)
 class Output:
@@ -154,6 +159,13 @@ class VAR(nn.Module):
         """The states of all mixers for `batch` sequences, allocated once."""
         length = self.pyramid.spans[-1][0]  # nothing looks at the last scale but itself
         return [block.new_states(batch, length) for block in self.blocks]
+
+    def first_of_cache(self, cache: Cache, count: int) -> Cache:
+        """The states of the first `count` sequences: views, so that both caches share what is written."""
+        return [
+            [m.first_of_state(state, count) for m, state in zip(block.mixers, states, strict=True)]
+            for block, states in zip(self.blocks, cache, strict=True)
+        ]
 
     def embed_condition(self, values: Any) -> Conditioning:
         """Everything derived from a batch of condition values (labels)."""

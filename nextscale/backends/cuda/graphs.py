@@ -7,6 +7,7 @@ same fixed memory, which is how they are tested where there is no GPU.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,22 @@ _WARM_UP = 2
 
 
 class FixedSteps:
-    """The steps of one model for a fixed number of sequences: inputs, conditioning, caches and logits stay in place."""
+    """The steps of one model for a fixed number of sequences: inputs, conditioning, caches and logits stay in place.
+
+    `sequences_K`: how many of the sequences each scale runs, all of `values` at the first; None: all at every scale.
+    """
 
     @torch.no_grad()
-    def __init__(self, model: VAR, values: Any, thresholds: Thresholds | None = None):
+    def __init__(
+        self, model: VAR, values: Any, thresholds: Thresholds | None = None, sequences_K: Sequence[int] | None = None
+    ):
         self.model, self.thresholds = model, thresholds
+        self.sequences_K = sequences_K or [len(values)] * len(model.pyramid)
         self.conditioning, self.cache = model.embed_condition(values), model.new_cache(len(values))
         self.inputs_BNC: list[Tensor | None] = [None]
         width, self.device = model.word_embed.in_features, self.conditioning.cond_BD.device
-        for count in model.pyramid.counts[1:]:
-            self.inputs_BNC.append(torch.zeros(len(values), count, width, device=self.device))
+        for sequences, tokens in zip(self.sequences_K[1:], model.pyramid.counts[1:], strict=True):
+            self.inputs_BNC.append(torch.zeros(sequences, tokens, width, device=self.device))
         # steps read it from a cache: made now, outside of any graph, and held as long as the graphs have its address
         self.scales_L = index_scales(model.pyramid, model.pos_embed.device)
         self.graphs: list[tuple[Any, Tensor]] = []
@@ -64,8 +71,9 @@ class FixedSteps:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _step(self, k: int) -> Tensor:
-        inputs = self.conditioning, self.inputs_BNC[k], k, self.cache
-        return self.model.step(*inputs, thresholds=self.thresholds).logits_BNV
+        count = self.sequences_K[k]
+        conditioning, cache = self.conditioning.first(count), self.model.first_of_cache(self.cache, count)
+        return self.model.step(conditioning, self.inputs_BNC[k], k, cache, thresholds=self.thresholds).logits_BNV
 
     def set_condition(self, values: Any) -> None:
         """Take a new batch of the same size."""
@@ -78,7 +86,7 @@ class FixedSteps:
                 target.copy_(source)
 
     def predict(self, x_BNC: Tensor | None, k: int) -> Tensor:
-        """Logits (B, N, V) of scale k."""
+        """Logits of scale k, of as many sequences as it runs."""
         fixed_BNC = self.inputs_BNC[k]
         if fixed_BNC is not None:
             assert x_BNC is not None, "every scale but the first has an input"
@@ -116,19 +124,25 @@ class GraphPool:
 
     def __init__(self) -> None:
         self._idle: list[tuple[Any, FixedSteps]] = []
-        """What the steps were captured for (sequences, thresholds), and the steps."""
+        """What the steps were captured for (sequences at each scale, thresholds), and the steps."""
         self._state: tuple[Any, ...] = ()
 
     @torch.no_grad()
-    def create_predictor(self, model: VAR, values: Any, thresholds: Thresholds | None = None) -> CapturedPredictor:
-        """A predictor for this batch, on captured steps that no other predictor uses at the time."""
+    def create_predictor(
+        self, model: VAR, values: Any, thresholds: Thresholds | None = None, sequences_K: Sequence[int] | None = None
+    ) -> CapturedPredictor:
+        """A predictor for this batch, on captured steps that no other predictor uses at the time.
+
+        `sequences_K`: how many of the sequences each scale runs (guidance that ends); None: all.
+        """
         state = _describe_state(model)
         if state != self._state:
             self._idle, self._state = [], state
-        key = len(values), thresholds
+        sequences_K = tuple(sequences_K or [len(values)] * len(model.pyramid))
+        key = sequences_K, thresholds
         steps = self._take(key)
         if steps is None:
-            steps = FixedSteps(model, values, thresholds)
+            steps = FixedSteps(model, values, thresholds, sequences_K)
             if steps.device.type == "cuda":
                 steps.capture()
         steps.set_condition(values)

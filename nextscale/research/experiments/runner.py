@@ -227,7 +227,7 @@ class ExperimentRunner:
         """{"gflop", "flops_share"} of an image: by the config, or measured where they depend on the tokens."""
         planned = count_planned_flops(config, sampling, refiner)
         if planned is not None:
-            dense = count_dense_flops(config, 2 if sampling.guided else 1)
+            dense = count_dense_flops(config, sampling)
             return {"gflop": planned / 1e9, "flops_share": planned / dense}
         unseeded = dataclasses.replace(sampling, seed=0)
         file = self._choose_folder(folder) / f"flops-{compute_key_of_samples(dataclasses.asdict(unseeded))}.json"
