@@ -5,7 +5,9 @@ The damage is drawn with a fixed seed. Each kind of file has a function that wri
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import random
 import shutil
@@ -24,6 +26,7 @@ import torch
 from nextscale.checkpoints.official import import_official
 from nextscale.checkpoints.official_files import read_tensors
 from nextscale.checkpoints.official_shapes import Hints
+from nextscale.common import notes
 from nextscale.common.digest import add_digest, compute_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
@@ -39,10 +42,20 @@ from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.evaluation.images import NpzImages
 from nextscale.evaluation.reference import Reference, read_npz
 from nextscale.pipeline import Pipeline
-from nextscale.research.experiments.records import read_finished
+from nextscale.research.experiments.records import (
+    read_costs,
+    read_data_name,
+    read_finished,
+    read_flops,
+    read_measures,
+    read_threshold,
+)
 from nextscale.sparsify.stages import _Thresholds
+from nextscale.training.engine.log import JsonLog, read_log
 from nextscale.training.engine.loop import train
 from nextscale.training.engine.state import StateFiles, check_settings
+from nextscale.training.open_run import Run
+from nextscale.training.transformer import read_run_config
 from tests.conftest import randomised, read_fixture, tiny_config
 from tests.test_damaged_shards import extract, write_cache
 from tests.test_state_dicts import ANCHOR, write_shards
@@ -94,11 +107,11 @@ def write_run(folder):
 def use_run(folder):
     check_settings(folder, RUN, accept_changes=False)
     files = StateFiles(folder, "tokenizer", 2, World())
-    with warnings.catch_warnings(record=True) as notes:
+    with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         content, path = files._read_latest()
     if content is None:
-        raise UserError("; ".join(str(note.message) for note in notes))
+        raise UserError("; ".join(str(note.message) for note in said))
     return digest(**content["module"]), content["step"], path.name, str(files.read_best())
 
 
@@ -146,6 +159,46 @@ def use_samples(folder):
     return digest(images=images.fetch(0, 6), labels=images.labels())
 
 
+def write_run_settings(folder):
+    settings = to_dict(RunConfig(data="digits", tokenizer="x", train=replace(SETTINGS, steps=2)))
+    Run(folder, settings, World()).record({}, accept_changes=False)
+    (folder / "inputs.json").unlink()
+
+
+def use_run_settings(folder):
+    """What `nextscale resume` and experiments read of run.json."""
+    config = read_run_config(folder)
+    check_settings(folder, to_dict(config), accept_changes=False)
+    return str(config), read_data_name(folder)
+
+
+def write_log(folder):
+    """Three tasks in one log, as a quickstart's."""
+    for task in ("tokenizer", "encoder", "transformer"):
+        log = JsonLog(folder / "log.jsonl", task, 0)
+        for step in range(1, 13):
+            log.write(step, {"loss": 1.5 / step, "per_scale": [0.25, step / 7], "learning_rate": 1e-4})
+            if step % 4 == 0:
+                log.write(step, {"validation_loss": 2.0 / step})
+
+
+def use_log(folder):
+    """The records by task and step. Lines that are passed over are named in a note, which counts as a refusal."""
+    notes._counts.clear()
+    notes._printed.clear()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        records = read_log(folder / "log.jsonl")
+    if said.getvalue():
+        raise UserError(said.getvalue().removesuffix("\n"))
+    steps = {task: [r["step"] for r in records if r["task"] == task] for task in {r["task"] for r in records}}
+    return sorted(json.dumps(record) for record in records), steps
+
+
+def write_table(**values):
+    """A function that writes a JSON table with its digest, as experiments do."""
+    return lambda folder: (folder / "table.json").write_text(json.dumps(add_digest(values))) and None
+
+
 def write_settings(folder):
     (folder / "settings.yaml").write_text(
         "train: {steps: 20, betas: [0.9, 0.95], learning_rate: 1e-3}\ntransformer:\n  depth: 2\n  mixers: [attention]\n"
@@ -186,6 +239,18 @@ KINDS = {
         lambda f: (f / "tau.json").write_text(json.dumps(add_digest({"about": {"data": "x"}, "tau": [0.5, 0.25]}))),
         lambda f: str(read_record(_Thresholds, f / "tau.json")), 15, 15,
     ),
+    "threshold": Kind(write_table(tau=0.375), lambda f: read_threshold(f / "table.json"), 20, 20),
+    "FLOPs": Kind(write_table(gflop=1.25, flops_share=0.5), lambda f: str(read_flops(f / "table.json")), 20, 20),
+    "times": Kind(
+        write_table(about="x", rows=[{"seconds": 0.5}, {"seconds": 0.25}]),
+        lambda f: str(read_costs(f / "table.json", 2)), 20, 20,
+    ),
+    "report": Kind(
+        write_table(source="m", measures={"net": {"fid": 2.5, "images": 50}}),
+        lambda f: str(read_measures(f / "table.json")), 20, 20,
+    ),
+    "settings of a run": Kind(write_run_settings, use_run_settings, 40, 60),
+    "log": Kind(write_log, use_log, 150),
     "settings": Kind(write_settings, use_settings, 15, 20, edits_differ=True),
 }  # fmt: skip
 
@@ -214,8 +279,39 @@ def nest(content: bytearray, rng: random.Random) -> None:
     content[:] = b"[" * 10_000
 
 
+def change_a_digit(content: bytearray, rng: random.Random) -> None:
+    places = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
+    place = rng.choice(places)
+    content[place] = ord(str((int(chr(content[place])) + rng.randrange(1, 10)) % 10))
+
+
+def change_a_line(content: bytearray, rng: random.Random) -> None:
+    """Exchange two lines, or put something that is no record in the place of one or after it."""
+    lines = bytes(content).splitlines(keepends=True)
+    first, second = rng.sample(range(len(lines)), 2)
+    odd = rng.choice(
+        [b"null\n", b"{}\n", b"[1]\n", b"\0\0\n", lines[first][: len(lines[first]) // 2] + b"\n", b"exchange"]
+    )
+    if odd == b"exchange":
+        lines[first], lines[second] = lines[second], lines[first]
+    else:
+        lines[first : first + rng.randrange(2)] = [odd]
+    content[:] = b"".join(lines)
+
+
+def damage_log(folder: Path, rng: random.Random) -> tuple[list[Path], str]:
+    """Damage the log. It is not cut: a log that ends early is that of a run that was stopped."""
+    file, way = folder / "log.jsonl", rng.choice([flip, change_a_digit, change_a_digit, change_a_line, zero_the_tail])
+    content = bytearray(file.read_bytes())
+    way(content, rng)
+    file.write_bytes(content)
+    return [file], way.__name__
+
+
 def damage_bytes(folder: Path, rng: random.Random) -> tuple[list[Path], str]:
     """Damage one file or exchange two; return them and what was done."""
+    if (folder / "log.jsonl").exists() and len(list(folder.iterdir())) == 1:
+        return damage_log(folder, rng)
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".png", ".jsonl"))
     file = rng.choice(files)
     alike = [f for f in files if f != file and f.suffix == file.suffix]

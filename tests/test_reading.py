@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import typing
+import zlib
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,30 @@ def test_a_broken_line_within_a_log_is_said(tmp_path, capsys):
     path.write_text('{"task": "t", "step": 1, "gradient_norm": Infinity}\n')
     JsonLog(path, "t", 1).write(2, {"loss": float("nan")})
     assert [r["step"] for r in read_log(path)] == [1, 2], "a loss may be infinite"
+
+
+def test_a_line_of_a_log_that_was_changed_is_said(tmp_path, capsys):
+    """A digit of a finished line; lines in another order are read in that of their steps."""
+    path = tmp_path / "log.jsonl"
+    for step in range(1, 5):
+        JsonLog(path, "t", step).write(step, {"loss": 2.5 / step, "per_scale": [step, 0.5]})
+    lines = path.read_text().splitlines(keepends=True)
+    assert zlib.crc32(json.dumps({"task": "t", "step": 1, "loss": 2.5, "per_scale": [1, 0.5]}).encode()) == int(
+        json.loads(lines[0])["crc32"], 16
+    )
+    path.write_text("".join([lines[0], lines[3], lines[2], lines[1]]))
+    assert [r["step"] for r in read_log(path)] == [1, 2, 3, 4]
+    assert "crc32" not in read_log(path)[0]
+    assert capsys.readouterr().out == ""
+    path.write_text("".join(lines).replace('"loss": 1.25', '"loss": 1.75'))
+    assert [r["step"] for r in read_log(path)] == [1, 3, 4]
+    assert (
+        f"{path}: line 2 cannot be used and was passed over: it does not match its checksum" in capsys.readouterr().out
+    )
+    path.write_text("".join(lines).replace('"crc32"', '"crc33"', 1).removesuffix("\n") + "\0")
+    assert [r["step"] for r in read_log(path)] == [2, 3]
+    path.write_text("".join(lines)[:-20])
+    assert [r["step"] for r in read_log(path)] == [1, 2, 3]
 
 
 def test_points_of_a_log_whose_scales_differ():

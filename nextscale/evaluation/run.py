@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
@@ -120,7 +121,7 @@ def evaluate(
         **({"notes": notes} if notes else {}),
         "seconds": round(time.monotonic() - began, 1),
     }
-    write_json(out, report)
+    write_json(out, add_digest(report))
     return report
 
 

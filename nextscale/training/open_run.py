@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.dtypes import DTYPES, parse_dtype
 from nextscale.common.errors import UserError
@@ -99,7 +100,7 @@ class Run:
         self.world.wait()
         if self.world.main:
             write_json(self.folder / INPUTS, dict(inputs))
-            write_json(self.folder / "run.json", self.settings)
+            write_json(self.folder / "run.json", add_digest(self.settings))
 
     def train(self, task: Task, config: TrainConfig, callbacks: Callbacks, max_unreadable: float) -> None:
         """Train `task` from where the run stopped; raises what `engine.loop.train` raises.

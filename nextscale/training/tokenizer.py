@@ -20,6 +20,7 @@ from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.devices import find_device
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.fingerprint import fingerprint_path
@@ -270,7 +271,7 @@ def evaluate_folder(
     images = load_test_images(data, model.image_size, limit, reading)
     report = evaluate_tokenizer(tokenizer, images.to_examples())
     if out is not None:
-        write_json(out / "report.json", report)
+        write_json(out / "report.json", add_digest(report))
         shown = images.select(choose_part(len(images), _SHOWN_IMAGES, images.labels_B))
         draw_reconstructions(tokenizer, shown.to_examples(), out / "reconstructions.png")
     return report

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nextscale.backends import optimize
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.saving import write_checkpoint
-from nextscale.common.digest import add_digest
+from nextscale.common.digest import add_digest, check_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
@@ -230,11 +230,15 @@ def read_run_config(folder: Path) -> RunConfig:
         raise UserError(f"{folder} is that of `nextscale sparsify`: run the same command again to resume it")
     if not path.is_file():
         raise UserError(f"{folder} holds no run: it has no run.json")
-    record = rename_settings(read_json(path))
+    raw = read_json(path)
+    record = rename_settings(raw)
     for name, command in _OTHER_RUNS.items():
         if isinstance(record, dict) and name in record:
             raise UserError(f"{folder} is a run of `nextscale {command}`: run the same command again to resume it")
-    return parse_record(RunConfig, record, path)
+    fields = {name: value for name, value in record.items() if name != "digest"} if isinstance(record, dict) else record
+    config = parse_record(RunConfig, fields, path)
+    check_digest(path, raw)
+    return config
 
 
 class _Callbacks(Callbacks):

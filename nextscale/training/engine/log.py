@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,8 +16,8 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.extras import check_extras, import_extra
 from nextscale.common.files import write_text
+from nextscale.common.lines import format_line, parse_line
 from nextscale.common.notes import print_note
-from nextscale.common.reading import parse_json
 from nextscale.config.parse import quote_value
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import check_unreadable
@@ -38,8 +37,8 @@ class Logger(Protocol):
 
 
 class JsonLog:
-    """Appends lines {"task", "step", values...}. Lines past the step that a run resumes from are dropped first, and so
-    is the validation of that step where it is `repeated`."""
+    """Appends lines {"task", "step", values..., "crc32"}. Lines past the step that a run resumes from are dropped
+    first, and so is the validation of that step where it is `repeated`."""
 
     def __init__(self, path: Path, task: str, from_step: int, repeated: bool = False):
         self.path, self.task = path, task
@@ -48,12 +47,12 @@ class JsonLog:
             kept = [r for r in read_log(path) if r["task"] != task or r["step"] <= from_step]
             if repeated:  # what training logs has a learning rate
                 kept = [r for r in kept if r["task"] != task or r["step"] < from_step or "learning_rate" in r]
-            write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+            write_text(path, "".join(map(format_line, kept)))
 
     def write(self, step: int, values: Values) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"task": self.task, "step": step, **values}) + "\n")
+                file.write(format_line({"task": self.task, "step": step, **values}))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
 
@@ -118,9 +117,10 @@ def open_loggers(
 
 
 def read_log(path: Path) -> list[dict]:
-    """All complete lines of a log. A last line cut short by a crash is left out; others that are no record are named.
+    """All complete lines of a log, those of a task in the order of their steps.
 
-    Raises UserError when the file cannot be read.
+    A last line cut short by a crash is left out. Others that are no record, or do not match their checksum, are left
+    out and named. Raises UserError when the file cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -133,18 +133,24 @@ def read_log(path: Path) -> list[dict]:
         try:
             records.append(_parse_line(line))
         except UserError as error:
-            if number < len(lines):  # what follows the last line break was cut short
+            if number < len(lines) or not _is_cut_short(line):
                 broken.append((number, error))
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         first, fault = broken[0]
         print_note(f"log {path}", f"{path}: line {first}{more} cannot be used and was passed over: {fault}")
-    return records
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    return sorted(records, key=lambda record: (tasks.index(record["task"]), record["step"]))
+
+
+def _is_cut_short(line: bytes) -> bool:
+    """Whether a last line without a line break is the beginning of a record, as a crash leaves it."""
+    return b'"crc32"' not in line and b"\0" not in line
 
 
 def _parse_line(line: bytes) -> dict:
     """A record of the log: its task, its step, and numbers or lists of numbers. UserError when the line is none."""
-    record = parse_json(line, "it", finite=False)
+    record = parse_line(line, "it")
     if not isinstance(record, dict) or not isinstance(record.get("task"), str):
         raise UserError("it is no record with a task")
     step = record.get("step")

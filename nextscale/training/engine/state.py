@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nextscale.common.digest import add_digest
+from nextscale.common.digest import add_digest, check_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
@@ -287,9 +287,11 @@ def check_settings(folder: Path, settings: dict[str, Any], accept_changes: bool,
     """
     if accept_changes or not (folder / "run.json").exists():
         return
-    before = migrate_record(read_json(folder / "run.json"))
+    raw = read_json(folder / "run.json")
+    before = migrate_record(raw)
     if not isinstance(before, dict):
         raise UserError(f"{folder}/run.json is not the record of a run; choose another --out")
+    before = {name: value for name, value in before.items() if name != "digest"}
     changes = [
         c for c in list_changes(before, settings, FREE_SETTINGS) if not c.startswith(tuple(f"{name} " for name in free))
     ]
@@ -298,3 +300,4 @@ def check_settings(folder: Path, settings: dict[str, Any], accept_changes: bool,
             f"{folder} holds a run with other settings: {'; '.join(changes)} (run.json); choose another --out, or give "
             "--accept-changes to go on with the new ones"
         )
+    check_digest(folder / "run.json", raw)
