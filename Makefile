@@ -12,7 +12,7 @@ test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 soak: $(VENV)/.ready
-	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py tests/test_independence.py tests/test_processes.py -s
+	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py tests/test_independence.py tests/test_processes.py tests/test_neon.py -s
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

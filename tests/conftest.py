@@ -43,6 +43,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
+def examples(count):
+    """How many examples a property is tested with: fewer where NEXTSCALE_EXAMPLES gives a share of them."""
+    return max(1, round(count * float(os.environ.get("NEXTSCALE_EXAMPLES", 1))))
+
+
 def needs_kernels(name):
     """Marks a test of the compiled kernels of this file."""
     missing = build.explain_missing(name, HEADS[-1] if name == "blocks" else build.MAX_VECTORS)

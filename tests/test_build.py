@@ -146,4 +146,4 @@ def test_a_cpu_without_wide_vectors_is_no_failure(unbuilt, monkeypatch):
     monkeypatch.setattr(build, "LANES", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert explain_kernels()["attention"] == "the CPU has neither AVX-512 nor AVX2"
+        assert explain_kernels()["attention"] == "the CPU has neither AVX-512, AVX2 nor NEON"

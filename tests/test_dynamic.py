@@ -28,7 +28,7 @@ from nextscale.transformer.feed_forward.experts import Dispatch
 from nextscale.transformer.feed_forward.records import Norms, Sparsity, UnitContribution
 from nextscale.transformer.feed_forward.selection import select_experts, select_units
 from nextscale.transformer.feed_forward.thresholds import Thresholds
-from tests.conftest import randomised, tiny_config
+from tests.conftest import examples, randomised, tiny_config
 
 KINDS = ("threshold", "oracle", "top-k")
 
@@ -117,7 +117,7 @@ def fast_twin(layer, way):
         yield twin
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(
     st.integers(1, 70),
     st.sampled_from([1, 2, 4, 8]),

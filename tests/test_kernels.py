@@ -21,7 +21,7 @@ from nextscale.backends.cpu.kernels.experts import (
 )
 from nextscale.transformer.feed_forward.dynamic import ExpertRouter
 from nextscale.transformer.feed_forward.experts import Experts
-from tests.conftest import needs_kernels, threads
+from tests.conftest import examples, needs_kernels, threads
 
 
 def filled(count, width, hidden, seed=0):
@@ -47,7 +47,7 @@ def by_formula(experts, x, gates, chosen):
 
 
 @needs_kernels("experts")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     st.integers(0, 130), st.integers(1, 5), st.sampled_from([3, 16, 64, 100]), st.sampled_from([5, 64, 130, 300]),
     st.floats(0, 1), st.integers(1, 3), st.integers(0, 99),
@@ -83,7 +83,7 @@ def test_a_row_does_not_depend_on_rows_or_threads():
         assert torch.equal(part, whole[rows]), rows
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.integers(1, 4), st.integers(1, 140), st.integers(1, 20), st.sampled_from([2, 4]))
 def test_panels_are_the_weights_in_another_order(count, out, width, vectors):
     weight = torch.randn(count, out, width)
@@ -109,7 +109,7 @@ def test_panels_are_saved_and_moved_as_weights(tmp_path):
     assert experts.fc1.panels is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     st.integers(1, 60), st.integers(1, 40), st.sampled_from([3, 32, 130]), st.sampled_from([1, 16, 50]),
     st.floats(0.01, 0.99), st.integers(1, 3), st.integers(0, 99),

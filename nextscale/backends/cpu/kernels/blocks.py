@@ -1,7 +1,7 @@
 """What a block does between its products, on a CPU in float32, by the compiled kernels (blocks.c).
 
 Each function gives None where no kernel can be used, and its caller goes the plain way to the same function: in
-training, on other devices, in 16 bits, for heads of other widths, without a compiler, AVX-512 or AVX2.
+training, on other devices, in 16 bits, for heads of other widths, without a compiler, AVX-512, AVX2 or NEON.
 
 Letters: B batch, N tokens at hand, L tokens that a cache has room for, H heads, d head width, D width.
 """

@@ -27,23 +27,26 @@ from nextscale.common.files import find_cache_folder, write_atomically
 from nextscale.common.notes import print_note
 from nextscale.common.precision import is_computed_in_float32
 
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()
-LANES = {"AVX512": 16, "AVX2": 8}.get(_CAPABILITY, 0)
-"""Values of the vectors that kernels compute with here; 0: there are no kernels for this CPU."""
-MAX_VECTORS = 4 if LANES == 16 else 2
-"""Vectors of a product's columns at once, at most: AVX2 has half of AVX-512's registers."""
+_ARM = platform.machine() in ("aarch64", "arm64")
+LANES = 4 if _ARM else {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 0)
+"""Values of the vectors that kernels compute with here, 4 by NEON; 0: there are no kernels for this CPU."""
+MAX_VECTORS = 2 if LANES == 8 else 4
+"""Vectors of a product's columns at once, at most: AVX2 has half of the registers of AVX-512 and NEON."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The kernels' numbers for types of weights."""
 
-_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", f"-DLANES={LANES}")
-_MACHINE = ("-march=native",) if LANES == 16 else ("-mavx2", "-mfma", "-mf16c", "-mtune=native")
+FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
+_MACHINE = {16: ("-march=native",), 8: ("-mavx2", "-mfma", "-mf16c", "-mtune=native")}.get(LANES, ())
+"""Every 64-bit ARM CPU has NEON."""
+_SHARED = ("-shared", "-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ("-shared",)
+"""The OpenMP functions are found when the library is loaded; Apple's linker has to be told."""
 _BUILD_SECONDS = 120
 _NOW = getattr(os, "RTLD_NOW", 2)
 """Missing symbols are found at loading, not at the first call."""
 
 _POINTER, _NUMBER, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-_ARGUMENTS: dict[str, dict[str, list[Any]]] = {
+ARGUMENTS: dict[str, dict[str, list[Any]]] = {
     "experts": {
         "run_slices": [_POINTER] * 7 + [_NUMBER] * 5 + [_FLAG] * 3 + [_NUMBER] + [_POINTER] * 2,
         "run_experts": [_POINTER] * 9 + [_NUMBER] * 3 + [_FLAG] * 2 + [_POINTER] * 2,
@@ -55,6 +58,7 @@ _ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "modulate": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG],
     },
 }
+"""Of each source file the functions and the types of their arguments."""
 
 
 def can_use_kernels(x: Tensor, weight: Tensor, *, converts: bool = False) -> bool:
@@ -105,15 +109,11 @@ def _load(name: str, size: int) -> ctypes.CDLL:
     """As `load_kernels`; raises _Impossible."""
     compiler = find_compiler()
     if not LANES:
-        raise _Impossible("the CPU has neither AVX-512 nor AVX2")
+        raise _Impossible("the CPU has neither AVX-512, AVX2 nor NEON")
     if not compiler:
         raise _Impossible("there is no C compiler (cc, gcc or clang), and CC names none")
     source, shared = (Path(__file__).with_name(file) for file in (f"{name}.c", "products.h"))
-    if name == "blocks":
-        shape = [f"-DHEAD={size}", f"-DVECTORS={min(size // LANES, MAX_VECTORS)}"]
-    else:
-        shape = [f"-DVECTORS={size}"]
-    flags = (*_FLAGS, *_MACHINE, *shape)
+    flags = (*FLAGS, *_MACHINE, *define_shape(name, size))
     about = (compiler, flags, platform.machine(), platform.system(), _read_processor())
     key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
     try:
@@ -124,7 +124,7 @@ def _load(name: str, size: int) -> ctypes.CDLL:
         if damaged or not library.exists():
             _build(compiler, flags, source, library)
         kernels = ctypes.CDLL(str(library), mode=_NOW)
-        for function, arguments in _ARGUMENTS[name].items():
+        for function, arguments in ARGUMENTS[name].items():
             getattr(kernels, function).argtypes, getattr(kernels, function).restype = arguments, None
     except (
         OSError,
@@ -134,6 +134,13 @@ def _load(name: str, size: int) -> ctypes.CDLL:
     ) as error:  # such as no home folder, a full disk
         raise _Impossible(" ".join(str(error).split())) from error
     return kernels
+
+
+def define_shape(name: str, size: int) -> list[str]:
+    """The compiler's definitions of what a source file is built for; `size` as in `load_kernels`."""
+    if name == "blocks":
+        return [f"-DLANES={LANES}", f"-DHEAD={size}", f"-DVECTORS={min(size // LANES, MAX_VECTORS)}"]
+    return [f"-DLANES={LANES}", f"-DVECTORS={size}"]
 
 
 def get_pointers(*tensors: Tensor) -> list[int]:
@@ -148,7 +155,7 @@ def _build(compiler: list[str], flags: tuple[str, ...], source: Path, library: P
         part = draft.with_suffix(".o")
         try:
             _run_compiler([*compiler, *flags, "-c", str(source), "-o", str(part)])
-            _run_compiler([*compiler, "-shared", str(part), "-o", str(draft)])
+            _run_compiler([*compiler, *_SHARED, str(part), "-o", str(draft)])
             content = draft.read_bytes()
             draft.write_bytes(content + hashlib.sha256(content).digest())
         finally:

@@ -11,16 +11,16 @@
    the second half of the rows are interleaved: each time a value's number, row and column in bits, turns by one bit. */
 static inline void turned(const uint16_t *const *rows, long from, int type, float *to)
 {
-    __m128i now[8], next[8];
-    for (int i = 0; i < 8; i++) now[i] = _mm_loadu_si128((const __m128i *)(rows[i] + from));
+    halves now[8], next[8];
+    for (int i = 0; i < 8; i++) now[i] = LOAD_HALVES(rows[i] + from);
     for (int turn = 0; turn < 3; turn++) {
         for (int i = 0; i < 4; i++) {
-            next[2 * i] = _mm_unpacklo_epi16(now[i], now[i + 4]);
-            next[2 * i + 1] = _mm_unpackhi_epi16(now[i], now[i + 4]);
+            next[2 * i] = ZIP_FIRST(now[i], now[i + 4]);
+            next[2 * i + 1] = ZIP_SECOND(now[i], now[i + 4]);
         }
         memcpy(now, next, sizeof now);
     }
-    for (int i = 0; i < 8; i++) _mm256_storeu_ps(to + i * PANEL, eight(now[i], type));
+    for (int i = 0; i < 8; i++) store_wide(to + i * PANEL, now[i], type);
 }
 
 /* `steps` values from `from` on of PANEL rows as a panel (steps, PANEL). What comes `ahead` values later is fetched. */
@@ -35,7 +35,7 @@ static void panel_of(const uint16_t *const *rows, long from, long steps, long ah
         for (; i < steps; i++) {
             uint16_t column[8];
             for (int r = 0; r < 8; r++) column[r] = rows[j + r][from + i];
-            _mm256_storeu_ps(to + i * PANEL + j, eight(_mm_loadu_si128((const __m128i *)column), type));
+            store_wide(to + i * PANEL + j, LOAD_HALVES(column), type);
         }
     }
 }

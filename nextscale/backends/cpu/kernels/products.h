@@ -1,22 +1,26 @@
 /* Products of a few rows and a panel of a matrix, on a CPU in float32: what all kernels are made of. */
 
-#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
+#include <immintrin.h>
+#endif
 
-/* LANES: values of a vector, 16 for AVX-512 and 8 for AVX2. VECTORS: of them, columns at once, 2 or 4. ROWS at once:
-   sums fill most of the 32 registers of AVX-512 and of AVX2's 16. Not more than 12 rows: rows of 4 KiB all fall into
-   one set of the first cache, which has 12 places. */
-#if LANES == 16 && VECTORS == 4
-#define ROWS 7
-#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-#elif LANES == 16 && VECTORS == 2
-#define ROWS 12
-#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#elif LANES == 8 && VECTORS == 2
+/* LANES: values of a vector, 16 for AVX-512, 8 for AVX2, 4 for NEON. VECTORS: of them, columns at once, 2 or 4. ROWS at
+   once: sums fill most of the 32 registers of AVX-512 and NEON, and of AVX2's 16. Not more than 12 rows: rows of 4 KiB
+   all fall into one set of the first cache, which has 12 places. */
+#if LANES == 4 && VECTORS == 4 || LANES == 8 && VECTORS == 2
 #define ROWS 6
 #define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#elif LANES == 16 && VECTORS == 4
+#define ROWS 7
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+#elif (LANES == 4 || LANES == 16) && VECTORS == 2
+#define ROWS 12
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #else
 #error "no kernels for these LANES and VECTORS"
 #endif
@@ -82,12 +86,35 @@ static inline long bytes_of(int type)
     return type == FLOAT32 ? 4 : 2;
 }
 
-/* 8 values of a type of 16 bits, exactly. */
-static inline __m256 eight(__m128i bits, int type)
+/* 8 values of 16 bits: loaded, the first and the second halves of two of them interleaved, and as float32, exactly. */
+#ifdef __aarch64__
+typedef uint16x8_t halves;
+#define LOAD_HALVES(from) vld1q_u16(from)
+#define ZIP_FIRST(a, b) vzip1q_u16(a, b)
+#define ZIP_SECOND(a, b) vzip2q_u16(a, b)
+
+static inline float32x4_t four(uint16x4_t bits, int type)
 {
-    if (type == FLOAT16) return _mm256_cvtph_ps(bits);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    return type == FLOAT16 ? vcvt_f32_f16(vreinterpret_f16_u16(bits)) : vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
 }
+
+static inline void store_wide(float *to, halves bits, int type)
+{
+    vst1q_f32(to, four(vget_low_u16(bits), type));
+    vst1q_f32(to + 4, four(vget_high_u16(bits), type));
+}
+#else
+typedef __m128i halves;
+#define LOAD_HALVES(from) _mm_loadu_si128((const __m128i *)(from))
+#define ZIP_FIRST(a, b) _mm_unpacklo_epi16(a, b)
+#define ZIP_SECOND(a, b) _mm_unpackhi_epi16(a, b)
+
+static inline void store_wide(float *to, halves bits, int type)
+{
+    const __m256 shifted = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    _mm256_storeu_ps(to, type == FLOAT16 ? _mm256_cvtph_ps(bits) : shifted);
+}
+#endif
 
 /* `count` values from `from` on, a multiple of 8, as float32: where they lie if they are of it, else converted in
    `to`. */
@@ -95,8 +122,7 @@ static inline const float *widened(const void *weights, long from, long count, i
 {
     const uint16_t *half = (const uint16_t *)weights + from;
     if (type == FLOAT32) return (const float *)weights + from;
-    for (long i = 0; i < count; i += 8)
-        _mm256_storeu_ps(to + i, eight(_mm_loadu_si128((const __m128i *)(half + i)), type));
+    for (long i = 0; i < count; i += 8) store_wide(to + i, LOAD_HALVES(half + i), type);
     return to;
 }
 
