@@ -164,7 +164,7 @@ def test_weights_of_16_bits_give_the_bits_of_the_same_weights_in_float32(dtype, 
 
 @needs_kernels("linear")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     rows=st.sampled_from([0, 1, 2, 7, 30, 224, 225, 300]), depth=st.sampled_from([1, 3, 8, 100, 128, 300]),
     outputs=st.sampled_from([1, 5, 16, 64, 150]), gelu=st.booleans(), biased=st.booleans(), seed=st.integers(0, 99),

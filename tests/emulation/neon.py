@@ -70,7 +70,9 @@ def call(program: Path, number: int, types: list[Any], *arguments: Any) -> None:
     """Run a function on the arguments, and put what it leaves in the buffers into the tensors."""
     message, buffers = [struct.pack("qq", number, len(arguments))], []
     for kind, value in zip(types, arguments, strict=True):
-        if kind is build._POINTER:
+        if value is None:
+            message.append(struct.pack("qq", ord("v"), 0))
+        elif kind is build._POINTER:
             buffers.append(read_bytes(value.tensor))
             message += [struct.pack("qq", ord("p"), len(buffers[-1])), buffers[-1].numpy().tobytes()]
         elif kind is build._REAL:
