@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -62,6 +63,8 @@ def test_the_contract_with_official_files(official, tmp_path, capsys):
         "--out", tmp_path / "grid.png", "--tokens-out", tmp_path / "T.safetensors", "--images-out", tmp_path / "images",
     )  # fmt: skip
     out = load_file(tmp_path / "T.safetensors")
+    with safe_open(tmp_path / "T.safetensors", framework="pt") as file:
+        assert file.metadata() == {"dtype": "float32", "computed_in": "float32"}
     assert out["tokens"].dtype == torch.int64
     assert torch.equal(out["tokens"], io["out.seeded.tokens"])
     assert out["images"].dtype == torch.float32

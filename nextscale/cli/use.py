@@ -17,7 +17,7 @@ from nextscale.config.sampling import Capture, SampleConfig
 
 if TYPE_CHECKING:
     from nextscale.common.outputs import Input, Output
-    from nextscale.pipeline import Pipeline
+    from nextscale.pipeline import Images, Pipeline
 
 
 Backend = Literal["auto", "plain"]
@@ -38,8 +38,8 @@ class Sample:
     """YAML or JSON file with sampling settings (cfg, top_k, top_p, temperature, seed, ...); options on the command line
     override it."""
     tokens_out: Path | None = None
-    """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine) and `images`
-    (float32, B x 3 x H x W in 0 to 1)."""
+    """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine), `images` (float32,
+    B x 3 x H x W in 0 to 1) and, in its metadata, the `dtype` of the weights and what they were `computed_in`."""
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 16
@@ -68,7 +68,7 @@ class Sample:
         pipeline = _load_pipeline(self, capture=self.capture)
         labels = pipeline.config.parse_classes(self.labels, "--labels")
         images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
-        _write_outputs(images, "sample", self.out, self.tokens_out, self.images_out)
+        _write_outputs(self, pipeline, images, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")
 
 
@@ -110,7 +110,7 @@ class Reconstruct:
         given = load_named_images(self.images, pipeline.config.image_size, self.reading)
         given.print_notes(pipeline.config.image_size)
         images = replace(pipeline.reconstruct(given.images), captions=tuple(Path(name).name for name in given.names))
-        _write_outputs(images, "reconstruct", self.out, self.tokens_out, self.images_out)
+        _write_outputs(self, pipeline, images, self.images_out)
         print(f"wrote {len(given.images)} reconstructions to {self.out}")
 
 
@@ -163,7 +163,7 @@ class Edit:
         elif not (mask > 0.5).any():
             print(f"note: {self.mask} keeps nothing (it is black); the result is a plain sample")
         images = pipeline.edit(self.image, mask, labels[0], self.settings)
-        _write_outputs(images, "edit", self.out, self.tokens_out, None, as_grid=False)
+        _write_outputs(self, pipeline, images)
         print(f"wrote {self.out}")
 
 
@@ -226,25 +226,29 @@ def _list_outputs(out: Path, tokens_out: Path | None, images_out: Path | None = 
     return outputs + ([PicturesFolder("--images-out", images_out)] if images_out else [])
 
 
-def _write_outputs(  # type: ignore[no-untyped-def]
-    images, command: str, out: Path, tokens_out: Path | None, images_out: Path | None, *, as_grid: bool = True
+def _write_outputs(
+    command: Sample | Reconstruct | Edit, pipeline: Pipeline, images: Images, images_out: Path | None = None
 ) -> None:
-    """Write `out` and what --tokens-out and --images-out ask for. Older files are replaced together, or none."""
+    """Write --out and what --tokens-out and --images-out ask for. Older files are replaced together, or none."""
     from safetensors.torch import save_file
 
     from nextscale.common.files import write_atomically
     from nextscale.common.pictures import tile_images, write_image
+    from nextscale.common.precision import find_sampled, get_name
 
-    pictures = images.pil()
+    pictures, name, as_grid = images.pil(), f"nextscale {type(command).__name__.lower()}", not isinstance(command, Edit)
     names = [
         f"{i:05d}_{''.join(c if c.isalnum() else '_' for c in caption)}.png"
         for i, caption in enumerate(images.captions)
     ]
     singles = [images_out / name for name in names] if images_out else []
-    tables = [tokens_out] if tokens_out else []
-    with write_atomically(out, *tables, *singles) as (sheet, *drafts):
-        write_image(tile_images(pictures, images.captions) if as_grid else pictures[0], sheet, f"nextscale {command}")
+    tables = [command.tokens_out] if command.tokens_out else []
+    with write_atomically(command.out, *tables, *singles) as (sheet, *drafts):
+        write_image(tile_images(pictures, images.captions) if as_grid else pictures[0], sheet, name)
         if tables:
-            save_file({"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}, drafts.pop(0))
+            computed = find_sampled(pipeline.dtype, pipeline.device, fast=command.backend != "plain")
+            about = {"dtype": get_name(pipeline.dtype), "computed_in": get_name(computed)}
+            tensors = {"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}
+            save_file(tensors, drafts.pop(0), about)
         for picture, draft in zip(pictures, drafts, strict=False):
-            write_image(picture, draft, f"nextscale {command}")
+            write_image(picture, draft, name)

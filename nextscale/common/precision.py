@@ -69,12 +69,20 @@ def choose_training_dtype(name: str, device: torch.device) -> torch.dtype:
 def describe_sampling_dtype(name: str, chosen: torch.dtype, device: torch.device, *, fast: bool) -> str:
     """A note where a model is not computed in the type that was asked for, or auto chose one of 16 bits; else empty.
 
-    `fast`: whether the model has the fast modules of its device, which alone compute in another type than the weights'.
+    `fast` as in `find_sampled`.
     """
-    if fast and (computed := find_computed(chosen, device)) != chosen and device.type == "cpu":
+    if (computed := find_sampled(chosen, device, fast=fast)) != chosen:
         stored, used = get_name(chosen), get_name(computed)
         return f"weights in {stored} are computed in {used}: products in {stored} are slow on this cpu"
     return f"dtype auto: {get_name(chosen)} on {device}" if name == "auto" and chosen in LOW else ""
+
+
+def find_sampled(chosen: torch.dtype, device: torch.device, *, fast: bool) -> torch.dtype:
+    """The type in which a model with weights of type `chosen` is computed in sampling.
+
+    `fast`: whether the model has the fast modules of its device, which alone compute in another type than the weights'.
+    """
+    return find_computed(chosen, device) if fast and device.type == "cpu" else chosen
 
 
 def describe_training_dtype(name: str, device: torch.device) -> str:
