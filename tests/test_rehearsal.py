@@ -113,6 +113,15 @@ def test_nothing_waits_in_a_step_that_a_graph_captures(rehearsal):
     assert all(waits <= before for waits in cases.values()), cases
 
 
+def test_nothing_waits_for_the_experts_that_kernels_run(rehearsal):
+    cases = {name: set(case["waits"]) for name, case in rehearsal.items() if name.startswith("sample with kernels")}
+    without = set().union(*(case["waits"] for name, case in rehearsal.items() if name.startswith("sample dynamic")))
+    layers = {place for place in WAITS if place.startswith(("transformer/feed_forward/", "backends/"))}
+    assert len(cases) == 3
+    assert without & layers
+    assert not set().union(*cases.values()) & layers, cases
+
+
 def test_tokens_and_experts_are_chosen_in_float32_and_layers_compute_as_asked(rehearsal):
     seen = set()
     for name, case in rehearsal.items():

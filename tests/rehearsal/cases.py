@@ -9,12 +9,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from nextscale.backends import optimize
+from nextscale.backends.cuda import dynamic
 from nextscale.backends.cuda.graphs import FixedSteps
+from nextscale.backends.cuda.tiles import TorchProducts
 from nextscale.checkpoints import build_modules
 from nextscale.common.distributed import World
 from nextscale.config.classifier import ClassifierConfig
@@ -110,6 +113,26 @@ def run_fixed_steps(family: str, dtype: torch.dtype) -> Output:
         with torch.no_grad():
             logits = steps.predict(inputs, k)
     return {"logits": logits}
+
+
+class Kernels:
+    """In place of the Triton kernels, which no CPU tensor can be given: torch computes what they are launched for."""
+
+    def __init__(self) -> None:
+        self.launched = 0
+
+    def multiply(self, *given: Any, **options: Any) -> Tensor:
+        self.launched += 1
+        return TorchProducts().multiply(*given, **options)
+
+
+def run_with_kernels(run: Callable[[], Output]) -> Output:
+    """As where Triton is installed: dynamic experts go to their tiles."""
+    kernels = Kernels()
+    with patch.object(dynamic, "load_products", lambda device: kernels):
+        outputs = run()
+    assert kernels.launched, "no kernel was reached"
+    return outputs
 
 
 def edit(dtype: torch.dtype) -> Output:
@@ -301,6 +324,9 @@ CASES: dict[str, Callable[[], Output]] = {
     **{f"sample {family} {name}": partial(
            sample, family, DTYPES[name], **(TAU if family in ("dynamic", "late") else {})
        ) for family in FAMILIES for name in list_precisions(family)},
+    **{f"sample with kernels {family} {name}": partial(
+           run_with_kernels, partial(sample, family, DTYPES[name], **TAU)
+       ) for family, name in (("dynamic", "bfloat16"), ("dynamic", "float16"), ("late", "float32"))},
     "sample smooth": partial(sample, "dense", torch.float32, smooth=True, cfg=0.0),
     "sample pruned": partial(sample, "stmoe", torch.float32, prune=(0.4, 0.5), prune_first_block=1, depth=2),
     "sample oracle": partial(sample, "dynamic", torch.bfloat16, **TAU, selection="oracle"),
