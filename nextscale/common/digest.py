@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALL = 2**24
-"""Bytes of tensors up to which a file is verified whenever it is loaded: 7 ms for 14 MB. That is 4 % of a process's
-first load of a model (models/var-cifar10, 173 ms of processor time) and a tenth of its later ones. Larger ones are verified where a command reads all of them anyway, and by `nextscale info --verify`."""
+"""Bytes of tensors up to which loading verifies a file: 4 % of a process's first load of models/var-cifar10 (173 ms of
+processor time), a tenth of later ones. Larger ones: where a command reads all of them, and `nextscale info --verify`."""
 _LARGEST = 1e10
 """Weights beyond this are damaged: a flipped bit of an exponent gives 1e17 or 1e36."""
 
