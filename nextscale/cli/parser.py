@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in str(error):
             return _print_error("there is not enough memory for this; choose smaller sizes or batches", 2)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return _print_error(f"{what[:500]} (unexpected; NEXTSCALE_TRACEBACK=1 shows where)", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from datetime import date
 from pathlib import Path
@@ -23,6 +24,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "nextscale": nextscale.__version__,
         "date": date.today().isoformat(),
     }
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read_processor() -> str:

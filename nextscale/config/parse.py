@@ -187,7 +187,12 @@ def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        kinds = [a for a in arguments if a is not type(None)]
+        words = [word for a in arguments if typing.get_origin(a) is Literal for word in typing.get_args(a)]
+        if value in words:
+            return value
+        if isinstance(value, str) and words:
+            raise UserError(f"{where} is {quote_value(value)}; it must be {' or '.join(words)}, or a number")
+        kinds = [a for a in arguments if a is not type(None) and typing.get_origin(a) is not Literal]
         listed = [a for a in kinds if typing.get_origin(a) is tuple] if isinstance(value, list | tuple) else []
         return _convert([*listed, *kinds][0], value, where, base)
     if origin is Literal:

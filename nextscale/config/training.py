@@ -17,6 +17,11 @@ NO_GENERATOR = ("label_drop", "drop_path", "sample_every", "compile", "activatio
 """Settings that only transformers use: they have labels to drop, blocks, and samples to draw."""
 
 
+def is_auto_or_count(value: object) -> bool:
+    """Whether a setting is "auto" or a number of 0 or more."""
+    return value == "auto" or (isinstance(value, int) and value >= 0)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Training of one model: AdamW, a linear warm-up, then a decay to the final learning rate."""
@@ -27,9 +32,10 @@ class TrainConfig:
     """Length of the run as passes over the training examples, in place of steps; 0 = use `steps`."""
     batch_size: int = 64
     """Examples per optimizer step, over all processes. Larger batches give smoother steps and want a larger learning
-    rate; if memory is short, set micro_batch."""
-    micro_batch: int = 0
-    """Examples per forward pass and process: gradients of several passes are accumulated to batch_size. 0 = all."""
+    rate; if memory is short, micro_batch divides it."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Examples per forward pass and process: gradients of several passes are accumulated to batch_size. auto: as many
+    as the memory takes, chosen once for a run. 0 = all at once."""
     learning_rate: float = 1e-3
     """Largest learning rate, reached after the warm-up. Lower it when the loss is not finite or jumps."""
     final_learning_rate: float = 1e-5
@@ -73,8 +79,9 @@ class TrainConfig:
     the optimizer (FSDP2). experts: each holds a part of the experts, to which tokens are sent (expert parallelism)."""
     backend: Literal["auto", "plain"] = "auto"
     """auto: fast modules of this machine; plain: plain PyTorch modules, whose results differ by rounding."""
-    workers: int = 0
-    """Data workers per training process, which read and decode examples ahead; 0 = none."""
+    workers: int | Literal["auto"] = "auto"
+    """Data workers per training process, which read and decode examples ahead; 0 = none. auto: by the cores, and none
+    where no images are decoded. They do not change the result."""
     save_every: int = 200
     """Steps between checkpoints, each with a validation. Also the most that a crash can lose."""
     keep: int = 2
@@ -92,9 +99,12 @@ class TrainConfig:
         object.__setattr__(self, "precision", parse_dtype(self.precision, "precision"))
         at_least = {
             1: ("steps", "batch_size", "save_every", "log_every", "keep"),
-            0: ("micro_batch", "warmup_steps", "workers", "sample_every"),
+            0: ("warmup_steps", "sample_every"),
         }
         rules = {f"{n} must be at least {low}": getattr(self, n) >= low for low, ns in at_least.items() for n in ns}
+        rules |= {
+            f"{n} must be auto or at least 0": is_auto_or_count(getattr(self, n)) for n in ("micro_batch", "workers")
+        }
         reals = ("learning_rate", "final_learning_rate", "weight_decay", "clip", "epochs", "warmup_epochs")
         rules |= {f"{n} must be 0 or more": 0 <= getattr(self, n) < math.inf for n in reals}
         shares = ("label_drop", "label_smoothing", "drop_path", "ema", "flat")
@@ -121,7 +131,7 @@ class TrainConfig:
             idle["there is no warm-up ({at}warmup_steps is 0)"] = ("warmup_start",)
         if self.schedule != "linear":
             idle["it belongs to {at}schedule linear"] = ("flat",)
-        if self.micro_batch > self.batch_size:
+        if self.micro_batch != "auto" and self.micro_batch > self.batch_size:
             idle[f"{{at}}batch_size is only {self.batch_size}"] = ("micro_batch",)
         return idle
 
@@ -153,20 +163,22 @@ class TrainConfig:
             f"batch_size {self.batch_size} is more than the {examples:,} training examples: a step sees some of them "
             "several times": self.batch_size > examples,
             f"micro_batch {self.micro_batch} has no effect: a process computes only {self.batch_size // processes} "
-            "examples": self.batch_size > self.micro_batch > self.batch_size // processes,
+            "examples": self.micro_batch != "auto"
+            and self.batch_size > self.micro_batch > self.batch_size // processes,
             f"sharding {self.sharding} has no effect: there is one process": self.sharding != "none" and processes == 1,
         }
         return [doubt for doubt, applies in doubts.items() if applies]
 
     def split_batch(self, processes: int) -> list[list[slice]]:
-        """The micro-batches of each process, as slices of the batch: [process][micro-batch].
+        """The micro-batches of each process, as slices of the batch: [process][micro-batch]. auto counts as all.
 
         Raises UserError when the batch cannot be divided evenly.
         """
         if self.batch_size % processes:
             raise UserError(f"batch_size {self.batch_size} cannot be divided among {processes} processes")
         per_process = self.batch_size // processes
-        micro = min(self.micro_batch or per_process, per_process)
+        given = 0 if self.micro_batch == "auto" else self.micro_batch
+        micro = min(given or per_process, per_process)
         return [
             [slice(i, min(i + micro, start + per_process)) for i in range(start, start + per_process, micro)]
             for start in range(0, self.batch_size, per_process)

@@ -268,6 +268,7 @@ class CachedExamples:
     """
 
     skipped: Sequence[str] = ()
+    decodes: bool = False
 
     def __init__(self, shards: Sequence[Path], count: int, size: int, limits: ShardLimits):
         self.paths, self.count, self.size, self.limits = shards, count, size, limits

@@ -243,6 +243,10 @@ class ImageExamples:
     def __len__(self) -> int:
         return len(self.labels_B)
 
+    @property
+    def decodes(self) -> bool:
+        return self.memory_B3HW is None
+
     def order(self, rng: torch.Generator) -> Tensor:
         if self.source is None or self.rows_B is None:
             return torch.randperm(len(self), generator=rng)

@@ -32,6 +32,10 @@ class Examples(Protocol):
     inputs: dict[str, Any]
     """What the examples are made of, see `nextscale.common.inputs`; {} where they are not read from files."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether fetching decodes images, which data workers can do ahead."""
+
     def __len__(self) -> int: ...
 
     def order(self, rng: torch.Generator) -> Tensor:
@@ -46,6 +50,7 @@ class MemoryExamples:
     """Examples in memory, as rows of tensors."""
 
     skipped: Sequence[str] = ()
+    decodes = False
 
     def __init__(self, **tensors: Tensor):
         self.tensors = tensors

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from nextscale.common.devices import synchronize
-from nextscale.common.machine import describe_machine
+from nextscale.common.machine import count_cores, describe_machine
 from nextscale.common.precision import get_name
 from nextscale.config.transformer import TransformerConfig
 from nextscale.doctor.models import create_model
@@ -35,7 +34,7 @@ def check_device(device: torch.device) -> Iterator[Result]:
     yield Result("device", "pass", machine["device"], values=machine)
     if device.type != "cpu":
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     threads = torch.get_num_threads()
     found = f"{threads} threads on {cores} cores that this process may use"
     advice = ""

@@ -92,6 +92,7 @@ class RouterTask(Task):
         self.trained.requires_grad_(True)
         self.thresholds = Thresholds((1.0,) * len(model.pyramid), record="norms")
         self.tokens_per_example = model.pyramid.length
+        self.micro_batch_matters = "errors are divided by the mean square of the targets of each"
 
     def fast_modules(self) -> list[nn.Module]:
         return [self.model]

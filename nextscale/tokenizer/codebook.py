@@ -56,6 +56,10 @@ class CodebookLearner(nn.Module):
         """Store the looked-up vectors of one micro-batch. `counts_KV`: how often each code was chosen."""
         self._seen.append((quantized.tokens_BL, quantized.residual_BLC, counts_KV))
 
+    def discard(self) -> None:
+        """Forget the micro-batches since the last update."""
+        self._seen.clear()
+
     @torch.no_grad()
     def update(self, world: Reducer, rng: torch.Generator | None) -> None:
         """Take the micro-batches of a step, over all processes, into the statistics and, with `ema`, into the codes.

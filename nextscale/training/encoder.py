@@ -62,6 +62,9 @@ class EncoderTask(Task):
         loss, accuracy = self.moco(query_B3HW, key_B3HW)
         return loss, {"own_key_nearest": accuracy}
 
+    def discard_step(self) -> None:
+        self.moco.discard()
+
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Update the queue and the momentum encoder, from the complete batch."""
         self.moco.update(world)

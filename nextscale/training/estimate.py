@@ -122,7 +122,7 @@ def count_head_flops(transformer: VAR, guided: int) -> int:
 
 def _describe_memory(train: TrainConfig, transformer: VAR, parameters: int, guided: int) -> list[str]:
     """Lines on the memory of one device, for the configured micro-batch."""
-    micro_batch = train.micro_batch or train.batch_size
+    micro_batch = train.batch_size if train.micro_batch == "auto" else train.micro_batch or train.batch_size
     copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, averages
     activations = count_activation_bytes(transformer, micro_batch, train, guided)
     gib = 2**30

@@ -60,6 +60,10 @@ class Moco(nn.Module):
         self._keys.append(key_BD)
         return info_nce(query_BD, key_BD, self.queue_QD, self.config.temperature)
 
+    def discard(self) -> None:
+        """Forget the keys since the last update."""
+        self._keys.clear()
+
     @torch.no_grad()
     def update(self, world: World) -> None:
         """After an optimizer step: put the keys of the complete batch into the queue, and move the key branch."""

@@ -95,6 +95,7 @@ class TokenizerTask(Task):
                 self.losses.discriminator_channels, self.losses.discriminator_layers
             )
             self.trained["discriminator"] = self.discriminator
+            self.micro_batch_matters = "the adversarial loss is weighted by the gradients of each (as in VQGAN)"
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         image_B3HW = scale_to_unit(batch["image"])
@@ -145,6 +146,9 @@ class TokenizerTask(Task):
         # the hinge losses of real and decoded patches pull the last bias equally until a patch is beyond the margin
         is_last_bias = self.discriminator is not None and name == f"discriminator.{self.discriminator.last_bias}"
         return "" if is_last_bias else None
+
+    def discard_step(self) -> None:
+        self.learner.discard()
 
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Update the codebook's moving averages and revive codes, from the complete batch of this step."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -192,7 +192,7 @@ class _Rehearsed(Callbacks):
         raise Ended
 
 
-def run_training(make: Callable[[TrainConfig], Task], precision: str, micro_batch: int = 0) -> Output:
+def run_training(make: Callable[[TrainConfig], Task], precision: str, micro_batch: int | Literal["auto"] = 0) -> Output:
     """A step of a training run: forward, backward, optimizer, average and log; in float32 also its state and what is
     measured with it."""
     saves = precision == "float32"
@@ -340,6 +340,7 @@ CASES: dict[str, Callable[[], Output]] = {
     "extract features": extract,
     **{f"train {task} {precision}": partial(run_training, make, precision)
        for task, make in TASKS.items() for precision in list_precisions(task)},
+    "train with micro_batch auto": partial(run_training, TASKS["tokenizer adversarial"], "bfloat16", micro_batch="auto"),
     "train in micro-batches": partial(run_training, TASKS["transformer dense"], "float16", micro_batch=2),
 }  # fmt: skip
 

@@ -127,6 +127,8 @@ def rehearse() -> Iterator[Watch]:
         # only now: FakeTensorMode itself asks whether there is a device
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=True))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
+        stack.enter_context(mock.patch("torch.cuda.mem_get_info", return_value=(2**36, 2**36)))
+        stack.enter_context(mock.patch("torch.cuda.empty_cache"))
         for name in ("_exchange_device", "_maybe_exchange_device"):
             stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=0))
         # moving a module exchanges such tensors in place, which torch refuses while its own caches refer to them

@@ -190,14 +190,14 @@ class RunLog:
 
     def __init__(
         self, folder: Path, task: Task, config: TrainConfig, world: World, state_step: int, settings: dict[str, Any],
-        unvalidated: bool = False,
+        unvalidated: bool = False, how: str = "",
     ):  # fmt: skip
-        """`unvalidated`: the validation of `state_step` is repeated."""
+        """`unvalidated`: the validation of `state_step` is repeated. `how`: how the run is computed, to be printed."""
         self.folder, self.task, self.world, names = folder, task, world, config.loggers
         self.loggers = open_loggers(folder, task.name, names, state_step, settings, unvalidated) if world.main else []
         self.every, (steps, _) = config.log_every, config.schedule_steps(len(task.examples))
         if world.main and state_step < steps:
-            print_schedule(task, config, world.size)
+            print_schedule(task, config, world.size, how)
         self.bar = tqdm(
             total=steps,
             initial=state_step,

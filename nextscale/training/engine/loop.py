@@ -29,6 +29,7 @@ from nextscale.training.engine.checks import (
 )
 from nextscale.training.engine.distributed import DistributedModel
 from nextscale.training.engine.log import RunLog, StepMetrics, Values
+from nextscale.training.engine.memory import resolve_auto, runs_out_with_an_error, try_micro_batch
 from nextscale.training.engine.optimizer import Ema, build_optimizer, set_schedule
 from nextscale.training.engine.state import StateFiles, TrainState
 from nextscale.training.engine.task import MicroBatch, Task
@@ -63,15 +64,24 @@ def train(
     gradient is not finite; when a batch or more than the share `max_unreadable` of the examples cannot be read.
     """
     world, settings = world or World(), settings or to_dict(config)
+    files = StateFiles(folder, task.name, config.keep, world)
+    task.to(world.device).train()
+    tried = config.micro_batch == "auto" and runs_out_with_an_error(world.device)
+    config, said = resolve_auto(task, config, world, files.read_micro_batch())
     model = DistributedModel(task, config, world)
     optimizer = build_optimizer(task.trained, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=model.dtype == torch.float16)
     ema = Ema(task.trained, config.ema) if config.ema else None
-    state, files = TrainState(task.trained, optimizer, scaler, ema), StateFiles(folder, task.name, config.keep, world)
+    state = TrainState(task.trained, optimizer, scaler, ema)
     due = files.resume(state, settings, accept_changes)
     steps, warmup = config.schedule_steps(len(task.examples))
-    task.train()
-    with RunLog(folder, task, config, world, state.step, settings, due) as log, catch_stop_signals(world) as signals:
+    if tried and state.step < steps:
+        config = try_micro_batch(model, config, optimizer, state.step)
+    files.computed = {name: int(getattr(config, name)) for name in ("micro_batch", "workers")}
+    with (
+        RunLog(folder, task, config, world, state.step, settings, due, said) as log,
+        catch_stop_signals(world) as signals,
+    ):
         if due and callbacks:
             validate(model, ema, callbacks, files, log, state.step)
         reader = MicroBatchReader(task, config, world, state.step, log, save=lambda: files.save(state, settings))
@@ -155,7 +165,8 @@ class MicroBatchReader:
         size, steps = config.batch_size, config.schedule_steps(len(task.examples))[0]
         spans = ((step * size + r.start, step * size + r.stop) for step in range(first_step, steps) for r in self.rows)
         dataset = BatchDataset(task.examples, config.seed, task.name)
-        self.batches = load_batches(dataset, spans, config.workers, pin=world.device.type == "cuda")
+        self.workers = 0 if config.workers == "auto" else config.workers
+        self.batches = load_batches(dataset, spans, self.workers, pin=world.device.type == "cuda")
 
     def read(self, step: int) -> Iterator[MicroBatch]:
         """The micro-batches of the next step, which is `step`.
@@ -177,7 +188,7 @@ class MicroBatchReader:
             batches = [next(self.batches) for _ in self.rows]
             fault = next((batch["fault"] for batch in batches if "fault" in batch), "")
         except (RuntimeError, ConnectionError, EOFError) as error:
-            batches, fault = [], describe_worker_death(error, self.config.workers)
+            batches, fault = [], describe_worker_death(error, self.workers)
             if not fault:
                 raise
             fault = f"{fault}; the state after step {step} is saved in {self.log.folder}"

@@ -15,8 +15,8 @@ _RISE = 0.05
 """Share of the lowest held-out loss by which it must have risen."""
 
 
-def print_schedule(task: Task, config: TrainConfig, processes: int) -> None:
-    """Print the length of a run, and a note for each setting that does not fit it."""
+def print_schedule(task: Task, config: TrainConfig, processes: int, how: str = "") -> None:
+    """Print the length of a run, `how` it is computed, and a note for each setting that does not fit it."""
     examples = len(task.examples)
     steps, warmup = config.schedule_steps(examples)
     print(
@@ -24,6 +24,8 @@ def print_schedule(task: Task, config: TrainConfig, processes: int) -> None:
         f"({steps * config.batch_size / examples:,.1f} epochs of {examples:,}), {warmup:,} of them warm-up",
         flush=True,
     )
+    if how:
+        print(f"training the {task.name}: {how}", flush=True)
     for doubt in config.list_schedule_doubts(examples, processes):
         print(f"note: {doubt}", flush=True)
 

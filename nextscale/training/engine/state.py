@@ -66,17 +66,35 @@ class StateNote:
     """Of the state's file."""
     unvalidated: bool = False
     """The model is to be validated and written at this step, and neither is finished."""
+    micro_batch: int = 0
+    """Examples that a process computed at once; 0 = all."""
+    workers: int = 0
+    """Data workers of a process."""
 
     def __post_init__(self) -> None:
         digits = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
-        check_fields("state", self, {"step must be 0 or more": self.step >= 0, "sha256 must be 64 hex digits": digits})
+        counts = {f"{name} must be 0 or more": getattr(self, name) >= 0 for name in ("step", "micro_batch", "workers")}
+        check_fields("state", self, {**counts, "sha256 must be 64 hex digits": digits})
 
 
 class StateFiles:
     """The states of one task in a run folder."""
 
+    computed: dict[str, int]
+    """How the states to be saved are computed: `micro_batch` and `workers`."""
+
     def __init__(self, folder: Path, task: str, keep: int, world: World):
         self.folder, self.task, self.keep, self.world = folder / "training", task, keep, world
+        self.computed = {}
+
+    def read_micro_batch(self) -> int | None:
+        """The micro-batch that the latest state was computed with, 0 for all at once; None without a readable state."""
+        for step in self.list_steps():
+            try:
+                return read_record(StateNote, self.path(step).with_suffix(".json")).micro_batch
+            except UserError:  # `resume` passes over this state, with a warning
+                continue
+        return None
 
     def path(self, step: int) -> Path:
         """The file of the state after this many steps."""
@@ -136,7 +154,7 @@ class StateFiles:
             path = self.path(state.step)
             with write_atomically(path.with_suffix(".json"), path) as (note, draft):
                 torch.save(content, draft)
-                write_json(note, asdict(StateNote(state.step, _compute_digest(draft), unvalidated)))
+                write_json(note, asdict(StateNote(state.step, _compute_digest(draft), unvalidated, **self.computed)))
             self._delete_old()
         self.world.wait()
 

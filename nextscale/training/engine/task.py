@@ -29,6 +29,8 @@ class Task(nn.Module, ABC):
     tokens_per_example: int = 0
     leaves_parameters_unused: bool = False
     """Some parameters may get no gradient in a step."""
+    micro_batch_matters: str = ""
+    """Why the result depends on the micro-batch by more than rounding; empty where it does not."""
 
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         """Random numbers of a complete batch, one row for each example."""
@@ -40,6 +42,9 @@ class Task(nn.Module, ABC):
 
     def after_step(self, step: int, rng: torch.Generator, world: World) -> None:
         """Update what does not learn by gradients, from the batch of this step over all processes."""
+
+    def discard_step(self) -> None:
+        """Forget what forward passes have left for `after_step`."""
 
     def fast_modules(self) -> list[nn.Module]:
         """The models whose modules the trainer swaps for fast twins (`nextscale.backends.optimize`)."""

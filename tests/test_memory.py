@@ -1,0 +1,273 @@
+"""`micro_batch` and `workers` auto: what fits is counted, chosen once, tried where memory can run out, and kept."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextscale.common.devices import measure_memory
+from nextscale.common.errors import UserError
+from nextscale.common.machine import count_cores
+from nextscale.config.data import DataConfig
+from nextscale.config.parse import from_dict
+from nextscale.config.tokenizer_training import CodebookConfig, TokenizerLossConfig
+from nextscale.config.training import TrainConfig
+from nextscale.data.datasets import open_dataset
+from nextscale.data.examples import MemoryExamples
+from nextscale.training.engine import loop, memory
+from nextscale.training.engine.loop import train
+from nextscale.training.engine.memory import Activations, choose_micro_batch, choose_workers, measure_activations
+from nextscale.training.tokenizer import TokenizerTask
+from tests.conftest import randomised, tiny_config
+from tests.test_train import SETTINGS, mixture_task, tasks, weights
+from tests.train_worker import break_off
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def adversarial_task():
+    pipeline = randomised(tiny_config())
+    losses = TokenizerLossConfig(adversarial=0.5, adversarial_start=0, discriminator_channels=4, discriminator_layers=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return TokenizerTask(
+            pipeline.tokenizer, tasks(pipeline)[0].examples, losses, CodebookConfig(update="ema", revive_every=2)
+        )
+
+
+MAKERS = {
+    "tokenizer": lambda: tasks(randomised(tiny_config()))[0],
+    "adversarial": adversarial_task,
+    "transformer": lambda: tasks(randomised(tiny_config()))[1],
+    "mixture": lambda: mixture_task("stmoe"),
+    "encoder": lambda: tasks(randomised(tiny_config()))[2],
+}
+
+
+def give_memory(monkeypatch, free, total=100 * GIB):
+    """Let the trainer find so many free bytes besides the share that it leaves."""
+    monkeypatch.setattr(memory, "measure_memory", lambda device: (int(free + memory.RESERVE * total), total))
+
+
+def count_kept(task, config, count):
+    """The bytes that autograd keeps of one pass, counted in another way: distinct addresses, without parameters."""
+    own = {p.data_ptr() for p in task.parameters()}
+    sizes, alive = {}, []
+
+    def keep(tensor):
+        alive.append(tensor.detach())
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+
+    batch = task.examples.fetch(list(range(count)), list(range(count)))
+    noise = task.draw_noise(count, torch.Generator())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task(batch, noise, 0)
+    task.discard_step()
+    return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_bytes_of_a_batch_follow_from_those_of_few_examples(name):
+    task = MAKERS[name]().train()
+    counted = measure_activations(task, SETTINGS, CPU)
+    assert counted.per_example > 1000
+    assert counted.count(6) == pytest.approx(count_kept(task, SETTINGS, 6), rel=0.03)
+
+
+def test_recomputed_blocks_keep_their_inputs_and_one_block():
+    task = MAKERS["transformer"]().train()
+    whole, recomputed = (
+        measure_activations(task, replace(SETTINGS, activation_checkpointing=on), CPU).per_example
+        for on in (False, True)
+    )
+    inputs = 2 * 30 * 32 * 4  # blocks, tokens, width, bytes
+    assert recomputed == pytest.approx(whole // 2 + inputs, abs=8)
+
+
+def test_the_largest_divisor_that_fits_is_chosen():
+    needs = Activations(constant=1000, per_example=100)
+    chosen = {free: choose_micro_batch(12, needs, free) for free in (0, 1100, 1299, 1399, 1400, 1650, 2199, 2200, 9999)}
+    assert list(chosen.values()) == [1, 1, 2, 3, 4, 6, 6, 12, 12]
+
+
+@pytest.mark.parametrize("name", ["transformer", "adversarial"])
+def test_little_memory_gives_the_run_of_a_smaller_micro_batch(name, tmp_path, monkeypatch, capfd):
+    probe = MAKERS[name]()
+    state = 4 * 3 * sum(p.numel() for p in probe.trained.parameters() if p.requires_grad)
+    needs = measure_activations(probe.train(), SETTINGS, CPU)
+    give_memory(monkeypatch, state + needs.count(3) + needs.per_example / 2)
+    chosen, given = MAKERS[name](), MAKERS[name]()
+    train(chosen, SETTINGS, tmp_path / "auto")
+    said = [line for line in capfd.readouterr().out.splitlines() if "micro_batch auto" in line]
+    assert len(said) == 1
+    assert "3 of 6 images at once" in said[0]
+    assert ("other micro-batches give other results" in said[0]) == (name == "adversarial")
+    train(given, replace(SETTINGS, micro_batch=3), tmp_path / "given")
+    assert "micro_batch auto" not in capfd.readouterr().out
+    assert all(torch.equal(weights(chosen)[n], tensor) for n, tensor in weights(given).items())
+    note = json.loads((tmp_path / "auto/training" / f"{chosen.name}-00000008.json").read_text())
+    assert (note["micro_batch"], note["workers"]) == (3, 0)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_resumed_run_keeps_its_micro_batch(recorded, tmp_path, monkeypatch, capfd):
+    """With less memory than before, bit for bit. A version that did not record it computed all at once."""
+    whole, first, second = (MAKERS["transformer"]() for _ in range(3))
+    train(whole, replace(SETTINGS, micro_batch=3 if recorded else 0), tmp_path / "whole")
+    break_off(first, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, replace(SETTINGS, micro_batch=3 if recorded else 0), tmp_path / "parts")
+    if not recorded:
+        for path in (tmp_path / "parts/training").glob("*0*.json"):
+            note = json.loads(path.read_text())
+            path.write_text(json.dumps({n: v for n, v in note.items() if n not in ("micro_batch", "workers")}))
+    give_memory(monkeypatch, 0)
+    train(second, SETTINGS, tmp_path / "parts", accept_changes=True)
+    assert f"{3 if recorded else 6} of 6 images at once (micro_batch auto: as this run" in capfd.readouterr().out
+    assert all(torch.equal(weights(second)[n], tensor) for n, tensor in weights(whole).items())
+
+
+def limit_rows(task, most):
+    """Let the task run out of memory as a GPU does: with more than so many examples. Returns the sizes that it sees."""
+    seen = []
+
+    class Limited(type(task)):
+        def forward(self, batch, noise, step):
+            loss = super().forward(batch, noise, step)
+            rows = len(next(iter(batch.values())))
+            seen.append(rows)
+            if rows > most:
+                raise torch.OutOfMemoryError(f"{rows} examples")
+            return loss
+
+    task.__class__ = Limited
+    return seen
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_first_step_that_runs_out_of_memory_leaves_no_trace(name, tmp_path, monkeypatch, capfd):
+    """The run is that of the smaller micro-batch from the start, bit for bit."""
+    given = MAKERS[name]()
+    train(given, replace(SETTINGS, steps=4, batch_size=12, micro_batch=3), tmp_path / "given")
+    monkeypatch.setattr(loop, "runs_out_with_an_error", lambda device: True)
+    tried = MAKERS[name]()
+    seen = limit_rows(tried, 5)
+    train(tried, replace(SETTINGS, steps=4, batch_size=12), tmp_path / "tried")
+    out = capfd.readouterr()
+    lines = [line for line in (out.out + out.err).splitlines() if line.startswith("memory:")]
+    assert lines == [
+        "memory: 12 images at once are too many for cpu; trying 6",
+        "memory: 6 images at once are too many for cpu; trying 3",
+    ]
+    assert seen[2:] == [12, 6, 3, 3] + [3] * 16  # tried, trained
+    for other, tensor in weights(given).items():
+        assert torch.equal(weights(tried)[other], tensor), other
+    note = json.loads((tmp_path / "tried/training" / f"{tried.name}-00000004.json").read_text())
+    assert note["micro_batch"] == 3
+
+
+def test_one_example_that_is_too_much_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "runs_out_with_an_error", lambda device: True)
+    task = MAKERS["transformer"]()
+    monkeypatch.setattr(memory, "measure_activations", lambda *arguments: None)
+    limit_rows(task, 0)
+    with pytest.raises(UserError, match="cpu ran out of memory with 1 images at once: it takes a smaller model"):
+        train(task, SETTINGS, tmp_path)
+
+
+WORKER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from nextscale.common.distributed import init_distributed
+from nextscale.training.engine import memory
+from nextscale.training.engine.loop import train
+from tests.process_worker import fork_all
+from tests.test_memory import MAKERS, SETTINGS
+
+folder = Path(sys.argv[1])
+
+def work():
+    with init_distributed("cpu") as world:
+        task = MAKERS["transformer"]().train()
+        parameters = sum(p.numel() for p in task.trained.parameters())
+        needs = memory.measure_activations(task, SETTINGS, world.device)
+        # weights are there; gradients twice for DDP, and two moments are not
+        free = 2 * (4 * 4 * parameters + needs.count(2 + 2 * world.rank) + needs.per_example / 2)
+        memory.measure_memory = lambda device: (int(free), 0)
+        train(task, replace(SETTINGS, batch_size=8, steps=2), folder, world=world)
+    return 0
+
+print(fork_all(2, work, [folder / "0.txt", folder / "1.txt"]))
+"""
+
+
+def test_processes_agree_on_the_least(tmp_path):
+    """The second would take 4 of its 4 examples at once, the first 2."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WORKER, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "[0, 0]", (tmp_path / "0.txt").read_text() + done.stderr
+    assert "2 of 4 images at once" in (tmp_path / "0.txt").read_text()
+    assert json.loads((tmp_path / "training/transformer-00000002.json").read_text())["micro_batch"] == 2
+
+
+def test_the_memory_of_this_machine():
+    free, total = measure_memory(CPU)
+    assert 2**20 < free < total < 2**50
+    assert measure_memory(torch.device("meta")) is None
+
+
+class Decoding(MemoryExamples):
+    decodes = True
+
+
+def test_workers_leave_a_core_to_each_process_and_none_where_nothing_is_decoded(monkeypatch):
+    monkeypatch.setattr(memory, "count_cores", lambda: 16)
+    gpu, images, tokens = torch.device("cuda", 0), Decoding(x=torch.zeros(1)), MemoryExamples(x=torch.zeros(1))
+    found = {n: choose_workers(images, gpu, n) for n in (1, 2, 4, 8, 16, 32)}
+    assert found == {1: 8, 2: 7, 4: 3, 8: 1, 16: 0, 32: 0}
+    assert all(workers * n <= 16 - n for n, workers in found.items() if n <= 16)
+    assert [choose_workers(images, CPU, n) for n in (1, 8, 16)] == [1, 1, 0]
+    assert choose_workers(tokens, gpu, 1) == 0
+
+
+def test_images_that_are_decoded_train_alike_with_and_without_workers(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(memory, "count_cores", lambda: 2)
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    examples, _, _ = open_dataset(str(tmp_path / "images"), 8, DataConfig(random_crop=True, flip=True), seed=0)
+    assert examples.decodes
+    found = {}
+    for workers in ("auto", 0):
+        task = MAKERS["tokenizer"]()
+        task.examples = examples
+        train(task, replace(SETTINGS, workers=workers), tmp_path / str(workers))
+        assert ("1 data workers (workers auto)" in capfd.readouterr().out) == (workers == "auto")
+        found[workers] = weights(task)
+        note = json.loads((tmp_path / str(workers) / "training/tokenizer-00000008.json").read_text())
+        assert note["workers"] == (1 if workers == "auto" else 0)
+    assert all(torch.equal(found["auto"][name], tensor) for name, tensor in found[0].items())
+
+
+def test_settings_are_auto_or_numbers():
+    assert from_dict(TrainConfig, {"micro_batch": "auto", "workers": 2}).workers == 2
+    assert from_dict(TrainConfig, {"micro_batch": 0}).split_batch(1) == [[slice(0, 64)]]
+    with pytest.raises(UserError, match="micro_batch is 'all'; it must be auto, or a number"):
+        from_dict(TrainConfig, {"micro_batch": "all"})
+    with pytest.raises(UserError, match="workers must be auto or at least 0; got workers=-1"):
+        TrainConfig(workers=-1)
+    assert count_cores() >= 1
