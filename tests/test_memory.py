@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,26 +11,50 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from nextscale.common.devices import measure_memory
+from nextscale.checkpoints import build_modules, build_on_meta
+from nextscale.checkpoints.native import read_config
+from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
-from nextscale.common.machine import count_cores
+from nextscale.common.machine import count_cores, measure_memory
+from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import DataConfig
+from nextscale.config.encoder import EncoderRunConfig
+from nextscale.config.files import read_settings
+from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict
-from nextscale.config.tokenizer_training import CodebookConfig, TokenizerLossConfig
+from nextscale.config.tokenizer_training import CodebookConfig, TokenizerLossConfig, TokenizerRunConfig, derive_pyramid
 from nextscale.config.training import TrainConfig
+from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ExpertsConfig, MambaConfig
+from nextscale.config.transformer_training import RunConfig
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import MemoryExamples
+from nextscale.encoders.classifier import Classifier
+from nextscale.training import activations
+from nextscale.training.activations import count_activations
+from nextscale.training.classifier import ClassifierTask
+from nextscale.training.encoder import create_encoder_task
 from nextscale.training.engine import loop, memory
 from nextscale.training.engine.loop import train
-from nextscale.training.engine.memory import Activations, choose_micro_batch, choose_workers, measure_activations
+from nextscale.training.engine.memory import (
+    Activations,
+    choose_micro_batch,
+    choose_workers,
+    count_state_bytes,
+    measure_activations,
+)
+from nextscale.training.estimate import describe_gpus
 from nextscale.training.tokenizer import TokenizerTask
+from nextscale.training.transformer import TransformerTask
 from tests.conftest import randomised, tiny_config
+from tests.test_settings import KINDS, RECIPES
 from tests.test_train import SETTINGS, mixture_task, tasks, weights
 from tests.train_worker import break_off
 
 ROOT = Path(__file__).parents[1]
+RECIPE_FOLDER = ROOT / "nextscale" / "config" / "recipes"
 CPU = torch.device("cpu")
 GIB = 2**30
 
@@ -271,3 +296,122 @@ def test_settings_are_auto_or_numbers():
     with pytest.raises(UserError, match="workers must be auto or at least 0; got workers=-1"):
         TrainConfig(workers=-1)
     assert count_cores() >= 1
+
+
+# ---- what --dry-run and the recipes say
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["dense", "mixture", "guided", "mvar"])
+def test_counts_without_storage_are_those_of_real_tensors(name, precision):
+    """Beside the distinct storages that autograd keeps of a real training pass, without the weights."""
+    settings = {
+        "dense": {},
+        "mixture": {"experts": ExpertsConfig(router="stmoe", count=4, active=2)},
+        "guided": {"alignment": AlignmentConfig(width=6, hidden=64)},
+        "mvar": {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)},
+    }[name]
+    config = tiny_config("1,2,3,4", depth=3, width=64, **settings)
+    guided = 3 if name == "guided" else 0
+    model = randomised(config, backend="plain").transformer
+    sizes, alive = {}, []
+
+    def keep(tensor):
+        alive.append(tensor.detach())
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
+        logits = model(torch.zeros(6, dtype=torch.int64), torch.zeros(6, 29, 4), aligned_scales=guided).logits_BNV
+        F.cross_entropy(logits.float().flatten(0, 1), torch.zeros(6 * 30, dtype=torch.int64))
+    own = {p.data_ptr() for p in model.parameters()}
+    kept = sum(size for pointer, size in sizes.items() if pointer not in own)
+    counted = count_activations(build_on_meta(config)[1], replace(SETTINGS, precision=precision), guided)
+    assert counted.count(6) == pytest.approx(kept, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depth": 5, "alignment": AlignmentConfig(width=6, hidden=64, block=3)},
+        {"depth": 5, "mixers": MVAR_MIXERS, "global_blocks": 2, "mamba": MambaConfig(state_width=6, head_width=8)},
+        {"depth": 4, "shared_adaln": True, "experts": ExpertsConfig(router="stmoe", count=4, active=2)},
+    ],
+)
+def test_blocks_that_are_alike_count_as_if_each_were_computed(settings, monkeypatch):
+    _, model = build_on_meta(tiny_config("1,2,3,4", **settings))
+    once = count_activations(model, SETTINGS, 2)
+    monkeypatch.setattr(activations, "_count_repeats", lambda blocks: [1] * len(blocks))
+    assert once == count_activations(model, SETTINGS, 2)
+
+
+GENERATORS = [name for name in RECIPES if name.startswith(("var", "mvar", "mepa"))]
+
+
+@pytest.mark.parametrize("recipe", GENERATORS)
+def test_recipes_say_on_which_gpus_they_fit(recipe):
+    line = describe_gpus(read_settings(RunConfig, Path(recipe)))
+    assert f"# {line}" in (RECIPE_FOLDER / f"{recipe}.yaml").read_text().splitlines()
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - set(GENERATORS)))
+def test_small_recipes_say_how_much_memory_they_need(recipe):
+    """Weights, gradients, moments, averages and the activations of all images at once, in float32."""
+    config = read_settings(KINDS.get(recipe.split("-")[0], RunConfig), Path(recipe))
+    task = build_small_task(config).train()
+    train = replace(config.train, precision="float32")
+    parameters = sum(p.numel() for p in task.trained.parameters() if p.requires_grad)
+    needs = count_state_bytes(train, parameters) + measure_activations(task, train, CPU).count(train.batch_size)
+    text = (RECIPE_FOLDER / f"{recipe}.yaml").read_text()
+    said = re.search(r"# Memory for all (\d+) images at once, in float32: (\d+) MiB\.\n", text)
+    assert said, text
+    assert int(said[1]) == train.batch_size
+    assert int(said[2]) == pytest.approx(needs / 2**20, rel=0.05)
+
+
+def build_small_task(config):
+    """The recipe's task, with images of its size that hold nothing."""
+
+    def images(side):
+        image = torch.zeros(3, 3, side, side, dtype=torch.uint8)
+        return MemoryExamples(image=image, label=torch.zeros(3, dtype=torch.int64))
+
+    if isinstance(config, TokenizerRunConfig):
+        pyramid = derive_pyramid(config.image_size, config.tokenizer.downsampling, config.scales)
+        tokenizer, _ = build_modules(ModelConfig(pyramid, config.tokenizer, None))
+        return TokenizerTask(tokenizer, images(config.image_size), config.losses, config.codebook)
+    if isinstance(config, ClassifierRunConfig):
+        model = Classifier(config.classifier, tuple("abcdefghij"))
+        return ClassifierTask(model, images(config.classifier.image_size), config.shift, 0.1)
+    if isinstance(config, EncoderRunConfig):
+        return create_encoder_task(config.encoder, images(config.encoder.image_size), config.moco, config.views, 0)
+    base, _ = read_config(ROOT / "models" / "tokenizer-cifar10")
+    model = replace(base, transformer=config.with_classes(10, 0), class_names=())
+    tokenizer, transformer = build_modules(model)
+    tokens = torch.zeros(3, model.pyramid.length, dtype=torch.int64)
+    examples = MemoryExamples(tokens=tokens, label=torch.zeros(3, dtype=torch.int64))
+    return TransformerTask(transformer, tokenizer, examples, config.train)
+
+
+def test_a_dry_run_says_on_how_many_devices_of_which_memory_it_fits(capsys):
+    """The count at the limit: one image more than the table says does not fit."""
+    assert main(["train", "mepa-d16", "--out", "none", "--dry-run"]) == 0
+    rows = re.findall(r"(\d) devices?, sharding (\w+) +of (\d+) +(\d+) +(\d+) +(\d+) +(\d+)", capsys.readouterr().out)
+    assert [row[:3] for row in rows] == [("1", "none", "768"), ("8", "none", "96"), ("8", "full", "96")]
+    config = read_settings(RunConfig, Path("mepa-d16"))
+    model = replace(ModelConfig(), transformer=config.with_classes(1000, 768))
+    _, transformer = build_on_meta(model)
+    needs, parameters = (
+        count_activations(transformer, config.train, 8),
+        sum(p.numel() for p in transformer.parameters()),
+    )
+    for devices, sharding, share, *counts in rows:
+        divided = parameters if sharding == "full" else 0
+        twice = 1 if devices == "8" and sharding == "none" else 0
+        held = 4 * (4 * divided / int(devices) + (4 + twice) * (parameters - divided))
+        for size, count in zip((16, 24, 40, 80), map(int, counts), strict=True):
+            free = 0.9 * size * GIB - held
+            larger = min((n for n in range(count + 1, int(share) + 1) if int(share) % n == 0), default=None)
+            assert not count or needs.count(count) <= free
+            assert larger is None or needs.count(larger) > free

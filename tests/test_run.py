@@ -14,15 +14,13 @@ from nextscale.cli.parser import main
 from nextscale.config.files import read_settings
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
-from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ExpertsConfig, MambaConfig
+from nextscale.config.transformer import AlignmentConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
-from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.engine.log import read_log
-from nextscale.training.estimate import count_activation_bytes, count_head_flops
+from nextscale.training.estimate import count_head_flops
 from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder
 
@@ -294,54 +292,6 @@ def test_recipes_say_what_was_published():
     assert settings.train.learning_rate == pytest.approx(8e-5 * 1024 / 256)
     assert settings.init.adaln_gamma == 1e-5
     assert settings.scales == str(preset("var-d30").pyramid)
-
-
-@pytest.mark.parametrize("guided", [0, 3])
-def test_activation_bytes_against_the_tensors_that_autograd_keeps(guided):
-    """On real tensors: the distinct storages that the graph saves, without the weights."""
-    model = randomised(tiny_config("1,2,3,4", depth=3, alignment=AlignmentConfig(width=6, hidden=64))).transformer
-    found, alive = {}, []
-
-    def keep(tensor):
-        alive.append(tensor)
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(torch.zeros(4, dtype=torch.int64), torch.zeros(4, 29, 4), aligned_scales=guided)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = sum(size for pointer, size in found.items() if pointer not in weights)
-    with torch.device("meta"):
-        from nextscale.transformer.var import VAR
-
-        shadow = VAR(model.config, Pyramid.parse("1,2,3,4"), 32, 4)
-    estimate = count_activation_bytes(shadow, 4, TrainConfig(), guided)
-    assert estimate == pytest.approx(kept, rel=0.15)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"depth": 5, "alignment": AlignmentConfig(width=6, hidden=64, block=3)},
-        {"depth": 5, "mixers": MVAR_MIXERS, "global_blocks": 2, "mamba": MambaConfig(state_width=6, head_width=8)},
-        {"depth": 4, "shared_adaln": True, "experts": ExpertsConfig(router="stmoe", count=4, active=2)},
-    ],
-)
-def test_activation_bytes_of_blocks_that_are_alike_are_those_of_each(settings):
-    """Against the storages that a pass through every block keeps."""
-    _, model = build_on_meta(tiny_config("1,2,3,4", **settings))
-    found = {}
-
-    def keep(tensor):
-        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, 29, 4, device="meta"), aligned_scales=2)
-    for parameter in model.parameters():
-        found.pop(parameter.untyped_storage()._cdata, None)
-    expected = sum(storage.nbytes() for storage in found.values())
-    assert count_activation_bytes(model, 3, TrainConfig(), 2) == 3 * expected
 
 
 def test_token_frequencies_against_a_loop():

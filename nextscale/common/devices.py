@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -30,36 +27,6 @@ def find_device(name: torch.device | str = "auto") -> torch.device:
         elif reason.startswith("Could not run"):
             reason = "this torch was built without it, or the machine has none; use auto or cpu"
         raise UserError(f"device '{name}' cannot be used here: {reason}") from error
-
-
-def measure_memory(device: torch.device) -> tuple[int, int] | None:
-    """(free, total) bytes of the device's memory; of a CPU what the system and its limits leave; None if not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    if device.type == "mps":
-        total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total
-    return _measure_ram() if device.type == "cpu" else None
-
-
-def _measure_ram() -> tuple[int, int] | None:
-    """(free, total) bytes of this machine, or of the container that limits the process (cgroup version 2)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        sizes = {name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-        free, total = sizes["MemAvailable"], sizes["MemTotal"]
-    except (OSError, KeyError, ValueError):
-        try:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):
-            return None
-        return total // 2, total  # such systems do not tell what is free
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # "max": no limit
-        return free, total
-    return min(free, limit - used), min(total, limit)
 
 
 def synchronize(device: torch.device) -> None:

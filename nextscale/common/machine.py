@@ -1,4 +1,4 @@
-"""Description of the machine that a figure was measured on."""
+"""The machine: its name for a figure that was measured on it, its cores and its memory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,36 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure_memory(device: torch.device) -> tuple[int, int] | None:
+    """(free, total) bytes of the device's memory; of a CPU what the system and its limits leave; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    return _measure_ram() if device.type == "cpu" else None
+
+
+def _measure_ram() -> tuple[int, int] | None:
+    """(free, total) bytes of this machine, or of the container that limits the process (cgroup version 2)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        sizes = {name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        free, total = sizes["MemAvailable"], sizes["MemTotal"]
+    except (OSError, KeyError, ValueError):
+        try:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+        return total // 2, total  # such systems do not tell what is free
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # "max": no limit
+        return free, total
+    return min(free, limit - used), min(total, limit)
 
 
 def _read_processor() -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.native import read_config
@@ -20,16 +16,19 @@ from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.encoders.load import load_encoder
 from nextscale.info import condition_flops, depends_on_tokens, scale_flops
 from nextscale.pyramid import Pyramid
+from nextscale.training.activations import count_activations
 from nextscale.training.engine.expert_parallel import find_mixtures
-from nextscale.transformer.block import Block
-from nextscale.transformer.context import ScaleContext
-from nextscale.transformer.feed_forward import Record
+from nextscale.training.engine.memory import RESERVE, Activations, choose_micro_batch, count_state_bytes
 from nextscale.transformer.projector import parse_scale_group
 from nextscale.transformer.var import VAR
 
 IMAGENET = 1_281_167
 _PEAK_FLOPS = {"H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by their data sheets
 _PEAK_SHARE = 0.4  # share of the peak that efficient training of transformers reaches
+GPU_SIZES = (16, 24, 40, 80)
+"""GB of common GPUs' memory."""
+_DEVICES = (1, 8)
+_GIB = 2**30
 _VIT_B_WIDTH = 768  # features of the papers' encoders
 
 
@@ -52,7 +51,7 @@ def estimate_cost(config: RunConfig) -> str:
         notes.append("the arithmetic is the most that may be executed: how much it is depends on the tokens")
     parameters = sum(p.numel() for p in transformer.parameters())
     steps, warmup = config.train.schedule_steps(examples)
-    guided = max(parse_scale_group(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
+    guided = _count_guided(config, model)
     forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
     forward += count_head_flops(transformer, guided)
     per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards
@@ -121,21 +120,75 @@ def count_head_flops(transformer: VAR, guided: int) -> int:
 
 
 def _describe_memory(train: TrainConfig, transformer: VAR, parameters: int, guided: int) -> list[str]:
-    """Lines on the memory of one device, for the configured micro-batch."""
-    micro_batch = train.batch_size if train.micro_batch == "auto" else train.micro_batch or train.batch_size
-    copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, averages
-    activations = count_activation_bytes(transformer, micro_batch, train, guided)
-    gib = 2**30
+    """Lines on the memory of one device: what it holds, the activations, and on which GPUs that fits."""
+    divided = _count_divided(train, transformer)
     tensors = "weights, gradients, optimizer" + (", averages" if train.ema else "")
-    divided = {"none": 0, "full": parameters, "experts": _count_expert_parameters(train, transformer)}[train.sharding]
     parts = (("divided by the number of devices", divided), ("per device", parameters - divided))
-    sizes = [f"{4 * copies * count / gib:.2f} GiB {where}" for where, count in parts if count]
+    copies = 4 + (1 if train.ema else 0)
+    sizes = [f"{4 * copies * count / _GIB:.2f} GiB {where}" for where, count in parts if count]
     recomputed = ", recomputed block by block" if train.activation_checkpointing else ""
+    activations = count_activations(transformer, train, guided)
+    all_at_once = activations.count(train.batch_size) / _GIB
     return [
         f"memory      {tensors}: {' and '.join(sizes)}",
-        f"            activations of {micro_batch} images at once: about {activations / gib:.2f} GiB per device "
-        f"({train.precision}{recomputed})",
+        f"            activations: about {activations.per_example / _GIB:.3f} GiB an image and "
+        f"{activations.constant / _GIB:.2f} GiB; all {train.batch_size} images at once {all_at_once:.1f} GiB "
+        f"({'bfloat16' if train.precision == 'auto' else train.precision}{recomputed})",
+        *_describe_fit(train, transformer, activations),
     ]
+
+
+def _describe_fit(train: TrainConfig, transformer: VAR, activations: Activations) -> list[str]:
+    """A table: how many images at once fit on GPUs of each size, on one and on eight of them."""
+    rows = [(devices, train) for devices in _DEVICES]
+    if train.sharding == "none" and len(transformer.blocks):
+        rows.append((_DEVICES[-1], dataclasses.replace(train, sharding="full")))
+    lines = ["images at once that fit (0: none does)".ljust(42) + "".join(f"{f'{size} GB':>8}" for size in GPU_SIZES)]
+    for devices, settings in rows:
+        fits = [count_fitting(settings, transformer, activations, size, devices) for size in GPU_SIZES]
+        name = f"{devices} device{'s' if devices > 1 else ''}, sharding {settings.sharding}"
+        share = f"of {train.batch_size // devices}"
+        lines.append(f"  {name:<28}{share:>12}" + "".join(f"{count:>8}" for count in fits))
+    return ["fits on     " + lines[0], *("            " + line for line in lines[1:])]
+
+
+def count_fitting(train: TrainConfig, transformer: VAR, activations: Activations, size: int, devices: int = 8) -> int:
+    """Images of a device's share of the batch that fit at once into a GPU of `size` GB; 0 where none does.
+
+    A given `micro_batch` is taken or does not fit. `transformer`: on device meta.
+    """
+    if train.batch_size % devices:
+        return 0
+    parameters = sum(p.numel() for p in transformer.parameters())
+    held = count_state_bytes(train, parameters, 0, _count_divided(train, transformer), devices)
+    free = (1 - RESERVE) * size * _GIB - held
+    share = train.batch_size // devices
+    given = 0 if train.micro_batch == "auto" else min(train.micro_batch or share, share)
+    images = given or choose_micro_batch(share, activations, free)
+    return images if activations.count(images) <= free else 0
+
+
+def describe_gpus(config: RunConfig) -> str:
+    """The line of a recipe's header: how many images at once fit on eight GPUs of each size."""
+    model, _ = _build_config(config)
+    _, transformer = build_on_meta(model)
+    assert transformer is not None, "a generator has a transformer"
+    activations = count_activations(transformer, config.train, _count_guided(config, model))
+    fits = {size: count_fitting(config.train, transformer, activations, size) for size in GPU_SIZES}
+    parts = ", ".join(f"{size} GB: {count or 'none'}" for size, count in fits.items())
+    return f"Images at once (of {config.train.batch_size // 8}) that fit on each of 8 GPUs, by their memory: {parts}."
+
+
+def _count_guided(config: RunConfig, model: ModelConfig) -> int:
+    """Scales that the alignment head projects."""
+    return max(parse_scale_group(config.loss.group, len(model.pyramid))) + 1 if config.loss.encoder else 0
+
+
+def _count_divided(train: TrainConfig, transformer: VAR) -> int:
+    """Parameters that the processes share."""
+    if train.sharding == "full":
+        return sum(p.numel() for p in transformer.parameters())
+    return _count_expert_parameters(train, transformer)
 
 
 def _count_expert_parameters(train: TrainConfig, transformer: VAR) -> int:
@@ -144,85 +197,3 @@ def _count_expert_parameters(train: TrainConfig, transformer: VAR) -> int:
         return 0
     mixtures = find_mixtures(transformer, "transformer").values()
     return sum(p.numel() for experts in mixtures for p in experts.parameters())
-
-
-def count_activation_bytes(transformer: VAR, images: int, train: TrainConfig, guided: int = 0) -> int:
-    """Bytes that one forward pass keeps for the backward pass.
-
-    Counted on tensors without storage in float32, for one image; half of it in 16-bit precision. `guided`: scales that
-    the alignment head projects. Of blocks that are alike one is computed, and counted for all of them.
-    """
-    saved = _SavedTensors(transformer)
-    shallow = copy.copy(transformer)
-    shallow._modules = dict(transformer._modules)
-    repeats = _count_repeats(transformer.blocks)
-    shallow.blocks = nn.ModuleList(  # type: ignore[assignment]
-        _CountedBlock(block, times, saved) for block, times in zip(transformer.blocks, repeats, strict=True)
-    )
-    pyramid = transformer.pyramid
-    length = pyramid.length - pyramid.counts[0]
-    x_BLC = torch.empty(1, length, transformer.word_embed.in_features, device="meta")
-    labels = torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(saved.record, lambda tensor: tensor):
-        shallow(labels, x_BLC, aligned_scales=guided)
-    total = sum(saved.sizes.values())
-    if train.activation_checkpointing:
-        depth, width = transformer.config.depth, transformer.config.width
-        total = total // depth + depth * pyramid.length * width * 4
-    return total * images // (1 if train.precision == "float32" else 2)
-
-
-def _count_repeats(blocks: Sequence[Block]) -> list[int]:
-    """How many blocks each one stands for: the first of a kind for all of it, the others for none.
-
-    What comes from the block before belongs to the kind, so the first block of all is of its own.
-    """
-    kinds: list[Any] = []
-    for block in blocks:
-        modules, parameters = block.named_modules(), block.named_parameters()
-        kinds.append(((*((n, type(m)) for n, m in modules),), (*((n, p.shape) for n, p in parameters),)))
-    pairs = list(zip([None, *kinds], kinds, strict=False))
-    return [pairs.count(pair) if pairs.index(pair) == i else 0 for i, pair in enumerate(pairs)]
-
-
-class _SavedTensors:
-    """The bytes of each storage that autograd keeps, without the weights."""
-
-    def __init__(self, module: nn.Module):
-        self.weights = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.sizes: dict[int, int] = {}
-        self.alive: list[torch.UntypedStorage] = []
-        """So that no later storage gets the number of an earlier one."""
-        self.times = 1
-        """How many blocks the running one stands for."""
-
-    def record(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.weights:
-            self.sizes.setdefault(storage._cdata, storage.nbytes() * self.times)
-            self.alive.append(storage)
-        return tensor
-
-    def ignore(self, tensor: Tensor) -> None:
-        """Do not count this tensor, whatever keeps it."""
-        self.sizes[tensor.untyped_storage()._cdata] = 0
-        self.alive.append(tensor.untyped_storage())
-
-
-class _CountedBlock(nn.Module):
-    """A block whose tensors are counted so many times; with 0 it is not computed."""
-
-    def __init__(self, block: Block, times: int, saved: _SavedTensors):
-        super().__init__()
-        self.block, self.adaln, self.times, self.saved = block, block.adaln, times, saved
-
-    def forward(
-        self, x_BND: Tensor, adaln_B3SD: Tensor, context: ScaleContext, states: None, previous: Record | None
-    ) -> tuple[Tensor, Record | None]:
-        if not self.times:
-            self.saved.ignore(x_BND)  # the block that stands for this one counts its input
-            return x_BND + 0, previous  # a tensor of its own, as a block's output is
-        self.saved.times = self.times
-        result = self.block(x_BND, adaln_B3SD, context, states, previous)
-        self.saved.times = 1
-        return result

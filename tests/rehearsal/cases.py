@@ -340,7 +340,7 @@ CASES: dict[str, Callable[[], Output]] = {
     "extract features": extract,
     **{f"train {task} {precision}": partial(run_training, make, precision)
        for task, make in TASKS.items() for precision in list_precisions(task)},
-    "train with micro_batch auto": partial(run_training, TASKS["tokenizer adversarial"], "bfloat16", micro_batch="auto"),
+    "train with auto": partial(run_training, TASKS["tokenizer adversarial"], "float32", micro_batch="auto"),
     "train in micro-batches": partial(run_training, TASKS["transformer dense"], "float16", micro_batch=2),
 }  # fmt: skip
 

@@ -65,21 +65,11 @@ def train(
     """
     world, settings = world or World(), settings or to_dict(config)
     files = StateFiles(folder, task.name, config.keep, world)
-    task.to(world.device).train()
-    tried = config.micro_batch == "auto" and runs_out_with_an_error(world.device)
-    config, said = resolve_auto(task, config, world, files.read_micro_batch())
-    model = DistributedModel(task, config, world)
-    optimizer = build_optimizer(task.trained, config)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=model.dtype == torch.float16)
-    ema = Ema(task.trained, config.ema) if config.ema else None
-    state = TrainState(task.trained, optimizer, scaler, ema)
-    due = files.resume(state, settings, accept_changes)
+    config, model, state, due, how = prepare(task, config, files, settings, accept_changes)
+    optimizer, scaler, ema = state.optimizer, state.scaler, state.ema
     steps, warmup = config.schedule_steps(len(task.examples))
-    if tried and state.step < steps:
-        config = try_micro_batch(model, config, optimizer, state.step)
-    files.computed = {name: int(getattr(config, name)) for name in ("micro_batch", "workers")}
     with (
-        RunLog(folder, task, config, world, state.step, settings, due, said) as log,
+        RunLog(folder, task, config, world, state.step, settings, due, how) as log,
         catch_stop_signals(world) as signals,
     ):
         if due and callbacks:
@@ -121,6 +111,25 @@ def train(
             if stop:
                 raise Interrupted(task.name, state.step, steps)
     finish(task, ema)
+
+
+def prepare(
+    task: Task, config: TrainConfig, files: StateFiles, settings: dict[str, Any], accept_changes: bool
+) -> tuple[TrainConfig, DistributedModel, TrainState, bool, str]:
+    """What a training starts from: the config with numbers in place of `auto`, the task wrapped and on its device, the
+    latest state; whether its model is yet to be validated; and a line on how the run is computed, or an empty text."""
+    world, given = files.world, config.micro_batch
+    config, how = resolve_auto(task.to(world.device).train(), config, world, files.read_micro_batch())
+    model = DistributedModel(task, config, world)
+    optimizer = build_optimizer(task.trained, config)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=model.dtype == torch.float16)
+    state = TrainState(task.trained, optimizer, scaler, Ema(task.trained, config.ema) if config.ema else None)
+    due = files.resume(state, settings, accept_changes)
+    left = state.step < config.schedule_steps(len(task.examples))[0]
+    if given == "auto" and left and runs_out_with_an_error(world.device):
+        config = try_micro_batch(model, config, optimizer, state.step)
+    files.computed = {name: int(getattr(config, name)) for name in ("micro_batch", "workers")}
+    return config, model, state, due, how
 
 
 def finish(task: Task, ema: Ema | None) -> None:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nextscale.common.devices import measure_memory
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.machine import count_cores
+from nextscale.common.machine import count_cores, measure_memory
 from nextscale.common.precision import choose_training_dtype, lower_precision
 from nextscale.common.rng import make_generator
 from nextscale.config.training import TrainConfig
