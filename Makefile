@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := runs/quickstart
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test test-gpu soak repeat lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/nextscale quickstart --out $(RUN)
@@ -11,8 +11,22 @@ demo: $(VENV)/.demo
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+test-gpu: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest tests/gpu -rs -s
+
 soak: $(VENV)/.ready
 	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py tests/test_independence.py tests/test_processes.py tests/test_neon.py -s
+	NEXTSCALE_GPU_TESTS=cpu $(VENV)/bin/python -m pytest tests/gpu -s
+
+# The suite ten times: as it is, on one thread, on a CPU without AVX-512, beside a busy loop on each core.
+SUITE = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+AVX2 = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+repeat: $(VENV)/.ready
+	for run in 1 2 3 4 5; do $(SUITE) || exit 1; done
+	for run in 1 2; do OMP_NUM_THREADS=1 $(SUITE) || exit 1; done
+	for run in 1 2; do $(AVX2) $(SUITE) || exit 1; done
+	busy=""; for core in $$(seq $$(nproc)); do (while :; do :; done) & busy="$$busy $$!"; done; \
+	$(SUITE); status=$$?; kill $$busy; exit $$status
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
