@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SMALL = 2**24
 """Bytes of tensors up to which loading verifies a file: 4 % of a process's first load of models/var-cifar10 (173 ms of
-processor time), a tenth of later ones. Larger ones: where a command reads all of them, and `nextscale info --verify`."""
+processor time), a tenth of later ones. Larger ones: where a command reads them all, and `nextscale info --verify`."""
 _LARGEST = 1e10
 """Weights beyond this are damaged: a flipped bit of an exponent gives 1e17 or 1e36."""
 
