@@ -39,6 +39,8 @@ class Quickstart:
     """Run folder: checkpoints, pictures, curves, metrics.json. `nextscale sample` takes it as a model."""
     config: Path | None = None
     """YAML or JSON file with settings, in the form of the run folder's quickstart.json."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 
     main_options: ClassVar[tuple[str, ...]] = (
         "data",
@@ -65,7 +67,7 @@ class Quickstart:
         from nextscale.training.report import format_quickstart_report, report_interruption
 
         with report_interruption(self.out):
-            metrics = run_quickstart(self.settings, self.out, draw_routing)
+            metrics = run_quickstart(self.settings, self.out, draw_routing, self.device)
         print("\n" + format_quickstart_report(metrics, self.out))
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from nextscale.common.devices import synchronize
 from nextscale.common.distributed import World
 from nextscale.common.rng import make_generator
 from nextscale.config.quickstart import QuickstartConfig
@@ -43,7 +44,7 @@ def estimate_time(config: QuickstartConfig, pipeline: Pipeline, images: ImageSet
         pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), config.train_transformer, config.loss
     )
     tasks["transformer"] = model, config.train_transformer
-    seconds = {name: time_training(task, train) for name, (task, train) in tasks.items()}
+    seconds = {name: time_training(task, train, pipeline.device) for name, (task, train) in tasks.items()}
     steps = {name: train.schedule_steps(count)[0] for name, (_, train) in tasks.items()}
     trainings = ", ".join(f"{name} {format_duration(seconds[name])} ({steps[name]} steps)" for name in tasks)
     measuring = time_sampling(config, pipeline)
@@ -51,19 +52,22 @@ def estimate_time(config: QuickstartConfig, pipeline: Pipeline, images: ImageSet
     return f"time on this machine: {total}: {trainings}, sampling and measuring {format_duration(measuring)}"
 
 
-def time_training(task: Task, config: TrainConfig) -> float:
+def time_training(task: Task, config: TrainConfig, device: torch.device) -> float:
     """Seconds that a training will take, from the second of two steps of a copy of the task."""
     task = copy.deepcopy(task, {id(task.examples): task.examples})
-    model = DistributedModel(task, config, World())
+    model = DistributedModel(task, config, World(device=device))
     micro_batches = config.split_batch(1)[0]
     rows = micro_batches[0]
     batch = task.examples.fetch([i % len(task.examples) for i in range(rows.start, rows.stop)], None)
+    batch.pop("unreadable", None)
     noise = task.draw_noise(rows.stop - rows.start, make_generator(config.seed, "time"))
+    batch, noise = ({name: tensor.to(device) for name, tensor in part.items()} for part in (batch, noise))
     task.train()
     elapsed = 0.0
     for _ in range(2):
         start = time.monotonic()
         model.forward(batch, noise, 0)[0].backward()
+        synchronize(device)
         elapsed = time.monotonic() - start
     return elapsed * len(micro_batches) * config.schedule_steps(len(task.examples))[0]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.common.devices import find_device
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
@@ -49,7 +50,9 @@ DrawRouting = Callable[[Pipeline, ImageSet, QuickstartConfig, Path], None]
 """Writes routing.png and routing.json of a mixture of experts on held-out images to a folder."""
 
 
-def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRouting | None = None) -> dict[str, Any]:
+def run_quickstart(
+    config: QuickstartConfig, folder: Path, draw_routing: DrawRouting | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Train, sample and measure into `folder`, which `nextscale sample` then takes as a model; return the metrics.
 
     Writes config.json and the weights, samples.png, reconstructions.png, scales.png (one image after each scale),
@@ -57,6 +60,7 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     Raises Interrupted when stopped while training; a second call with the same folder resumes.
     """
     check_available()
+    world = World(device=find_device(device))
     trainings = config.train_tokenizer, config.train_encoder, config.train_transformer
     check_loggers([name for train in trainings for name in train.loggers])
     start = time.monotonic()
@@ -70,24 +74,25 @@ def run_quickstart(config: QuickstartConfig, folder: Path, draw_routing: DrawRou
     check_data(config, data, train_images, held_out, size)
     record_settings(folder / "quickstart.json", to_dict(config), {"data": data.inputs})
     config = fit_trainings(config, len(train_images))
-    pipeline = create_pipeline(config, pyramid, data.class_names)
+    pipeline = create_pipeline(config, pyramid, data.class_names).to(world.device, torch.float32)
     if not list((folder / "training").glob("*.pt")):
         print(estimate_time(config, pipeline, train_images, min(size)), flush=True)
 
-    train(TokenizerTask(pipeline.tokenizer, train_images.to_examples()), config.train_tokenizer, folder)
+    train(TokenizerTask(pipeline.tokenizer, train_images.to_examples()), config.train_tokenizer, folder, world=world)
     pipeline.tokenizer.eval()
     tokens_BL = encode_tokens(pipeline, train_images.images_B3HW)
     examples = {"tokens": tokens_BL, "label": train_images.labels_B}
     validated = held_out.select(torch.arange(min(len(held_out), _VALIDATED)))
     held_examples = {"tokens": encode_tokens(pipeline, validated.images_B3HW), "label": validated.labels_B}
     if config.loss.encoder:
-        encoder = train_encoder(config, train_images, held_out, min(size), folder)
+        encoder = train_encoder(config, train_images, held_out, min(size), folder, world)
         examples["features"] = encode_features(train_images, encoder, pyramid.last)
         held_examples["features"] = encode_features(validated, encoder, pyramid.last)
     task = TransformerTask(
         pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), config.train_transformer, config.loss
     )
-    train(task, config.train_transformer, folder, _Callbacks(task, MemoryExamples(**held_examples), pipeline, folder))
+    callbacks = _Callbacks(task, MemoryExamples(**held_examples), pipeline, folder, world)
+    train(task, config.train_transformer, folder, callbacks, world=world)
     pipeline.save_pretrained(folder)
 
     reconstruction = draw_pictures(pipeline, config, held_out, folder)
@@ -121,11 +126,11 @@ def check_data(
 class _Callbacks(Callbacks):
     """Validation of the transformer; best/ has the model with the lowest held-out loss."""
 
-    def __init__(self, task: TransformerTask, held_out: Examples, pipeline: Pipeline, folder: Path):
-        self.task, self.held_out, self.pipeline, self.folder = task, held_out, pipeline, folder
+    def __init__(self, task: TransformerTask, held_out: Examples, pipeline: Pipeline, folder: Path, world: World):
+        self.task, self.held_out, self.pipeline, self.folder, self.world = task, held_out, pipeline, folder, world
 
     def validate(self, step: int) -> Values:
-        return validate(self.task, self.held_out, len(self.held_out), World())
+        return validate(self.task, self.held_out, len(self.held_out), self.world)
 
     def save_model(self, step: int, best: bool) -> None:
         if best:
@@ -172,7 +177,7 @@ def create_pipeline(config: QuickstartConfig, pyramid: Pyramid, class_names: tup
 
 
 def train_encoder(
-    config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet, side: int, folder: Path
+    config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet, side: int, folder: Path, world: World
 ) -> SmallEncoder:
     """A self-supervised encoder of the training images, as `nextscale encoder train` makes it, in `folder`/encoder.
 
@@ -182,26 +187,29 @@ def train_encoder(
     settings = dataclasses.replace(config.encoder, image_size=side)
     task = create_encoder_task(settings, train_images.to_examples(), config.moco, config.views, config.seed)
     classes, bank = len(train_images.class_names), len(train_images)
-    callbacks = EncoderCallbacks(task, held_out.to_examples(), classes, bank, folder / "encoder", World())
-    train(task, config.train_encoder, folder, callbacks)
-    return load_small_encoder(folder / "encoder")
+    callbacks = EncoderCallbacks(task, held_out.to_examples(), classes, bank, folder / "encoder", world)
+    train(task, config.train_encoder, folder, callbacks, world=world)
+    return load_small_encoder(folder / "encoder").to(world.device)
 
 
 def encode_features(data: ImageSet, encoder: SmallEncoder, grid: tuple[int, int]) -> Tensor:
-    """The encoder's features (N, h, w, E) of all images."""
-    return torch.cat([encoder(scale_to_unit(images), grid) for images in data.images_B3HW.split(_BATCH)])
+    """The encoder's features (N, h, w, E) of all images, on the CPU."""
+    device, batches = next(encoder.parameters()).device, data.images_B3HW.split(_BATCH)
+    return torch.cat([encoder(scale_to_unit(images.to(device)), grid).cpu() for images in batches])
 
 
 @torch.no_grad()
 def encode_tokens(pipeline: Pipeline, images_B3HW: Tensor) -> Tensor:
-    """Tokens (B, L) of uint8 images."""
-    return torch.cat([pipeline.tokenizer.encode(scale_to_unit(images)) for images in images_B3HW.split(_BATCH)])
+    """Tokens (B, L) of uint8 images, on the CPU."""
+    encode, batches = pipeline.tokenizer.encode, images_B3HW.split(_BATCH)
+    return torch.cat([encode(scale_to_unit(images.to(pipeline.device))).cpu() for images in batches])
 
 
 def compute_cross_entropy(pipeline: Pipeline, data: ImageSet) -> float:
     """Mean cross-entropy per token, in nats, of images given their labels. Far lower in training means memorising."""
     tokens_BL = encode_tokens(pipeline, data.images_B3HW)
-    scores_BK = compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, data.labels_B)
+    inputs = (tensor.to(pipeline.device) for tensor in (tokens_BL, data.labels_B))
+    scores_BK = compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, *inputs)
     return float(-scores_BK.sum() / tokens_BL.numel())
 
 
@@ -215,10 +223,10 @@ def draw_pictures(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageS
     steps = pipeline.sample_scales([0], config.sampling)
     images_K3HW = torch.cat([pipeline.tokenizer.decode_canvas(step.canvas_BChw) for step in steps])
     captions = [f"{h}x{w}" for h, w in pipeline.config.pyramid.sides]
-    save_grid((images_K3HW + 1) / 2, captions, folder / "scales.png", columns=len(captions))
+    save_grid((images_K3HW.cpu() + 1) / 2, captions, folder / "scales.png", columns=len(captions))
 
     real = scale_to_unit(held_out.images_B3HW[:500])
-    decoded = pipeline.tokenizer.decode(pipeline.tokenizer.encode(real))
+    decoded = pipeline.tokenizer.decode(pipeline.tokenizer.encode(real.to(pipeline.device))).cpu()
     pairs = torch.stack([real[:8], decoded[:8]]).flatten(0, 1)
     count = len(pairs) // 2
     captions = ["image"] * count + ["restored"] * count
