@@ -8,9 +8,12 @@ import torch
 from nextscale.common.distributed import World
 from nextscale.config.training import TrainConfig
 from nextscale.doctor.processes import check_processes
+from nextscale.pipeline import Pipeline
+from nextscale.quickstart.run import run_quickstart
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from tests.rehearsal.cases import TASKS
+from tests.test_quickstart import tiny_settings
 from tests.train_worker import break_off
 
 CONFIG = TrainConfig(steps=1, batch_size=6, micro_batch=3, workers=0, log_every=1, warmup_steps=0, drop_path=0.1)
@@ -87,3 +90,11 @@ def test_as_many_processes_as_gpus_train_as_one(device):
     results = list(check_processes(device))
     assert results
     assert not [result.format() for result in results if result.status == "fail"]
+
+
+def test_the_quickstart_runs_on_the_device(device, tmp_path):
+    """All its stages: tokenizer, encoder, transformer, samples, pictures and figures."""
+    metrics = run_quickstart(tiny_settings(), tmp_path / "run", device=str(device))
+    assert metrics["reconstruction_psnr_db"] > 0
+    assert metrics["cross_entropy_nats_per_token"]["held_out"] > 0
+    assert Pipeline.from_pretrained(tmp_path / "run", device="cpu").sample([1]).tensor.isfinite().all()
