@@ -64,7 +64,7 @@ def test_the_contract_with_official_files(official, tmp_path, capsys):
     )  # fmt: skip
     out = load_file(tmp_path / "T.safetensors")
     with safe_open(tmp_path / "T.safetensors", framework="pt") as file:
-        assert file.metadata() == {"dtype": "float32", "computed_in": "float32"}
+        assert file.metadata() == {"types": '{"dtype": "float32", "computed_in": "float32"}'}
     assert out["tokens"].dtype == torch.int64
     assert torch.equal(out["tokens"], io["out.seeded.tokens"])
     assert out["images"].dtype == torch.float32

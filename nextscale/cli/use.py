@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -39,7 +40,7 @@ class Sample:
     override it."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine), `images` (float32,
-    B x 3 x H x W in 0 to 1) and, in its metadata, the `dtype` of the weights and what they were `computed_in`."""
+    B x 3 x H x W in 0 to 1) and, as `types` of its metadata, the `dtype` of the weights and what they were `computed_in`."""
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 16
@@ -247,7 +248,8 @@ def _write_outputs(
         write_image(tile_images(pictures, images.captions) if as_grid else pictures[0], sheet, name)
         if tables:
             computed = find_sampled(pipeline.dtype, pipeline.device, fast=command.backend != "plain")
-            about = {"dtype": get_name(pipeline.dtype), "computed_in": get_name(computed)}
+            types = {"dtype": get_name(pipeline.dtype), "computed_in": get_name(computed)}
+            about = {"types": json.dumps(types)}  # safetensors writes several entries in any order
             tensors = {"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}
             save_file(tensors, drafts.pop(0), about)
         for picture, draft in zip(pictures, drafts, strict=False):
