@@ -40,7 +40,8 @@ class Sample:
     override it."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine), `images` (float32,
-    B x 3 x H x W in 0 to 1) and, as `types` of its metadata, the `dtype` of the weights and what they were `computed_in`."""
+    B x 3 x H x W in 0 to 1) and, as `types` in its metadata, the `dtype` of the weights and what they are
+    `computed_in`."""
     images_out: Path | None = None
     """Also write each image into this folder."""
     batch_size: int = 16
