@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import check_routers, find_folder, read_modules
-from nextscale.common.devices import find_device
+from nextscale.common.devices import copy_to, find_device
 from nextscale.common.errors import UserError
 from nextscale.common.precision import choose_sampling_dtype
 from nextscale.common.rng import fold_seed, make_generator
@@ -391,7 +391,7 @@ class Pipeline:
 
     def _encode_images(self, images_B3HW: Tensor) -> Tensor:
         """Tokens (B, L) of images in [-1, 1], on the model's device; one at a time."""
-        return torch.cat([self.tokenizer.encode(x_3HW[None].to(self.device)) for x_3HW in images_B3HW])
+        return torch.cat([self.tokenizer.encode(copy_to(x_3HW[None], self.device)) for x_3HW in images_B3HW])
 
 
 def _choose_dtype(dtype: torch.dtype | str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -47,6 +47,9 @@ class Sample:
     batch_size: int = 16
     """Batch size, 1 or more. On a CPU with the default backend images do not depend on it. --official-seeding makes one
     batch of all images."""
+    decode_batch: int = 0
+    """How many images of a batch are decoded at once; 0 = as many as fit into a GPU's memory. Images do not depend on
+    it."""
     dtype: Dtype = "auto"
     """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
     device: str = "auto"
@@ -59,7 +62,11 @@ class Sample:
     overwrite: Overwrite = False
 
     def check(self) -> None:
-        check_fields("", self, {"batch_size must be 1 or more": self.batch_size >= 1})
+        rules = {
+            "batch_size must be 1 or more": self.batch_size >= 1,
+            "decode_batch must be 0 or more": self.decode_batch >= 0,
+        }
+        check_fields("", self, rules)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         models = {"MODEL": self.model, "--refiner": self.settings.refiner}
@@ -68,6 +75,7 @@ class Sample:
 
     def run(self) -> None:
         pipeline = _load_pipeline(self, capture=self.capture)
+        pipeline.tokenizer.decode_batch = self.decode_batch
         labels = pipeline.config.parse_classes(self.labels, "--labels")
         images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
         _write_outputs(self, pipeline, images, self.images_out)

@@ -33,7 +33,7 @@ def check_floats(who: str, image_B3HW: Any, low: int = -1) -> None:
 
 def check_range(who: str, image_B3HW: Tensor, low: float = -1.0, high: float = 1.0) -> None:
     """Raise UserError unless all values of images lie in [low, high]: a synchronisation. NaN is refused."""
-    smallest, largest = (float(value) for value in torch.aminmax(image_B3HW.detach()))
+    smallest, largest = torch.stack(torch.aminmax(image_B3HW.detach())).cpu().tolist()
     if not (low - _TOLERANCE <= smallest and largest <= high + _TOLERANCE):
         raise UserError(f"{who} takes images in [{low:g}, {high:g}]; got values from {smallest:.4g} to {largest:.4g}")
 

@@ -1,9 +1,9 @@
-"""Find devices by name."""
+"""Find devices by name; copy to them."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
 
@@ -33,6 +33,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given. A CPU has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. The host does not wait for a copy from its memory to a GPU: the source is pinned."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def create_embedding(count: int, width: int) -> nn.Embedding:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from nextscale.checkpoints.native import read_safetensors
 from nextscale.checkpoints.shards import Form, read_owner, read_shard, verify_shard, write_shard
+from nextscale.common.devices import copy_to
 from nextscale.common.digest import check_values
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
@@ -163,12 +164,12 @@ def _extract_shard(images: MeasuredImages, rows: range, extraction: Extraction, 
             for i, image in enumerate(to_pil(pixels_B3HW), start=start):
                 save_image(image, _name_image(extraction, i))
         batches.setdefault(CONTENT, []).append(hash_rows(pixels_B3HW))
-        on_device = pixels_B3HW.to(extraction.device)
+        on_device = copy_to(pixels_B3HW, extraction.device)
         for network in extraction.networks:
             for kind, tensor in network(on_device).to_dict().items():
                 batches.setdefault(f"{network.name}.{kind}", []).append(tensor.cpu())
         if extraction.partner is not None and extraction.pair_distance is not None:
-            partner = extraction.partner.fetch(start, stop).to(extraction.device)
+            partner = copy_to(extraction.partner.fetch(start, stop), extraction.device)
             batches.setdefault("pairing", []).append(extraction.pair_distance(on_device, partner).cpu())
         bar.update(stop - start)
     return {name: torch.cat(tensors).contiguous() for name, tensors in batches.items()}

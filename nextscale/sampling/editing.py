@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.common.devices import copy_to
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
 from nextscale.pyramid import Pyramid
@@ -54,7 +55,7 @@ def build_edit(mask_HW: Tensor, tokens_BL: Tensor, config: ModelConfig) -> Edit:
     """The edit of an image with these tokens; UserError for a mask that is not of the model's size."""
     if mask_HW.shape != config.image_size:
         raise UserError(f"a mask tensor must be {config.image_size}; got {tuple(mask_HW.shape)}")
-    return Edit(tokens_BL, select_kept_cells(mask_HW.to(tokens_BL.device), config.pyramid)[None])
+    return Edit(tokens_BL, copy_to(select_kept_cells(mask_HW, config.pyramid)[None], tokens_BL.device))
 
 
 def select_kept_cells(mask_HW: Tensor, pyramid: Pyramid) -> Tensor:

@@ -19,8 +19,8 @@ def compute_log_likelihood(tokenizer: Tokenizer, model: VAR, tokens_BL: Tensor, 
     No guidance, temperature or filter: what the cross-entropy of training measures, times the tokens of the scale.
     UserError when the logits are not finite.
     """
-    tokens_BL = tokenizer.check_tokens(tokens_BL)
-    logits_BLV = model(values, tokenizer.teacher_inputs(tokens_BL)).logits_BNV
+    tokens_BL = tokenizer.move_tokens(tokens_BL)
+    logits_BLV = model(values, tokenizer.teacher_inputs(tokens_BL, checked=True)).logits_BNV
     token_BL = logits_BLV.log_softmax(dim=-1).gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
     check_finite_logits(token_BL.isfinite().all())
     return torch.stack([token_BL[:, start:end].sum(dim=1) for start, end in model.pyramid.spans], dim=1)

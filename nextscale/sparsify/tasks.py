@@ -97,6 +97,10 @@ class RouterTask(Task):
     def fast_modules(self) -> list[nn.Module]:
         return [self.model]
 
+    def check_batch(self, batch: Batch) -> None:
+        if "tokens" in batch:
+            self.frozen.tokenizer.check_tokens(batch["tokens"])
+
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         return {"drop": torch.rand(count, generator=rng) < self.config.label_drop}
 

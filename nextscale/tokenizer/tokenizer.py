@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.common.checks import check_floats, check_range, check_uint8
+from nextscale.common.devices import copy_to
 from nextscale.common.errors import UserError
 from nextscale.common.precision import cast_for, compute_exactly
 from nextscale.config.tokenizer import TokenizerConfig
@@ -38,6 +39,8 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, pyramid: Pyramid):
         super().__init__()
         self.config, self.pyramid = config, pyramid
+        self.decode_batch = 0
+        """How many images are decoded at once; 0: as many as a GPU's memory holds. Images do not depend on it."""
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         kernel = config.quant_conv_kernel
@@ -96,22 +99,29 @@ class Tokenizer(nn.Module):
         return self.quantizer.next_input(canvas_BChw, k)
 
     @torch.no_grad()
-    def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """What the transformer sees at scales 1 to K-1, given all tokens: (B, L - N of scale 0, c), float32."""
-        canvases = list(self.build_canvases(tokens_BL))
+    def teacher_inputs(self, tokens_BL: Tensor, *, checked: bool = False) -> Tensor:
+        """What the transformer sees at scales 1 to K-1, given all tokens: (B, L - N of scale 0, c), float32.
+
+        `checked`: `check_tokens` has seen the tokens before they went to the device, which then need not be waited for.
+        """
+        canvases = list(self.build_canvases(tokens_BL, checked=checked))
         inputs = [self.next_input(canvas, k) for k, canvas in enumerate(canvases[:-1], start=1)]
         return torch.cat(inputs or [canvases[0].new_zeros(tokens_BL.shape[0], 0, self.config.code_width)], dim=1)
 
-    def build_canvases(self, tokens_BL: Tensor) -> Iterator[Tensor]:
-        """The canvas (B, c, h, w) after each scale."""
-        tokens_BL = self.check_tokens(tokens_BL)
+    def build_canvases(self, tokens_BL: Tensor, *, checked: bool = False) -> Iterator[Tensor]:
+        """The canvas (B, c, h, w) after each scale. `checked` as in `teacher_inputs`."""
+        tokens_BL = tokens_BL if checked else self.move_tokens(tokens_BL)
         canvas = self.new_canvas(tokens_BL.shape[0])
         for k, (start, end) in enumerate(self.pyramid.spans):
             canvas = self.add_scale(canvas, tokens_BL[:, start:end], k)
             yield canvas
 
+    def move_tokens(self, tokens_BL: Any) -> Tensor:
+        """Tokens of any integer type, of torch or numpy, as int64 on the model's device, once they are checked."""
+        return copy_to(self.check_tokens(tokens_BL), self.quantizer.codebook.weight.device).to(torch.int64)
+
     def check_tokens(self, tokens_BL: Any) -> Tensor:
-        """Tokens of any integer type, of torch or numpy, as int64 on the model's device.
+        """Tokens of any integer type, of torch or numpy, as a tensor where they are: on a GPU the host waits once.
 
         Raises UserError unless they are (B, L) indices into the codebook.
         """
@@ -121,9 +131,10 @@ class Tokenizer(nn.Module):
             raise UserError(f"tokens must be whole numbers; got {str(tokens_BL.dtype).removeprefix('torch.')}")
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] != length:
             raise UserError(f"pyramid {self.pyramid} takes tokens (B, {length}); got {tuple(tokens_BL.shape)}")
-        tokens_BL = tokens_BL.to(self.quantizer.codebook.weight.device, torch.int64)
-        if tokens_BL.numel() and not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < vocab:
-            raise UserError(f"tokens must lie in 0 to {vocab - 1}; got {int(tokens_BL.min())}..{int(tokens_BL.max())}")
+        if tokens_BL.numel():
+            smallest, largest = torch.stack(torch.aminmax(tokens_BL.long())).cpu().tolist()
+            if not 0 <= smallest <= largest < vocab:
+                raise UserError(f"tokens must lie in 0 to {vocab - 1}; got {smallest}..{largest}")
         return tokens_BL
 
     # canvas -> image
@@ -134,10 +145,22 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode_canvas(self, canvas_BChw: Tensor) -> Tensor:
-        """Image (B, 3, H, W) in [-1, 1], float32, of a canvas. UserError when the decoder's output is not finite."""
-        image_B3HW = self.decode_features(canvas_BChw)
+        """Image (B, 3, H, W) in [-1, 1], float32, of a canvas; `decode_batch` images at a time. UserError when the
+        decoder's output is not finite."""
+        parts = canvas_BChw.split(self.decode_batch or self._count_at_once(canvas_BChw))
+        images = [self.decode_features(part) for part in parts]
+        image_B3HW = torch.cat(images) if len(images) > 1 else images[0]
         _check_finite("the decoder's images", image_B3HW)
         return image_B3HW.clamp(-1, 1)
+
+    def _count_at_once(self, canvas_BChw: Tensor) -> int:
+        """How many images to decode at once: on a GPU as many as its free memory holds, else all."""
+        if canvas_BChw.device.type == "cuda":
+            from nextscale.tokenizer.decoding import count_at_once
+
+            dtype = self.post_quant_conv.weight.dtype
+            return count_at_once(self.config, self.pyramid.last, dtype, canvas_BChw.device)
+        return max(len(canvas_BChw), 1)
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from nextscale.common.devices import copy_to
 from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.dtypes import DTYPES, parse_dtype
@@ -201,7 +202,7 @@ def read_batches(
         names = batch.pop("unreadable", ())
         if unreadable is not None:
             unreadable += names
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield {name: copy_to(tensor, device) for name, tensor in batch.items()}
 
 
 LogName = str | tuple[str, int]

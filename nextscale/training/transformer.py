@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nextscale.backends import optimize
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.common.devices import copy_to
 from nextscale.common.digest import add_digest, check_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
@@ -94,6 +95,10 @@ class TransformerTask(Task):
         drop_path = draw_drop_path(self.model, count, self.config.drop_path, rng)
         return {"drop": drop_B} if drop_path is None else {"drop": drop_B, "drop_path": drop_path}
 
+    def check_batch(self, batch: Batch) -> None:
+        if "tokens" in batch:
+            self.frozen.tokenizer.check_tokens(batch["tokens"])
+
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         label_B, tokens_BL, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
         values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
@@ -162,11 +167,14 @@ class TransformerTask(Task):
 
 
 def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (B,), tokens (B, L) and teacher-forced inputs (B, L - first scale, C) of a batch of tokens or images."""
+    """Labels (B,), tokens (B, L) and teacher-forced inputs (B, L - first scale, C) of a batch of tokens or images.
+
+    `Task.check_batch` has checked the tokens.
+    """
     label_B = batch["label"]
     with compute_exactly(label_B):  # rounding would change tokens
         tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
-        return label_B, tokens_BL, tokenizer.teacher_inputs(tokens_BL)
+        return label_B, tokens_BL, tokenizer.teacher_inputs(tokens_BL, checked=True)
 
 
 def draw_drop_path(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Tensor | None:
@@ -281,7 +289,8 @@ def validate(task: Task, held_out: Examples, limit: int, world: World) -> Values
         weight = len(rows) / count if index < len(starts) else 0.0
         batch = held_out.fetch(rows, None)
         unreadable += batch.pop("unreadable", [])
-        loss, scalars = task({n: t.to(world.device) for n, t in batch.items()}, {}, 0)
+        task.check_batch(batch)
+        loss, scalars = task({name: copy_to(tensor, world.device) for name, tensor in batch.items()}, {}, 0)
         for name, value in {"loss": loss, **scalars}.items():
             sums[name] = sums.get(name, 0) + widen(value) * weight
     values: Values = {f"validation_{name}": world.sum(value).tolist() for name, value in sums.items()}

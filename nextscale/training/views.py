@@ -10,6 +10,7 @@ Letters: B batch, C and D colours.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +55,21 @@ def change_colours(image_B3HW: Tensor, draws_B6: Tensor, config: ViewConfig) -> 
     strengths = (torch.where(is_changed_B, 1 + config.jitter * (2 * u - 1), 1.0) for u in factors)
     brightness_B, contrast_B, saturation_B = strengths
     angle_B = torch.where(is_changed_B, 2 * math.pi * config.hue * (2 * hue_B - 1), 0.0)
-    luma_C = image_B3HW.new_tensor(_LUMA)
+    luma_C, yiq_CD, inverse_CD = _create_constants(image_B3HW.device, image_B3HW.dtype)
     mean_B = brightness_B * torch.einsum("bchw,c->b", image_B3HW, luma_C) / image_B3HW[0, 0].numel()
-    colour_BCD = _build_hue_rotation(angle_B) @ _build_saturation(saturation_B, luma_C)
+    colour_BCD = _build_hue_rotation(angle_B, yiq_CD, inverse_CD) @ _build_saturation(saturation_B, luma_C)
     colour_BCD = torch.where((grey_B < config.grey_share)[:, None, None], luma_C.expand(3, 3), colour_BCD)
     colour_BCD = colour_BCD * (brightness_B * contrast_B)[:, None, None]
     offset_B = (1 - contrast_B) * mean_B  # grey, which saturation and hue do not change
     flat_BDn = image_B3HW.flatten(2)
     return torch.baddbmm(offset_B[:, None, None], colour_BCD, flat_BDn).clamp(0, 1).view_as(image_B3HW)
+
+
+@lru_cache(maxsize=8)
+def _create_constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of grey (3,), and the maps from RGB to YIQ and back (3, 3). Copied to the device once."""
+    yiq = torch.tensor(_YIQ, dtype=dtype)
+    return torch.tensor(_LUMA, dtype=dtype).to(device), yiq.to(device), torch.linalg.inv(yiq).to(device)
 
 
 def _build_saturation(strength_B: Tensor, luma_C: Tensor) -> Tensor:
@@ -70,11 +78,10 @@ def _build_saturation(strength_B: Tensor, luma_C: Tensor) -> Tensor:
     return strength_B11 * torch.eye(3, device=luma_C.device) + (1 - strength_B11) * luma_C.expand(3, 3)
 
 
-def _build_hue_rotation(angle_B: Tensor) -> Tensor:
+def _build_hue_rotation(angle_B: Tensor, yiq_CD: Tensor, inverse_CD: Tensor) -> Tensor:
     """Maps (B, 3, 3) of colours that rotate about the grey axis: a rotation of YIQ's I and Q."""
-    yiq = angle_B.new_tensor(_YIQ)
     cosine_B, sine_B = angle_B.cos(), angle_B.sin()
     one_B, zero_B = torch.ones_like(angle_B), torch.zeros_like(angle_B)
     rows = [(one_B, zero_B, zero_B), (zero_B, cosine_B, -sine_B), (zero_B, sine_B, cosine_B)]
     turn_B33 = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-    return torch.linalg.inv(yiq) @ turn_B33 @ yiq
+    return inverse_CD @ turn_B33 @ yiq_CD

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextscale.common.devices import create_embedding
+from nextscale.common.devices import copy_to, create_embedding
 from nextscale.common.errors import UserError
 from nextscale.config.transformer import ConditionConfig
 
@@ -69,7 +69,7 @@ class ClassCondition(Condition):
                     f"0 to {self.num_classes - 1}"
                 )
         labels = [self.num_classes if value is None else int(value) for value in values]
-        return torch.tensor(labels, dtype=torch.int64, device=self.embedding.weight.device)
+        return copy_to(torch.tensor(labels, dtype=torch.int64), self.embedding.weight.device)
 
     def add_unconditional(self, label_B: Tensor) -> Tensor:
         return torch.cat([label_B, torch.full_like(label_B, self.num_classes)])

@@ -33,7 +33,8 @@ class Interrupted(Exception):
 
 def is_finite(loss: Tensor, gradient_norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
     """Whether a step may be taken. With float16 the scaler itself skips steps whose gradient overflows."""
-    return bool(loss.isfinite()) and (scaler.is_enabled() or bool(gradient_norm.isfinite()))
+    finite = loss.isfinite()
+    return bool(finite if scaler.is_enabled() else finite & gradient_norm.isfinite())  # waits once
 
 
 def raise_non_finite(

@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -180,9 +182,12 @@ class StepMetrics:
         return self.sums["loss"]
 
     def average(self, world: World) -> Values:
-        """Means over all processes, as numbers. All of them must call it."""
-        means = {name: world.sum(value.clone()) / world.size for name, value in self.sums.items()}
-        return {name: mean.tolist() for name, mean in means.items()}
+        """Means over all processes, as numbers. All of them must call it. The host waits once for all values."""
+        means_X = world.sum(torch.cat([value.float().reshape(-1) for value in self.sums.values()])) / world.size
+        numbers, averages = iter(means_X.cpu().tolist()), Values()
+        for name, value in self.sums.items():
+            averages[name] = list(islice(numbers, len(value))) if value.ndim else next(numbers)
+        return averages
 
 
 class RunLog:

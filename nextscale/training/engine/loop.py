@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nextscale.common.devices import copy_to
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
@@ -196,6 +197,10 @@ class MicroBatchReader:
         try:
             batches = [next(self.batches) for _ in self.rows]
             fault = next((batch["fault"] for batch in batches if "fault" in batch), "")
+            for batch in batches if not fault else ():
+                self.task.check_batch(batch)
+        except UserError as error:
+            return [], error
         except (RuntimeError, ConnectionError, EOFError) as error:
             batches, fault = [], describe_worker_death(error, self.workers)
             if not fault:
@@ -211,8 +216,8 @@ class MicroBatchReader:
         for batch, rows in zip(batches, self.rows, strict=True):
             self.log.note_unreadable(batch.pop("unreadable", ()))
             yield MicroBatch(
-                {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()},
-                {name: tensor[rows].to(device) for name, tensor in noise.items()},
+                {name: copy_to(tensor, device) for name, tensor in batch.items()},
+                {name: copy_to(tensor[rows], device) for name, tensor in noise.items()},
                 share=(rows.stop - rows.start) / examples,
                 last=rows is self.rows[-1],
             )

@@ -36,6 +36,9 @@ class Task(nn.Module, ABC):
         """Random numbers of a complete batch, one row for each example."""
         return {}
 
+    def check_batch(self, batch: Batch) -> None:
+        """UserError for a batch that the task cannot take. It is still on the host, which need not wait for values."""
+
     @abstractmethod
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and scalars of a batch."""
