@@ -15,6 +15,7 @@ import torch
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.common.precision import is_fast
 from nextscale.config.training import TrainConfig
 from nextscale.training.engine.distributed import DistributedModel
 from nextscale.training.engine.log import read_log
@@ -131,7 +132,10 @@ def test_in_bfloat16_two_processes_stay_near_one_in_float32(name, two, tmp_path)
         exact, rounded = ([r[key] for r in records if key in r] for records in (one, low))
         assert len(rounded) == (2 if "validation" in key else 3)
         assert rounded == [pytest.approx(value, rel=0.03) for value in exact]
-        assert rounded[0] != exact[0]
+        if is_fast(torch.bfloat16, "cpu"):
+            assert rounded[0] != exact[0]
+        else:  # such a CPU computes in float32
+            assert rounded[0] == pytest.approx(exact[0], rel=1e-5)
     if "smoe" in name:
         assert low[0]["balance"] == pytest.approx(one[0]["balance"], rel=1e-6)
 

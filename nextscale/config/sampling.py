@@ -29,9 +29,6 @@ class SampleConfig:
     cfg: float | tuple[float, ...] = 1.5
     """Classifier-free guidance: strength at the last scale; it grows linearly from 0 at the first. 0 = off. A list
     gives the strength of each scale as it is."""
-    cfg_scales: int = 0
-    """Guide this many scales, counted from the coarsest; the later, larger ones are sampled without guidance, in half
-    the work. 0 = guide all."""
     top_k: int | tuple[int, ...] = 900
     """Keep the k most likely tokens; 0 = off."""
     top_p: float | tuple[float, ...] = 0.96
@@ -63,6 +60,9 @@ class SampleConfig:
     selection: Selection = "threshold"
     """Dynamic experts, for comparisons: oracle = tau on the true norms; top-k = the share tau of the experts; pruned =
     the share tau of the hidden units, the same for every token."""
+    cfg_scales: int = 0
+    """Guide this many scales, counted from the coarsest; the later, larger ones are sampled without guidance, in half
+    the work. 0 = guide all."""
 
     def __post_init__(self) -> None:
         check_types("sampling", self)
