@@ -19,7 +19,7 @@ from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import check_routers, find_folder, read_modules
 from nextscale.common.devices import copy_to, find_device
 from nextscale.common.errors import UserError
-from nextscale.common.precision import choose_sampling_dtype
+from nextscale.common.precision import LOW, choose_sampling_dtype
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import Capture, SampleConfig, parse_count, parse_sampling
@@ -73,6 +73,8 @@ class Pipeline:
         self._origin: dict[str, Any] = {}
         self._extras: dict[str, Tensor] = {}
         self._stored: dict[str, torch.dtype] = {}
+        self._converted: dict[str, torch.dtype] = {}
+        """Types of all tensors when they were converted to one of 16 bits; empty otherwise."""
         self._refiner: VAR | None = None
         self._refiner_source, self._refiner_labels = "", cast(Tensor | None, None)
         self._capture: Capture = "auto"
@@ -154,6 +156,10 @@ class Pipeline:
             self._transformer.to(device, dtype)
         if self._refiner is not None:
             self._refiner.to(device, dtype)
+        self._converted = {}
+        if dtype in LOW:  # of which fast modules may keep small ones in float32
+            modules = [module for module in (self.tokenizer, self._transformer) if module is not None]
+            self._converted = {name: t.dtype for module in modules for name, t in module.state_dict().items()}
         return self.optimize(self._backend, training=self._training)
 
     def optimize(self, backend: Backend = "auto", *, training: bool = False) -> Pipeline:
@@ -209,7 +215,8 @@ class Pipeline:
         return Checkpoint(self.config, stored[0], stored[1], self._origin, self._extras)
 
     def _restore_dtype(self, name: str, tensor: Tensor) -> Tensor:
-        dtype = self._stored.get(name, tensor.dtype)
+        dtypes = self._stored.get(name, tensor.dtype), self._converted.get(name, tensor.dtype)
+        dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
         if dtype.itemsize >= tensor.dtype.itemsize:
             return tensor
         stored = tensor.to(dtype)

@@ -223,7 +223,8 @@ def test_imported_bf16_computes_in_fp32_unless_asked_otherwise():
     assert checkpoint.transformer["head.weight"].dtype == torch.bfloat16
     assert Pipeline.from_checkpoint(checkpoint).transformer.head.weight.dtype == torch.float32
     half = Pipeline.from_checkpoint(checkpoint, dtype="bfloat16")
-    assert half.transformer.head.weight.dtype == torch.bfloat16
+    assert half.dtype == torch.bfloat16
+    assert half.to_checkpoint().transformer["head.weight"].dtype == torch.bfloat16
     assert half.tokenizer.quantizer.codebook.weight.dtype == torch.float32
     images = half.sample([1, 2])
     assert images.tensor.isfinite().all()
