@@ -19,7 +19,7 @@ from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import check_routers, find_folder, read_modules
 from nextscale.common.devices import copy_to, find_device
 from nextscale.common.errors import UserError
-from nextscale.common.precision import LOW, choose_sampling_dtype
+from nextscale.common.precision import LOW, choose_sampling_dtype, narrow
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import Capture, SampleConfig, parse_count, parse_sampling
@@ -158,7 +158,7 @@ class Pipeline:
             self._refiner.to(device, dtype)
         self._converted = {}
         if dtype in LOW:  # of which fast modules may keep small ones in float32
-            modules = [module for module in (self.tokenizer, self._transformer) if module is not None]
+            modules = filter(None, (self.tokenizer, self._transformer))
             self._converted = {name: t.dtype for module in modules for name, t in module.state_dict().items()}
         return self.optimize(self._backend, training=self._training)
 
@@ -211,16 +211,10 @@ class Pipeline:
         tokenizer, transformer = self.tokenizer.state_dict(), {}
         if self._transformer is not None:
             transformer = self._transformer.state_dict()
-        stored = [{n: self._restore_dtype(n, t) for n, t in part.items()} for part in (tokenizer, transformer)]
-        return Checkpoint(self.config, stored[0], stored[1], self._origin, self._extras)
-
-    def _restore_dtype(self, name: str, tensor: Tensor) -> Tensor:
-        dtypes = self._stored.get(name, tensor.dtype), self._converted.get(name, tensor.dtype)
-        dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
-        if dtype.itemsize >= tensor.dtype.itemsize:
-            return tensor
-        stored = tensor.to(dtype)
-        return stored if torch.equal(stored.to(tensor.dtype), tensor) else tensor
+        for part in (tokenizer, transformer):
+            for name, tensor in part.items():
+                part[name] = narrow(tensor, [types[name] for types in (self._stored, self._converted) if name in types])
+        return Checkpoint(self.config, tokenizer, transformer, self._origin, self._extras)
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
         """Write a checkpoint folder; with `push_to_hub`, upload it as `repo_id` (default: the folder's name)."""

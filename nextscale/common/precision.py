@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -47,6 +47,15 @@ def find_dtype(name: torch.dtype | str) -> torch.dtype:
 def get_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def narrow(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """The tensor in the smallest of its own type and of these in which nothing of it is lost."""
+    dtype = min((tensor.dtype, *dtypes), key=lambda dtype: dtype.itemsize)
+    if dtype.itemsize == tensor.dtype.itemsize:
+        return tensor
+    small = tensor.to(dtype)
+    return small if torch.equal(small.to(tensor.dtype), tensor) else tensor
 
 
 # ---- what is fast
