@@ -349,11 +349,13 @@ def test_thresholds_are_allotted_with_the_least_divergence():
 
     points = [point((t, t)) for t in GRID]
     assert points[0].share(config) == pytest.approx(1, abs=0.02)
-    fine = [i / 100 for i in range(101)]
+    fine = [i / 50 for i in range(51)]
+    all_points = [point(taus) for taus in itertools.product(fine, fine)]
+    shares = [p.share(config) for p in all_points]
     for share, taus in zip((0.95, 0.85, 0.7), choose_thresholds(config, GRID, points, (0.95, 0.85, 0.7)), strict=True):
         found = point(taus)
         assert found.share(config) <= share
-        fitting = [p for t in itertools.product(fine, fine) if (p := point(t)).share(config) <= share]
+        fitting = [p for p, its_share in zip(all_points, shares, strict=True) if its_share <= share]
         assert sum(found.kl_K) <= 1.1 * min(sum(p.kl_K) for p in fitting) + 0.01
     assert choose_thresholds(config, GRID, points, (0.01,)) == [(0.0, 0.0)]
 
