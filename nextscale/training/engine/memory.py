@@ -190,17 +190,14 @@ def measure_activations(task: Task, config: TrainConfig, device: torch.device) -
     fewest = 1 if task.blocks() else 2
     for count in (fewest, fewest + 1):
         try:
-            batch = task.examples.fetch([i % len(task.examples) for i in range(count)], range(count))
+            batch, noise = _fetch_inputs(task, config, count, device)
         except UserError:  # the first step says which examples cannot be read
             return None
-        batch.pop("unreadable", None)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        noise = task.draw_noise(count, make_generator(config.seed, task.name, "memory"))
         saved, inputs = SavedTensors(task), [0]
         hooks = [block.register_forward_pre_hook(partial(_count_input, inputs)) for block in task.blocks()]
         try:
             with saved.watch(), lower_precision(device, dtype):
-                task(batch, {name: tensor.to(device) for name, tensor in noise.items()}, 0)
+                task(batch, noise, 0)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -210,6 +207,19 @@ def measure_activations(task: Task, config: TrainConfig, device: torch.device) -
             total = total // len(hooks) + inputs[0]
         totals.append(total)
     return Activations.from_passes(totals[0], totals[1], fewest)
+
+
+def _fetch_inputs(
+    task: Task, config: TrainConfig, count: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """So many examples, the first ones again where there are fewer, with their random numbers, on a device."""
+    batch = task.examples.fetch([i % len(task.examples) for i in range(count)], range(count))
+    batch.pop("unreadable", None)
+    noise = task.draw_noise(count, make_generator(config.seed, task.name, "memory"))
+    return (
+        {name: tensor.to(device) for name, tensor in batch.items()},
+        {name: tensor.to(device) for name, tensor in noise.items()},
+    )
 
 
 def _count_input(sizes: list[int], block: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -262,10 +272,7 @@ def _try_step(
         missing = 0 if optimizer.state else 2 * sum(get_own_part(p).nbytes for p in trained)
         moments = torch.empty(missing, dtype=torch.uint8, device=device)
         for _ in range(2):  # the second is computed beside the gradients of the first
-            batch = task.examples.fetch([i % len(task.examples) for i in range(count)], range(count))
-            batch.pop("unreadable", None)
-            noise = task.draw_noise(count, make_generator(config.seed, task.name, "memory"))
-            batch, noise = ({n: t.to(device) for n, t in part.items()} for part in (batch, noise))
+            batch, noise = _fetch_inputs(task, config, count, device)
             with model.accumulate(last=False):
                 model.forward(batch, noise, step)[0].backward()
         del moments

@@ -65,7 +65,7 @@ static void tile_of_slices(
     float *hidden)
 {
     const long padded = PADDED(size), wide = PADDED(width);
-    float *room = hidden + ROWS * padded;
+    float *converted = hidden + ROWS * padded;
     for (long t = start; t < stop; t++) memcpy(y + t * width, b2, width * sizeof *y);
     for (long e = 0; e < experts; e++) {
         const float *b1 = b1_all + e * padded;
@@ -75,8 +75,8 @@ static void tile_of_slices(
             count += chosen[t * experts + e];
         }
         if (!count) continue;
-        const float *w1 = widened(w1_all, e * padded * width, padded * width, type, room);
-        const float *w2 = widened(w2_all, e * wide * size, wide * size, type, room + padded * width);
+        const float *w1 = widened(w1_all, e * padded * width, padded * width, type, converted);
+        const float *w2 = widened(w2_all, e * wide * size, wide * size, type, converted + padded * width);
         const long blocks = (count + ROWS - 1) / ROWS;
         for (long b = 0; b < blocks; b++) { /* of nearly equal size */
             const long first = count * b / blocks, many = count * (b + 1) / blocks - first;
@@ -101,14 +101,14 @@ struct slices {
     int relu, type;
     long *indices;
     float *hidden;
-    long room; /* values of `hidden` for each thread */
+    long per_thread; /* values of `hidden` for each thread */
     long next; /* row that no thread has taken */
 };
 
 static void slices_share(void *arguments)
 {
     struct slices *all = arguments;
-    float *hidden = all->hidden + omp_get_thread_num() * all->room;
+    float *hidden = all->hidden + omp_get_thread_num() * all->per_thread;
     long start;
     while ((start = __atomic_fetch_add(&all->next, all->tile, __ATOMIC_RELAXED)) < all->rows) {
         const long stop = start + all->tile < all->rows ? start + all->tile : all->rows;
@@ -119,15 +119,15 @@ static void slices_share(void *arguments)
 
 /* `rows` (T, D) inputs, a tile of them after another. chosen: (T, experts) bytes. w1: per expert panels (padded /
    PANEL, width, PANEL); b1: per expert (padded); w2: per expert panels (width / PANEL rounded up, size, PANEL); b2:
-   (width). w1 and w2 are of `type`. Scratch: indices (T), hidden (threads, room): ROWS rows of padded values and, unless
+   (width). w1 and w2 are of `type`. Scratch: indices (T), hidden (threads, per_thread): ROWS rows of padded values and, unless
    `type` is FLOAT32, the weights of one expert. */
 void run_slices(
     const float *x, const uint8_t *chosen, float *y, const void *w1, const float *b1, const void *w2, const float *b2,
-    long rows, long tile, long experts, long width, long size, int relu, int type, int threads, long room,
+    long rows, long tile, long experts, long width, long size, int relu, int type, int threads, long per_thread,
     long *indices, float *hidden)
 {
     struct slices all = {x, chosen, y, w1, b1, w2, b2, rows, tile, experts, width, size, relu, type, indices, hidden,
-                         room, 0};
+                         per_thread, 0};
     GOMP_parallel(slices_share, &all, threads, 0);
 }
 
@@ -234,10 +234,10 @@ static void panel_product(
 {
     const long size = bytes_of(type);
     const int lines = PANEL * size > 64 ? PANEL * size / 64 : 1;
-    float room[STEPS * PANEL];
+    float converted[STEPS * PANEL];
     for (long from = 0; from < depth; from += STEPS) {
         const long steps = depth - from < STEPS ? depth - from : STEPS, place = (p * depth + from) * PANEL;
-        const float *part = widened(panels, place, steps * PANEL, type, room);
+        const float *part = widened(panels, place, steps * PANEL, type, converted);
         const char *later = (const char *)panels + (place + STEPS * PANEL) * size;
         chunk_products(a, count, part, from, steps, lines, later, sums);
     }
