@@ -22,7 +22,7 @@ WAITS = {
     "common/checks.py:check_range": "images in another range would give wrong tokens",
     "tokenizer/tokenizer.py:Tokenizer.check_tokens": "tokens of another model would give a wrong result",
     # training, once for a run
-    "training/engine/memory.py:measure_activations": "few examples, to count what a batch needs",
+    "training/engine/memory.py:_fetch_inputs": "few examples, to count what a batch needs",
     "training/engine/memory.py:_try_step": "the first step is tried",
     # training, once for each step or more rarely
     "training/engine/checks.py:is_finite": "a step whose loss is not finite must not be taken",
