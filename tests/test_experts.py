@@ -11,7 +11,7 @@ from nextscale.backends import optimize
 from nextscale.backends.cpu import products
 from nextscale.backends.cpu.experts import create_dispatch
 from nextscale.backends.experts import DifferentiableExperts, run_grouped
-from nextscale.transformer.feed_forward.experts import Dispatch, Experts
+from nextscale.transformer.feed_forward.experts import Dispatch, Experts, gather_rows
 from tests.test_packed import needs_onednn
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -318,6 +318,26 @@ def peak(count, rows, active, training):
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gathered_rows_and_gates_and_their_gradients_equal_a_loop(dtype):
+    source, gates = torch.randn(6, 5).to(dtype), torch.rand(6, 4).to(dtype)
+    mask = torch.tensor([[1, 0, 1, 0], [0] * 4, [1] * 4, [0, 0, 1, 0], [0] * 4, [1, 0, 0, 1]]).bool()
+    dispatch = padded(mask, more=3)
+    pairs = list(zip(dispatch.row_R.tolist(), dispatch.expert_R.tolist(), strict=True))
+    gradient, gate_gradient = torch.randn(len(pairs), 5).to(dtype), torch.randn(len(pairs)).to(dtype)
+    expected, gates_expected = torch.zeros(6, 5, dtype=dtype), torch.zeros(6, 4, dtype=dtype)
+    for pair, (row, expert) in enumerate(pairs):
+        expected[row] += gradient[pair]
+        gates_expected[row, expert] += gate_gradient[pair]
+    rows = gather_rows(source.requires_grad_(), dispatch.row_R)
+    gate_R = dispatch.gather_gates(gates.requires_grad_())
+    torch.autograd.backward([rows, gate_R], [gradient, gate_gradient])
+    assert torch.equal(rows, torch.stack([source[row] for row, _ in pairs]))
+    assert torch.equal(gate_R, torch.stack([gates[pair] for pair in pairs]))
+    assert torch.equal(gates.grad, gates_expected)
+    torch.testing.assert_close(source.grad, expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -112,6 +112,11 @@ def test_a_training_step_waits_for_its_loss_and_its_line_of_the_log(rehearsal):
     assert rehearsal["train transformer guided bfloat16"]["waits"]["common/checks.py:check_range"] == 1
 
 
+def test_no_backward_pass_sums_the_gradients_of_an_index_slowly(rehearsal):
+    slow = {name: case["slow_sums"] for name, case in rehearsal.items() if case["slow_sums"]}
+    assert not slow
+
+
 def test_nothing_waits_in_a_step_that_a_graph_captures(rehearsal):
     cases = {name: set(case["waits"]) for name, case in rehearsal.items() if name.startswith("fixed steps")}
     before = {"transformer/context.py:index_scales"}

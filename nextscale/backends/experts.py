@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from nextscale.backends.cpu.products import compute_input_gradient, compute_weight_gradient, multiply_rows
 from nextscale.common.precision import disable_autocast
-from nextscale.transformer.feed_forward.experts import Dispatch
+from nextscale.transformer.feed_forward.experts import Dispatch, gather_rows
 
 
 def find_low_precision(x: Tensor) -> torch.dtype | None:
@@ -114,9 +114,9 @@ def run_grouped(
     def multiply(x: Tensor, weight_M: Tensor, bias_M: Tensor | None) -> Tensor:
         out = F.grouped_mm(torch.where(valid_R1, x, 0), weight_M.transpose(1, 2), offs=dispatch.ends_M)
         out = torch.where(valid_R1, out, 0)
-        return out if bias_M is None else out + bias_M[dispatch.expert_R]
+        return out if bias_M is None else out + gather_rows(bias_M, dispatch.expert_R)
 
-    h_RF = multiply(x_TD[dispatch.row_R], w1_MFD, b1_MF)
+    h_RF = multiply(gather_rows(x_TD, dispatch.row_R), w1_MFD, b1_MF)
     a_RF = h_RF.relu() if relu else F.gelu(h_RF, approximate="tanh")
     out_RD = torch.where(valid_R1, multiply(a_RF, w2_MDF, b2_MD), 0)
     out_RD = out_RD if gate_R is None else out_RD * gate_R.unsqueeze(1)

@@ -356,6 +356,7 @@ def run_case(name: str) -> dict[str, Any]:
     return {
         "waits": dict(watch.waits),
         "products": {place: sorted(dtypes) for place, dtypes in watch.products.items()},
+        "slow_sums": watch.slow_sums,
         "outputs": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in outputs.items()},
         "error": error,
     }

@@ -34,15 +34,19 @@ _WAITING = {
     _aten._to_copy.default, _aten.copy_.default, _aten.exponential_.default, _aten._pin_memory.default,
 }  # fmt: skip
 """What may make the host wait, or is done here because torch cannot without values."""
+_SUMS = {_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+"""The backward pass of an index by tensors, which a GPU sorts and then sums with one thread for each different row."""
 
 
 class Watch(TorchDispatchMode):
-    """Notes waits and the types of products, each by the place in the package that asked for it: "file:function"."""
+    """Notes waits and the types of products, each by the place in the package that asked for it: "file:function"; and
+    the shapes of gradients that a GPU sums slowly."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.products: defaultdict[str, set[str]] = defaultdict(set)
+        self.slow_sums: list[list[int]] = []
         self.pinned: set[int] = set()
         self.kept: list[Tensor] = []  # so that no other tensor gets the id of a pinned one
 
@@ -57,6 +61,8 @@ class Watch(TorchDispatchMode):
             if factor.is_cuda:
                 self.products[find_caller()].add(str(factor.dtype).removeprefix("torch."))
             return func(*args, **kwargs)
+        if func in _SUMS and args[0].is_cuda and len(args) > 3 and args[3]:
+            self.slow_sums.append(list(args[2].shape))
         if func not in _WAITING:
             return func(*args, **kwargs)
         on_device = args[0].is_cuda

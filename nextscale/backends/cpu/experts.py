@@ -117,7 +117,7 @@ class CpuExperts(Experts):
 
     def forward(self, x_TD: Tensor, gates_TM: Tensor, selected_TM: Tensor, max_pairs: int) -> Tensor:
         dispatch = create_dispatch(selected_TM, max_pairs)
-        return self.run(x_TD, gates_TM[dispatch.row_R, dispatch.expert_R], dispatch)
+        return self.run(x_TD, dispatch.gather_gates(gates_TM), dispatch)
 
     def run(self, x_TD: Tensor, gate_R: Tensor, dispatch: Dispatch) -> Tensor:
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_R, *self.weights))

@@ -20,7 +20,7 @@ from nextscale.backends.experts import find_low_precision, run_experts
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.training.engine.task import Task
-from nextscale.transformer.feed_forward.experts import Dispatch, Experts
+from nextscale.transformer.feed_forward.experts import Dispatch, Experts, gather_rows
 
 
 def find_mixtures(module: nn.Module, name: str) -> dict[str, Experts]:
@@ -128,7 +128,8 @@ class ParallelExperts(Experts):
 
         pairs = int(dispatch.ends_M[-1])  # without padding
         count_M = dispatch.ends_M.diff(prepend=dispatch.ends_M.new_zeros(1))
-        rows_RD = x_TD[dispatch.row_R[:pairs]].to(find_low_precision(x_TD) or x_TD.dtype)  # sent as they are computed
+        rows_RD = gather_rows(x_TD, dispatch.row_R[:pairs])
+        rows_RD = rows_RD.to(find_low_precision(x_TD) or x_TD.dtype)  # sent as they are computed
         out_RD = self.exchange(rows_RD, count_M, work)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         return y_TD.index_add(0, dispatch.row_R[:pairs], out_RD * gate_R[:pairs, None]).to(x_TD.dtype)

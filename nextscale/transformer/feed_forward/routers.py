@@ -16,6 +16,7 @@ from nextscale.common.precision import Float32Linear, compute_exactly
 from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import Record
+from nextscale.transformer.feed_forward.experts import gather_rows
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class ScaleTokenRouter(Router):
         logits_BNM = self.score(x_BND)
         if self.scale_embed is None:
             return logits_BNM
-        return logits_BNM + self.score(self.scale_embed.weight)[context.index_scales(x_BND.device)]
+        return logits_BNM + gather_rows(self.score(self.scale_embed.weight), context.index_scales(x_BND.device))
 
     @classmethod
     def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
@@ -131,7 +132,7 @@ class ScaleRouter(Router):
     def score_tokens(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
         assert self.scale_embed is not None, "made with the router"
         logits_KM = self.score(self.scale_embed.weight)
-        return logits_KM[context.index_scales(x_BND.device)].expand(*x_BND.shape[:2], -1)
+        return gather_rows(logits_KM, context.index_scales(x_BND.device)).expand(*x_BND.shape[:2], -1)
 
     @classmethod
     def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
