@@ -1,6 +1,7 @@
 """Damaged files: every one is named in one line, and none gives another result in silence."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -110,6 +111,38 @@ def test_a_folder_of_an_earlier_version_loads_and_its_values_are_checked(copy):
         spoiled["decoder.conv_out.bias"][1] = value
         save_file(spoiled, copy / "tokenizer.safetensors")
         refuse(lambda: Pipeline.from_pretrained(copy), r"tokenizer.safetensors is damaged: .*'decoder.conv_out.bias'")
+
+
+def test_a_file_that_changes_after_it_was_verified_is_verified_again(copy, monkeypatch):
+    path = copy / "transformer.safetensors"
+    before = path.stat()
+    Pipeline.from_pretrained(copy)
+    assert not any(before.st_ino in file for file in digest._verified), "its times are too young to tell"
+    monkeypatch.setattr(digest, "_SETTLED", -1)
+    Pipeline.from_pretrained(copy)
+    assert sum(before.st_ino in file for file in digest._verified) == 1
+    flip_byte(path, -1001)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    refuse(lambda: Pipeline.from_pretrained(copy), "transformer.safetensors does not match its digest")
+    flip_byte(path, -1001)
+    Pipeline.from_pretrained(copy)
+    head = json.loads((copy / "config.json").read_text())
+    head["digests"][path.name] = "crc32:00000000"
+    (copy / "config.json").write_text(json.dumps(digest.add_digest({k: v for k, v in head.items() if k != "digest"})))
+    refuse(lambda: Pipeline.from_pretrained(copy), "transformer.safetensors does not match its digest")
+
+
+def test_a_file_that_was_verified_is_not_read_again(copy, monkeypatch):
+    """Its content is the one that this process read, by what the file system says, so a look at it costs nothing."""
+    monkeypatch.setattr(digest, "_SETTLED", -1)
+    Pipeline.from_pretrained(copy)
+    seen = []
+    monkeypatch.setattr(digest, "compute_digest", lambda tensors: seen.append(tensors) or compute_digest(tensors))
+    Pipeline.from_pretrained(copy)
+    assert not seen
+    read_checkpoint(copy)
+    assert len(seen) == 2, "a command that reads everything verifies everything"
 
 
 def test_large_files_are_verified_by_commands_that_read_them_whole(copy, monkeypatch):
