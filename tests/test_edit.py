@@ -10,6 +10,7 @@ from nextscale.common.errors import UserError
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.editing import select_kept_cells
 from tests.conftest import randomised, tiny_config
+from tests.test_guidance_schedule import NOTHING, build
 
 
 @pytest.fixture
@@ -36,6 +37,22 @@ def test_nothing_kept_is_a_plain_sample(tiny, image, label, smooth):
     sample = tiny.sample([label], seed=5, smooth=smooth)
     assert torch.equal(edited.tokens, sample.tokens)
     assert torch.equal(edited.tensor, sample.tensor)
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain"])
+@pytest.mark.parametrize("family", ["dense", "stmoe", "mvar", "dynamic"])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_guidance_that_ends_edits_as_guidance_that_changes_nothing(family, smooth, backend, image):
+    pipeline = build(family).optimize(backend)
+    mask = torch.zeros(8, 8)
+    mask[:, :4] = 1
+    ended = pipeline.edit(image, mask, 2, cfg=9.0, cfg_scales=3, seed=4, smooth=smooth)
+    whole = pipeline.edit(image, mask, 2, cfg=(0.0, 3.0, 6.0, NOTHING), seed=4, smooth=smooth)
+    assert torch.equal(ended.tokens, whole.tokens)
+    assert torch.equal(ended.tensor, whole.tensor)
+    keep = select_kept_cells(mask, pipeline.config.pyramid)
+    assert torch.equal(ended.tokens[0, keep], pipeline.encode([image])[0, keep])
+    assert not torch.equal(ended.tokens, pipeline.edit(image, mask, 2, cfg=0.0, seed=4, smooth=smooth).tokens)
 
 
 def test_kept_cells_carry_the_encoding_at_every_scale(tiny, image):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
@@ -26,6 +27,7 @@ from nextscale.evaluation.metrics.lpips import ALEX, VGG, Lpips
 from nextscale.evaluation.reference import read_npz
 from nextscale.evaluation.run import evaluate, make_statistics
 from nextscale.pipeline import Pipeline
+from nextscale.tokenizer.autoencoder import Decoder
 from tests.conftest import randomised, tiny_config
 
 SAMPLING = SampleConfig(cfg=1.0, seed=3)
@@ -45,15 +47,35 @@ def places(tmp_path_factory):
     return folder
 
 
-def figures(places, out, source, networks=("classifier",), reference="real", **more):
-    settings = EvaluationConfig(count=24, sampling=SAMPLING, shard=10, batch=4)
+def figures(places, out, source, networks=("classifier",), reference="real", decode_batch=0, **more):
+    settings = EvaluationConfig(count=24, sampling=SAMPLING, shard=10, batch=4, decode_batch=decode_batch)
     names, references = [str(places / n) for n in networks], [str(places / reference)] if reference else []
     return evaluate(str(source), out, names, references, settings, World(), **more)
+
+
+class DecodedBatches:
+    """A context that notes how many images every call of a decoder is given."""
+
+    def __enter__(self):
+        self.sizes = []
+        self.hook = register_module_forward_pre_hook(self._note)
+        return self
+
+    def _note(self, module, arguments):
+        if isinstance(module, Decoder):
+            self.sizes.append(len(arguments[0]))
+
+    def __exit__(self, *error):
+        self.hook.remove()
 
 
 def test_model_pictures_npz_and_features_give_the_same_figures(places, tmp_path):
     """Images are 8-bit in every form, so the figures are equal; a file of features needs no network."""
     model = figures(places, tmp_path / "model.json", places / "model", images_out=tmp_path / "pictures")
+    with DecodedBatches() as decoded:
+        parts = figures(places, tmp_path / "parts.json", places / "model", decode_batch=3)
+    assert parts["measures"] == model["measures"]
+    assert max(decoded.sizes) == 3, "of batches of 4"
     values = model["measures"]["classifier"]
     assert {"classifier_fd", "classifier_score", "classifier_precision", "classifier_recall"} <= values.keys()
     assert not {"fid", "inception_score", "precision"} & values.keys(), "nobody must take these for Inception's"

@@ -162,7 +162,14 @@ def test_a_resumed_run_keeps_its_micro_batch(recorded, tmp_path, monkeypatch, ca
     assert all(torch.equal(weights(second)[n], tensor) for n, tensor in weights(whole).items())
 
 
-def limit_rows(task, most):
+MPS_ERROR = RuntimeError(
+    "MPS backend out of memory (MPS allocated: 8.45 GiB, other allocations: 1.02 MiB, max allowed: 9.07 GiB). Tried to "
+    "allocate 1.50 GiB on private pool. Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to disable upper limit for memory "
+    "allocations (may cause system failure)."
+)
+
+
+def limit_rows(task, most, error=torch.OutOfMemoryError("CUDA out of memory.")):  # noqa: B008
     """Let the task run out of memory as a GPU does: with more than so many examples. Returns the sizes that it sees."""
     seen = []
 
@@ -172,7 +179,7 @@ def limit_rows(task, most):
             rows = len(next(iter(batch.values())))
             seen.append(rows)
             if rows > most:
-                raise torch.OutOfMemoryError(f"{rows} examples")
+                raise error
             return loss
 
     task.__class__ = Limited
@@ -199,6 +206,24 @@ def test_a_first_step_that_runs_out_of_memory_leaves_no_trace(name, tmp_path, mo
         assert torch.equal(weights(tried)[other], tensor), other
     note = json.loads((tmp_path / "tried/training" / f"{tried.name}-00000004.json").read_text())
     assert note["micro_batch"] == 3
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MPS_ERROR, RuntimeError("Invalid buffer size: 9.0 GiB")])
+def test_a_smaller_micro_batch_is_tried_after_the_errors_of_cuda_and_mps(error, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(loop, "runs_out_with_an_error", lambda device: True)
+    task = MAKERS["transformer"]()
+    seen = limit_rows(task, 5, error)
+    train(task, replace(SETTINGS, steps=1, batch_size=12), tmp_path)
+    assert seen[2:] == [12, 6, 3, 3, 3, 3, 3, 3]
+    assert "6 images at once are too many for cpu; trying 3" in "".join(capfd.readouterr())
+
+
+def test_another_error_of_the_first_step_is_no_lack_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "runs_out_with_an_error", lambda device: True)
+    task = MAKERS["transformer"]()
+    limit_rows(task, 5, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(task, replace(SETTINGS, batch_size=12), tmp_path)
 
 
 def test_one_example_that_is_too_much_is_an_error(tmp_path, monkeypatch):

@@ -60,6 +60,8 @@ class Evaluate:
     """Also write each image into this folder."""
     batch_size: int = 50
     """Batch size. Metrics do not depend on it beyond rounding."""
+    decode_batch: int = 0
+    """Samples of a batch that are decoded at once, as in `nextscale sample`."""
     shard: int = 1000
     """Images of one file of features; a resumed run repeats at most this many."""
     dtype: Dtype = "auto"
@@ -77,7 +79,8 @@ class Evaluate:
 
     def check(self) -> None:
         rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("batch_size", "shard")}
-        check_fields("", self, {"num must be 0 or more": self.num >= 0, **rules})
+        rules |= {f"{name} must be 0 or more": getattr(self, name) >= 0 for name in ("num", "decode_batch")}
+        check_fields("", self, rules)
         parse_size("--size", self.size)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
@@ -105,7 +108,7 @@ class Evaluate:
 
         config = EvaluationConfig(
             self.num, self.settings, parse_size("--size", self.size), shard=self.shard, images=self.images,
-            batch=self.batch_size, dtype=self.dtype, capture=self.capture,
+            batch=self.batch_size, decode_batch=self.decode_batch, dtype=self.dtype, capture=self.capture,
             reconstruct=self.reconstruct,
         )  # fmt: skip
         with init_distributed(self.device) as world:

@@ -70,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("NEXTSCALE_TRACEBACK"):
             raise
-        if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in str(error):
+        from nextscale.common.machine import is_out_of_memory
+
+        if is_out_of_memory(error):
             return _print_error("there is not enough memory for this; choose smaller sizes or batches", 2)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return _print_error(f"{what[:500]} (unexpected; NEXTSCALE_TRACEBACK=1 shows where)", 1)

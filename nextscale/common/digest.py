@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALL = 2**24
-"""Bytes of tensors up to which loading verifies a file: 4 % of a process's first load of models/var-cifar10 (173 ms of
-processor time). Larger ones: where a command reads them all, and `nextscale info --verify`."""
+"""Bytes of tensors up to which loading verifies a file, at 4 to 7 % of the processor time of a process's first load of
+models/var-cifar10. Larger ones: where a command reads them all, and `nextscale info --verify`."""
 _SETTLED = 2_000_000_000
 """Nanoseconds since its last change after which a file's times tell about any other; the coarsest clock has 2 s."""
 _verified = set[tuple[object, ...]]()

@@ -1,4 +1,4 @@
-"""The machine: its name for a figure that was measured on it, its cores and its memory."""
+"""The machine: its name for a figure that was measured on it, its cores and its memory. Loads torch when it is used."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import os
 import platform
 from datetime import date
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import nextscale
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads, versions and today's date, as JSON values."""
+    import torch
+
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _read_processor(),
@@ -33,12 +36,23 @@ def count_cores() -> int:
 
 def measure_memory(device: torch.device) -> tuple[int, int] | None:
     """(free, total) bytes of the device's memory; of a CPU what the system and its limits leave; None if not known."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()
         return total - torch.mps.driver_allocated_memory(), total
     return _measure_ram() if device.type == "cpu" else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short: torch has a type for CUDA alone, and messages for CPUs and MPS."""
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
+        return True
+    # MPS has a limit for each buffer, too
+    messages = ("DefaultCPUAllocator", "MPS backend out of memory", "Invalid buffer size")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 def _measure_ram() -> tuple[int, int] | None:

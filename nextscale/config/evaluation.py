@@ -32,6 +32,8 @@ class EvaluationConfig:
     """How data sets are read."""
     batch: int = 50
     """Batch size. Metrics do not depend on it beyond rounding."""
+    decode_batch: int = 0
+    """How many samples of a batch are decoded at once; 0 = as many as fit into a GPU's memory."""
     dtype: str = "auto"
     """Type that a model computes in; auto = the fastest that is right for the device and the model."""
     capture: Capture = "auto"

@@ -185,10 +185,13 @@ def _read_feature_file(source: str) -> NpzFile | None:
 
 
 def _open_images(source: str, config: EvaluationConfig, world: World, reconstruct: str = "") -> MeasuredImages:
-    return open_images(
+    images = open_images(
         source, config.count, config.size, config.sampling, config.batch, reconstruct,
         reading=config.images, dtype=config.dtype, device=world.device, capture=config.capture,
     )  # fmt: skip
+    if isinstance(images, ModelImages):
+        images.pipeline.tokenizer.decode_batch = config.decode_batch
+    return images
 
 
 def _open_partner(against: str, images: MeasuredImages, config: EvaluationConfig, world: World) -> MeasuredImages:

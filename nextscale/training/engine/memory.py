@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
-from nextscale.common.machine import count_cores, measure_memory
+from nextscale.common.machine import count_cores, is_out_of_memory, measure_memory
 from nextscale.common.precision import choose_training_dtype, lower_precision
 from nextscale.common.rng import make_generator
 from nextscale.config.training import TrainConfig
@@ -155,7 +155,9 @@ def _fit_micro_batch(task: Task, config: TrainConfig, world: World, per_process:
     memory = measure_memory(world.device)
     try:
         activations = measure_activations(task, config, world.device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         activations = Activations(0, memory[1] if memory else 0)
     free, total = memory or (0, 0)
     if world.device.type == "cpu":
@@ -230,7 +232,7 @@ def _count_input(sizes: list[int], block: nn.Module, arguments: tuple[Any, ...])
 
 
 def runs_out_with_an_error(device: torch.device) -> bool:
-    """Whether the device raises torch.OutOfMemoryError; a CPU's process is killed instead."""
+    """Whether the device raises an error, see `is_out_of_memory`; a CPU's process is killed instead."""
     return device.type != "cpu"
 
 
@@ -277,10 +279,14 @@ def _try_step(
                 model.forward(batch, noise, step)[0].backward()
         del moments
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         optimizer.zero_grad(set_to_none=True)
         task.discard_step()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        elif device.type == "mps":
+            torch.mps.empty_cache()
