@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -24,10 +25,11 @@ T = TypeVar("T")
 Scalar = bool | int | float | str | None
 """A JSON value that is neither a list nor a table."""
 
-
 SEED_RULE = "seed must lie in 0 to 2^63 - 1"
 _LARGEST = 10**12
 """Larger whole numbers than this are no sizes or counts; only seeds may be larger."""
+_get_hints: Any = functools.cache(typing.get_type_hints)
+"""The types of a dataclass's fields, evaluated once: they are text, and evaluating it is slow."""
 
 
 def is_seed(value: int) -> bool:
@@ -65,7 +67,7 @@ def check_types(part: str, config: Any) -> None:
     Scalars and arrays of numpy and torch become numbers of Python, and lists tuples. A whole number in place of a float
     stays one, as records of runs have it.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _get_hints(type(config)).items():
         given = getattr(config, name)
         plain = to_plain(given)
         if any(not holds for rule, holds in _check_size(name, plain).items() if "finite" in rule):
@@ -99,15 +101,13 @@ def from_dict(cls: type[T], data: Any, where: str = "config", base: T | None = N
     """
     if not isinstance(data, dict):
         raise UserError(f"{where} must be a table of settings, got {quote_value(data)}")
-    hints = typing.get_type_hints(cls)
+    hints = _get_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     known = [f.name for f in fields]
     for key in data:
         if key not in known:
             raise UserError(f"{where} has no setting '{str(key)[:80]}'{suggest_name(str(key), known)}")
-    values = {
-        key: _convert(hints[key], value, f"{where}.{key}", getattr(base, key, None)) for key, value in data.items()
-    }
+    values = {key: _convert(hints[key], v, f"{where}.{key}", getattr(base, key, None)) for key, v in data.items()}
     if base is not None:
         return dataclasses.replace(reset_derived(base), **values)  # type: ignore[type-var]
     absent = [f.name for f in fields if f.name not in data and f.default is f.default_factory is dataclasses.MISSING]
