@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +20,13 @@ from nextscale.config.transformer_training import LossConfig
 from nextscale.data.examples import BatchDataset, MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.training.encoder import EncoderTask
+from nextscale.training.engine.checks import Interrupted
 from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.optimizer import build_optimizer, compute_learning_rate, compute_weight_decay
 from nextscale.training.tokenizer import TokenizerTask
 from nextscale.training.transformer import TransformerTask
+from tests import forked
 from tests.conftest import losses_by_precision, randomised, threads, tiny_config
 
 SETTINGS = TrainConfig(steps=8, batch_size=6, warmup_steps=2, log_every=1, save_every=3, drop_path=0.2)
@@ -104,35 +103,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, tmp_path):
     assert [r["step"] for r in logs[1]] == list(range(1, 9))
 
 
-RUN = """
-import sys, torch
-from dataclasses import replace
-from pathlib import Path
-from nextscale.training.engine.checks import Interrupted
-from nextscale.training.engine.loop import train
-from tests.test_train import tasks, LONG
-from tests.conftest import randomised, tiny_config
-torch.set_num_threads(1)
-try:
-    train(tasks(randomised(tiny_config()))[0], replace(LONG, workers=1), Path(sys.argv[1]))
-except Interrupted as stop:
-    print("stopped", stop.step)
-    sys.exit(5)
-"""
 LONG = replace(SETTINGS, steps=40, save_every=1)  # a save takes several times as long as a step
 SELDOM = replace(LONG, save_every=LONG.steps)
 
 
-def start(folder: Path) -> subprocess.Popen:
-    root = Path(__file__).parents[1]
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(folder)],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
+def run_long(folder: Path) -> int:
+    """The long run, in a process of its own."""
+    torch.set_num_threads(1)
+    try:
+        train(tasks(randomised(tiny_config()))[0], replace(LONG, workers=1), folder)
+    except Interrupted as stop:
+        print("stopped", stop.step)
+        return 5
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -148,17 +131,17 @@ def left_alone(tmp_path_factory):
 def test_signals_in_a_real_process(number, left_alone, threads_set, tmp_path):
     """Interrupted, terminated or killed while training, a run goes on, by another process, to the same weights."""
     threads_set(1)
-    process = start(tmp_path / "cut")
+    process = forked.start(run_long, tmp_path / "cut", files=tmp_path / "said")
     states = tmp_path / "cut" / "training"
     deadline = time.monotonic() + 240
     while not list(states.glob("tokenizer-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=240)
+    process.kill(number)
+    status, out, err = process.end()
     if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        assert status == -signal.SIGKILL
     else:
-        assert process.returncode == 5, err
+        assert status == 5, err
         assert "stopped" in out
     assert not (states / f"tokenizer-{LONG.steps:08d}.pt").exists(), "cut short"
     task = tasks(randomised(tiny_config()))[0]
