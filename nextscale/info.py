@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.native import read_config
+from nextscale.checkpoints.quantise import describe_weights
 from nextscale.common.errors import UserError
 from nextscale.common.registry import FEED_FORWARDS, MIXERS
 from nextscale.config.model import ModelConfig
@@ -46,6 +47,7 @@ def describe(name: str) -> dict[str, Any]:
         config = preset(name)
     elif Path(name).is_dir():
         config, _ = read_config(Path(name))
+        return describe_config(name, config) | describe_weights(Path(name))
     else:
         raise UserError(f"'{name}' is neither a checkpoint folder nor a model{suggest_name(name, list(PRESETS))}")
     return describe_config(name, config)
@@ -184,6 +186,9 @@ def as_text(facts: dict[str, Any]) -> str:
         f"  image                {facts['image_size'][0]} x {facts['image_size'][1]} pixels, {facts['tokens']} tokens",
         f"  weights in float32   {facts['weight_bytes_float32'] / 2**20:,.0f} MiB",
     ]
+    if "weights" in facts:
+        size = f"{facts['weight_bytes'] / 2**20:,.0f} MiB"
+        lines.append(f"  weights as stored    {size}, linear layers of the transformer in {facts['weights']}")
     if "per_scale" in facts:
         lines.append(f"  classes              {facts['classes']}")
         how = f"{facts['flops_are']} " if facts["flops_are"] else ""

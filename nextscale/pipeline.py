@@ -115,7 +115,7 @@ class Pipeline:
             from nextscale.sampling.capturing import check_capture
 
             check_capture(capture, find_device(device))
-        checkpoint, modules = read_modules(find_folder(source, revision, token))
+        checkpoint, modules = read_modules(find_folder(source, revision, token), int8=True)
         check_routers(source, checkpoint)
         device = find_device(device)
         computes = _choose_dtype(dtype, device, checkpoint)
@@ -146,16 +146,20 @@ class Pipeline:
         tensors = {**checkpoint.tokenizer, **checkpoint.transformer}
         pipeline._stored = {name: tensor.dtype for name, tensor in tensors.items()}
         pipeline._origin, pipeline._extras = checkpoint.origin, checkpoint.extras
+        pipeline._dtype = torch.int8 if checkpoint.is_int8 else torch.float32
         return pipeline
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
-        """Move to a device and compute in `dtype`; the quantiser stays in float32."""
+        """Move to a device and compute in `dtype`; the quantiser stays in float32. int8 cannot be turned back."""
+        floats = decoder = dtype
+        if torch.int8 in (dtype, self._dtype):
+            from nextscale.transformer.int8 import quantise_model
+
+            floats, decoder = quantise_model(self.transformer, dtype, torch.device(device))
         self._dtype = dtype
-        self.tokenizer.to(device).set_compute_dtype(dtype)
-        if self._transformer is not None:
-            self._transformer.to(device, dtype)
-        if self._refiner is not None:
-            self._refiner.to(device, dtype)
+        self.tokenizer.to(device).set_compute_dtype(decoder)
+        for model in filter(None, (self._transformer, self._refiner)):
+            model.to(device, floats)
         self._converted = {}
         if dtype in LOW:  # of which fast modules may keep small ones in float32
             modules = filter(None, (self.tokenizer, self._transformer))
@@ -163,11 +167,8 @@ class Pipeline:
         return self.optimize(self._backend, training=self._training)
 
     def optimize(self, backend: Backend = "auto", *, training: bool = False) -> Pipeline:
-        """Swap modules for fast ones of this machine, see `nextscale.backends.twins`; "plain" changes nothing.
-
-        On a CPU sampling takes half the time or less. Without `training` the pipeline is for inference alone; it can
-        still be saved, moved and converted.
-        """
+        """Swap modules for fast ones of this machine, see `nextscale.backends.twins`; "plain" changes nothing. Without
+        `training` the pipeline is for inference alone; it can still be saved, moved and converted."""
         self._backend, self._training = backend, training
         if backend != "plain":
             from nextscale.backends import optimize
@@ -180,8 +181,7 @@ class Pipeline:
     def refine_with(self, refiner: Pipeline) -> Pipeline:
         """Let another model, usually a smaller one, generate the scales from the setting `draft_scales` on (CoDe).
 
-        Both must share the tokenizer, the scales and, in any order, the classes; UserError otherwise.
-        """
+        UserError unless both share the tokenizer, the scales and, in any order, the classes."""
         from nextscale.data.classes import match_model_classes
         from nextscale.sampling.collaborative import check_refiner
 
@@ -261,9 +261,8 @@ class Pipeline:
         `batch_size` (to the last bit on a CPU with the default backend). Official seeding runs everything in one batch,
         because there an image depends on its batch.
 
-        cfg, temperature, top_k and top_p also take a list with one number per scale, or a function from the scale to
-        the number. `logits_processors`: your own functions (logits_BNV, k) -> logits_BNV, applied in order after
-        guidance and before temperature, top-k and top-p. `nextscale.sampling.filters` has an example.
+        cfg, temperature, top_k and top_p also take a list or a function of the scale. `logits_processors`: your own
+        functions (logits_BNV, k) -> logits_BNV, applied after guidance and before temperature, top-k and top-p.
         """
         settings = self._parse_settings(config, overrides)
         values = self._parse_labels(labels)
@@ -397,4 +396,5 @@ class Pipeline:
 
 def _choose_dtype(dtype: torch.dtype | str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     transformer = checkpoint.config.transformer
+    dtype = torch.int8 if dtype == "auto" and checkpoint.is_int8 else dtype
     return choose_sampling_dtype(dtype, device, transformer.width if transformer is not None else 0)

@@ -24,6 +24,7 @@ from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward, Exper
 from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
 from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts
 from nextscale.transformer.feed_forward.thresholds import Thresholds
+from nextscale.transformer.int8 import Int8Linear, quantise_layers
 from nextscale.transformer.mamba import Mamba2
 from nextscale.transformer.scale_attention import ScaleAttention
 from tests.conftest import randomised, tiny_config
@@ -62,8 +63,13 @@ def run_quantizer(layer):
     return torch.cat([layer.mix_codes(probability), nearest, layer.upsample_codes(z, 2).flatten(2).mT[:, :9]], dim=-1)
 
 
+def create_int8_layer():
+    return quantise_layers(DenseFeedForward(TransformerConfig(width=24, heads=4))).fc1
+
+
 CASES = {
     nn.Linear: (lambda: nn.Linear(24, 40), lambda m: m(draw(3, 50, 24))),
+    Int8Linear: (create_int8_layer, lambda m: m((draw(3, 50, 24) > 0).float())),  # exact in 127 levels, too
     Float32Linear: (lambda: Float32Linear(24, 40), lambda m: m(draw(3, 50, 24))),
     nn.Conv2d: (lambda: nn.Conv2d(8, 12, 3, padding=1), lambda m: m(draw(2, 8, 70, 66))),
     Downsample: (lambda: Downsample(8), lambda m: m(draw(1, 8, 12, 12))),
@@ -108,7 +114,8 @@ def make(plain):
     module, rng = CASES[plain][0](), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5)
+            if parameter.is_floating_point():
+                parameter.copy_(torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5)
     return module
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,11 @@ class Checkpoint:
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Tensors of the original format that our modules do not have, stored for an export."""
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether the transformer has linear layers in 8 bits."""
+        return any(tensor.dtype == torch.int8 for tensor in self.transformer.values())
+
 
 def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:
     """Tokenizer and transformer with uninitialised parameters, on torch's current default device."""
@@ -51,11 +56,12 @@ def list_shapes(module: torch.nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def check_floating(source: object, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError naming a tensor of `source` that is not floating-point."""
+def check_floating(source: object, tensors: Mapping[str, Tensor], integers: Collection[str] = ()) -> None:
+    """Raise UserError naming a tensor of `source` that is not floating-point; of `integers`, one that is not int8."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{source}: tensor '{name}' is {tensor.dtype}; weights must be floating-point")
+        if not (tensor.dtype == torch.int8 if name in integers else tensor.is_floating_point()):
+            must = "int8" if name in integers else "floating-point"
+            raise UserError(f"{source}: tensor '{name}' is {tensor.dtype}; weights must be {must}")
 
 
 def check_tensors(source: object, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:

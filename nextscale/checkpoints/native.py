@@ -1,6 +1,7 @@
 """The native checkpoint: a folder with config.json and safetensors files.
 
-    config.json                format, version, the ModelConfig with the class names, origin, digests of all files
+    config.json                format, version, the ModelConfig with the class names, origin, digests of all files;
+                               "weights": "int8" where the transformer has linear layers in 8 bits
     tokenizer.safetensors
     transformer.safetensors    absent for a tokenizer alone
     original.safetensors       only for imported checkpoints with tensors that our modules do not have
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,8 @@ class _Head:
     origin: dict[str, Any]
     version: int
     digests: dict[str, str]
+    weights: str | None
+    """int8 where the transformer has linear layers in 8 bits."""
 
 
 def _read_head(folder: Path) -> _Head:
@@ -96,7 +100,7 @@ def _read_head(folder: Path) -> _Head:
         raise UserError(f"{folder}/config.json: {error}") from error
     digests = read_digests(folder / "config.json", head)
     check_digest(folder / "config.json", head, f"accept it with `nextscale info {folder} --accept-changes`")
-    return _Head(config, origin, version, digests)
+    return _Head(config, origin, version, digests, head.get("weights"))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -104,17 +108,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return read_modules(folder, verify=True)[0]
 
 
-def read_modules(folder: Path, *, verify: bool = False) -> tuple[Checkpoint, tuple[Tokenizer, VAR | None]]:
+def read_modules(
+    folder: Path, *, verify: bool = False, int8: bool = False
+) -> tuple[Checkpoint, tuple[Tokenizer, VAR | None]]:
     """A folder's checkpoint and its modules on the meta device, against which names and shapes were checked.
 
-    Small files are compared with their digests, see `digest.SMALL`; with `verify` all are.
+    Small files are compared with their digests, see `digest.SMALL`; with `verify` all are. `int8`: whether the caller
+    can use linear layers in 8 bits, which are refused otherwise.
     """
     head = _read_head(folder)
     config, origin = head.config, head.origin
     _check_layers(folder, config)
     tokenizer, transformer = build_on_meta(config)
-    tensors = read_safetensors(folder / TOKENIZER, list_shapes(tokenizer))
-    weights = read_safetensors(folder / TRANSFORMER, list_shapes(transformer)) if transformer is not None else {}
+    tensors, weights, integers = read_safetensors(folder / TOKENIZER, list_shapes(tokenizer)), {}, set[str]()
+    if head.weights is not None:
+        from nextscale.checkpoints.quantise import prepare_modules
+
+        integers = prepare_modules(folder, head.weights, transformer, usable=int8)
+    if transformer is not None:
+        weights = read_safetensors(folder / TRANSFORMER, list_shapes(transformer), integers)
     extras = read_safetensors(folder / ORIGINAL) if ORIGINAL in head.digests or (folder / ORIGINAL).exists() else {}
     for name, part in ((TOKENIZER, tensors), (TRANSFORMER, weights), (ORIGINAL, extras)):
         if part:
@@ -172,8 +184,11 @@ def read_shapes(path: Path) -> dict[str, Shape]:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped. `expected`: names and shapes, checked before any tensor is read.
+def read_safetensors(
+    path: Path, expected: dict[str, Shape] | None = None, integers: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """All tensors of a file, memory-mapped. `expected`: names and shapes, checked before any tensor is read; all are
+    floating-point but `integers`, which are int8.
 
     Every large tensor has a mapping of its own, so memory is freed tensor by tensor when a caller converts them.
     """
@@ -193,5 +208,5 @@ def read_safetensors(path: Path, expected: dict[str, Shape] | None = None) -> di
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     if expected is not None:
-        check_floating(path, tensors)
+        check_floating(path, tensors, integers)
     return tensors

@@ -26,6 +26,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "version": VERSION,
         "library": nextscale.__version__,
         "model": to_dict(checkpoint.config),
+        **({"weights": "int8"} if checkpoint.is_int8 else {}),
         "origin": checkpoint.origin,
         "digests": {name: compute_digest(tensors) for name, tensors in files.items()},
     }

@@ -98,6 +98,37 @@ class Upcycle:
 
 
 @dataclass
+class Quantise:
+    """Store a model with the linear layers of its transformer in 8 bits, a quarter of their float32 bytes.
+
+    The folder can be sampled, scored and measured on a CPU, as the model itself with `--dtype int8`; it cannot be
+    trained or converted.
+    """
+
+    model: Positional[Path]
+    """Checkpoint folder."""
+    out: Path
+    """Folder to write."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import CheckpointFolder
+
+        return [CheckpointFolder("--out", self.out)], list_inputs(models={"MODEL": self.model})
+
+    def run(self) -> None:
+        from nextscale.checkpoints.native import read_checkpoint
+        from nextscale.checkpoints.quantise import quantise_checkpoint
+        from nextscale.checkpoints.saving import write_checkpoint
+
+        before = read_checkpoint(self.model)
+        after = quantise_checkpoint(before)
+        write_checkpoint(self.out, after)
+        sizes = [sum(t.nbytes for t in c.transformer.values()) / 2**20 for c in (before, after)]
+        print(f"wrote {self.out}: the transformer takes {sizes[1]:,.1f} instead of {sizes[0]:,.1f} MiB")
+
+
+@dataclass
 class Sparsify:
     """Make a trained model cheaper at its last scales (DMoE-VAR).
 

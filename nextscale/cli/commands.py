@@ -10,7 +10,7 @@ from nextscale.cli.analysis import (
     AnalyseLoad,
     AnalyseRouting,
 )
-from nextscale.cli.checkpoints import Adapt, ExportOfficial, ImportOfficial, Sparsify, Upcycle
+from nextscale.cli.checkpoints import Adapt, ExportOfficial, ImportOfficial, Quantise, Sparsify, Upcycle
 from nextscale.cli.doctor import Doctor
 from nextscale.cli.encoders import EncoderEvaluate, EncoderTrain
 from nextscale.cli.measuring import (
@@ -37,6 +37,7 @@ COMMANDS: dict[str, type] = {
     "adapt": Adapt,
     "upcycle": Upcycle,
     "sparsify": Sparsify,
+    "quantise": Quantise,
     "tokenizer train": TokenizerTrain,
     "tokenizer evaluate": TokenizerEvaluate,
     "evaluate": Evaluate,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
-from nextscale.common.dtypes import Dtype
+from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
@@ -64,9 +64,8 @@ class Evaluate:
     """Samples of a batch that are decoded at once, as in `nextscale sample`."""
     shard: int = 1000
     """Images of one file of features; a resumed run repeats at most this many."""
-    dtype: Dtype = "auto"
-    """Type that a model computes in: float32, bfloat16, float16, or auto: the fastest that is right for the device and
-    the model."""
+    dtype: SamplingDtype = "auto"
+    """Type that a model computes in: float32, bfloat16, float16, int8, or auto, as in `nextscale sample`."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     capture: Capture = "auto"
@@ -189,8 +188,8 @@ class Bench:
     """A second model. Each round times both, and the report has the ratio of each round."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Batch sizes to time, one after the other."""
-    dtypes: tuple[Dtype, ...] = ("auto",)
-    """Types to time: float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
+    dtypes: tuple[SamplingDtype, ...] = ("auto",)
+    """Types to time: float32, bfloat16, float16, int8, or auto, as in `nextscale sample`."""
     rounds: int = 5
     """Timed rounds, after one to warm up."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)

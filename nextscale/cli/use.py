@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
-from nextscale.common.dtypes import Dtype
+from nextscale.common.dtypes import Dtype, SamplingDtype
 from nextscale.common.errors import UserError
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import check_fields
@@ -50,8 +50,9 @@ class Sample:
     decode_batch: int = 0
     """How many images of a batch are decoded at once; 0 = as many as fit into a GPU's memory. Images do not depend on
     it."""
-    dtype: Dtype = "auto"
-    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
+    dtype: SamplingDtype = "auto"
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: linear layers
+    in 8 bits, faster still on a CPU, with slightly other images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"
@@ -143,8 +144,9 @@ class Edit:
     """YAML or JSON file with sampling settings; options on the command line override it."""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
-    dtype: Dtype = "auto"
-    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model."""
+    dtype: SamplingDtype = "auto"
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: linear layers
+    in 8 bits, faster still on a CPU, with slightly other images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"

@@ -8,6 +8,9 @@ from nextscale.common.errors import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """A type to compute in; auto: the fastest that is right for the device and the model."""
+SamplingDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+"""The same for sampling. int8: linear layers in 8 bits on a CPU (`nextscale.transformer.int8`); auto never takes it,
+because it changes images."""
 DTYPES: tuple[str, ...] = get_args(Dtype)
 SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Short names that are understood wherever a name is read."""

@@ -4,6 +4,8 @@
   that is slow in it (`find_computed`), where products are computed in float32. Training always stores float32.
 - **auto** takes the fastest type that is right for the device and the model: bfloat16 where its products are faster
   than in float32, else float32. float16 is taken only when it is asked for, as its range is small.
+- **int8** (linear layers in 8 bits, `nextscale.transformer.int8`) is taken only where it is asked for or a folder holds
+  it, as it changes images: on a CPU, for inference.
 - **What chooses tokens or experts** (the tokenizer's encoder and quantiser, routers) is computed in full float32,
   whatever autocast and torch's settings for float32 products say: `compute_exactly`. Rounded, it would choose others.
   TF32 alone, which keeps 10 bits, changes about one token in a hundred.
@@ -14,6 +16,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,10 +40,10 @@ smaller ones takes longer than their products gain."""
 
 
 def find_dtype(name: torch.dtype | str) -> torch.dtype:
-    """The floating-point type of this name; UserError for anything else, and for auto."""
+    """The type of this name, floating-point or int8; UserError for anything else, and for auto."""
     dtype = getattr(torch, SHORT_NAMES.get(name, name), None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"'{name}' is no floating-point dtype; use auto, float32, bfloat16 or float16")
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype == torch.int8):
+        raise UserError(f"'{name}' is no floating-point dtype; use auto, float32, bfloat16 or float16, or int8")
     return dtype
 
 
@@ -127,6 +130,8 @@ def is_fast(dtype: torch.dtype, kind: str) -> bool:
     Asked of a GPU; measured once per process on a CPU, in a few milliseconds, because libraries also claim support for
     types that they emulate (bfloat16 with AVX-512 but without its bfloat16 instructions).
     """
+    if dtype == torch.int8:  # also nowhere slower than float32
+        return kind == "cpu" and _is_claimed(dtype)
     if dtype not in LOW:
         return True
     if kind == "cuda":
@@ -136,6 +141,9 @@ def is_fast(dtype: torch.dtype, kind: str) -> bool:
 
 def _is_claimed(dtype: torch.dtype) -> bool:
     """Whether oneDNN says that it has products of this type for the CPU. What it denies is emulated slowly."""
+    if dtype == torch.int8:
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     question = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question, bool)())
 

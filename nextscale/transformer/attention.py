@@ -66,6 +66,8 @@ class Attention(Mixer):
 
     def project(self, x_BND: Tensor) -> Tensor:
         """Queries, keys and values side by side, (B, N, 3 D)."""
+        if not isinstance(self.qkv, nn.Linear):  # in 8 bits, see `nextscale.transformer.int8`
+            return self.qkv.multiply(x_BND, self.join_biases())
         return F.linear(x_BND, self.qkv.weight, self.join_biases())
 
     def join_biases(self) -> Tensor:

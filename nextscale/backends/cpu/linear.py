@@ -78,7 +78,8 @@ class CpuDenseFeedForward(DenseFeedForward):
     plain = DenseFeedForward
 
     def forward(self, x_BND: Tensor, context: ScaleContext, previous: Any = None) -> tuple[Tensor, None]:
-        return self.fc2(apply_gelu_linear(self.fc1, x_BND)), None
+        chained = getattr(self.fc2, "multiply_after_gelu", None)  # in 8 bits
+        return chained(self.fc1, x_BND) if chained else self.fc2(apply_gelu_linear(self.fc1, x_BND)), None
 
 
 def apply_gelu_linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Building experts.c, linear.c and blocks.c with the machine's own C compiler, if it has one, at their first use.
+"""Building the C files of this folder with the machine's own C compiler, if it has one, at their first use.
 
 Where that is impossible `load_kernels` gives None, warns once with the reason, and callers compute the same function in
 another way. `explain_missing` gives the reason. The library is kept in the user's cache folder (XDG_CACHE_HOME or
@@ -56,6 +56,11 @@ ARGUMENTS: dict[str, dict[str, list[Any]]] = {
     "blocks": {
         "attend": [_POINTER] * 5 + [_NUMBER] * 6 + [_FLAG] * 2 + [_POINTER] * 2,
         "modulate": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG],
+    },
+    "int8": {
+        "quantise": [_POINTER] * 4 + [_NUMBER] * 2 + [_FLAG] * 2,
+        "finish": [_POINTER] * 6 + [_NUMBER] * 2 + [_FLAG] * 2,
+        "finish_and_quantise": [_POINTER] * 8 + [_NUMBER] * 2 + [_FLAG] * 2,
     },
 }
 """Of each source file the functions and the types of their arguments."""

@@ -15,9 +15,11 @@ FAMILIES = {
     "experts": [_EXPERTS],
     "slices": [_EXPERTS, _ROUTERS],
     "16-bit weights": [("linear", build.MAX_VECTORS)],
+    "8-bit layers": [("int8", build.MAX_VECTORS)],
 }
 """What the compiled kernels compute -> the libraries that it needs: adaptive layer normalisation, the experts of a
-mixture, dynamic experts, which are slices of one feed-forward, and linear layers that a CPU computes in float32."""
+mixture, dynamic experts, which are slices of one feed-forward, linear layers that a CPU computes in float32, and what
+those in 8 bits do beside their products."""
 
 
 def explain_kernels() -> dict[str, str | None]:

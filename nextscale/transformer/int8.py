@@ -1,0 +1,168 @@
+"""Linear layers in 8 bits (W8A8): integer weights, and inputs that are rounded to integers row by row.
+
+Weights are symmetric, one scale for each output: w = scale_O q, with q from -127 to 127. Inputs are asymmetric, a scale
+and a lowest value for each row, which are found as the row comes: x = low_R + scale_R u, with u from 0 to `LEVELS`. The
+product is a sum of integers, which is exact, and the layer's output
+
+    y = scale_R (scale_O sum_i u_i q_i) + low_R (scale_O sum_i q_i) + bias.
+
+A row's scale depends on that row alone, so an image does not depend on its batch. All else (norms, attention, the
+residual stream, biases, embeddings) stays in float32. `LAYERS` lists which layers are quantised, docs/performance.md
+what each costs in quality.
+
+Letters: R rows, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.common.errors import UserError
+from nextscale.common.precision import choose_sampling_dtype, get_name
+
+if TYPE_CHECKING:
+    from nextscale.transformer.var import VAR
+
+LEVELS = 255
+"""The largest integer of an input; the smallest is 0."""
+NO_GRADIENTS = "linear layers in int8 give no gradients and cannot be trained; train the model that they were made from"
+
+_T = "nextscale.transformer"
+LAYERS: dict[str, tuple[str, ...]] = {
+    f"{_T}.var:VAR": ("shared_adaln", "head_adaln", "head"),
+    f"{_T}.block:AdaLN": ("linear",),
+    f"{_T}.attention:Attention": ("qkv", "proj"),
+    f"{_T}.scale_attention:ScaleAttention": ("qkv", "proj"),
+    f"{_T}.mamba:Mamba2": ("in_proj", "out_proj"),
+    f"{_T}.feed_forward:DenseFeedForward": ("fc1", "fc2"),
+}
+"""Module -> its layers that are quantised. The others stay in float32: the word embedding, whose inputs have 32 values,
+routers, which choose experts, and modules of your own, which may read their weights."""
+
+
+@dataclass(frozen=True)
+class QuantisedRows:
+    """Rows (R, I) in 8 bits: x = low_R + scale_R u."""
+
+    u_RI: Tensor
+    """uint8."""
+    scale_R: Tensor
+    """float32, 0 or more; NaN for a row that is not finite."""
+    low_R: Tensor
+    """float32."""
+
+
+def quantise_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, scale): int8 in -127 to 127 of the weight's shape and float32 without its last dimension, weight = scale q to
+    within half a scale."""
+    weight = weight_OI.detach().float()
+    scale = weight.abs().amax(dim=-1) / 127
+    q = (weight / torch.where(scale == 0, 1, scale).unsqueeze(-1)).round()
+    return q.to(torch.int8), scale
+
+
+def quantise_rows(x_RI: Tensor, levels: int = LEVELS) -> QuantisedRows:
+    """Rows (R, I) of floats in integers from 0 to `levels`, each row from its smallest to its largest value."""
+    x_RI = x_RI.float()
+    low_R, high_R = torch.aminmax(x_RI, dim=-1)
+    scale_R = (high_R - low_R) / levels
+    u_RI = ((x_RI - low_R[:, None]) / torch.where(scale_R == 0, 1, scale_R)[:, None]).round()
+    return QuantisedRows(u_RI.clamp(0, levels).to(torch.uint8), scale_R, low_R)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in 8 bits, computed by torch's float64 products, which are exact for integers of this size.
+
+    The state dict has `weight` (int8), `scale` (float32) and, where the layer has one, `bias`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.zeros(out_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        moved = super()._apply(*arguments, **options)
+        if self.scale.dtype != torch.float32:
+            raise UserError(f"a model with linear layers in int8 cannot be converted to {get_name(self.scale.dtype)}")
+        return moved
+
+    def train(self, mode: bool = True) -> Int8Linear:
+        if mode:
+            raise UserError(NO_GRADIENTS)
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+        """x (..., in) times the weight transposed, plus a bias that need not be the layer's, then tanh-GELU if `gelu`;
+        float32."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise UserError(NO_GRADIENTS)
+        y_RO = self.multiply_rows(x.reshape(-1, self.in_features), bias, gelu)
+        return y_RO.view(*x.shape[:-1], self.out_features)
+
+    def multiply_rows(self, x_RI: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        """`multiply` of rows (R, I)."""
+        rows, weight = quantise_rows(x_RI), self.weight.double()
+        y_RO = (rows.u_RI.double() @ weight.T).float() * self.scale * rows.scale_R[:, None]
+        y_RO += rows.low_R[:, None] * (weight.sum(dim=1).float() * self.scale)
+        y_RO = y_RO if bias is None else y_RO + bias
+        return F.gelu(y_RO, approximate="tanh") if gelu else y_RO
+
+
+def quantise_model(model: VAR, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Quantise a transformer, or keep one that is; the types of its other weights and of its tokenizer's decoder.
+
+    UserError for a `dtype` other than int8, which a model in 8 bits cannot be given, and for another device than a CPU.
+    """
+    if dtype != torch.int8:
+        raise UserError(
+            f"this model's linear layers are in int8, which cannot be turned back to {get_name(dtype)}; use dtype auto "
+            "or int8, or the model that it was made from"
+        )
+    if device.type != "cpu":
+        raise UserError(f"dtype int8 runs on a CPU alone, not on {device.type}; use dtype auto")
+    quantise_layers(model)
+    return torch.float32, choose_sampling_dtype("auto", device, model.config.width)
+
+
+def quantise_layers(model: nn.Module) -> nn.Module:
+    """Replace the layers of `LAYERS` inside a transformer by their quantised forms, in place; returns it.
+
+    On the meta device the new layers have shapes alone, to be filled with `load_state_dict(assign=True)`.
+    """
+    for parent, name, layer in list(_list_layers(model)):
+        with torch.device(layer.weight.device):
+            quantised = Int8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        if not layer.weight.is_meta:
+            weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
+            q, scale = quantise_weight(weight)
+            quantised.weight.data, quantised.scale.data = q, scale
+            if layer.bias is not None:
+                quantised.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        setattr(parent, name, quantised)
+    return model
+
+
+def count_int8_layers(model: nn.Module) -> int:
+    """How many of the model's layers are in 8 bits."""
+    return sum(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def _list_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(module, name, layer) of each layer to quantise."""
+    for module in model.modules():
+        kind = getattr(type(module), "plain", type(module))
+        for name in LAYERS.get(f"{kind.__module__}:{kind.__qualname__}", ()):
+            if isinstance(layer := getattr(module, name), nn.Linear):
+                yield module, name, layer
