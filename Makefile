@@ -15,7 +15,7 @@ test-gpu: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest tests/gpu -rs -s
 
 soak: $(VENV)/.ready
-	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py tests/test_independence.py tests/test_processes.py tests/test_neon.py -s
+	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py tests/test_independence.py tests/test_processes.py tests/test_neon.py tests/test_wheel.py -s
 	NEXTSCALE_GPU_TESTS=cpu $(VENV)/bin/python -m pytest tests/gpu -s
 
 # The suite ten times: as it is, on one thread, on a CPU without AVX-512, beside a busy loop on each core.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.backends.cpu.kernels import build
-from nextscale.backends.cpu.kernels.blocks import HEADS
+from nextscale.backends.cpu.kernels.compilation import HEADS
 from nextscale.checkpoints import build_on_meta
 from nextscale.common.precision import is_fast
 from nextscale.config.model import ModelConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextscale.backends.cpu.kernels import build
+from nextscale.backends.cpu.kernels import build, compilation
 from nextscale.backends.cpu.kernels.status import FAMILIES, explain_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -65,11 +65,11 @@ LOAD = "from nextscale.backends.cpu.kernels import build; print(build.explain_mi
 
 
 @needs_vectors
-@pytest.mark.skipif(not build.find_compiler(), reason="there is no C compiler")
+@pytest.mark.skipif(not compilation.find_compiler(), reason="there is no C compiler")
 def test_a_damaged_library_is_built_again(tmp_path):
     """Loading it would kill the process. By two processes at once; where building fails, torch's operators run."""
     compiler = tmp_path / "my-cc"
-    compiler.write_text(f'#!/bin/sh\nexec {shlex.join(build.find_compiler())} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\nexec {shlex.join(compilation.find_compiler())} "$@"\n')
     compiler.chmod(0o755)
     env = os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
 
@@ -131,7 +131,7 @@ def test_a_compiler_that_fails_is_named_once(lines, reason, unbuilt, tmp_path):
 )
 def test_without_compiler_or_folder_the_plain_path_runs(name, value, reason, unbuilt, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    if name == "XDG_CACHE_HOME" and not build.find_compiler():
+    if name == "XDG_CACHE_HOME" and not compilation.find_compiler():
         pytest.skip("there is no C compiler")
     monkeypatch.setenv(name, value)
     from nextscale.backends.cpu.attention import CpuAdaLayerNorm

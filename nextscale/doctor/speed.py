@@ -49,12 +49,13 @@ def check_kernels(device: torch.device) -> Iterator[Result]:
     """The compiled kernels of a CPU: in use, or why not."""
     if device.type != "cpu":
         return
-    from nextscale.backends.cpu.kernels.status import explain_kernels
+    from nextscale.backends.cpu.kernels.status import come_from_wheel, explain_kernels
 
     for family, reason in explain_kernels().items():
         status: Status = "slow" if reason else "pass"
         advice = "results are right without it; install gcc or clang" if reason and "compiler" in reason else ""
-        yield Result(f"kernels, {family}", status, f"not in use: {reason}" if reason else "in use", advice)
+        use = "in use, from the wheel" if come_from_wheel(family) else "in use"
+        yield Result(f"kernels, {family}", status, f"not in use: {reason}" if reason else use, advice)
 
 
 def check_types(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator[Result]:

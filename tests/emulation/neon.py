@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nextscale.backends.cpu.kernels import build
+from nextscale.backends.cpu.kernels import build, compilation
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _FOLDER = Path(__file__).parent
@@ -43,7 +43,7 @@ class EmulatedKernels:
 
     def __init__(self, name: str, size: int):
         functions, program = build.ARGUMENTS[name], Path(_PROGRAMS.name) / f"{name}-{size}"
-        flags = [*build.FLAGS, *build.define_shape(name, size), "-static", "-fopenmp"]
+        flags = [*compilation.FLAGS, *compilation.define_shape(name, size, 4), "-static", "-fopenmp"]
         if "NEXTSCALE_SOAK" not in os.environ:
             flags.append("-O1")  # builds in half the time
         source = Path(build.__file__).with_name(f"{name}.c")

@@ -1,4 +1,4 @@
-/* What a block does between its products, on a CPU in float32. Compiled by nextscale/backends/cpu/kernels/build.py.
+/* What a block does between its products, on a CPU in float32. Compiled by nextscale/backends/cpu/kernels/compilation.py.
 
    attend: softmax attention of a scale's queries to its own keys and all cached ones, from the projection's output as
    it lies, to the next projection's input as it lies. Scores are made with keys along the rows and queries along the

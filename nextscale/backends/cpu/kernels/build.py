@@ -1,9 +1,9 @@
-"""Building the C files of this folder with the machine's own C compiler, if it has one, at their first use.
+"""The compiled kernels, the C files of this folder: those of the installed wheel, if it has them, else built by the
+machine's own C compiler, if it has one, at their first use.
 
 Where that is impossible `load_kernels` gives None, warns once with the reason, and callers compute the same function in
-another way. `explain_missing` gives the reason. The library is kept in the user's cache folder (XDG_CACHE_HOME or
-~/.cache), named after all that decides it. It ends with a digest of itself, because loading a damaged one can kill the
-process; a damaged one is built again.
+another way. `explain_missing` gives the reason. A library that was built is kept in the user's cache folder
+(XDG_CACHE_HOME or ~/.cache), named after all that decides it. A damaged one is built again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.backends.cpu.kernels.compilation import (
+    FLAGS,
+    FOLDER,
+    MACHINES,
+    Impossible,
+    compile_library,
+    count_vectors,
+    define_shape,
+    find_compiler,
+    is_whole,
+    name_library,
+)
 from nextscale.common.files import find_cache_folder, write_atomically
 from nextscale.common.notes import print_note
 from nextscale.common.precision import is_computed_in_float32
@@ -30,18 +39,16 @@ from nextscale.common.precision import is_computed_in_float32
 _ARM = platform.machine() in ("aarch64", "arm64")
 LANES = 4 if _ARM else {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 0)
 """Values of the vectors that kernels compute with here, 4 by NEON; 0: there are no kernels for this CPU."""
-MAX_VECTORS = 2 if LANES == 8 else 4
-"""Vectors of a product's columns at once, at most: AVX2 has half of the registers of AVX-512 and NEON."""
+MAX_VECTORS = count_vectors(LANES)
+"""Vectors of a product's columns at once, at most."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The kernels' numbers for types of weights."""
 
-FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
-_MACHINE = {16: ("-march=native",), 8: ("-mavx2", "-mfma", "-mf16c", "-mtune=native")}.get(LANES, ())
-"""Every 64-bit ARM CPU has NEON."""
-_SHARED = ("-shared", "-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ("-shared",)
-"""The OpenMP functions are found when the library is loaded; Apple's linker has to be told."""
-_BUILD_SECONDS = 120
+_MACHINE = {16: ("-march=native",), 8: (*MACHINES[8], "-mtune=native")}.get(LANES, ())
+"""What the compiler is told of this machine."""
+IN_WHEEL = FOLDER / "compiled"
+"""Where a wheel has libraries."""
 _NOW = getattr(os, "RTLD_NOW", 2)
 """Missing symbols are found at loading, not at the first call."""
 
@@ -84,7 +91,7 @@ def load_kernels(name: str, size: int) -> ctypes.CDLL | None:
     """
     try:
         return _load(name, size)
-    except _Impossible as error:
+    except Impossible as error:
         reason = str(error)
     if LANES and reason not in _reasons.values():
         warnings.warn(f"the compiled CPU kernels are not used: {reason}; torch's operators run instead", stacklevel=2)
@@ -100,35 +107,12 @@ def explain_missing(name: str, size: int) -> str | None:
     return None if load_kernels(name, size) is not None else _reasons[name, size]
 
 
-class _Impossible(Exception):
-    """The kernels cannot be built or loaded; the message says why."""
-
-
-def find_compiler() -> list[str]:
-    """The command of the C compiler: CC, else cc, gcc or clang; empty without one."""
-    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    return shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
-
-
 def _load(name: str, size: int) -> ctypes.CDLL:
-    """As `load_kernels`; raises _Impossible."""
-    compiler = find_compiler()
+    """As `load_kernels`; raises Impossible."""
     if not LANES:
-        raise _Impossible("the CPU has neither AVX-512, AVX2 nor NEON")
-    if not compiler:
-        raise _Impossible("there is no C compiler (cc, gcc or clang), and CC names none")
-    source, shared = (Path(__file__).with_name(file) for file in (f"{name}.c", "products.h"))
-    flags = (*FLAGS, *_MACHINE, *define_shape(name, size))
-    about = (compiler, flags, platform.machine(), platform.system(), _read_processor())
-    key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
+        raise Impossible("the CPU has neither AVX-512, AVX2 nor NEON")
     try:
-        library = find_cache_folder() / "kernels" / f"{name}-{key}.so"
-        damaged = library.exists() and not _is_whole(library)
-        if damaged:
-            print_note("kernels", f"{library} was damaged, so these CPU kernels are built again")
-        if damaged or not library.exists():
-            _build(compiler, flags, source, library)
-        kernels = ctypes.CDLL(str(library), mode=_NOW)
+        kernels = ctypes.CDLL(str(_find_in_wheel(name, size) or _build(name, size)), mode=_NOW)
         for function, arguments in ARGUMENTS[name].items():
             getattr(kernels, function).argtypes, getattr(kernels, function).restype = arguments, None
     except (
@@ -137,56 +121,53 @@ def _load(name: str, size: int) -> ctypes.CDLL:
         ValueError,
         AttributeError,
     ) as error:  # such as no home folder, a full disk
-        raise _Impossible(" ".join(str(error).split())) from error
+        raise Impossible(" ".join(str(error).split())) from error
     return kernels
 
 
-def define_shape(name: str, size: int) -> list[str]:
-    """The compiler's definitions of what a source file is built for; `size` as in `load_kernels`."""
-    if name == "blocks":
-        return [f"-DLANES={LANES}", f"-DHEAD={size}", f"-DVECTORS={min(size // LANES, MAX_VECTORS)}"]
-    return [f"-DLANES={LANES}", f"-DVECTORS={size}"]
+def comes_from_wheel(name: str, size: int) -> bool:
+    """Whether `load_kernels` gives the library of the installed wheel."""
+    kernels = load_kernels(name, size)
+    return kernels is not None and Path(kernels._name).parent == IN_WHEEL
+
+
+def _find_in_wheel(name: str, size: int) -> Path | None:
+    """The library that was installed with nextscale, if it was installed from a wheel for this architecture."""
+    library = IN_WHEEL / name_library(name, size, LANES)
+    if not library.exists():
+        return None
+    if is_whole(library):
+        return library
+    print_note("kernels", f"{library} is damaged, so these CPU kernels are built; install nextscale anew")
+    return None
+
+
+def _build(name: str, size: int) -> Path:
+    """The library in the cache folder, built if it is not there or damaged; raises Impossible.
+
+    Several processes may build at once: each writes a file of its own, and one of them stays.
+    """
+    compiler = find_compiler()
+    if not compiler:
+        raise Impossible("there is no C compiler (cc, gcc or clang), and CC names none")
+    source, shared = FOLDER / f"{name}.c", FOLDER / "products.h"
+    flags = (*FLAGS, *_MACHINE, *define_shape(name, size, LANES))
+    about = (compiler, flags, platform.machine(), platform.system(), _read_processor())
+    key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
+    library = find_cache_folder() / "kernels" / f"{name}-{key}.so"
+    damaged = library.exists() and not is_whole(library)
+    if damaged:
+        print_note("kernels", f"{library} was damaged, so these CPU kernels are built again")
+    if damaged or not library.exists():
+        with write_atomically(library) as (draft,):
+            compile_library(compiler, flags, source, draft)
+    return library
 
 
 def get_pointers(*tensors: Tensor) -> list[int]:
     """Addresses of the values of contiguous tensors."""
     assert all(t.is_contiguous() for t in tensors), "the kernels read contiguous tensors"
     return [t.data_ptr() for t in tensors]
-
-
-def _build(compiler: list[str], flags: tuple[str, ...], source: Path, library: Path) -> None:
-    """Several processes may build at once: each writes a file of its own, and one of them stays."""
-    with write_atomically(library) as (draft,):
-        part = draft.with_suffix(".o")
-        try:
-            _run_compiler([*compiler, *flags, "-c", str(source), "-o", str(part)])
-            _run_compiler([*compiler, *_SHARED, str(part), "-o", str(draft)])
-            content = draft.read_bytes()
-            draft.write_bytes(content + hashlib.sha256(content).digest())
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def _is_whole(library: Path) -> bool:
-    """Whether a library ends with the digest of what comes before."""
-    content = library.read_bytes()
-    size = hashlib.sha256().digest_size
-    return hashlib.sha256(content[:-size]).digest() == content[-size:]
-
-
-def _run_compiler(command: list[str]) -> None:
-    """Run it; raises _Impossible with its first error."""
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise _Impossible(f"the compiler {command[0]} took more than {_BUILD_SECONDS} s") from error
-    except OSError as error:
-        raise _Impossible(f"the compiler {command[0]} cannot be run: {error.strerror}") from error
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
-        raise _Impossible(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}")
-    if not Path(command[-1]).exists():
-        raise _Impossible(f"{command[0]} wrote no file")
 
 
 def _read_processor() -> str:

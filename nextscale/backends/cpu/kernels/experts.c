@@ -1,4 +1,4 @@
-/* Feed-forward experts on a CPU, computed in float32. Compiled by nextscale/backends/cpu/kernels/build.py.
+/* Feed-forward experts on a CPU, computed in float32. Compiled by nextscale/backends/cpu/kernels/compilation.py.
 
    Weights of experts are float32, or of 16 bits and converted where they are used: once for all rows at hand.
 

@@ -1,5 +1,5 @@
 /* What linear layers in 8 bits do beside their products, which are oneDNN's. Compiled by
-   nextscale/backends/cpu/kernels/build.py; the arithmetic is that of nextscale/transformer/int8.py.
+   nextscale/backends/cpu/kernels/compilation.py; the arithmetic is that of nextscale/transformer/int8.py.
 
    quantise: rows of floats as bytes, each between its smallest and its largest value.
 

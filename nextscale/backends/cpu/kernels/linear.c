@@ -1,4 +1,4 @@
-/* Linear layers on a CPU with weights of 16 bits, computed in float32. Compiled by nextscale/backends/cpu/kernels/build.py.
+/* Linear layers on a CPU with weights of 16 bits, computed in float32. Compiled by nextscale/backends/cpu/kernels/compilation.py.
 
    A weight is read as it lies, from memory once for LAYER_ROWS rows, and some values of it at a time are converted to a panel
    in the first cache. A row's sums run in one order whatever rows are beside it and whatever threads there are. */

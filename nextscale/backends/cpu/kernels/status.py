@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nextscale.backends.cpu import products
 from nextscale.backends.cpu.kernels import build
-from nextscale.backends.cpu.kernels.blocks import HEADS
+from nextscale.backends.cpu.kernels.compilation import HEADS
 from nextscale.backends.cpu.kernels.experts import RouterPanels
 
 _BLOCKS = [("blocks", head) for head in HEADS]
@@ -20,6 +20,11 @@ FAMILIES = {
 """What the compiled kernels compute -> the libraries that it needs: adaptive layer normalisation, the experts of a
 mixture, dynamic experts, which are slices of one feed-forward, linear layers that a CPU computes in float32, and what
 those in 8 bits do beside their products."""
+
+
+def come_from_wheel(family: str) -> bool:
+    """Whether the kernels of a family of `explain_kernels` are those of the installed wheel."""
+    return family in FAMILIES and all(build.comes_from_wheel(*one) for one in FAMILIES[family])
 
 
 def explain_kernels() -> dict[str, str | None]:
