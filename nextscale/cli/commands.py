@@ -24,6 +24,7 @@ from nextscale.cli.measuring import (
     Statistics,
 )
 from nextscale.cli.training import Quickstart, Resume, Tokenize, TokenizerEvaluate, TokenizerTrain, Train
+from nextscale.cli.tuning import Tune
 from nextscale.cli.use import Edit, Info, Reconstruct, Sample
 
 COMMANDS: dict[str, type] = {
@@ -49,6 +50,7 @@ COMMANDS: dict[str, type] = {
     "analyse convergence": AnalyseConvergence,
     "analyse dynamic": AnalyseDynamic,
     "bench": Bench,
+    "tune": Tune,
     "experiment list": ExperimentList,
     "experiment show": ExperimentShow,
     "experiment run": ExperimentRun,

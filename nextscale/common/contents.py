@@ -23,6 +23,7 @@ QUICKSTART_RUN = "a run of `nextscale quickstart`"
 SPARSIFY_RUN = "a run of `nextscale sparsify`"
 TOKEN_CACHE = "a token cache"
 FEATURES = "features of `nextscale evaluate` or `nextscale statistics`"
+TUNE = "results of `nextscale tune`"
 EXPERIMENTS = "results of `nextscale experiment run`"
 OTHER_MODEL = "a model of another library"
 
@@ -40,7 +41,7 @@ _SOFTWARE = 305
 def identify_folder(folder: Path) -> str:
     """One of the names above, or "other files (a, b, ...)". Notes and hidden files do not count as content."""
     names = {entry.name for entry in os.scandir(folder)}
-    for file, kind in (("quickstart.json", QUICKSTART_RUN), ("cache.json", TOKEN_CACHE)):
+    for file, kind in (("quickstart.json", QUICKSTART_RUN), ("cache.json", TOKEN_CACHE), ("tune.json", TUNE)):
         if file in names:
             return kind
     if "sparsify.json" in names or any((folder / "stages" / stage).is_dir() for stage in _STAGES):

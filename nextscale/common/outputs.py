@@ -30,7 +30,7 @@ _RESERVED = frozenset(
     (
         "config.json", "model.safetensors", "tokenizer.safetensors", "transformer.safetensors", "original.safetensors",
         "run.json", "finished.json", "quickstart.json", "sparsify.json", "cache.json", "features.json", "log.jsonl",
-        "metrics.json",
+        "metrics.json", "tune.json",
     )
 )  # fmt: skip
 """Names that have a meaning in the folders of models and runs."""

@@ -67,9 +67,9 @@ def record_extraction(images: MeasuredImages, extraction: Extraction, folder: Pa
 
 
 def extract_features(
-    images: MeasuredImages, extraction: Extraction, folder: Path, rank: int = 0, size: int = 1
+    images: MeasuredImages, extraction: Extraction, folder: Path, rank: int = 0, size: int = 1, show: bool = True
 ) -> None:
-    """Write the missing shards of `folder` whose number is `rank` modulo `size`."""
+    """Write the missing shards of `folder` whose number is `rank` modulo `size`; `show`: with a progress bar."""
     starts = range(0, len(images), extraction.shard)
     missing = [
         (number, start)
@@ -78,7 +78,8 @@ def extract_features(
     ]
     total = sum(min(start + extraction.shard, len(images)) - start for _, start in missing)
     owner = read_owner(folder / "features.json")
-    with tqdm(total=total, desc=f"features of {images.where}", unit="image", disable=rank > 0 or not total) as bar:
+    hidden = not show or rank > 0 or not total
+    with tqdm(total=total, desc=f"features of {images.where}", unit="image", disable=hidden) as bar:
         for number, start in missing:
             rows = range(start, min(start + extraction.shard, len(images)))
             tensors = _extract_shard(images, rows, extraction, bar)

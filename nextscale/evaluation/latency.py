@@ -27,6 +27,9 @@ from nextscale.evaluation.peak_memory import measure_peak_memory
 from nextscale.info import describe_config
 from nextscale.pipeline import Pipeline
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+"""wall: the time that passes. processor: the time of the process on a CPU, which other processes do not change."""
+
 
 @dataclass
 class BatchTimes:
@@ -92,31 +95,31 @@ def compare_models(
 
 
 def time_batch(
-    pipeline: Pipeline, batch: int, settings: SampleConfig, counter: FlopCounter | None = None
+    pipeline: Pipeline, batch: int, settings: SampleConfig, counter: FlopCounter | None = None, clock: str = "wall"
 ) -> tuple[list[float], float]:
     """Seconds of each scale and of the decoder for one batch, whose images have the classes in turn.
 
-    `counter` counts the FLOPs of its steps, which takes time: for a round that is not timed.
+    `counter` counts the FLOPs of its steps, which takes time: for a round that is not timed. `clock`: one of `CLOCKS`.
     """
     assert pipeline.config.transformer is not None, "a generator has a transformer"
     classes = pipeline.config.transformer.condition.num_classes
-    labels, times = [i % classes for i in range(batch)], [_read_clock(pipeline.device)]
+    labels, times = [i % classes for i in range(batch)], [_read_clock(pipeline.device, clock)]
     canvas = None
     for step in pipeline.sample_scales(labels, settings, records=counter is not None):
         canvas = step.canvas_BChw
-        times.append(_read_clock(pipeline.device))
+        times.append(_read_clock(pipeline.device, clock))
         if counter is not None:
             counter.add(step)
     assert canvas is not None, "a pyramid has a scale"
     with torch.no_grad():
         pipeline.tokenizer.decode_canvas(canvas)
     scales = [b - a for a, b in pairwise(times)]
-    return scales, _read_clock(pipeline.device) - times[-1]
+    return scales, _read_clock(pipeline.device, clock) - times[-1]
 
 
-def _read_clock(device: torch.device) -> float:
+def _read_clock(device: torch.device, clock: str) -> float:
     synchronize(device)
-    return time.perf_counter()
+    return CLOCKS[clock]()
 
 
 def _report_case(
