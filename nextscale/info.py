@@ -20,6 +20,7 @@ from nextscale.common.registry import FEED_FORWARDS, MIXERS
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.presets import PRESETS, preset
+from nextscale.config.profile import explain_profile, list_profiles
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
@@ -41,13 +42,14 @@ def describe(name: str) -> dict[str, Any]:
 
     `parameters` counts the transformer (the tokenizer when it stands alone); buffers are no parameters. Per scale:
     tokens, FLOPs of one image without guidance (guidance doubles them), and bytes of what is kept for later scales
-    (keys and values, Mamba's states) in float32.
+    (keys and values, Mamba's states) in float32. `profiles`: those in the folder, in words.
     """
     if name in PRESETS:
         config = preset(name)
     elif Path(name).is_dir():
-        config, _ = read_config(Path(name))
-        return describe_config(name, config) | describe_weights(Path(name))
+        folder, (config, _) = Path(name), read_config(Path(name))
+        profiles = {profile: explain_profile(folder, profile) for profile in list_profiles(folder)}
+        return describe_config(name, config) | describe_weights(folder) | {"profiles": profiles}
     else:
         raise UserError(f"'{name}' is neither a checkpoint folder nor a model{suggest_name(name, list(PRESETS))}")
     return describe_config(name, config)
@@ -200,6 +202,7 @@ def as_text(facts: dict[str, Any]) -> str:
             lines.append(
                 f"  {side:<8}{scale['tokens']:>9}{_flop(scale['flops']):>18}{scale['cache_bytes'] / 2**20:>14.2f} MiB"
             )
+    lines += [f"\n  profile {name}: {text}" for name, text in facts.get("profiles", {}).items()]
     return "\n".join(lines)
 
 

@@ -73,14 +73,14 @@ class Pipeline:
         self._origin: dict[str, Any] = {}
         self._extras: dict[str, Tensor] = {}
         self._stored: dict[str, torch.dtype] = {}
-        self._converted: dict[str, torch.dtype] = {}
-        """Types of all tensors when they were converted to one of 16 bits; empty otherwise."""
+        self._converted: dict[str, torch.dtype] = {}  # of all tensors when they were converted to 16 bits, else empty
         self._refiner: VAR | None = None
         self._refiner_source, self._refiner_labels = "", cast(Tensor | None, None)
         self._capture: Capture = "auto"
         self._capturing: Capturing | None = None
         self._backend: Backend = "plain"
         self._training, self._dtype = False, torch.float32
+        self.sampling = SampleConfig()  # of calls that give no config
 
     @classmethod
     def from_config(
@@ -102,27 +102,32 @@ class Pipeline:
     def from_pretrained(
         cls, source: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto",
         revision: str | None = None, token: str | None = None, backend: Backend = "auto", capture: Capture = "auto",
+        profile: str = "",
     ) -> Pipeline:  # fmt: skip
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
         `dtype`: what the networks compute in, whatever is stored; auto: the fastest type that is right for the device
         and the model (`nextscale.common.precision`). `device`: auto, cpu, cuda, cuda:1, mps. `revision` (branch, tag
         or commit) and `token` are for the hub. `backend`: "auto" swaps modules for fast ones (`Pipeline.optimize`),
-        for inference alone; "plain" leaves plain PyTorch modules, which can be trained. `capture`: see
-        `Pipeline.capture`. UserError names the file and tensor at fault.
+        for inference alone; "plain" leaves plain PyTorch modules, which can be trained. `capture`: as the method.
+        `profile`: settings that `nextscale tune` found, by name. UserError names the file and tensor at fault.
         """
         if capture != "auto":
             from nextscale.sampling.capturing import check_capture
 
             check_capture(capture, find_device(device))
-        checkpoint, modules = read_modules(find_folder(source, revision, token), int8=True)
+        folder, settings = find_folder(source, revision, token), SampleConfig()
+        if profile:
+            from nextscale.config.profile import read_profile
+
+            settings, dtype = read_profile(folder, profile).apply(dtype)
+        checkpoint, modules = read_modules(folder, int8=True)
         check_routers(source, checkpoint)
         device = find_device(device)
-        computes = _choose_dtype(dtype, device, checkpoint)
-        pipeline = cls._around(checkpoint, modules)
+        pipeline, computes = cls._around(checkpoint, modules), _choose_dtype(dtype, device, checkpoint)
+        pipeline.sampling = settings
         del checkpoint  # from here on a tensor that is converted or packed frees the original
-        pipeline.to(device, computes)
-        return pipeline.optimize(backend).capture(capture)
+        return pipeline.to(device, computes).optimize(backend).capture(capture)
 
     @classmethod
     def from_checkpoint(
@@ -173,9 +178,8 @@ class Pipeline:
         if backend != "plain":
             from nextscale.backends import optimize
 
-            optimize(self.tokenizer, backend, training=training)
-            if self._transformer is not None:
-                optimize(self._transformer, backend, training=training)
+            for module in filter(None, (self.tokenizer, self._transformer)):
+                optimize(module, backend, training=training)
         return self
 
     def refine_with(self, refiner: Pipeline) -> Pipeline:
@@ -208,9 +212,8 @@ class Pipeline:
 
     def to_checkpoint(self) -> Checkpoint:
         """The checkpoint to save. Tensors that were widened to compute get their stored dtype if nothing is lost."""
-        tokenizer, transformer = self.tokenizer.state_dict(), {}
-        if self._transformer is not None:
-            transformer = self._transformer.state_dict()
+        tokenizer = self.tokenizer.state_dict()
+        transformer = {} if self._transformer is None else self._transformer.state_dict()
         for part in (tokenizer, transformer):
             for name, tensor in part.items():
                 part[name] = narrow(tensor, [types[name] for types in (self._stored, self._converted) if name in types])
@@ -236,9 +239,7 @@ class Pipeline:
     def transformer(self) -> VAR:
         """The transformer; UserError for a tokenizer alone."""
         if self._transformer is None:
-            raise UserError(
-                "this checkpoint is a tokenizer alone: it can reconstruct, but has no transformer to sample"
-            )
+            raise UserError("this checkpoint is a tokenizer alone: it can reconstruct, but not sample")
         return self._transformer
 
     @property
@@ -256,10 +257,9 @@ class Pipeline:
     ) -> Images:  # fmt: skip
         """Generate one image per label.
 
-        `labels`: class indices, class names, or None for no label. Settings come from `config` and from keywords, the
-        fields of `SampleConfig`. Image i uses random stream (seed, first_image + i), so results do not depend on
-        `batch_size` (to the last bit on a CPU with the default backend). Official seeding runs everything in one batch,
-        because there an image depends on its batch.
+        `labels`: class indices, class names, or None for no label. Settings come from `config` (default: the pipeline's
+        `sampling`) and keywords, its fields. Image i uses random stream (seed, first_image + i), so it does not depend
+        on `batch_size`, to the last bit on a CPU with the default backend; official seeding makes one batch of all.
 
         cfg, temperature, top_k and top_p also take a list or a function of the scale. `logits_processors`: your own
         functions (logits_BNV, k) -> logits_BNV, applied after guidance and before temperature, top-k and top-p.
@@ -360,7 +360,7 @@ class Pipeline:
 
     def _parse_settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
         """The settings, with functions of the scale as lists and thresholds in place of a budget."""
-        settings = parse_sampling(config, overrides, len(self.config.pyramid))
+        settings = parse_sampling(self.sampling if config is None else config, overrides, len(self.config.pyramid))
         if not settings.budget:
             return settings
         from nextscale.sampling.thresholds import resolve_budget

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.cli.profiles import ProfileName
 from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.sizes import parse_size
 from nextscale.config.classifier import ClassifierRunConfig
@@ -45,6 +46,7 @@ class Evaluate:
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
+    profile: ProfileName = ""
     reconstruct: str = ""
     """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""
     against: str = ""
@@ -73,7 +75,8 @@ class Evaluate:
     overwrite: Overwrite = False
 
     main_options: ClassVar[tuple[str, ...]] = (
-        "source", "out", "features", "reference", "num", "cfg", "seed", "reconstruct", "batch-size", "dtype", "device",
+        "source", "out", "features", "reference", "num", "cfg", "seed", "profile", "reconstruct", "batch-size", "dtype",
+        "device",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -195,6 +198,7 @@ class Bench:
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
+    profile: ProfileName = ""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     capture: Capture = "auto"

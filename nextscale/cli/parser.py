@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import tyro
 
@@ -18,12 +18,16 @@ from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
 from nextscale.cli.files import check_files
 from nextscale.cli.help import HELP, hide_options, list_required
+from nextscale.cli.profiles import describe_profile, load_profile
 from nextscale.cli.spelling import name_as_typed, refuse_empty_paths, restore_spelling, spell_out_types
 from nextscale.common.errors import SettingError, UserError
 from nextscale.common.progress import close_progress_bars
 from nextscale.config.files import read_settings
 from nextscale.config.idle import check_steps, print_setting_notes
 from nextscale.config.parse import reset_derived, suggest_name
+
+if TYPE_CHECKING:
+    from nextscale.config.profile import Profile
 
 _INTRO = f"""nextscale {__version__}: next-scale image generation.
 
@@ -47,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command is not None:
             if os.environ.get("RANK", "0") == "0":
                 print_setting_notes(command)
+                if note := describe_profile(command):
+                    print(f"note: {note}", flush=True)
             with check_files(command):
                 from nextscale.backends.cpu.memory import keep_freed_memory
 
@@ -101,6 +107,9 @@ def parse(arguments: list[str]) -> Any:
     refuse_empty_paths(kind, rest)
     try:
         command = _parse_options(name, kind, rest)
+        profile = load_profile(command)
+        if profile is not None:
+            command = _parse_options(name, kind, rest, profile)
         if hasattr(command, "check"):
             command.check()
         return command
@@ -108,9 +117,10 @@ def parse(arguments: list[str]) -> Any:
         raise UserError(name_as_typed(error, rest)) from error
 
 
-def _parse_options(name: str, kind: type, arguments: list[str]) -> Any:
-    """The command from its arguments. What tyro frames in a box is printed as it is, or raised where it is ours."""
-    defaults = read_defaults(kind, [word for word in arguments if word not in HELP])
+def _parse_options(name: str, kind: type, arguments: list[str], profile: Profile | None = None) -> Any:
+    """The command from its arguments, with defaults of a profile. What tyro frames in a box is printed as it is, or
+    raised where it is ours."""
+    defaults = read_defaults(kind, [word for word in arguments if word not in HELP], profile)
     description = inspect.cleandoc(kind.__doc__ or "")
     given, shown, before = arguments, kind, defaults
     if not HELP.isdisjoint(arguments):
@@ -210,8 +220,9 @@ def get_default_settings(kind: type) -> Any:
     return factory()
 
 
-def read_defaults(kind: type, arguments: list[str]) -> Any:
-    """The command with the settings of its config file as defaults; None when no file is given."""
+def read_defaults(kind: type, arguments: list[str], profile: Profile | None = None) -> Any:
+    """The command with the settings of its config file as defaults, over those of a profile; None when neither is
+    given."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if "settings" not in fields:
         return None
@@ -220,10 +231,15 @@ def read_defaults(kind: type, arguments: list[str]) -> Any:
         if "config" in fields and fields["config"].default is None
         else _find_config_word(arguments)
     )
-    if path is None:
+    if path is None and profile is None:
         return None
-    settings = read_settings(get_type_hints(kind)["settings"], path)
-    return kind(**dict.fromkeys(list_required(kind), tyro.MISSING), settings=reset_derived(settings))
+    settings = None if profile is None else profile.settings
+    if path is not None:
+        settings = read_settings(get_type_hints(kind)["settings"], path, settings)
+    types: dict[str, Any] = {}
+    if profile is not None:
+        types = {"dtypes": (profile.dtype,)} if "dtypes" in fields else {"dtype": profile.dtype}
+    return kind(**dict.fromkeys(list_required(kind), tyro.MISSING), **types, settings=reset_derived(settings))
 
 
 def _find_config_word(arguments: list[str]) -> Path | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.cli.profiles import ProfileName
 from nextscale.common.dtypes import Dtype, SamplingDtype
 from nextscale.common.errors import UserError
 from nextscale.config.data import ReadConfig
@@ -38,6 +39,7 @@ class Sample:
     config: Path | None = None
     """YAML or JSON file with sampling settings (cfg, top_k, top_p, temperature, seed, ...); options on the command line
     override it."""
+    profile: ProfileName = ""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine), `images` (float32,
     B x 3 x H x W in 0 to 1) and, as `types` in its metadata, the `dtype` of the weights and what they are
@@ -142,6 +144,7 @@ class Edit:
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line override it."""
+    profile: ProfileName = ""
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     dtype: SamplingDtype = "auto"

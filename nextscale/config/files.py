@@ -19,15 +19,18 @@ T = TypeVar("T")
 _RECIPES = Path(__file__).parent / "recipes"
 
 
-def read_settings(kind: type[T], path: Path) -> T:
-    """Read settings from a YAML or JSON file, or from a recipe by its name. UserError names the file and the key."""
+def read_settings(kind: type[T], path: Path, base: T | None = None) -> T:
+    """Read settings from a YAML or JSON file, or from a recipe by its name. UserError names the file and the key.
+
+    `base`: values of settings that the file leaves out; None = the defaults.
+    """
     if not path.is_file() and not path.suffix:
         path = _find_recipe(str(path))
     data = rename_settings(read_yaml(path))
     if isinstance(data, dict):
         data.pop("digest", None)  # of the record of a run
     try:
-        return from_dict(kind, {} if data is None else data, str(path), kind())
+        return from_dict(kind, {} if data is None else data, str(path), kind() if base is None else base)
     except UserError as error:
         raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.common.digest import add_digest
-from nextscale.common.dtypes import Dtype
+from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.fingerprint import fingerprint_path
@@ -59,7 +59,7 @@ class Measured:
 class Profile:
     """The content of a profile."""
 
-    dtype: Dtype
+    dtype: SamplingDtype
     sampling: dict[str, Any]
     """Fields of SampleConfig that differ from their defaults, without the seed."""
     weights: dict[str, str | int]
@@ -73,6 +73,10 @@ class Profile:
         """All settings of sampling."""
         return from_dict(SampleConfig, self.sampling, "sampling")
 
+    def apply(self, dtype: Any) -> tuple[SampleConfig, Any]:
+        """The settings, and the type to compute in: the profile's in place of auto, else `dtype`."""
+        return self.settings, self.dtype if dtype == "auto" else dtype
+
     def describe(self) -> str:
         """What it costs and saves, in words."""
         found = self.measured
@@ -83,7 +87,7 @@ class Profile:
         )
 
 
-def make_profile(model: Path, dtype: Dtype, settings: SampleConfig, measured: Measured) -> Profile:
+def make_profile(model: Path, dtype: SamplingDtype, settings: SampleConfig, measured: Measured) -> Profile:
     """A profile for the weights that are in a model's folder now."""
     defaults, sampling = to_dict(SampleConfig()), to_dict(settings)
     changed = {name: value for name, value in sampling.items() if value != defaults[name] and name != "seed"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,17 +165,20 @@ class ModelMeasurer:
         held_out[half] = False
         return features_MD[half], features_MD[held_out]
 
+    def _read_clock(self) -> float:
+        return time.monotonic()
+
     def _identify(self, candidate: Candidate) -> str:
         """A short checksum of all settings of a candidate."""
         settings = json.dumps(to_dict(candidate.change(self.base)), sort_keys=True)
         return compute_fingerprint({}, f"{candidate.dtype} {settings}")[:10]
 
-    def _recall(self, key: str, measure: Any) -> Measurement:
+    def _recall(self, key: str, measure: Callable[[], dict[str, Any]]) -> Measurement:
         """The measurement of this key: the stored one, or a new one, which is stored."""
         if key not in self.journal:
-            began = time.monotonic()
+            began = self._read_clock()
             values = measure()
-            self.journal[key] = Measurement(time.monotonic() - began, **values)
+            self.journal[key] = Measurement(self._read_clock() - began, **values)
             entries = {name: asdict(measurement) for name, measurement in self.journal.items()}
             write_json(self.folder / JOURNAL, add_digest({"measurements": entries}))
         self.seconds += self.journal[key].seconds

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
-from nextscale.common.dtypes import DTYPES
+from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
@@ -68,7 +68,7 @@ def list_options(
     """All options for a model. `strengths`: of its guidance, by scale. `budgets`: shares of the FLOPs that its dynamic
     experts are calibrated for."""
     scales = len(config.pyramid)
-    options = [Option("type", name, dtype=name) for name in DTYPES if name not in ("auto", BASE_DTYPE)]
+    options = [Option("type", name, dtype=name) for name in get_args(SamplingDtype) if name not in ("auto", BASE_DTYPE)]
     options += _list_guidance(strengths, settings) if any(strengths) else []
     assert config.transformer is not None, "a model that samples has a transformer"
     first_block = min(3, config.transformer.depth // 4)

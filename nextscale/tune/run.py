@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
 from nextscale.checkpoints.native import read_config
-from nextscale.common.dtypes import parse_dtype
+from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.errors import Interruption, UserError
 from nextscale.common.fingerprint import fingerprint_path
 from nextscale.common.machine import describe_machine
@@ -144,7 +144,7 @@ def _write_profile(
         loss=winner.held_out.loss, loss_at_most=winner.held_out.bound(), images=winner.held_out.images, machine=machine,
     )  # fmt: skip
     settings = winner.candidate.change(measurer.base)
-    write_profile(model, name, make_profile(model, parse_dtype(winner.candidate.dtype), settings, measured))
+    write_profile(model, name, make_profile(model, cast(SamplingDtype, winner.candidate.dtype), settings, measured))
 
 
 def format_report(report: dict[str, Any], out: Path, name: str) -> str:

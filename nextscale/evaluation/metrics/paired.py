@@ -11,6 +11,9 @@ from torch import Tensor
 from nextscale.common.errors import UserError
 from nextscale.evaluation.metrics.frechet import Moments, compute_influence, frechet_distance
 
+_ZERO = 1e-9
+"""A distance below this share of the reference's variance is rounding."""
+
 
 @dataclass(frozen=True)
 class PairedLoss:
@@ -45,7 +48,7 @@ def compare_distances(features_ND: Tensor, baseline_ND: Tensor, reference_MD: Te
     reference = Moments.compute(reference_MD, "the reference")
     moments, base = Moments.compute(features_ND, "the setting"), Moments.compute(baseline_ND, "the baseline")
     distance, dense = frechet_distance(moments, reference), frechet_distance(base, reference)
-    if not dense > 0:
+    if dense <= _ZERO * float(reference.covariance_DD.trace()):
         raise UserError("the baseline has a Fréchet distance of 0: a share of it means nothing")
     ratio, variance = distance / dense, 0.0
     parts = (
