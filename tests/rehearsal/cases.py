@@ -310,7 +310,8 @@ TASKS: dict[str, Callable[[TrainConfig], Task]] = {
     "encoder": make_encoder_task,
 }
 
-SIMILAR = {"smoe": "float32", "moe++": "bfloat16", "expert-choice": "float16", "late": "float32", "guided": "bfloat16"}
+SIMILAR = {"smoe": "float32", "moe++": "bfloat16", "expert-choice": "float16", "late": "float32", "guided": "bfloat16",
+           "mvar": "bfloat16", "tokenizer": "float16"}  # fmt: skip
 """Variants that differ from another one in nothing that depends on the precision, and the one that they run in."""
 
 
@@ -333,14 +334,14 @@ CASES: dict[str, Callable[[], Output]] = {
     "sample with refiner": sample_with_refiner,
     **{f"prefill {family}": partial(prefill, family, torch.bfloat16) for family in ("moe++", "mvar")},
     **{f"fixed steps {family} {name}": partial(run_fixed_steps, family, DTYPES[name])
-       for family, name in (("dense", "bfloat16"), ("stmoe", "float32"), ("moe++", "float16"), ("mvar", "bfloat16"))},
+       for family, name in (("dense", "bfloat16"), ("stmoe", "float32"), ("moe++", "float16"), ("mvar", "float32"))},
     "edit float16": partial(edit, torch.float16),
     **{f"tokenize and decode {name}": partial(tokenize_and_decode, dtype) for name, dtype in DTYPES.items()},
     "score bfloat16": partial(score, torch.bfloat16),
     "extract features": extract,
     **{f"train {task} {precision}": partial(run_training, make, precision)
        for task, make in TASKS.items() for precision in list_precisions(task)},
-    "train with auto": partial(run_training, TASKS["tokenizer adversarial"], "float32", micro_batch="auto"),
+    "train with auto": partial(run_training, TASKS["classifier"], "float32", micro_batch="auto"),
     "train in micro-batches": partial(run_training, TASKS["transformer dense"], "float16", micro_batch=2),
 }  # fmt: skip
 
