@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,14 +14,20 @@ from nextscale.info import as_text, describe, describe_config, sample_flops
 from nextscale.sampling import build_sampler
 from tests.conftest import check_flops, tiny_config
 
+
+def shorten(config, depth):
+    """The model with so many blocks of the same width."""
+    return replace(config, transformer=replace(config.transformer, depth=depth))
+
+
 SMALL_MAMBA = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
 CONFIGS = [
     tiny_config(),
     tiny_config("1,2x3", shared_adaln=True, ffn_ratio=2.0),
-    ModelConfig(),
+    shorten(ModelConfig(), 1),
     tiny_config("1,2,9", **SMALL_MAMBA),  # more tokens than a chunk of the scan, and not a multiple
     tiny_config("1,2,3", global_blocks=1, **SMALL_MAMBA),
-    PRESETS["mvar-d12"],
+    shorten(PRESETS["mvar-d12"], 2),
 ]
 
 

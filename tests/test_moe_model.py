@@ -249,7 +249,7 @@ COSTS = [
 def test_structural_count_equals_torch_s_counter(router, experts):
     """Without storage every router's experts take as many pairs as there may be, evenly; so for idle experts (moe++)
     the figure is that of no token choosing one, and what a real pass takes is below it."""
-    config = tiny_config("1,2x3,4", depth=3, experts=ExpertsConfig(router=router, **experts))
+    config = tiny_config("1,2x3,4", experts=ExpertsConfig(router=router, **experts))
     check_flops(config)
     _, model = build_on_meta(config)
     inputs = [torch.empty(2, n, 4, device="meta") for n in config.pyramid.counts[1:]]
