@@ -40,6 +40,11 @@ class Forked:
         self.process.join()
         return self.process.exitcode, self.out.read_text(), self.err.read_text()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.is_alive()
+
     def kill(self, signal: int) -> None:
         """Send it a signal."""
         assert self.process.pid is not None, "it was started"

@@ -5,9 +5,6 @@ then two new ones. What is compared with them one process does here.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +16,8 @@ from nextscale.common.precision import is_fast
 from nextscale.config.training import TrainConfig
 from nextscale.training.engine.distributed import DistributedModel
 from nextscale.training.engine.log import read_log
-from tests.train_worker import build, parse, train_case
-
-ROOT = Path(__file__).parents[1]
+from tests import forked
+from tests.train_worker import build, parse, run_sessions, train_case
 
 EQUAL = {
     "codebook": "0 codebook=ema",
@@ -65,10 +61,8 @@ def in_sessions(root: Path, *sessions: tuple[int, dict[Path, str]]) -> None:
         for size, cases in sessions
     ]
     (root / "sessions.json").write_text(json.dumps(words))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.train_worker", str(root / "sessions.json")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = forked.start(run_sessions, root / "sessions.json", files=root / "said").end()
+    assert status == 0, err[-3000:]
 
 
 @pytest.fixture(scope="module", autouse=True)

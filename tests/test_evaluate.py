@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -28,6 +25,7 @@ from nextscale.evaluation.reference import read_npz
 from nextscale.evaluation.run import evaluate, make_statistics
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.autoencoder import Decoder
+from tests import forked
 from tests.conftest import randomised, tiny_config
 
 SAMPLING = SampleConfig(cfg=1.0, seed=3)
@@ -157,28 +155,25 @@ def test_adm_statistics_with_samples(places, tmp_path, monkeypatch):
 def test_it_goes_on_after_a_kill_and_two_processes_equal_one(places, tmp_path):
     """Shards that are done are not made again; sharing the work changes nothing."""
     whole = figures(places, tmp_path / "whole.json", places / "model")["measures"]
-    command = ["-m", "nextscale.cli", "evaluate", str(places / "model"), "--features", str(places / "classifier"),
+    command = ["evaluate", str(places / "model"), "--features", str(places / "classifier"),
                "--reference", str(places / "real"), "--num", "24", "--cfg", "1", "--seed", "3", "--shard", "2",
                "--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "killed.json")]  # fmt: skip
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.start(main, command, files=tmp_path / "said")
     work = tmp_path / "killed.work" / "samples"
     deadline = time.monotonic() + 120
     while len(list(work.glob("features-*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill(signal.SIGKILL)
+    assert process.end()[0] == -signal.SIGKILL
     done = {f: f.stat().st_mtime_ns for f in work.glob("features-*.safetensors")}
     assert 3 <= len(done) < 12, "killed in the middle"
-    assert main(command[2:]) == 0
+    assert main(command) == 0
     assert all(f.stat().st_mtime_ns == at for f, at in done.items()), "a shard was made again"
     killed = json.loads((tmp_path / "killed.json").read_text())["measures"]
 
     command[command.index(str(tmp_path / "killed.json"))] = str(tmp_path / "two.json")
-    # "--" keeps torchrun from reading our --num as one of its own options
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", *command[1:]]
-    subprocess.run(
-        [sys.executable, *launcher], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    ended = [process.end() for process in forked.start_all(2, main, command, files=tmp_path / "two")]
+    assert [status for status, _, _ in ended] == [0, 0], ended
     two = json.loads((tmp_path / "two.json").read_text())["measures"]
     for other in (killed, two):
         for name, value in whole["classifier"].items():

@@ -1,10 +1,7 @@
 """`micro_batch` and `workers` auto: what fits is counted, chosen once, tried where memory can run out, and kept."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from PIL import Image
 from nextscale.checkpoints import build_modules, build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.cli.parser import main
+from nextscale.common.distributed import init_distributed
 from nextscale.common.errors import UserError
 from nextscale.common.machine import count_cores, measure_memory
 from nextscale.config.classifier import ClassifierRunConfig
@@ -48,6 +46,7 @@ from nextscale.training.engine.memory import (
 from nextscale.training.estimate import describe_gpus
 from nextscale.training.tokenizer import TokenizerTask
 from nextscale.training.transformer import TransformerTask
+from tests import forked
 from tests.conftest import randomised, tiny_config
 from tests.test_settings import KINDS, RECIPES
 from tests.test_train import SETTINGS, mixture_task, tasks, weights
@@ -235,19 +234,8 @@ def test_one_example_that_is_too_much_is_an_error(tmp_path, monkeypatch):
         train(task, SETTINGS, tmp_path)
 
 
-WORKER = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from nextscale.common.distributed import init_distributed
-from nextscale.training.engine import memory
-from nextscale.training.engine.loop import train
-from tests.process_worker import fork_all
-from tests.test_memory import MAKERS, SETTINGS
-
-folder = Path(sys.argv[1])
-
-def work():
+def train_by_two(folder: Path) -> None:
+    """One of two processes; rank 1 has memory for more examples than rank 0."""
     with init_distributed("cpu") as world:
         task = MAKERS["transformer"]().train()
         parameters = sum(p.numel() for p in task.trained.parameters())
@@ -256,19 +244,13 @@ def work():
         free = 2 * (4 * 4 * parameters + needs.count(2 + 2 * world.rank) + needs.per_example / 2)
         memory.measure_memory = lambda device: (int(free), 0)
         train(task, replace(SETTINGS, batch_size=8, steps=2), folder, world=world)
-    return 0
-
-print(fork_all(2, work, [folder / "0.txt", folder / "1.txt"]))
-"""
 
 
 def test_processes_agree_on_the_least(tmp_path):
     """The second would take 4 of its 4 examples at once, the first 2."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "[0, 0]", (tmp_path / "0.txt").read_text() + done.stderr
-    assert "2 of 4 images at once" in (tmp_path / "0.txt").read_text()
+    ended = [process.end() for process in forked.start_all(2, train_by_two, tmp_path, files=tmp_path / "said")]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "2 of 4 images at once" in ended[0][1]
     assert json.loads((tmp_path / "training/transformer-00000002.json").read_text())["micro_batch"] == 2
 
 

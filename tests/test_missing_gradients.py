@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nextscale.checkpoints import Checkpoint
-from nextscale.common.distributed import World, init_distributed
+from nextscale.common.distributed import init_distributed
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import ExpertsConfig
 from nextscale.pipeline import Pipeline
@@ -18,10 +16,10 @@ from nextscale.sparsify.convert import replace_gelu, split_ffns
 from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask
 from nextscale.training.engine.loop import train
 from nextscale.transformer.feed_forward.thresholds import Thresholds
+from tests import forked
 from tests.conftest import randomised, tiny_config
 from tests.test_settings import build_examples, build_generator
 
-ROOT = Path(__file__).parents[1]
 CASES = ("none", "dense"), ("full", "dense"), ("none", "stmoe"), ("full", "stmoe"), ("experts", "stmoe")
 """Ways to use two processes, and models."""
 
@@ -32,13 +30,16 @@ def build(model: str, unused: bool):
     return build_generator(features=6 if unused else 0, **experts)
 
 
-def run_cases(folder: Path, world: World) -> None:
-    for sharding, model in CASES:
-        for unused in (False, True):
-            if world.main:
-                print(f"== {sharding} {model} {unused}", flush=True)
-            config = TrainConfig(steps=2, batch_size=12, warmup_steps=0, sharding=sharding)
-            train(build(model, unused), config, folder / f"{sharding}-{model}-{unused}", world=world)
+def run_cases(folder: Path) -> None:
+    """All cases, in one of several processes."""
+    torch.set_num_threads(1)
+    with init_distributed("cpu") as world:
+        for sharding, model in CASES:
+            for unused in (False, True):
+                if world.main:
+                    print(f"== {sharding} {model} {unused}", flush=True)
+                config = TrainConfig(steps=1, batch_size=12, warmup_steps=0, sharding=sharding)
+                train(build(model, unused), config, folder / f"{sharding}-{model}-{unused}", world=world)
 
 
 def read_notes(text: str) -> dict[str, list[str]]:
@@ -53,12 +54,9 @@ def read_notes(text: str) -> dict[str, list[str]]:
 
 
 def test_two_processes_name_exactly_what_does_not_learn(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "tests.test_missing_gradients", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    notes = read_notes(done.stdout)
+    ended = [process.end() for process in forked.start_all(2, run_cases, tmp_path, files=tmp_path / "said")]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    notes = read_notes(ended[0][1] + ended[1][1])
     for sharding, model in CASES:
         assert notes[f"{sharding} {model} False"] == []
         (line,) = notes[f"{sharding} {model} True"]
@@ -91,8 +89,3 @@ def test_every_parameter_of_sparsify_learns(name, tmp_path, capsys):
     assert f"1 of {sum(p.requires_grad for p in task.trained.parameters())} trained parameters" in out
     module = idle.rpartition(".")[0]  # stands for its parameters where it has no other
     assert out.splitlines()[-1].endswith((f"do not learn: {idle}", f"do not learn: {module}"))
-
-
-if __name__ == "__main__":
-    with init_distributed("cpu") as world:
-        run_cases(Path(sys.argv[1]), world)

@@ -6,25 +6,17 @@ A few kills here; `make soak` does more (NEXTSCALE_SOAK=24).
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from nextscale.common.distributed import World
-from tests.train_worker import parse, train_case
+from tests import forked
+from tests.train_worker import main, parse, train_case
 
-ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("NEXTSCALE_SOAK", 2))
 # accumulation, data workers, the middle of an epoch (20 examples, batches of 6), a save after every step
 STEPS = 30 if KILLS <= 2 else 150
 SETTINGS = [f"steps={STEPS}", "save_every=1", "micro_batch=2", "workers=2", "ema=0.9", "keep=3"]
-
-
-def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.train_worker", str(folder), "1", *SETTINGS]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def states(folder: Path) -> int:
@@ -36,15 +28,16 @@ def test_kills_at_random_moments(threads_set, tmp_path):
     rng = random.Random(0)
     cut, kills, in_a_save = tmp_path / "cut", 0, 0
     while kills < KILLS:
-        before, process = states(cut), start(cut)
-        while states(cut) < before + 2 and process.poll() is None:
+        before, process = states(cut), forked.start(main, [str(cut), "1", *SETTINGS], files=tmp_path / "said")
+        while states(cut) < before + 2 and process.alive:
             time.sleep(0.01)
         time.sleep(rng.random() * 0.3)
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read()
+        if not process.alive:
+            status, _, errors = process.end()
+            assert status == 0, errors
             break  # it was finished first
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill(signal.SIGKILL)
+        process.end()
         in_a_save += bool(list((cut / "training").glob(".*")))
         kills += 1
     print(f"{kills} kills, {in_a_save} of them while a state was written")
