@@ -1,11 +1,11 @@
 """Processes of nextscale commands for tests.
 
     torchrun --nproc-per-node 2 -m tests.process_worker PLAN    each command of the plan, one after the other
-    python -m tests.process_worker PLAN                         the same with a new pair of processes for each command
 
-PLAN is a JSON file: a list of {"command": "train ...", "mishap": "KIND RANK STEP"}. The second form imports torch once
-and forks the pairs, without torchrun, which would end what a process leaves behind. It writes PLAN.said, a list with
-{"status": [of each rank], "text": [of each rank], "seconds": s} for each command; "status" is -9 for a killed process.
+PLAN is a JSON file: a list of {"command": "train ...", "mishap": "KIND RANK STEP"}. `by_pairs` does the same with a new
+pair of processes for each command, without torchrun, which would end what a process leaves behind. It writes PLAN.said,
+a list with {"status": [of each rank], "text": [of each rank], "seconds": s} for each command; "status" is -9 for a
+killed process.
 
 A mishap happens to one rank, in the forward pass of a step, or when it encodes or draws a batch of this number: kill
 (SIGKILL), stop (SIGTERM), worker (SIGKILL of its data workers), disk (files of 30,000 bytes at most from then on), nan
@@ -115,7 +115,9 @@ def in_turn(plan: Path) -> None:
 
 
 def by_pairs(plan: Path) -> None:
-    """Each command by two new processes."""
+    """Each command by two new processes, in the plan's folder."""
+    torch.set_num_threads(1)
+    os.chdir(plan.parent)
     said = []
     for entry in json.loads(plan.read_text()):
         began, drafts = time.monotonic(), [Path(f"{plan}.text-{rank}") for rank in range(2)]
@@ -174,4 +176,4 @@ def wait(children: list[int]) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (in_turn if "RANK" in os.environ else by_pairs)(Path(sys.argv[1]))
+    in_turn(Path(sys.argv[1]))

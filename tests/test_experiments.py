@@ -6,8 +6,6 @@ import json
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -19,6 +17,7 @@ from nextscale.research.experiments.entry import SCALES, list_experiments, load_
 from nextscale.research.experiments.report import format_table, group_lines
 from nextscale.research.experiments.run import resolve_inputs
 from nextscale.research.experiments.show import format_experiment
+from tests import forked
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +97,21 @@ def test_what_is_missing_is_named(capsys):
 def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path, capsys):
     """Finished runs are not repeated, an interrupted training goes on, and the table holds what was measured."""
     options = ["--scale", "tiny", "--device", "cpu", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "nextscale.cli", "experiment", "run", "var-guidance", *options]
+    command = ["experiment", "run", "var-guidance", *options]
     tiny = tmp_path / "tiny"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.start(main, command, files=tmp_path / "said")
     deadline = time.monotonic() + 240
     while len(list(tiny.glob("run-*/measured-*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill(signal.SIGKILL)
+    process.end()
     assert not (tiny / "var-guidance").exists(), "killed before the end"
     finished = [
         f for f in tiny.glob("*/*") if f.name in ("finished.json", "log.jsonl") or f.name.startswith("measured")
     ]
     finished = {f: f.stat().st_mtime_ns for f in finished if (f.parent / "finished.json").exists() and f.is_file()}
     assert len(finished) >= 6
-    assert main(command[3:]) == 0
+    assert main(command) == 0
     assert all(f.stat().st_mtime_ns == at for f, at in finished.items()), "something finished was done again"
 
     results = json.loads((tiny / "var-guidance" / "results.json").read_text())
@@ -131,11 +130,11 @@ def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path, capsys)
     assert (tiny / "var-guidance" / "figure.png").stat().st_size > 1000
     (model, *_) = sorted(tiny.glob("run-*"))
     capsys.readouterr()
-    assert main([*command[3:-1], str(tmp_path / "alone"), "--model", str(model)]) == 0
+    assert main([*command[:-1], str(tmp_path / "alone"), "--model", str(model)]) == 0
     assert "training the transformer" not in capsys.readouterr().err, "a model that is given is measured as it is"
     measured = json.loads((tmp_path / "alone" / "tiny" / "var-guidance" / "results.json").read_text())
     assert [len(row["figures"]["distance"]["values"]) for row in measured["rows"]] == [2, 2, 2]
-    assert main(command[3:]) == 0
+    assert main(command) == 0
     assert "training the" not in capsys.readouterr().err, "nothing is left to train"
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from nextscale.pipeline import Pipeline
 from nextscale.training.engine.log import read_log
+from tests import forked
 from tests.conftest import randomised, tiny_config
+from tests.process_worker import by_pairs
 from tests.test_data import write_folder
 from tests.test_run import CONFIG
 
@@ -93,15 +95,6 @@ def write_place(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(config))
 
 
-def launch(words: list[str], place: Path, plan: list[dict], name: str) -> Path:
-    (path := place / f"{name}.plan").write_text(json.dumps(plan))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *words, "-m", "tests.process_worker", str(path)]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return path
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
@@ -121,8 +114,12 @@ def road(place) -> dict[str, list[dict]]:
     for name in STOPPED:
         again = {"command": commands[name].replace(f"--out {name}", f"--out again-{name}")}
         plan |= {f"stopped-{name}": again | {"mishap": "stop 1 0"}, f"again-{name}": again}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = launch(launcher, place, list(plan.values()), "road")
+    (path := place / "road.plan").write_text(json.dumps(list(plan.values())))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "tests.process_worker", str(path)]
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
     said = [json.loads(Path(f"{path}.{rank}.said").read_text()) for rank in range(2)]
     return {name: [said[rank][i] for rank in range(2)] for i, name in enumerate(plan)}
 
@@ -225,7 +222,10 @@ def failed(road, place) -> dict[str, tuple[dict, dict]]:
         command = command.replace("--out report.json", f"--out {out}.json")
         command += " --train.workers 1 --train.micro-batch 1" if mishap.startswith("worker") else ""
         plan += [{"command": command, "mishap": mishap}, {"command": command}]
-    said = json.loads(Path(f"{launch([], place, plan, 'failed')}.said").read_text())
+    (path := place / "failed.plan").write_text(json.dumps(plan))
+    status, _, err = forked.start(by_pairs, path, files=place / "failed").end(900)
+    assert status == 0, err[-4000:]
+    said = json.loads(Path(f"{path}.said").read_text())
     return {mishap: (said[2 * i], said[2 * i + 1]) for i, mishap in enumerate(MISHAPS)}
 
 

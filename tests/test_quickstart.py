@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nextscale.cli.parser import main
 from nextscale.cli.training import draw_routing
 from nextscale.common.errors import UserError
 from nextscale.config.quickstart import QuickstartConfig
@@ -24,8 +22,8 @@ from nextscale.quickstart.measure import measure_samples
 from nextscale.quickstart.run import encode_features, run_quickstart
 from nextscale.training.engine.log import read_log
 from nextscale.training.transformer import read_run_config
+from tests import forked
 
-ROOT = Path(__file__).parents[1]
 TINY = {
     "tokenizer": {"vocab_size": 16, "code_width": 4, "base_channels": 8, "norm_groups": 4, "res_blocks": 1,
                   "channel_multipliers": [1, 1], "attention": False},
@@ -198,16 +196,15 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(folder, tmp_path):
     (tmp_path / "c.json").write_text(
         json.dumps({**TINY, "max_epochs": 100_000, "train_tokenizer": {"steps": 4000, "save_every": 1}})
     )
-    command = [sys.executable, "-m", "nextscale.cli", "quickstart", "--data", str(folder)]
+    command = ["quickstart", "--data", str(folder)]
     command += ["--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = forked.start(main, command, files=tmp_path / "said")
     states, deadline = tmp_path / "run" / "training", time.monotonic() + 240
-    while not list(states.glob("*.pt")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(states.glob("*.pt")) and process.alive and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 130
+    process.kill(signal.SIGINT)
+    status, _, err = process.end()
+    assert status == 130, err
     assert "Traceback" not in err
     assert "interrupted while training the tokenizer, at step" in err
     assert "the same command goes on from there" in err
