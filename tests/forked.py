@@ -78,6 +78,7 @@ def _run(function: Callable[..., int | None], arguments: tuple, out: Path, err: 
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ |= environment
+    multiprocessing.set_start_method(None, force=True)  # data workers start as everywhere, not by this server
     status = 1
     try:
         status = function(*arguments) or 0
@@ -85,4 +86,4 @@ def _run(function: Callable[..., int | None], arguments: tuple, out: Path, err: 
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)  # without waiting for data workers
+        os._exit(status)
