@@ -13,27 +13,22 @@ import pytest
 
 ROOT, SOAK = Path(__file__).parents[1], "NEXTSCALE_SOAK" in os.environ
 MISSING = [tool for tool in ("aarch64-linux-gnu-gcc", "qemu-aarch64-static") if shutil.which(tool) is None]
-TESTS = {
-    "blocks": ["tests/test_block_kernels.py"],
-    "experts": [
-        "tests/test_kernels.py",
-        "tests/test_dynamic.py::test_execution_equals_a_loop_over_tokens_and_experts",
-    ],
-}
+TESTS = (
+    "tests/test_block_kernels.py",
+    "tests/test_kernels.py",
+    "tests/test_dynamic.py::test_execution_equals_a_loop_over_tokens_and_experts",
+)
 LONG = () if SOAK else ("-k", "not depend_on_rows and not do_not_depend and not does_not_depend")
 
 
 @pytest.mark.skipif(
     bool(MISSING), reason=f"no {' and no '.join(MISSING)} (Debian: gcc-aarch64-linux-gnu, qemu-user-static)"
 )
-@pytest.mark.parametrize("name", TESTS)
-def test_kernels_compute_the_same_by_neon(name):
+def test_kernels_compute_the_same_by_neon():
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "tests.emulation.neon"]
     env = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST", "OMP"))}
     env |= {"PYTHONPATH": str(ROOT), "NEXTSCALE_EXAMPLES": "1" if SOAK else "0.1"}
-    done = subprocess.run(
-        [*command, *LONG, *TESTS[name]], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *LONG, *TESTS], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "passed" in done.stdout
     assert "skipped" not in done.stdout
