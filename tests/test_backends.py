@@ -24,7 +24,7 @@ from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward, Exper
 from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
 from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts
 from nextscale.transformer.feed_forward.thresholds import Thresholds
-from nextscale.transformer.int8 import Int8Linear, quantise_layers
+from nextscale.transformer.int8 import Int8Linear, Int8StackedLinear, quantise_layers
 from nextscale.transformer.mamba import Mamba2
 from nextscale.transformer.scale_attention import ScaleAttention
 from tests.conftest import randomised, tiny_config
@@ -67,9 +67,16 @@ def create_int8_layer():
     return quantise_layers(DenseFeedForward(TransformerConfig(width=24, heads=4))).fc1
 
 
+def create_int8_experts():
+    return quantise_layers(Experts(4, 24, 40)).fc1
+
+
 CASES = {
     nn.Linear: (lambda: nn.Linear(24, 40), lambda m: m(draw(3, 50, 24))),
     Int8Linear: (create_int8_layer, lambda m: m((draw(3, 50, 24) > 0).float())),  # exact in 127 levels, too
+    Int8StackedLinear: (
+        create_int8_experts, lambda m: torch.cat([m((draw(90, 24) > 0).float(), j) for j in range(4)]),
+    ),
     Float32Linear: (lambda: Float32Linear(24, 40), lambda m: m(draw(3, 50, 24))),
     nn.Conv2d: (lambda: nn.Conv2d(8, 12, 3, padding=1), lambda m: m(draw(2, 8, 70, 66))),
     Downsample: (lambda: Downsample(8), lambda m: m(draw(1, 8, 12, 12))),

@@ -24,6 +24,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.precision import choose_sampling_dtype
 from nextscale.config.transformer import MVAR_MIXERS, DynamicConfig, ExpertsConfig, MambaConfig
 from nextscale.pipeline import Pipeline
+from nextscale.transformer.feed_forward.experts import StackedLinear
 from nextscale.transformer.int8 import Int8Linear, count_int8_layers, quantise_layers, quantise_rows, quantise_weight
 from nextscale.transformer.var import VAR
 from tests.conftest import examples, randomised, tiny_config
@@ -52,7 +53,7 @@ def draw(*shape, seed=0):
 
 
 def create_layer(inputs, outputs, bias=True, seed=0):
-    model = nn.ModuleDict({"layer": Int8Linear(inputs, outputs, bias)})
+    model = nn.ModuleDict({"layer": Int8Linear((outputs, inputs), bias)})
     q, scale = quantise_weight(draw(outputs, inputs, seed=seed) * 0.1)
     model["layer"].weight.data, model["layer"].scale.data = q, scale
     if bias:
@@ -170,8 +171,13 @@ def create_reference(model: VAR) -> VAR:
         if type(module) is nn.Linear and not kept & set(name.split(".")):
             q, scale = quantise_weight(module.weight)
             module.weight.data = q.float() * scale[:, None]
-            if not name.endswith("qkv"):
-                module.register_forward_pre_hook(lambda _, inputs: (round_rows(inputs[0]),))
+        elif type(module) is StackedLinear:
+            q, scale = quantise_weight(module.weight)
+            module.weight.data = q.float() * scale[..., None]
+        else:
+            continue
+        if not name.endswith("qkv"):
+            module.register_forward_pre_hook(lambda _, inputs: (round_rows(inputs[0]), *inputs[1:]))
     for block in model.blocks:
         for mixer in block.mixers:
             if hasattr(mixer, "project"):

@@ -40,6 +40,7 @@ TRAINING_CPU: Twins = {
     "nextscale.tokenizer.quantizer:Quantizer": f"{_CPU}.convolution:CpuQuantizer",
     "nextscale.common.precision:Float32Linear": f"{_CPU}.linear:CpuFloat32Linear",
     f"{_T}.int8:Int8Linear": f"{_CPU}.int8:CpuInt8Linear",
+    f"{_T}.int8:Int8StackedLinear": f"{_CPU}.int8:CpuInt8StackedLinear",
     f"{_T}.block:AdaLayerNorm": f"{_CPU}.attention:CpuAdaLayerNorm",
     f"{_T}.attention:Attention": f"{_CPU}.attention:CpuAttention",
     f"{_T}.scale_attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",

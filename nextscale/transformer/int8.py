@@ -15,7 +15,7 @@ Letters: R rows, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     f"{_T}.scale_attention:ScaleAttention": ("qkv", "proj"),
     f"{_T}.mamba:Mamba2": ("in_proj", "out_proj"),
     f"{_T}.feed_forward:DenseFeedForward": ("fc1", "fc2"),
+    f"{_T}.feed_forward.experts:Experts": ("fc1", "fc2"),
 }
 """Module -> its layers that are quantised. The others stay in float32: the word embedding, whose inputs have 32 values,
-routers, which choose experts, and modules of your own, which may read their weights."""
+routers, which choose experts, feed-forwards divided into dynamic experts, whose kernels read slices of the weights, and
+modules of your own, which may read theirs."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,27 @@ def quantise_rows(x_RI: Tensor, levels: int = LEVELS) -> QuantisedRows:
     return QuantisedRows(u_RI.clamp(0, levels).to(torch.uint8), scale_R, low_R)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer in 8 bits, computed by torch's float64 products, which are exact for integers of this size.
+def multiply_rows(
+    x_RI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    """A layer in 8 bits of rows (R, I), by torch's float64 products, which are exact for integers of this size."""
+    rows, weight = quantise_rows(x_RI), weight_OI.double()
+    y_RO = (rows.u_RI.double() @ weight.T).float() * scale_O * rows.scale_R[:, None]
+    y_RO += rows.low_R[:, None] * (weight.sum(dim=1).float() * scale_O)
+    y_RO = y_RO if bias_O is None else y_RO + bias_O
+    return F.gelu(y_RO, approximate="tanh") if gelu else y_RO
 
-    The state dict has `weight` (int8), `scale` (float32) and, where the layer has one, `bias`.
-    """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+class Int8Module(nn.Module):
+    """What has a `weight` in 8 bits, int8 (..., out, in), its `scale`, float32 (..., out), and perhaps a `bias`."""
+
+    def __init__(self, shape: Sequence[int], bias: bool = True):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(torch.zeros(out_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        *outer, self.in_features = shape
+        self.out_features = outer[-1]
+        self.weight = nn.Parameter(torch.zeros(*shape, dtype=torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.zeros(outer), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(outer), requires_grad=False) if bias else None
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         moved = super()._apply(*arguments, **options)
@@ -95,10 +106,19 @@ class Int8Linear(nn.Module):
             raise UserError(f"a model with linear layers in int8 cannot be converted to {get_name(self.scale.dtype)}")
         return moved
 
-    def train(self, mode: bool = True) -> Int8Linear:
+    def train(self, mode: bool = True) -> Int8Module:
         if mode:
             raise UserError(NO_GRADIENTS)
         return super().train(mode)
+
+    def check_gradients(self, x: Tensor) -> None:
+        """Raise UserError where gradients are asked for."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise UserError(NO_GRADIENTS)
+
+
+class Int8Linear(Int8Module):
+    """A linear layer in 8 bits: weight (out, in)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.bias)
@@ -106,18 +126,23 @@ class Int8Linear(nn.Module):
     def multiply(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
         """x (..., in) times the weight transposed, plus a bias that need not be the layer's, then tanh-GELU if `gelu`;
         float32."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise UserError(NO_GRADIENTS)
-        y_RO = self.multiply_rows(x.reshape(-1, self.in_features), bias, gelu)
+        self.check_gradients(x)
+        y_RO = multiply_rows(x.reshape(-1, self.in_features), self.weight, self.scale, bias, gelu)
         return y_RO.view(*x.shape[:-1], self.out_features)
 
-    def multiply_rows(self, x_RI: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        """`multiply` of rows (R, I)."""
-        rows, weight = quantise_rows(x_RI), self.weight.double()
-        y_RO = (rows.u_RI.double() @ weight.T).float() * self.scale * rows.scale_R[:, None]
-        y_RO += rows.low_R[:, None] * (weight.sum(dim=1).float() * self.scale)
-        y_RO = y_RO if bias is None else y_RO + bias
-        return F.gelu(y_RO, approximate="tanh") if gelu else y_RO
+
+class Int8StackedLinear(Int8Module):
+    """The linear layers of several experts in 8 bits: weight (M, out, in), bias (M, out)."""
+
+    bias: Tensor  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return self.multiply(x, expert)
+
+    def multiply(self, x: Tensor, expert: int, gelu: bool = False) -> Tensor:
+        """The layer of one expert for rows (r, in), then tanh-GELU if `gelu`."""
+        self.check_gradients(x)
+        return multiply_rows(x, self.weight[expert], self.scale[expert], self.bias[expert], gelu)
 
 
 def quantise_model(model: VAR, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -141,28 +166,28 @@ def quantise_layers(model: nn.Module) -> nn.Module:
 
     On the meta device the new layers have shapes alone, to be filled with `load_state_dict(assign=True)`.
     """
-    for parent, name, layer in list(_list_layers(model)):
-        with torch.device(layer.weight.device):
-            quantised = Int8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        if not layer.weight.is_meta:
-            weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
-            q, scale = quantise_weight(weight)
-            quantised.weight.data, quantised.scale.data = q, scale
-            if layer.bias is not None:
-                quantised.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
-        setattr(parent, name, quantised)
+    for parent, name in list(_list_layers(model)):  # whose weights are freed one after another
+        tensors = getattr(parent, name).state_dict()  # of fast modules, too, in the usual layout
+        weight, bias = tensors["weight"], tensors.get("bias")
+        with torch.device(weight.device):
+            layer = (Int8Linear if weight.ndim == 2 else Int8StackedLinear)(weight.shape, bias=bias is not None)
+        if not weight.is_meta:
+            layer.weight.data, layer.scale.data = quantise_weight(weight)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+        setattr(parent, name, layer)
     return model
 
 
 def count_int8_layers(model: nn.Module) -> int:
     """How many of the model's layers are in 8 bits."""
-    return sum(isinstance(module, Int8Linear) for module in model.modules())
+    return sum(isinstance(module, Int8Module) for module in model.modules())
 
 
-def _list_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(module, name, layer) of each layer to quantise."""
+def _list_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Module and name of each layer to quantise."""
     for module in model.modules():
         kind = getattr(type(module), "plain", type(module))
         for name in LAYERS.get(f"{kind.__module__}:{kind.__qualname__}", ()):
-            if isinstance(layer := getattr(module, name), nn.Linear):
-                yield module, name, layer
+            if not isinstance(getattr(module, name), Int8Module | None):
+                yield module, name

@@ -126,6 +126,9 @@ class CpuExperts(Experts):
         return super().run(x_TD, gate_R, dispatch)
 
     def run_expert(self, expert: int, x_rD: Tensor) -> Tensor:
+        chained = getattr(self.fc2, "multiply_after_gelu", None)  # in 8 bits
+        if chained:
+            return chained(self.fc1, x_rD, expert)
         return self.fc2(self.fc1.multiply(x_rD, expert, gelu=True), expert)
 
 

@@ -5,6 +5,7 @@ Letters: R rows, O outputs, I inputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from nextscale.backends.cpu.kernels.int8 import finish, finish_and_quantise, quantise
 from nextscale.common.precision import is_fast
-from nextscale.transformer.int8 import LEVELS, Int8Linear, QuantisedRows
+from nextscale.transformer.int8 import LEVELS, Int8Linear, Int8Module, Int8StackedLinear, QuantisedRows
 
 _AT_ONCE = 2**21
 """Sums that are computed together, 8 MiB: what follows finds them in the third cache."""
@@ -40,62 +41,119 @@ def _multiply(u_RI: Tensor, packed: Tensor, scale_O: Tensor, zeros_O: Tensor) ->
 
 
 def _is_usable(x: Tensor) -> bool:
-    """Whether oneDNN has these products."""
+    """Whether oneDNN computes this product."""
     return x.device.type == "cpu" and is_fast(torch.int8, "cpu")
 
 
-class CpuInt8Linear(Int8Linear):
-    """By oneDNN. The weight is laid out for its products at the first one; a weight of no size stands in for it, and it
-    is saved and moved as the original, bit for bit."""
+@dataclass(frozen=True)
+class _Weight:
+    """A weight (O, I) as the products read it."""
 
-    plain = Int8Linear
-    packed: Tensor | None = None
+    packed: Tensor
+    scale_O: Tensor
     total_O: Tensor
+    """The sum of each output's weights."""
     zeros_O: Tensor
 
-    def pack(self) -> Tensor:
-        """The weight as the products read it."""
+    @staticmethod
+    def pack(weight_OI: Tensor, scale_O: Tensor) -> _Weight:
+        total_O = weight_OI.sum(dim=1, dtype=torch.int32)
+        packed = torch.ops.onednn.qlinear_prepack(weight_OI, None)
+        return _Weight(packed, scale_O, total_O.float() * scale_O, torch.zeros_like(total_O))
+
+    def unpack(self) -> Tensor:
+        return self.packed.to_dense().T.contiguous()
+
+    def sum_products(self, rows: QuantisedRows) -> tuple[Tensor, QuantisedRows, Tensor]:
+        """Products times the weight's scale (R, O), the rows, and `total_O`."""
+        return _multiply(rows.u_RI, self.packed, self.scale_O, self.zeros_O), rows, self.total_O
+
+    def multiply(self, x_RI: Tensor, bias_O: Tensor | None, gelu: bool) -> Tensor:
+        """The layer of rows (R, I), some at a time."""
+        levels, parts = find_levels(), x_RI.split(max(1, _AT_ONCE // len(self.scale_O)))
+        return _join([finish(*self.sum_products(quantise(x, levels)), bias_O, gelu) for x in parts])
+
+    def multiply_after_gelu(
+        self, first: _Weight, first_bias: Tensor | None, x_RI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        """This layer of tanh-GELU of another one's output, which is not written as floats."""
+        levels, parts = find_levels(), []
+        for x in x_RI.split(max(1, _AT_ONCE // len(first.scale_O))):
+            hidden = finish_and_quantise(*first.sum_products(quantise(x, levels)), first_bias, levels)
+            parts.append(finish(*self.sum_products(hidden), bias_O, False))
+        return _join(parts)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class PackedInt8Module(Int8Module):
+    """Lays its weights out for the products at the first one. A weight of no size stands in for them; they are saved
+    and moved as the original, bit for bit."""
+
+    packed: list[_Weight] | None = None
+
+    def pack(self) -> list[_Weight]:
+        """The weights as the products read them, one or one for each expert."""
         if self.packed is None:
-            self.total_O = self.weight.sum(dim=1, dtype=torch.int32).float() * self.scale
-            self.zeros_O = torch.zeros(self.out_features, dtype=torch.int32)
-            self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            weights, scales = self.weight.view(-1, *self.weight.shape[-2:]), self.scale.view(-1, self.out_features)
+            self.packed = [_Weight.pack(*pair) for pair in zip(weights, scales, strict=True)]
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
         return self.packed
 
-    def multiply_rows(self, x_RI: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        if not _is_usable(x_RI):
-            return super().multiply_rows(x_RI, bias, gelu)
-        parts = [
-            finish(*self._sum_products(quantise(x, find_levels())), bias, gelu)
-            for x in x_RI.split(max(1, _AT_ONCE // self.out_features))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def multiply_after_gelu(self, first: CpuInt8Linear, x: Tensor) -> Tensor:
-        """This layer of tanh-GELU of another one's output, which is not written as floats; x (..., in of the other)."""
-        if not _is_usable(x) or (torch.is_grad_enabled() and x.requires_grad):
-            return self.multiply(first.multiply(x, first.bias, gelu=True), self.bias)
-        levels, parts = find_levels(), []
-        for x_RI in x.reshape(-1, first.in_features).split(max(1, _AT_ONCE // first.out_features)):
-            hidden = finish_and_quantise(*first._sum_products(quantise(x_RI, levels)), first.bias, levels)
-            parts.append(finish(*self._sum_products(hidden), self.bias, False))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], self.out_features)
-
-    def _sum_products(self, rows: QuantisedRows) -> tuple[Tensor, QuantisedRows, Tensor]:
-        """Products times the weight's scale (R, O), the rows, and the sum of each output's weights."""
-        packed = self.pack()
-        return _multiply(rows.u_RI, packed, self.scale, self.zeros_O), rows, self.total_O
+    def _unpack(self) -> Tensor:
+        assert self.packed is not None, "packed before"
+        return torch.stack([weight.unpack() for weight in self.packed]).view(*self.scale.shape, self.in_features)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         if self.packed is not None:
             self.weight, self.packed = nn.Parameter(self._unpack(), requires_grad=False), None
         return super()._apply(*arguments, **options)
 
-    def _unpack(self) -> Tensor:
-        assert self.packed is not None, "packed before"
-        return self.packed.to_dense().T.contiguous()
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
             destination[f"{prefix}weight"] = self._unpack()
+
+
+class CpuInt8Linear(PackedInt8Module, Int8Linear):
+    """A linear layer in 8 bits by oneDNN."""
+
+    plain = Int8Linear
+
+    def multiply(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+        if not _is_usable(x):
+            return super().multiply(x, bias, gelu)
+        self.check_gradients(x)
+        y_RO = self.pack()[0].multiply(x.reshape(-1, self.in_features), bias, gelu)
+        return y_RO.view(*x.shape[:-1], self.out_features)
+
+    def multiply_after_gelu(self, first: CpuInt8Linear, x: Tensor) -> Tensor:
+        """This layer of tanh-GELU of another one's output, x being (..., in of the other)."""
+        if not _is_usable(x):
+            return self.multiply(first.multiply(x, first.bias, gelu=True), self.bias)
+        self.check_gradients(x)
+        rows = x.reshape(-1, first.in_features)
+        y_RO = self.pack()[0].multiply_after_gelu(first.pack()[0], first.bias, rows, self.bias)
+        return y_RO.view(*x.shape[:-1], self.out_features)
+
+
+class CpuInt8StackedLinear(PackedInt8Module, Int8StackedLinear):
+    """The linear layers of experts in 8 bits by oneDNN."""
+
+    plain = Int8StackedLinear
+
+    def multiply(self, x: Tensor, expert: int, gelu: bool = False) -> Tensor:
+        if not _is_usable(x):
+            return super().multiply(x, expert, gelu)
+        self.check_gradients(x)
+        return self.pack()[expert].multiply(x, self.bias[expert], gelu)
+
+    def multiply_after_gelu(self, first: CpuInt8StackedLinear, x: Tensor, expert: int) -> Tensor:
+        """As that of `CpuInt8Linear`, of one expert."""
+        if not _is_usable(x):
+            return self.multiply(first.multiply(x, expert, gelu=True), expert)
+        self.check_gradients(x)
+        first_weight, first_bias = first.pack()[expert], first.bias[expert]
+        return self.pack()[expert].multiply_after_gelu(first_weight, first_bias, x, self.bias[expert])
