@@ -18,7 +18,7 @@ HEADS = (32, 64)
 """Head widths that blocks.c is compiled for."""
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
 MACHINES = {
-    16: ("-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    16: ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
     8: ("-mavx2", "-mfma", "-mf16c"),
     4: (),
 }
