@@ -53,6 +53,10 @@ class Table:
     refuses: tuple[str, ...] = ()
     shards: dict[tuple[str, bool], int] = field(default_factory=dict)
 
+    def check(self, candidate):
+        if {option.name for option in candidate.options} == set(self.refuses):
+            raise UserError("the model refuses this")
+
     def measure_speed(self, candidate, rounds, held_out=False):
         return float(np.prod([self.speeds[option.name] for option in candidate.options]))
 
@@ -60,8 +64,6 @@ class Table:
         return float(np.prod([1 + self.losses[option.name] for option in candidate.options])) - 1
 
     def measure_loss(self, candidate, images, held_out=False):
-        if {option.name for option in candidate.options} == set(self.refuses):
-            raise UserError("the model refuses this")
         done = self.shards.get((candidate.name, held_out), 0)
         self.seconds += self.cost * (images // self.shard - done)
         self.shards[candidate.name, held_out] = images // self.shard
@@ -462,3 +464,18 @@ def test_a_damaged_journal_is_refused(tuned, tmp_path, capsys):
     assert "does not match the digest" in fails(capsys, command(tmp_path / "place"))
     path.write_text(text.replace('"seconds"', '"secunds"', 1))
     assert "has no setting 'secunds'; did you mean 'seconds'?" in fails(capsys, command(tmp_path / "place"))
+
+
+def test_settings_that_a_model_refuses_are_reported_with_the_reason(places, tmp_path):
+    """Numbers beyond float16's range; a refiner that is not given."""
+    pipeline = randomised(tiny_config("1,2,4", depth=1))
+    pipeline.transformer.word_embed.weight.data.mul_(1e5)
+    pipeline.save_pretrained(tmp_path / "large")
+    network, images = load_feature_network(str(places / "classifier")), StoredImages(str(places / "real"), 8)
+    arguments = network, images, SampleConfig(cfg=0.0), TuneConfig(batch=2, shard=20), tmp_path, torch.device("cpu")
+    measurer = measure.ModelMeasurer(str(tmp_path / "large"), *arguments)
+    measurer.check(DENSE)
+    with pytest.raises(UserError, match="finite"):
+        measurer.check(Candidate((Option("type", "float16", dtype="float16"),)))
+    with pytest.raises(UserError, match="draft_scales needs a refiner"):
+        measurer.check(Candidate((Option("refiner", "refiner", {"draft_scales": 1}),)))

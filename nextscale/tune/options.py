@@ -79,7 +79,9 @@ def list_options(
             options.append(Option("tokens", name, {"prune": shares, "prune_first_block": first_block}))
     if settings.refiner:
         options += [
-            Option("refiner", f"refiner from scale {count + 1} on", {"draft_scales": count})
+            Option(
+                "refiner", f"refiner from scale {count + 1} on", {"refiner": settings.refiner, "draft_scales": count}
+            )
             for count in range(max(1, scales - 3), scales)
         ]
     if config.transformer.dynamic.experts:

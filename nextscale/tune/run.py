@@ -77,6 +77,8 @@ def tune(
         measurer = ModelMeasurer(str(model), eye, images, settings, config, out, device)
         search = Search(measurer, config.max_loss, config.seconds, _Progress(measurer, config.seconds))
         found = search.run(options, combine_options(options, settings))
+        if not found.results:
+            raise UserError(f"no setting can be measured: {'; '.join(set(found.refused.values()))}")
         facts = {
             "model": str(model), "features": network, "reference": reference, "command": command, "machine": machine,
             "batch": config.batch, "clock": config.clock, "max_loss": config.max_loss, "time": config.seconds,

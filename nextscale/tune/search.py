@@ -46,11 +46,14 @@ class Measurer(Protocol):
     def seconds(self) -> float:
         """Time of all measurements so far."""
 
+    def check(self, candidate: Candidate) -> None:
+        """UserError with the reason when the model refuses the settings, or its numbers are not finite with them."""
+
     def measure_speed(self, candidate: Candidate, rounds: int, held_out: bool = False) -> float:
         """How many times as fast as the dense model the candidate is: the median of so many rounds."""
 
     def measure_loss(self, candidate: Candidate, images: int, held_out: bool = False) -> PairedLoss:
-        """The loss on the first so many images. UserError when the model refuses the settings."""
+        """The loss on the first so many images."""
 
 
 @dataclass
@@ -148,18 +151,13 @@ class Search:
 
         Candidates that the model refuses are left out.
         """
-        left, images = list(candidates), max((self._count_images(c) for c in candidates), default=0)
-        rounds = _ROUNDS * max(1, rung)
+        left = [candidate for candidate in candidates if self._is_accepted(candidate)]
+        images, rounds = max(map(self._count_images, left), default=0), _ROUNDS * max(1, rung)
         while left:
             begun, images = self.measurer.seconds, images + self.measurer.shard
-            for number, candidate in enumerate(list(left), start=1):
-                try:
-                    speed = self.measurer.measure_speed(candidate, rounds)
-                    loss = self.measurer.measure_loss(candidate, images)
-                except UserError as error:
-                    self.refused[candidate.name] = str(error)
-                    left.remove(candidate)
-                    continue
+            for number, candidate in enumerate(left, start=1):
+                speed = self.measurer.measure_speed(candidate, rounds)
+                loss = self.measurer.measure_loss(candidate, images)
                 result = self.results.setdefault(candidate.name, Result(candidate, speed, loss))
                 result.speed, result.loss, result.rung = speed, loss, rung
                 self.tell(f"{stage}, {number} of {len(left)}, {describe(result.speed, loss)}: {candidate.name}")
@@ -167,6 +165,14 @@ class Search:
             if self.measurer.seconds + taken > until:
                 break
         return [self.results[candidate.name] for candidate in left]
+
+    def _is_accepted(self, candidate: Candidate) -> bool:
+        """Whether the model takes the settings; keeps the reason where not."""
+        try:
+            self.measurer.check(candidate)
+        except UserError as error:
+            self.refused[candidate.name] = str(error)
+        return candidate.name not in self.refused
 
     def _count_images(self, candidate: Candidate) -> int:
         result = self.results.get(candidate.name)
