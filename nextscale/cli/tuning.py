@@ -62,8 +62,8 @@ class Tune:
     )  # fmt: skip
 
     def check(self) -> None:
-        rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("batch_size",)}
-        check_fields("", self, rules | {"shard must be 2 or more": self.shard >= 2})
+        rules = {"batch_size must be 1 or more": self.batch_size >= 1, "shard must be 2 or more": self.shard >= 2}
+        check_fields("", self, rules)
         self._build_config()
         check_base(self.settings)
 

@@ -136,7 +136,7 @@ def _format_line(cells: Sequence[str]) -> str:
 def draw_times(report: dict[str, Any], path: Path) -> None:
     """Seconds an image against the Fréchet distance: all settings where they were chosen, the finalists held out."""
     figure, (panels,) = new_figure(2, width=6.5, height=4.8)
-    titles = {"selection": "all settings, images to choose by", "held_out": "finalists, held-out images"}
+    titles = {"selection": "all settings, on the images to choose by", "held_out": "finalists, on held-out images"}
     for axes, (half, title) in zip(panels, titles.items(), strict=True):
         rows = [row for row in report["rows"] if half in row]
         axes.set(
@@ -159,12 +159,20 @@ def _draw_half(axes: Any, rows: list[dict[str, Any]], half: str, max_loss: float
     ]
     axes.errorbar(*zip(*points, strict=True), fmt="o", color=COLOURS[0], markersize=4, elinewidth=0.6, alpha=0.7)
     axes.plot(seconds, dense, "s", color=COLOURS[6], label="dense, float32")
-    axes.axhline(dense * (1 + max_loss), color=COLOURS[1], linewidth=1, linestyle="--", label=f"{max_loss:+.1%}")
+    axes.axhline(
+        dense * (1 + max_loss),
+        color=COLOURS[1],
+        linewidth=1,
+        linestyle="--",
+        label=f"largest distance allowed ({max_loss:+.1%})",
+    )
     front = _find_front([(seconds, dense), *((x, y) for x, y, _ in points)])
     axes.plot(*zip(*front, strict=True), color=COLOURS[2], linewidth=1, label="no setting is better in both")
     for row, (x, y, _) in zip(rows, points, strict=True):
         if "finalist" in row:
             axes.annotate(row["finalist"], (x, y), xytext=(5, 5), textcoords="offset points", weight="bold")
+            if half == "held_out":
+                axes.plot([], [], " ", label=f"{row['finalist']}: {row['name']}")
     axes.legend(fontsize="small")
 
 

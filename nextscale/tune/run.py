@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,22 +60,19 @@ def tune(
     eye = eye.to(device) if isinstance(eye, torch.nn.Module) else eye
     images = _open_reference(reference, architecture.image_size, config)
     machine = describe_machine(device)
-    inputs = {
-        "model": fingerprint_path(model),
-        "features": {"where": network, "weights": eye.fingerprint()},
-        "reference": images.identity(),
-        "refiner": fingerprint_path(config.sampling.refiner) if config.sampling.refiner else None,
-        "machine": {key: machine[key] for key in ("device", "threads", "torch")},
-    }
-    kept = {"sampling": to_dict(config.sampling), "batch": config.batch, "shard": config.shard, "clock": config.clock}
-    record_settings(out / RECORD, kept, inputs)
+    features = {"where": network, "weights": eye.fingerprint()}
+    _record(
+        out, config, {"model": fingerprint_path(model), "features": features, "reference": images.identity()}, machine
+    )
     strengths = schedule_guidance(settings, architecture.pyramid)
     budgets = [row.share for row in read_budgets(origin) if _LEAST_BUDGET <= row.share < 1]
     options = list_options(architecture, strengths, config.sampling, budgets)
+    combinations = combine_options(options, settings)
+    tqdm.write(f"{len(options)} options, {len(combinations)} combinations; measured for {_format_time(config.seconds)}")
     with _report_interruption(out):
         measurer = ModelMeasurer(str(model), eye, images, settings, config, out, device)
         search = Search(measurer, config.max_loss, config.seconds, _Progress(measurer, config.seconds))
-        found = search.run(options, combine_options(options, settings))
+        found = search.run(options, combinations)
         if not found.results:
             raise UserError(f"no setting can be measured: {'; '.join(set(found.refused.values()))}")
         facts = {
@@ -91,6 +87,18 @@ def tune(
     if found.winner is not None:
         _write_profile(found, measurer, metric, model, name, machine)
     return report
+
+
+def _record(out: Path, config: TuneConfig, inputs: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Write what the measurements in `out` are of; UserError when they are of something else.
+
+    Time and largest loss may change: they decide what is measured, not what is found.
+    """
+    refiner = config.sampling.refiner
+    inputs["refiner"] = fingerprint_path(refiner) if refiner else None
+    inputs["machine"] = {key: machine[key] for key in ("device", "threads", "torch")}
+    settings = {"sampling": to_dict(config.sampling), "batch": config.batch, "shard": config.shard}
+    record_settings(out / RECORD, {**settings, "clock": config.clock}, inputs)
 
 
 def _open_reference(reference: str, size: tuple[int, int], config: TuneConfig) -> MeasuredImages:
@@ -113,7 +121,7 @@ class _Progress:
     """Prints each measurement with the time that is used and the time that is given."""
 
     def __init__(self, measurer: ModelMeasurer, seconds: float):
-        self.measurer, self.limit, self.began = measurer, seconds, time.monotonic()
+        self.measurer, self.limit = measurer, seconds
 
     def __call__(self, text: str) -> None:
         tqdm.write(f"[{_format_time(self.measurer.seconds)} of {_format_time(self.limit)}] {text}")
