@@ -108,7 +108,7 @@ class Quantise:
     model: Positional[Path]
     """Checkpoint folder."""
     out: Path
-    """Folder to write."""
+    """Folder to write, a checkpoint for `nextscale sample`."""
     overwrite: Overwrite = False
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
