@@ -1,4 +1,4 @@
-"""Checks that results agree: fast modules with plain ones, a GPU with the CPU, 16 bits with float32, batches."""
+"""Checks that results agree: fast modules with plain ones, a GPU with the CPU, 16 and 8 bits with float32, batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nextscale.pyramid import Pyramid
 from nextscale.sampling.draw import PerImageRandom
 
 _LABELS = [1, 4, 7, 2]
-_LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.05}
+_LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.05, torch.int8: 0.1}
 """Of logits, root mean square over their standard deviation. Experts that a rounded score selects count as well."""
 _LARGEST_SHARE = 0.01
 """Of tokens that may differ where logits differ by rounding alone."""

@@ -37,10 +37,12 @@ def list_device_checks(device: str) -> dict[str, Check]:
     import torch
 
     from nextscale.common.devices import find_device
+    from nextscale.common.precision import is_fast
     from nextscale.doctor import agreement, processes, speed
 
     chosen = find_device(device)
     dtypes = [torch.bfloat16] if chosen.type == "cpu" else [torch.bfloat16, torch.float16]
+    dtypes += [torch.int8] if is_fast(torch.int8, chosen.type) else []
     return {
         "device": lambda: speed.check_device(chosen),
         "kernels": lambda: speed.check_kernels(chosen),

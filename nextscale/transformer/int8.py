@@ -15,7 +15,7 @@ Letters: R rows, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,12 +161,12 @@ def quantise_model(model: VAR, dtype: torch.dtype, device: torch.device) -> tupl
     return torch.float32, choose_sampling_dtype("auto", device, model.config.width)
 
 
-def quantise_layers(model: nn.Module) -> nn.Module:
-    """Replace the layers of `LAYERS` inside a transformer by their quantised forms, in place; returns it.
+def quantise_layers(model: nn.Module, layers: Mapping[str, Sequence[str]] = LAYERS) -> nn.Module:
+    """Replace these layers inside a transformer or a part of it by their quantised forms, in place; returns it.
 
     On the meta device the new layers have shapes alone, to be filled with `load_state_dict(assign=True)`.
     """
-    for parent, name in list(_list_layers(model)):  # whose weights are freed one after another
+    for parent, name in list(_list_layers(model, layers)):  # whose weights are freed one after another
         tensors = getattr(parent, name).state_dict()  # of fast modules, too, in the usual layout
         weight, bias = tensors["weight"], tensors.get("bias")
         with torch.device(weight.device):
@@ -184,10 +184,10 @@ def count_int8_layers(model: nn.Module) -> int:
     return sum(isinstance(module, Int8Module) for module in model.modules())
 
 
-def _list_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _list_layers(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> Iterator[tuple[nn.Module, str]]:
     """Module and name of each layer to quantise."""
     for module in model.modules():
         kind = getattr(type(module), "plain", type(module))
-        for name in LAYERS.get(f"{kind.__module__}:{kind.__qualname__}", ()):
+        for name in layers.get(f"{kind.__module__}:{kind.__qualname__}", ()):
             if not isinstance(getattr(module, name), Int8Module | None):
                 yield module, name

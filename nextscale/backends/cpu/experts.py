@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.experts import add_experts_by_kernel, from_panels, to_panels
+from nextscale.backends.cpu.linear import find_chain
 from nextscale.backends.cpu.products import NO_GRADIENTS, NOT_TRAINABLE, PACK_ROWS, can_pack, linear, pack_weight
 from nextscale.backends.experts import run_experts
 from nextscale.common.errors import UserError
@@ -126,9 +127,8 @@ class CpuExperts(Experts):
         return super().run(x_TD, gate_R, dispatch)
 
     def run_expert(self, expert: int, x_rD: Tensor) -> Tensor:
-        chained = getattr(self.fc2, "multiply_after_gelu", None)  # in 8 bits
-        if chained:
-            return chained(self.fc1, x_rD, expert)
+        if chain := find_chain(self.fc1, self.fc2):
+            return chain(self.fc1, x_rD, expert)
         return self.fc2(self.fc1.multiply(x_rD, expert, gelu=True), expert)
 
 

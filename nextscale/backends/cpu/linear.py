@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -78,8 +79,15 @@ class CpuDenseFeedForward(DenseFeedForward):
     plain = DenseFeedForward
 
     def forward(self, x_BND: Tensor, context: ScaleContext, previous: Any = None) -> tuple[Tensor, None]:
-        chained = getattr(self.fc2, "multiply_after_gelu", None)  # in 8 bits
-        return chained(self.fc1, x_BND) if chained else self.fc2(apply_gelu_linear(self.fc1, x_BND)), None
+        if chain := find_chain(self.fc1, self.fc2):
+            return chain(self.fc1, x_BND), None
+        return self.fc2(apply_gelu_linear(self.fc1, x_BND)), None
+
+
+def find_chain(first: nn.Module, second: nn.Module) -> Callable[..., Tensor] | None:
+    """For two layers in 8 bits what computes both and the tanh-GELU between them, see `nextscale.backends.cpu.int8`."""
+    chains = [getattr(layer, "multiply_after_gelu", None) for layer in (first, second)]
+    return chains[1] if all(chains) else None
 
 
 def apply_gelu_linear(layer: nn.Linear, x: Tensor) -> Tensor:
