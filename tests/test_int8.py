@@ -18,6 +18,7 @@ from nextscale.backends.cpu.int8 import find_levels
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels import int8 as kernels
 from nextscale.checkpoints.native import read_checkpoint
+from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.cli import main
 from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
@@ -367,3 +368,18 @@ def test_8_bits_are_for_inference_on_a_cpu_and_never_chosen(tiny_folder):
     for module in (layer, optimize(nn.ModuleList([create_layer(8, 8)]))[0]):
         with pytest.raises(UserError, match="give no gradients"):
             module(torch.ones(2, 8, requires_grad=True))
+
+
+def test_a_quantised_folder_with_dynamic_experts_keeps_its_routers_and_thresholds(tmp_path):
+    model = randomised(tiny_config(**FAMILIES["dynamic"])).to_checkpoint()
+    print_of_ffns = compute_router_fingerprint(model.transformer, model.config.transformer)
+    dynamic = replace(model.config.transformer.dynamic, router_fingerprint=print_of_ffns, tau=(0.6, 0.3))
+    config = replace(model.config, transformer=replace(model.config.transformer, dynamic=dynamic))
+    Pipeline.from_checkpoint(replace(model, config=config)).save_pretrained(tmp_path / "model")
+    assert main(["quantise", str(tmp_path / "model"), "--out", str(tmp_path / "quantised")]) == 0
+    pipeline = Pipeline.from_pretrained(tmp_path / "quantised")
+    steps = list(pipeline.sample_scales([1, 2], seed=0))
+    active = [record.activity for step in steps for record in step.records if record and record.activity]
+    assert active, "experts were selected"
+    images = [pipeline.sample([1, 2], seed=0, **settings) for settings in ({}, {"tau": (1.0, 1.0)})]
+    assert not torch.equal(images[0].tensor, images[1].tensor)
