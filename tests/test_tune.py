@@ -16,6 +16,8 @@ from PIL import Image
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.common.pictures import to_uint8
+from nextscale.common.rng import make_generator
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.parse import from_dict, to_dict
@@ -479,3 +481,17 @@ def test_settings_that_a_model_refuses_are_reported_with_the_reason(places, tmp_
         measurer.check(Candidate((Option("type", "float16", dtype="float16"),)))
     with pytest.raises(UserError, match="draft_scales needs a refiner"):
         measurer.check(Candidate((Option("refiner", "refiner", {"draft_scales": 1}),)))
+
+
+def test_of_more_classes_than_a_shard_has_images_the_first_are_drawn(places, tmp_path):
+    """Five classes, two images at once: the images are of classes in an order that is drawn, the same for all."""
+    network, images = load_feature_network(str(places / "classifier")), StoredImages(str(places / "real"), 8)
+    model, settings, config = str(places / "model"), SampleConfig(cfg=1.0, seed=4), TuneConfig(batch=2, shard=2)
+    measurer = measure.ModelMeasurer(model, network, images, settings, config, tmp_path, torch.device("cpu"))
+    drawn = torch.randperm(5, generator=make_generator(0, "classes")).tolist()
+    assert drawn != [0, 1, 2, 3, 4]
+    for held_out in (False, True):
+        found = measurer.extract(DENSE, 4, held_out)
+        expected = measurer.load("float32").sample(drawn[:4], settings, seed=4 + held_out)
+        torch.testing.assert_close(found, network(to_uint8(expected.tensor)).pool_BD.detach())
+    assert torch.equal(measurer.extract(DENSE, 2, False), measurer.extract(DENSE, 4, False)[:2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -55,11 +55,6 @@ class Tune:
     that others use, too (with OMP_NUM_THREADS=1)."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
-
-    main_options: ClassVar[tuple[str, ...]] = (
-        "model", "reference", "features", "max-loss", "time", "out", "name", "refiner", "batch-size", "cfg", "top-k",
-        "top-p", "device",
-    )  # fmt: skip
 
     def check(self) -> None:
         rules = {"batch_size must be 1 or more": self.batch_size >= 1, "shard must be 2 or more": self.shard >= 2}
