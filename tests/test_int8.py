@@ -236,15 +236,19 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sampling_settings_compose(name):
-    """Until the first token that differs, logits are those of the plain modules to rounding."""
+    """Until an image's first token that differs, its logits are those of the plain modules to rounding, which is
+    coarser where inputs have 127 levels."""
     plain, fast = (randomised(tiny_config(), backend="plain").to("cpu", torch.int8) for _ in range(2))
     fast.optimize()
-    steps = [list(p.sample_scales([1, 4], seed=1, **SETTINGS[name])) for p in (plain, fast)]
+    labels, tolerance = [1, 4] * 4, 0.02 if find_levels() == 255 else 0.1
+    steps = [list(p.sample_scales(labels, seed=1, **SETTINGS[name])) for p in (plain, fast)]
+    same_B, compared = torch.ones(len(labels), dtype=torch.bool), 0
     for k, (ours, theirs) in enumerate(zip(*steps, strict=True)):
-        assert (ours.logits_BNV - theirs.logits_BNV).abs().max() < 0.1 * theirs.logits_BNV.std(), k
-        if not torch.equal(ours.tokens_BN, theirs.tokens_BN):
-            break
-    assert k > 0
+        error = (ours.logits_BNV - theirs.logits_BNV)[same_B].square().mean().sqrt()
+        assert error < tolerance * theirs.logits_BNV.std(), k
+        compared += int(same_B.sum())
+        same_B &= (ours.tokens_BN == theirs.tokens_BN).all(dim=1)
+    assert compared >= 1.5 * len(labels)
     images = [p.sample([1, 4], seed=1, **SETTINGS[name]) for p in (fast, fast)]
     assert torch.equal(images[0].tensor, images[1].tensor)
 
