@@ -43,6 +43,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
+SLOW = ("processes", "rehearsal", "experiments", "doctor", "fast_paths", "build", "moe_train", "evaluate", "tune")
+"""Files that begin first: of two workers, one would be left with them at the end."""
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist would begin with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+    order = [f"test_{name}.py" for name in SLOW]
+    items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
+
+
 def examples(count):
     """How many examples a property is tested with: fewer where NEXTSCALE_EXAMPLES gives a share of them."""
     return max(1, round(count * float(os.environ.get("NEXTSCALE_EXAMPLES", 1))))

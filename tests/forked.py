@@ -22,7 +22,7 @@ from tests.process_worker import find_port
 
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.process_worker"])
+_CONTEXT.set_forkserver_preload(["tests.process_worker", "torch._dynamo"])  # DDP and FSDP2 import the latter
 
 
 @dataclass

@@ -27,7 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # what DDP and FSDP2 import, before the processes fork
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from nextscale.common.errors import UserError
 from nextscale.common.inputs import compare_inputs
@@ -124,6 +123,8 @@ def test_images_are_the_same_in_any_batch_and_from_any_number():
 
 def test_tokens_follow_the_filtered_distribution():
     """Chi-square, for each of three images."""
+    from scipy import stats  # takes a second to import
+
     rows = 200
     logits = filter_top_k_top_p(2 * torch.randn(20, generator=torch.Generator().manual_seed(3)), k=12, p=0.95)
     tokens = create_random(f"1,{rows}", batch=3).draw_tokens(logits.expand(3, rows**2, 20), k=1)
@@ -138,6 +139,8 @@ def test_tokens_follow_the_filtered_distribution():
 @pytest.mark.parametrize("scale", [0, 1])
 def test_words_and_noise_follow_their_distributions(scale):
     """Kolmogorov-Smirnov; and neighbours, images and scales are not correlated."""
+    from scipy import stats
+
     words = draw_words(5, torch.arange(4), range(100 * scale, 100 * scale + 50), 1000)
     assert stats.kstest(words.flatten().double() / 2**32, "uniform").pvalue > 1e-3
     noise = compute_gumbel(words)
