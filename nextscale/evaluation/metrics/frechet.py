@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ class Moments:
 
     mean_D: Tensor
     covariance_DD: Tensor
+    root_ND: Tensor | None = None
+    """With root^T root = the covariance, where there are fewer images than channels."""
 
     @classmethod
     def compute(cls, features_ND: Tensor, where: str) -> Moments:
@@ -28,8 +31,20 @@ class Moments:
             raise UserError(f"{where}: a covariance needs at least 2 images; got {len(features_ND)}")
         features = features_ND.double()
         mean_D = features.mean(dim=0)
-        centred = features - mean_D
-        return cls(mean_D, centred.T @ centred / (len(features) - 1))
+        root_ND = (features - mean_D) / (len(features) - 1) ** 0.5
+        return cls(mean_D, root_ND.T @ root_ND, root_ND if len(root_ND) < len(mean_D) else None)
+
+    @cached_property
+    def factor_DR(self) -> Tensor:
+        """F (D, R) with F F^T = the covariance, of rank R or, with `root_ND`, of at most rank R.
+
+        Eigenvalues within rounding of 0 count as 0: their roots would not be small.
+        """
+        if self.root_ND is not None:
+            return self.root_ND.T
+        values, vectors = torch.linalg.eigh(self.covariance_DD)
+        kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
+        return vectors[:, kept] * values[kept].sqrt()
 
 
 def check_features(features_ND: Tensor, where: str) -> None:
@@ -50,7 +65,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.mean_D.shape != b.mean_D.shape:
         raise UserError(f"features of {len(a.mean_D)} and {len(b.mean_D)} channels cannot be compared")
-    trace = torch.linalg.svdvals(_factorize(a.covariance_DD).T @ _factorize(b.covariance_DD)).sum()
+    trace = torch.linalg.svdvals(a.factor_DR.T @ b.factor_DR).sum()
     distance = (a.mean_D - b.mean_D).square().sum() + a.covariance_DD.trace() + b.covariance_DD.trace() - 2 * trace
     return max(0.0, float(distance))
 
@@ -64,17 +79,9 @@ def compute_influence(features_ND: Tensor, moments: Moments, other: Moments) -> 
     Efron 1982). `moments`: of these features. Directions without variance count as fixed. tests/test_metrics.py
     compares with leaving out one row at a time.
     """
-    z_ND, factor_DR = features_ND.double() - moments.mean_D, _factorize(other.covariance_DD)
-    _, singular, right_RR = torch.linalg.svd(_factorize(moments.covariance_DD).T @ factor_DR, full_matrices=False)
+    z_ND, factor_DR = features_ND.double() - moments.mean_D, other.factor_DR
+    _, singular, right_RR = torch.linalg.svd(moments.factor_DR.T @ factor_DR, full_matrices=False)
     kept = singular > singular[0] * len(factor_DR) * torch.finfo(singular.dtype).eps
     root_DR = factor_DR @ right_RR[kept].T / singular[kept].sqrt()
     square_N = z_ND.square().sum(dim=1) - (z_ND @ root_DR).square().sum(dim=1)
     return 2 * z_ND @ (moments.mean_D - other.mean_D) + square_N - square_N.mean()
-
-
-def _factorize(matrix_DD: Tensor) -> Tensor:
-    """F (D, R) with F F^T = a covariance of rank R. Eigenvalues within rounding of 0 count as 0: their roots would not
-    be small."""
-    values, vectors = torch.linalg.eigh(matrix_DD)
-    kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
