@@ -249,7 +249,7 @@ def test_a_new_model_beyond_the_memory_is_refused():
 
 def test_the_models_of_the_repository_match_their_digests(capsys):
     verify(Path(__file__).parents[1] / "models")
-    assert "9 files match their digests" in capsys.readouterr().out
+    assert "10 files match their digests" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
