@@ -2,64 +2,58 @@
 
 from __future__ import annotations
 
-from nextscale.cli.analysis import (
-    AnalyseConvergence,
-    AnalyseDynamic,
-    AnalyseErrors,
-    AnalyseFeatures,
-    AnalyseLoad,
-    AnalyseRouting,
-)
-from nextscale.cli.checkpoints import Adapt, ExportOfficial, ImportOfficial, Quantise, Sparsify, Upcycle
-from nextscale.cli.doctor import Doctor
-from nextscale.cli.encoders import EncoderEvaluate, EncoderTrain
-from nextscale.cli.measuring import (
-    Bench,
-    ClassifierEvaluate,
-    ClassifierTrain,
-    Evaluate,
-    ExperimentList,
-    ExperimentRun,
-    ExperimentShow,
-    Statistics,
-)
-from nextscale.cli.training import Quickstart, Resume, Tokenize, TokenizerEvaluate, TokenizerTrain, Train
-from nextscale.cli.tuning import Tune
-from nextscale.cli.use import Edit, Info, Reconstruct, Sample
+from collections import UserDict
+from importlib import import_module
+from typing import Any
 
-COMMANDS: dict[str, type] = {
-    "quickstart": Quickstart,
-    "sample": Sample,
-    "reconstruct": Reconstruct,
-    "edit": Edit,
-    "tokenize": Tokenize,
-    "train": Train,
-    "resume": Resume,
-    "adapt": Adapt,
-    "upcycle": Upcycle,
-    "sparsify": Sparsify,
-    "quantise": Quantise,
-    "tokenizer train": TokenizerTrain,
-    "tokenizer evaluate": TokenizerEvaluate,
-    "evaluate": Evaluate,
-    "statistics": Statistics,
-    "analyse load": AnalyseLoad,
-    "analyse routing": AnalyseRouting,
-    "analyse features": AnalyseFeatures,
-    "analyse errors": AnalyseErrors,
-    "analyse convergence": AnalyseConvergence,
-    "analyse dynamic": AnalyseDynamic,
-    "bench": Bench,
-    "tune": Tune,
-    "experiment list": ExperimentList,
-    "experiment show": ExperimentShow,
-    "experiment run": ExperimentRun,
-    "classifier train": ClassifierTrain,
-    "classifier evaluate": ClassifierEvaluate,
-    "encoder train": EncoderTrain,
-    "encoder evaluate": EncoderEvaluate,
-    "import-official": ImportOfficial,
-    "export-official": ExportOfficial,
-    "info": Info,
-    "doctor": Doctor,
-}
+
+class Commands(UserDict[str, Any]):
+    """Name -> class of a command, "module:class" inside `nextscale.cli` until it is asked for: importing all of them
+    takes longer than parsing one."""
+
+    def __getitem__(self, name: str) -> Any:
+        kind = super().__getitem__(name)
+        if not isinstance(kind, str):
+            return kind
+        module, _, attribute = kind.partition(":")
+        return getattr(import_module(f"nextscale.cli.{module}"), attribute)
+
+
+COMMANDS = Commands(
+    {
+        "quickstart": "training:Quickstart",
+        "sample": "use:Sample",
+        "reconstruct": "use:Reconstruct",
+        "edit": "use:Edit",
+        "tokenize": "training:Tokenize",
+        "train": "training:Train",
+        "resume": "training:Resume",
+        "adapt": "checkpoints:Adapt",
+        "upcycle": "checkpoints:Upcycle",
+        "sparsify": "checkpoints:Sparsify",
+        "quantise": "checkpoints:Quantise",
+        "tokenizer train": "training:TokenizerTrain",
+        "tokenizer evaluate": "training:TokenizerEvaluate",
+        "evaluate": "measuring:Evaluate",
+        "statistics": "measuring:Statistics",
+        "analyse load": "analysis:AnalyseLoad",
+        "analyse routing": "analysis:AnalyseRouting",
+        "analyse features": "analysis:AnalyseFeatures",
+        "analyse errors": "analysis:AnalyseErrors",
+        "analyse convergence": "analysis:AnalyseConvergence",
+        "analyse dynamic": "analysis:AnalyseDynamic",
+        "bench": "measuring:Bench",
+        "tune": "tuning:Tune",
+        "experiment list": "measuring:ExperimentList",
+        "experiment show": "measuring:ExperimentShow",
+        "experiment run": "measuring:ExperimentRun",
+        "classifier train": "measuring:ClassifierTrain",
+        "classifier evaluate": "measuring:ClassifierEvaluate",
+        "encoder train": "encoders:EncoderTrain",
+        "encoder evaluate": "encoders:EncoderEvaluate",
+        "import-official": "checkpoints:ImportOfficial",
+        "export-official": "checkpoints:ExportOfficial",
+        "info": "use:Info",
+        "doctor": "doctor:Doctor",
+    }
+)
