@@ -18,7 +18,7 @@ from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
 from nextscale.cli.files import check_files
 from nextscale.cli.help import HELP, hide_options, list_required
-from nextscale.cli.profiles import describe_profile, load_profile
+from nextscale.cli.profiles import load_profile, note_machine
 from nextscale.cli.spelling import name_as_typed, refuse_empty_paths, restore_spelling, spell_out_types
 from nextscale.common.errors import SettingError, UserError
 from nextscale.common.progress import close_progress_bars
@@ -51,8 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
         if command is not None:
             if os.environ.get("RANK", "0") == "0":
                 print_setting_notes(command)
-                if note := describe_profile(command):
-                    print(f"note: {note}", flush=True)
             with check_files(command):
                 from nextscale.backends.cpu.memory import keep_freed_memory
 
@@ -109,6 +107,7 @@ def parse(arguments: list[str]) -> Any:
         command = _parse_options(name, kind, rest)
         profile = load_profile(command)
         if profile is not None:
+            note_machine(profile, command)
             command = _parse_options(name, kind, rest, profile)
         if hasattr(command, "check"):
             command.check()

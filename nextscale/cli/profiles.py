@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,15 +39,12 @@ def load_profile(command: Any) -> Profile | None:
     return read_profile(folder, name)
 
 
-def describe_profile(command: Any) -> str:
-    """A note on a profile that was found on another machine than this one; empty otherwise."""
-    profile = load_profile(command)
-    if profile is None:
-        return ""
+def note_machine(profile: Profile, command: Any) -> None:
+    """Print a note where a profile was found on another machine than this one."""
     from nextscale.common.devices import find_device
     from nextscale.common.machine import describe_machine
 
     here, there = describe_machine(find_device(command.device))["device"], profile.measured.machine.get("device")
-    if here == there:
-        return ""
-    return f"profile {command.profile} was found on another machine ({there}); here other settings may be faster"
+    if here != there and os.environ.get("RANK", "0") == "0":
+        other = f"profile {command.profile} was found on another machine ({there})"
+        print(f"note: {other}; here other settings may be faster", flush=True)
