@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes for the contract, in-process calls for the many mistakes."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -113,7 +114,8 @@ def test_every_command_explains_every_option(name, capsys):
 def test_overview_and_version(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in COMMANDS)
+    shown = {line[2:22].strip(): line[22:] for line in out.splitlines() if line.startswith("  ")}
+    assert shown == {name: inspect.getdoc(kind).splitlines()[0] for name, kind in COMMANDS.items()}
     assert main(["--version"]) == 0
 
 

@@ -106,7 +106,16 @@ def test_configs_and_command_line_parse_without_torch():
     """`--help` has to answer at once, so nothing on its way may import torch."""
     code = (
         "import sys, nextscale.cli.parser as c; c.parse(['--help']); c.parse(['info', 'var-d16']); "
+        "c.main(['experiment', 'list']); "
         "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_list_of_commands_needs_no_command():
+    code = (
+        "import sys, nextscale.cli.parser as c; c.parse(['--help']); "
+        "sys.exit(bool({'tyro', 'nextscale.cli.use'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 

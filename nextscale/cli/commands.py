@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections import UserDict
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +20,22 @@ class Commands(UserDict[str, Any]):
             return kind
         module, _, attribute = kind.partition(":")
         return getattr(import_module(f"nextscale.cli.{module}"), attribute)
+
+    def read_summaries(self) -> dict[str, str]:
+        """Name -> the first line of the docstring, read from the sources: the list of commands imports none of them."""
+        summaries = {}
+        for name, kind in self.data.items():
+            module, _, attribute = str(kind).partition(":")
+            text = _read_docstrings(module)[attribute] if isinstance(kind, str) else kind.__doc__ or ""
+            summaries[name] = text.partition("\n")[0]
+        return summaries
+
+
+@cache
+def _read_docstrings(module: str) -> dict[str, str]:
+    """Class -> docstring, of a module of `nextscale.cli`."""
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    return {n.name: ast.get_docstring(n) or "" for n in ast.parse(source).body if isinstance(n, ast.ClassDef)}
 
 
 COMMANDS = Commands(

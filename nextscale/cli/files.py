@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from nextscale.common.outputs import Input, Output
+    from nextscale.common.outputs import Input
 
 
 Overwrite = Annotated[
@@ -48,14 +48,15 @@ def check_files(command: Any) -> AbstractContextManager[None]:
     package cannot be imported. The context removes empty folders when the command fails.
     """
     from nextscale.common.extras import check_extras
-    from nextscale.common.outputs import check_outputs, remove_empty_folders
 
     if hasattr(command, "list_needs"):
         check_extras(command.list_needs())
-    outputs: list[Output] = []
-    if hasattr(command, "list_files"):
-        outputs, inputs = command.list_files()
-        for given in inputs:
-            check_extras(given.list_needs())
-        check_outputs(outputs, inputs, overwrite=getattr(command, "overwrite", False))
+    if not hasattr(command, "list_files"):
+        return nullcontext()
+    from nextscale.common.outputs import check_outputs, remove_empty_folders
+
+    outputs, inputs = command.list_files()
+    for given in inputs:
+        check_extras(given.list_needs())
+    check_outputs(outputs, inputs, overwrite=getattr(command, "overwrite", False))
     return remove_empty_folders(outputs)

@@ -27,6 +27,8 @@ INPUTS = "inputs.json"
 _FILES = ("files", "bytes", "names")
 _ABSENT = object()
 RANDOM_NUMBERS = "random numbers"
+RANDOM_NUMBER_GENERATOR = "Philox4x32-10 of seed, image and position"
+"""What `nextscale.sampling.draw.PerImageRandom` computes, for the records of samples. Change it with the numbers."""
 """The name under which a record of samples says how their random numbers were computed."""
 _BEFORE_RECORDED = {RANDOM_NUMBERS: "a Mersenne Twister for each image and scale"}
 """What an input was when records did not have it yet."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from nextscale.checkpoints.official_files import ZIP_ERRORS, check_zip
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint, fingerprint_bytes, fingerprint_path
-from nextscale.common.inputs import RANDOM_NUMBERS
+from nextscale.common.inputs import RANDOM_NUMBER_GENERATOR, RANDOM_NUMBERS
 from nextscale.common.notes import print_note
 from nextscale.common.pictures import to_uint8
 from nextscale.common.precision import get_name
@@ -33,7 +33,6 @@ from nextscale.data.parts import choose_part
 from nextscale.data.sources import open_optional
 from nextscale.evaluation.sizes import choose_size
 from nextscale.pipeline import Pipeline
-from nextscale.sampling import draw
 from nextscale.tokenizer.tokenizer import scale_to_unit
 
 
@@ -99,7 +98,7 @@ class ModelImages:
             "weights": compute_fingerprint(networks.state_dict()),
             "compute_dtype": get_name(self.pipeline.dtype),
             "sampling": to_dict(self.settings),
-            RANDOM_NUMBERS: draw.RANDOM_NUMBERS,
+            RANDOM_NUMBERS: RANDOM_NUMBER_GENERATOR,
             "images": self.count,
             "samples_per_class": self.count / len(self.order),
             **({} if self.order == tuple(range(len(self.order))) else {"order of classes": list(self.order)}),

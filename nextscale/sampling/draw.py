@@ -14,8 +14,6 @@ from nextscale.pyramid import Pyramid
 if TYPE_CHECKING:
     from nextscale.sampling.gumbel import GumbelNoise
 
-RANDOM_NUMBERS = "Philox4x32-10 of seed, image and position"
-"""What `PerImageRandom` computes, for the records of work that is made of samples. Change it with the numbers."""
 _TOTAL = 2**30
 """What probabilities are integer multiples of the inverse of, while a token is drawn."""
 

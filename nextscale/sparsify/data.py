@@ -18,7 +18,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically
 from nextscale.common.fingerprint import fingerprint_weights
-from nextscale.common.inputs import RANDOM_NUMBERS, discard_stale
+from nextscale.common.inputs import RANDOM_NUMBER_GENERATOR, RANDOM_NUMBERS, discard_stale
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
@@ -28,7 +28,6 @@ from nextscale.data.classes import Classes, open_matched_examples
 from nextscale.data.datasets import split_rows
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
-from nextscale.sampling import draw
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 
 _HELD_OUT = 0.1
@@ -84,8 +83,11 @@ def _draw_samples(
     sampling = _select_all_experts(checkpoint, config.sampling)
     weights = fingerprint_weights(checkpoint.tokenizer | checkpoint.transformer, str(source))
     inputs = {
-        "model": weights, "images": config.samples, "sampling": to_dict(sampling), RANDOM_NUMBERS: draw.RANDOM_NUMBERS
-    }  # fmt: skip
+        "model": weights,
+        "images": config.samples,
+        "sampling": to_dict(sampling),
+        RANDOM_NUMBERS: RANDOM_NUMBER_GENERATOR,
+    }
     if world.main:
         discard_stale(folder / "samples.json", inputs, "samples-*.safetensors", "samples of the model")
         missing = [start for start in range(0, config.samples, _SHARD_SIZE) if not _shard_path(folder, start).exists()]

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.inputs import RANDOM_NUMBER_GENERATOR
 from nextscale.config.parse import to_dict
-from nextscale.sampling.draw import RANDOM_NUMBERS
 
 
 def compute_key(*parts: Any) -> str:
@@ -18,7 +18,7 @@ def compute_key(*parts: Any) -> str:
 
 def compute_key_of_samples(*parts: Any) -> str:
     """`compute_key` of what is made of samples, with the random numbers that they are drawn with."""
-    return compute_key(*parts, RANDOM_NUMBERS)
+    return compute_key(*parts, RANDOM_NUMBER_GENERATOR)
 
 
 def list_changed_settings(config: Any) -> dict[str, Any]:
