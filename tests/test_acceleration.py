@@ -7,6 +7,7 @@ from PIL import Image
 
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import DynamicConfig
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.pruning import PrunedPredictor, PruningPlan, find_farthest, resize_map
 from tests.conftest import randomised, tiny_config
@@ -56,6 +57,46 @@ def test_a_refiner_draws_the_late_scales_alone(tmp_path):
     assert torch.equal(large.sample([1, 2], seed=0, draft_scales=2).tokens, plain.tokens)
     again = large.sample([1, 2], seed=0, refiner=str(tmp_path / "small"), draft_scales=2)
     assert torch.equal(again.tokens, both.tokens), "the refiner of the settings, not the one given in between"
+
+
+@pytest.mark.parametrize("models", ["both", "refiner"])
+@pytest.mark.parametrize("tau", [(0.3, 0.6), (0.5,)])
+def test_thresholds_hold_for_each_model_with_experts(tau, models):
+    """As two models whose checkpoints have these thresholds."""
+    if models == "refiner" and len(tau) > 1:
+        tau = (1.0, tau[1])  # the main model generates all scales but the last
+
+    def build(seed, tau_of_checkpoint, dynamic=True):
+        config = DynamicConfig(4, 2, router_width=8, router_fingerprint="trained", tau=tau_of_checkpoint)
+        pipeline = randomised(tiny_config(SCALES, **({"dynamic": config} if dynamic else {})), seed)
+        pipeline.tokenizer.load_state_dict(tokenizer)
+        return pipeline
+
+    tokenizer = randomised(tiny_config(SCALES)).tokenizer.state_dict()
+    each, draft = (tau * 2)[:2], {"draft_scales": 3, "seed": 1}
+    stored = build(1, each, models == "both").refine_with(build(2, each))
+    given = build(1, (), models == "both").refine_with(build(2, ()))
+    images = given.sample([0, 3], tau=tau, **draft)
+    assert torch.equal(images.tensor, stored.sample([0, 3], **draft).tensor)
+    assert not torch.equal(images.tensor, given.sample([0, 3], **draft).tensor)
+
+
+def test_thresholds_name_the_model_at_fault():
+    dynamic = randomised(tiny_config(SCALES, dynamic=DynamicConfig(experts=4, scales=2)))
+    dense = randomised(tiny_config(SCALES))
+    dense.tokenizer.load_state_dict(dynamic.tokenizer.state_dict())
+    with pytest.raises(UserError, match="this model: this model's routers are not trained"):
+        dynamic.refine_with(dense).sample([0], draft_scales=1, tau=(0.5,))
+    with pytest.raises(UserError, match="the refiner: this model's routers are not trained"):
+        dense.refine_with(dynamic).sample([0], draft_scales=1, tau=(0.5,))
+    with pytest.raises(UserError, match="no effect at .*: this model generates this scale"):
+        dense.sample([0], draft_scales=3, tau=(0.5, 0.5), selection="oracle")
+    with pytest.raises(UserError, match="no effect at .*: the refiner generates this scale"):
+        dynamic.sample([0], draft_scales=1, tau=(0.5,), selection="oracle")
+    with pytest.raises(UserError, match="divided into experts"):
+        dense.refine_with(dense).sample([0], draft_scales=1, tau=(0.5,))
+    with pytest.raises(UserError, match="budget cannot be combined with draft_scales"):
+        dynamic.sample([0], draft_scales=1, budget=0.9)
 
 
 def test_editing_takes_turns_as_well():

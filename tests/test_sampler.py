@@ -203,7 +203,6 @@ COMBINATIONS = {
     "prune cannot work with MoE": {"settings": PRUNE, "model": mixture(residual=True)},
     "draft_scales and prune": {"settings": PRUNE, "refiner": DENSE},
     "draft_scales needs a refiner": {"settings": SampleConfig(draft_scales=1)},
-    "tau, budget and selection": {"settings": SampleConfig(draft_scales=1, tau=(0.5,)), "refiner": DENSE},
     "official_seeding draws": {"settings": SampleConfig(official_seeding=True), "first_image": 3},
     "captured steps cannot be combined with prune": {"settings": PRUNE, "captured": True},
     "captured steps cannot be combined with a refiner": {

@@ -82,20 +82,19 @@ def _build_predictor(
     model: VAR, values: Any, settings: SampleConfig, refiner: VAR | None, refiner_labels: Tensor | None
 ) -> Predictor:
     """The predictor of logits before guidance."""
-    thresholds = _find_thresholds(model, settings)
     if settings.prune:
         from nextscale.sampling.pruning import PrunedPredictor, PruningPlan
 
         plan = PruningPlan(model.pyramid, settings.prune, settings.prune_first_block)
-        return PrunedPredictor(model, values, plan, thresholds)
-    predict = ModelPredictor(model, values, thresholds)
+        return PrunedPredictor(model, values, plan, _find_thresholds(model, settings))
     if refiner is None:
-        return predict
-    from nextscale.sampling.collaborative import CollaborativePredictor, check_draft_scales
+        return ModelPredictor(model, values, _find_thresholds(model, settings))
+    from nextscale.sampling.collaborative import CollaborativePredictor, check_draft_scales, resolve_both_thresholds
 
     check_draft_scales(settings, len(model.pyramid))
+    thresholds, refiner_thresholds = resolve_both_thresholds(model.config, refiner.config, model.pyramid, settings)
+    predict = ModelPredictor(model, values, thresholds)
     theirs = values if refiner_labels is None else refiner_labels.to(values.device)[values]
-    refiner_thresholds = _find_thresholds(refiner, settings)
 
     def start_refiner(count: int) -> ModelPredictor:
         return ModelPredictor(refiner, theirs[:count], refiner_thresholds)

@@ -10,8 +10,11 @@ from torch import Tensor
 from nextscale.common.errors import UserError
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
+from nextscale.config.transformer import TransformerConfig
+from nextscale.pyramid import Pyramid
 from nextscale.sampling.sampler import ModelPredictor, Predictor
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.feed_forward.thresholds import Thresholds, resolve_thresholds
 from nextscale.transformer.var import Output
 
 
@@ -47,6 +50,45 @@ def check_draft_scales(settings: SampleConfig, scales: int) -> None:
         raise UserError(
             f"with a refiner draft_scales must be 1 to {scales - 1}, the scales that are generated before it takes "
             f"over; got {settings.draft_scales}"
+        )
+
+
+def resolve_both_thresholds(
+    model: TransformerConfig, refiner: TransformerConfig, pyramid: Pyramid, settings: SampleConfig
+) -> tuple[Thresholds | None, Thresholds | None]:
+    """The thresholds of the main model and of the refiner; None where all experts work.
+
+    Thresholds of the settings hold for each model whose FFNs are divided into experts. UserError names the model at
+    fault where they do not fit it, or where it has no experts at a scale that it generates and a threshold is for.
+    """
+    models = {"this model": model, "the refiner": refiner}
+    resolved: list[Thresholds | None] = []
+    for name, config in models.items():
+        other = refiner if config is model else model
+        if settings.sets_thresholds and other.dynamic.experts and not config.dynamic.experts:
+            resolved.append(None)
+            continue
+        try:
+            resolved.append(resolve_thresholds(config, len(pyramid), settings))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    if settings.sets_thresholds:
+        _check_effect(resolved, pyramid, settings)
+    ours, theirs = resolved
+    return ours, theirs
+
+
+def _check_effect(resolved: list[Thresholds | None], pyramid: Pyramid, settings: SampleConfig) -> None:
+    """UserError when a threshold is for a scale that a model without experts generates; where one number is for all
+    scales with experts, when that holds for each of them."""
+    wanted = [k for k in range(len(pyramid)) if any(t and t.tau_K[k] < 1 for t in resolved)]
+    without = [k for k in wanted if resolved[k >= settings.draft_scales] is None]
+    if without and (len(settings.tau) > 1 or without == wanted):
+        height, width = pyramid.sides[without[0]]
+        name = "the refiner" if without[0] >= settings.draft_scales else "this model"
+        raise UserError(
+            f"tau has no effect at {height}x{width}: {name} generates this scale, and its FFNs are not divided into "
+            "experts; leave tau out, change draft_scales, or make experts with `nextscale sparsify`"
         )
 
 

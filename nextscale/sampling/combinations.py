@@ -66,11 +66,6 @@ REFUSED: tuple[tuple[Callable[[Request], bool], str], ...] = (
         "draft_scales needs a refiner: a second model for the later scales",
     ),
     (
-        lambda r: r.refiner is not None and r.settings.sets_thresholds,
-        "tau, budget and selection cannot be combined with a refiner, because each model has thresholds of its own: "
-        "leave them out, then both use those of their checkpoints",
-    ),
-    (
         lambda r: r.settings.official_seeding and r.first_image != 0,
         "official_seeding draws all images from one generator, so they cannot start at image number first_image: "
         "sample all in one call",

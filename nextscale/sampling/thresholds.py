@@ -80,7 +80,12 @@ def interpolate_tau(origin: Mapping[str, Any], budget: float) -> tuple[float, ..
 
 
 def resolve_budget(settings: SampleConfig, origin: Mapping[str, Any]) -> SampleConfig:
-    """The settings with thresholds in place of a budget."""
+    """The settings with thresholds in place of a budget. UserError with a refiner: shares are those of one model."""
     if not settings.budget:
         return settings
+    if settings.draft_scales:
+        raise UserError(
+            "budget cannot be combined with draft_scales: it is a share of the FLOPs of one model at all scales, and "
+            "the refiner computes some of them; set tau instead"
+        )
     return replace(settings, budget=0.0, tau=interpolate_tau(origin, settings.budget))
