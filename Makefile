@@ -3,41 +3,47 @@ PYTHON ?= python3
 VENV := .venv
 RUN := runs/quickstart
 
-.PHONY: demo test test-gpu soak repeat lint clean
+.PHONY: demo test test-gpu soak repeat lint docs clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.quickstart
 	$(VENV)/bin/nextscale quickstart --out $(RUN)
 
-test: $(VENV)/.ready
+test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-test-gpu: $(VENV)/.ready
+test-gpu: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/gpu -rs -s
 
-soak: $(VENV)/.ready
+soak: $(VENV)/.test
 	NEXTSCALE_SOAK=24 $(VENV)/bin/python -m pytest tests/test_soak.py tests/test_independence.py tests/test_processes.py tests/test_neon.py tests/test_wheel.py -s
 	NEXTSCALE_GPU_TESTS=cpu $(VENV)/bin/python -m pytest tests/gpu -s
 
 # The suite ten times: as it is, on one thread, on a CPU without AVX-512, beside a busy loop on each core.
 SUITE = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 AVX2 = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-repeat: $(VENV)/.ready
+repeat: $(VENV)/.test
 	for run in 1 2 3 4 5; do $(SUITE) || exit 1; done
 	for run in 1 2; do OMP_NUM_THREADS=1 $(SUITE) || exit 1; done
 	for run in 1 2; do $(AVX2) $(SUITE) || exit 1; done
 	busy=""; for core in $$(seq $$(nproc)); do (while :; do :; done) & busy="$$busy $$!"; done; \
 	$(SUITE); status=$$?; kill $$busy; exit $$status
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-$(VENV)/.demo $(VENV)/.ready: pyproject.toml constraints.txt
+# The documentation site, in build/site. It fails for a broken link and for a public name without a docstring.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "see build/site/index.html; \`$(VENV)/bin/python -m http.server --directory build/site\` serves it with its search"
+
+# A file for each of the package's extras that are installed.
+$(VENV)/.%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nextscale needs Python 3.11 or newer; set PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(if $(findstring demo,$@),quickstart,test)]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 clean:

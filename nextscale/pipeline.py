@@ -249,6 +249,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
+        """Where the networks are."""
         return self.tokenizer.quantizer.codebook.weight.device
 
     def sample(
@@ -395,6 +396,5 @@ class Pipeline:
 
 
 def _choose_dtype(dtype: torch.dtype | str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    transformer = checkpoint.config.transformer
     dtype = torch.int8 if dtype == "auto" and checkpoint.is_int8 else dtype
-    return choose_sampling_dtype(dtype, device, transformer.width if transformer is not None else 0)
+    return choose_sampling_dtype(dtype, device, getattr(checkpoint.config.transformer, "width", 0))

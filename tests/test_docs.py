@@ -11,7 +11,12 @@ from tests.test_readme import find_blocks, find_commands
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("models/*/README.md"))]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted(ROOT.glob("docs/*.md")),
+        *sorted(ROOT.glob("models/*/README.md")),
+    ]
 }
 on_every_page = pytest.mark.parametrize("page", PAGES)
 OWN_MODULES = {"my_router.py", "my_mixer.py", "my_ffn.py", "my_condition.py"}

@@ -18,6 +18,7 @@ class ModelConfig:
     """A whole model: a tokenizer and a transformer, or only a tokenizer when `transformer` is None."""
 
     pyramid: Pyramid = PYRAMID_256
+    """The scales: the sides of their token maps, coarse to fine; height x width where they are not square."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     transformer: TransformerConfig | None = field(default_factory=TransformerConfig)
     class_names: tuple[str, ...] = ()

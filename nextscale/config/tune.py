@@ -29,6 +29,7 @@ class TuneConfig:
     shard: int = 250
     """Images that are measured at once."""
     clock: Clock = "wall"
+    """Which time is measured: that which passes, or the processor's for this process."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """The settings of the dense model; what is searched changes them."""
     images: ReadConfig = field(default_factory=ReadConfig)
