@@ -29,7 +29,7 @@ from tests.conftest import randomised, tiny_config
 from tests.test_parquet import class_label, images, write_table
 
 NO_DATA_SET = {
-    "doctor", "sample", "edit", "resume", "adapt", "upcycle", "quantise", "bench", "info", "import-official",
+    "demo", "doctor", "sample", "edit", "resume", "adapt", "upcycle", "quantise", "bench", "info", "import-official",
     "export-official", "analyse errors", "analyse convergence", "analyse dynamic", "experiment list", "experiment show",
 }  # fmt: skip
 """Commands that read no data set, or in the case of `resume` with the columns that the run has recorded."""

@@ -31,6 +31,7 @@ for line in sys.argv[1:]:
 """
 
 QUICKSTART, DATA = "pip install 'nextscale[quickstart]'", "pip install 'nextscale[data]'"
+DEMO = "pip install 'nextscale[demo]'"
 FEATURES, TRACK = "pip install 'nextscale[features]'", "pip install 'nextscale[track]'"
 ANALYSED = "model --data photos --out analysis"
 REFUSED = {
@@ -44,6 +45,7 @@ REFUSED = {
         "analyse convergence run --out analysis": QUICKSTART,
         "experiment run var-filters --model model --data photos --out e": QUICKSTART,
     },
+    "gradio": {"demo model": DEMO},
     "sklearn": {
         "quickstart --data photos --out q": QUICKSTART,
         "tokenize digits --tokenizer model --out cache": QUICKSTART,

@@ -72,6 +72,7 @@ COMMANDS = Commands(
         "encoder evaluate": "encoders:EncoderEvaluate",
         "import-official": "checkpoints:ImportOfficial",
         "export-official": "checkpoints:ExportOfficial",
+        "demo": "demo:Demo",
         "info": "use:Info",
         "doctor": "doctor:Doctor",
     }

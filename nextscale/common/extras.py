@@ -15,6 +15,7 @@ from nextscale.common.reading import is_hub_name, read_json
 
 _INSTALL = {
     "matplotlib": "'nextscale[quickstart]'",
+    "gradio": "'nextscale[demo]'",
     "sklearn": "'nextscale[quickstart]'",
     "pyarrow": "'nextscale[data]'",
     "transformers": "'nextscale[features]'",

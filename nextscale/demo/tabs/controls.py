@@ -1,0 +1,197 @@
+"""What several tabs share: choosing classes and settings, messages for errors, galleries of pictures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from nextscale.common.errors import UserError
+from nextscale.config.sampling import SampleConfig
+from nextscale.demo.growth import MOST_PICTURES, Request
+from nextscale.demo.models import Model, Models
+
+NO_LABEL = -1
+"""What stands for no label among the numbers of the classes."""
+_LARGEST_SEED = 2**31 - 1
+_ERROR_SECONDS = 20
+_FEW = 2
+"""Pictures that a gallery shows large."""
+_CHOSEN = 4
+"""Classes that are chosen at the start."""
+Refresh = Callable[[Model], list[Any]]
+"""The values of a tab's components for another model, in the order of the components."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a tab is given by the page."""
+
+    models: Models
+    model: Model
+    """The model that is chosen at the start."""
+    source: Any
+    """The component that holds the chosen model's folder."""
+    generated: Any
+    """The visitor's last pictures of the tab Generate: a `Growth` or None."""
+    selected: Any
+    """The number of the one that was clicked last."""
+
+
+def tell_errors(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work`, a function or a generator, with a UserError as a message in the page."""
+
+    @functools.wraps(work)
+    def call(*arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except UserError as error:
+            raise _show(error) from error
+
+    @functools.wraps(work)
+    def iterate(*arguments: Any) -> Iterator[Any]:
+        try:
+            yield from work(*arguments)
+        except UserError as error:
+            raise _show(error) from error
+
+    return iterate if inspect.isgeneratorfunction(work) else call
+
+
+def _show(error: UserError) -> Exception:
+    shown: Exception = gr.Error(str(error), title="This does not work", duration=_ERROR_SECONDS, print_exception=False)
+    return shown
+
+
+def list_classes(model: Model) -> list[tuple[str, int]]:
+    """Names and numbers of the classes, and no label."""
+    names = model.config.class_names or tuple(f"class {i}" for i in range(model.classes))
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    shown = [f"{name} ({i})" if name in twice else name for i, name in enumerate(names)]
+    return [*zip(shown, range(model.classes), strict=True), ("no label", NO_LABEL)]
+
+
+def choose_classes(model: Model, several: bool = True) -> Any:
+    """The dropdown of the classes."""
+    info = "Type to search; several at once." if several else "Type to search."
+    return gr.Dropdown(
+        list_classes(model), value=_choose_first(model, several), multiselect=several, filterable=True,
+        label="Classes" if several else "Class", info=info,
+    )  # fmt: skip
+
+
+def update_classes(model: Model, several: bool = True) -> Any:
+    """The dropdown for another model."""
+    return gr.update(choices=list_classes(model), value=_choose_first(model, several))
+
+
+def _choose_first(model: Model, several: bool) -> Any:
+    return list(range(min(_CHOSEN, model.classes))) if several else 0
+
+
+def read_label(value: int | None) -> int | None:
+    """The class that a dropdown holds, None for no label."""
+    return None if value is None or value == NO_LABEL else int(value)
+
+
+def read_labels(values: Sequence[int], each: float) -> tuple[int | None, ...]:
+    """The classes of all pictures: each chosen class so many times. UserError for none and for too many."""
+    labels = tuple(read_label(value) for value in values or () for _ in range(int(each)))
+    return Request(labels, SampleConfig()).labels
+
+
+def choose_each() -> Any:
+    """How many pictures a class gets."""
+    return gr.Slider(1, 8, value=1, step=1, label="Pictures of each class", info=f"Up to {MOST_PICTURES} in all.")
+
+
+def choose_seed() -> Any:
+    """The field of the seed."""
+    info = "The same seed gives the same pictures."
+    return gr.Number(value=0, precision=0, minimum=0, label="Seed", info=info)
+
+
+def draw_seed() -> int:
+    """A seed at random."""
+    return random.SystemRandom().randrange(_LARGEST_SEED)
+
+
+def read_seed(value: float | None) -> int:
+    """The seed in the field; UserError when it is empty."""
+    if value is None:
+        raise UserError("give a seed: a whole number, 0 or more")
+    return int(value)
+
+
+class Settings:
+    """The fields of the sampling settings."""
+
+    def __init__(self, model: Model, open_at_start: bool = False):
+        default = SampleConfig()
+        with gr.Accordion("Settings", open=open_at_start):
+            cfg = gr.Slider(
+                0, 10, value=default.cfg, step=0.1, label="Guidance",
+                info="How strongly the class is followed; 0 halves the work.",
+            )  # fmt: skip
+            top_k = self._choose_top_k(model)
+            top_p = gr.Slider(
+                0, 1, value=default.top_p, step=0.01, label="Top p",
+                info="Keep the likeliest tokens that together have this probability; 0 keeps all.",
+            )  # fmt: skip
+            temperature = gr.Slider(
+                0.1, 2, value=default.temperature, step=0.05, label="Temperature",
+                info="Above 1 more varied, below 1 more alike.",
+            )  # fmt: skip
+            smooth = gr.Checkbox(
+                value=default.smooth, label="Smooth", info="Mix codes instead of taking one for each position."
+            )
+        self.components = [cfg, top_k, top_p, temperature, smooth]
+        self._top_k = top_k
+
+    @staticmethod
+    def _choose_top_k(model: Model) -> Any:
+        codes = model.config.tokenizer.vocab_size
+        return gr.Slider(
+            0, codes, value=min(900, codes), step=1, label="Top k",
+            info=f"Keep so many of the {codes:,} tokens, the likeliest ones; 0 keeps all.",
+        )  # fmt: skip
+
+    @property
+    def changing(self) -> list[Any]:
+        """The components that `refresh` sets."""
+        return [self._top_k]
+
+    @staticmethod
+    def refresh(model: Model) -> list[Any]:
+        """Their values for another model."""
+        codes = model.config.tokenizer.vocab_size
+        info = f"Keep so many of the {codes:,} tokens, the likeliest ones; 0 keeps all."
+        return [gr.update(maximum=codes, value=min(900, codes), info=info)]
+
+    @staticmethod
+    def read(values: Sequence[Any], seed: float | None) -> SampleConfig:
+        """The settings in the fields. UserError for values outside their ranges."""
+        cfg, top_k, top_p, temperature, smooth = values
+        return SampleConfig(
+            cfg=float(cfg), top_k=int(top_k), top_p=float(top_p), temperature=float(temperature), smooth=bool(smooth),
+            seed=read_seed(seed),
+        )  # fmt: skip
+
+
+def show_gallery(label: str, name: str) -> Any:
+    """A gallery of generated pictures. PNG keeps every pixel as it is."""
+    return gr.Gallery(
+        label=label, format="png", columns=2, fit_columns=False, object_fit="contain", height="auto",
+        interactive=False, buttons=["download", "fullscreen"], elem_classes="pixels", elem_id=name,
+    )  # fmt: skip
+
+
+def fill_gallery(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Any:
+    """A gallery with these pictures, few of them larger."""
+    return gr.update(value=list(zip(pictures, captions, strict=True)), columns=2 if len(pictures) <= _FEW else 4)

@@ -1,0 +1,130 @@
+"""The tab Generate: pictures of classes, growing scale by scale."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from nextscale.demo.growth import Growth, Request, grow
+from nextscale.demo.models import Model
+from nextscale.demo.recipe import write_command, write_python
+from nextscale.demo.tabs.controls import (
+    Refresh,
+    Settings,
+    Shared,
+    choose_classes,
+    choose_each,
+    choose_seed,
+    draw_seed,
+    fill_gallery,
+    read_labels,
+    show_gallery,
+    tell_errors,
+    update_classes,
+)
+
+_SURPRISES = 4
+"""Classes that "Surprise me" chooses."""
+
+
+def build(shared: Shared) -> tuple[list[Any], Refresh]:
+    """Lay out the tab; its components that depend on the model, and their values for another one."""
+    count = len(shared.model.config.pyramid)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            classes = choose_classes(shared.model)
+            each = choose_each()
+            with gr.Row():
+                seed = choose_seed()
+                keep = gr.Checkbox(label="Keep this seed", info="Otherwise each click draws a new one.")
+            settings = Settings(shared.model)
+            start = gr.Button("Generate", variant="primary", elem_id="generate")
+            with gr.Row():
+                surprise = gr.Button("Surprise me", min_width=120)
+                stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
+        with gr.Column(scale=2, min_width=300):
+            gallery = show_gallery("Pictures", "pictures")
+            scale = gr.Slider(
+                1, count, value=count, step=1, label="Scale", elem_id="scale",
+                info="The pictures after so many scales, from coarse to fine.",
+            )  # fmt: skip
+            status = gr.Markdown("Choose classes, then Generate.", elem_id="status")
+            download = gr.DownloadButton("Download the pictures (PNG)", interactive=False)
+            with gr.Accordion("The same pictures without this page", open=False):
+                command = gr.Code(label="Command line", language="shell", interactive=False, wrap_lines=True, lines=1)
+                python = gr.Code(label="Python", language="python", interactive=False, wrap_lines=True, lines=1)
+    outputs = [seed, gallery, scale, status, shared.generated, shared.selected, download, command, python]
+
+    def generate(
+        source: str, classes: list[int], each: float, seed: float, keep: bool, *settings: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        model = shared.models.load(source)
+        request = Request(read_labels(classes, each), Settings.read(settings, seed if keep else draw_seed()))
+        yield from _show_growth(shared, model, request)
+
+    def choose_surprise(source: str) -> list[int]:
+        numbers = range(shared.models.load(source).classes)
+        return sorted(random.SystemRandom().sample(numbers, min(_SURPRISES, len(numbers))))
+
+    asked = [shared.source, classes, each, seed, keep, *settings.components]
+    running = [start.click(tell_errors(generate), asked, outputs, concurrency_id="model", api_visibility="private")]
+    chosen = surprise.click(tell_errors(choose_surprise), [shared.source], [classes], api_visibility="private")
+    running.append(
+        chosen.success(tell_errors(generate), asked, outputs, concurrency_id="model", api_visibility="private")
+    )
+    stop.click(_describe_stop, [shared.generated], [status], cancels=running, queue=False, api_visibility="private")
+    scale.input(
+        _show_scale, [shared.generated, scale], [gallery], queue=False, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
+    gallery.select(_select, None, [shared.selected], queue=False, api_visibility="private")
+
+    def refresh(model: Model) -> list[Any]:
+        scales = len(model.config.pyramid)
+        return [update_classes(model), gr.update(maximum=scales, value=scales), *Settings.refresh(model)]
+
+    return [classes, scale, *settings.changing], refresh
+
+
+def _show_growth(shared: Shared, model: Model, request: Request) -> Iterator[tuple[Any, ...]]:
+    """The values of the outputs after each scale."""
+    command, python = write_command(model, request), write_python(model, request)
+    last = len(model.config.pyramid)
+    for growth in shared.models.iterate(grow(model, request)):
+        at, file = len(growth.scales), gr.update(interactive=False)
+        if growth.done:
+            path = Path(tempfile.mkdtemp(dir=shared.models.folder)) / "grid.png"
+            file = gr.update(value=str(growth.write(path)), interactive=True)
+        yield (
+            request.settings.seed,
+            fill_gallery(growth.pictures, growth.captions),
+            gr.update(value=at, maximum=last),
+            growth.describe(),
+            growth,
+            0,
+            file,
+            command,
+            python,
+        )
+
+
+def _show_scale(growth: Growth | None, scale: float) -> Any:
+    """The pictures after so many scales; the last that is done where the scale is not."""
+    if growth is None:
+        return gr.skip()
+    return fill_gallery(growth.scales[min(int(scale), len(growth.scales)) - 1], growth.captions)
+
+
+def _describe_stop(growth: Growth | None) -> Any:
+    if growth is None or growth.done:
+        return "Stopped."
+    return f"Stopped after {growth.describe().removesuffix('...')}"
+
+
+def _select(event: gr.SelectData) -> int:
+    return int(event.index)
