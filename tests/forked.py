@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.process_worker import find_port
-
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.process_worker", "torch._dynamo"])  # DDP and FSDP2 import the latter
+_CONTEXT.set_forkserver_preload(
+    # DDP and FSDP2 import torch._dynamo; the rest is what training and its pictures import late
+    ["tests.process_worker", "torch._dynamo", "nextscale.cli.training", "nextscale.training.report", "tyro",
+     "nextscale.transformer.attention", "nextscale.transformer.mamba", "matplotlib.backends.backend_agg",
+     "matplotlib.figure"]
+)  # fmt: skip
 
 
 @dataclass
@@ -72,6 +76,13 @@ def start_all(count: int, function: Callable[..., int | None], *arguments: Any, 
               **common, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(count)
     ]  # fmt: skip
+
+
+def find_port() -> int:
+    """A free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _run(function: Callable[..., int | None], arguments: tuple, out: Path, err: Path, environment: dict) -> None:

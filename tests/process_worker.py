@@ -19,7 +19,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -37,6 +36,7 @@ from nextscale.common.errors import UserError
 from nextscale.data.cache import CacheWriter
 from nextscale.evaluation.images import ModelImages
 from nextscale.training.engine.distributed import DistributedModel
+from tests.forked import find_port
 
 PATIENCE = 60
 """Seconds in which all processes must end after a mishap."""
@@ -123,13 +123,6 @@ def by_pairs(plan: Path) -> None:
         status = fork_all(2, lambda entry=entry: run_command(entry), drafts)
         said.append({"status": status, "text": [d.read_text() for d in drafts], "seconds": time.monotonic() - began})
     Path(f"{plan}.said").write_text(json.dumps(said))
-
-
-def find_port() -> int:
-    """A free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def fork_all(size: int, work: Callable[[], int], drafts: list[Path]) -> list[int]:

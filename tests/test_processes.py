@@ -172,14 +172,12 @@ def check_equal(place: Path, whole: str, parts: str) -> None:
 def test_two_nodes(mishap, road, place):
     """Two torchruns of one process each, as on two machines, train what two processes of one torchrun train; and when
     the second one's process is killed, the first one says so."""
-    from tests.process_worker import find_port
-
     name = "dense-full-bf16"
     out = f"nodes{mishap.replace(' ', '-')}"
     entry = {"command": list_road()[name].replace(f"--out {name}", f"--out {out}")}
     (plan := place / f"{out}.plan").write_text(json.dumps([entry | ({"mishap": mishap} if mishap else {})]))
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    common = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={find_port()}"]
+    common = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={forked.find_port()}"]
     nodes = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *common, f"--node-rank={rank}", "-m",
