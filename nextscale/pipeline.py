@@ -6,7 +6,6 @@ pipeline.sample([3, 7], cfg=1.5, seed=0).save("grid.png")
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,14 +22,13 @@ from nextscale.common.precision import LOW, choose_sampling_dtype, narrow
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import Capture, SampleConfig, parse_count, parse_sampling
+from nextscale.images import Images
 from nextscale.sampling import build_sampler
 from nextscale.sampling.sampler import LogitsProcessor, Sampler, ScaleStep, sample_images, sample_scales
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from nextscale.backends.twins import Backend
     from nextscale.config.initialization import InitConfig
     from nextscale.data.arrays import ImageInput, ImagesInput
@@ -38,29 +36,6 @@ if TYPE_CHECKING:
     from nextscale.sampling.editing import Edit
 
 Labels = Tensor | Sequence["int | str | None"] | int | str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """What the pipeline returns: images and the tokens they were decoded from."""
-
-    tokens: Tensor
-    """int64 (B, L), all scales, coarse to fine."""
-    tensor: Tensor
-    """float32 (B, 3, H, W) in [0, 1]."""
-    captions: tuple[str, ...]
-
-    def pil(self) -> list[Image]:
-        """The images as 8-bit RGB PIL images."""
-        from nextscale.common.pictures import to_pil
-
-        return to_pil(self.tensor)
-
-    def save(self, path: str | Path) -> None:
-        """Write all images as one captioned grid."""
-        from nextscale.common.pictures import save_grid
-
-        save_grid(self.tensor, self.captions, Path(path))
 
 
 class Pipeline:
@@ -254,13 +229,15 @@ class Pipeline:
 
     def sample(
         self, labels: Labels, config: SampleConfig | None = None, *, batch_size: int = 16, first_image: int = 0,
-        progress: bool = False, logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
+        growth: bool = False, progress: bool = False, logits_processors: Sequence[LogitsProcessor] = (),
+        **overrides: Any,
     ) -> Images:  # fmt: skip
         """Generate one image per label.
 
         `labels`: class indices, class names, or None for no label. Settings come from `config` (default: the pipeline's
         `sampling`) and keywords, its fields. Image i uses random stream (seed, first_image + i), so it does not depend
         on `batch_size`, to the last bit on a CPU with the default backend; official seeding makes one batch of all.
+        `growth`: also decode what each scale leaves (`Images.growth`, `Images.animate`).
 
         cfg, temperature, top_k and top_p also take a list or a function of the scale. `logits_processors`: your own
         functions (logits_BNV, k) -> logits_BNV, applied after guidance and before temperature, top-k and top-p.
@@ -272,9 +249,11 @@ class Pipeline:
         batches = []
         for i in tqdm(range(0, len(values), size), desc="sampling", unit="batch", disable=not progress):
             sampler = self._build_sampler(values[i : i + size], settings, first_image + i, logits_processors)
-            batches.append(sample_images(sampler))
+            batches.append(sample_images(sampler, growth=growth))
         tokens, images = torch.cat([b.tokens_BL for b in batches]), torch.cat([b.images_B3HW for b in batches])
-        return Images(tokens.cpu(), images.cpu(), tuple(map(self.caption, self.label_indices(labels))))
+        captions = tuple(map(self.caption, self.label_indices(labels)))
+        grown = tuple(torch.cat(parts).cpu() for parts in zip(*(b.growth for b in batches), strict=True))
+        return Images(tokens.cpu(), images.cpu(), captions, growth=grown)
 
     def sample_scales(
         self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, *,

@@ -18,6 +18,9 @@ Overwrite = Annotated[
     arg(help="Replace what is in the place of an output, if it is of the same kind but not from the same command."),
 ]
 """The option of commands that write at once. Commands that resume have none."""
+Show = Annotated[
+    bool, arg(help="Show the result in the terminal: as a picture where it can (kitty, iTerm2, Sixel), else in blocks.")
+]
 Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
 """Option (--data, MODEL): a path, several, or none."""
 
@@ -60,3 +63,8 @@ def check_files(command: Any) -> AbstractContextManager[None]:
         check_extras(given.list_needs())
     check_outputs(outputs, inputs, overwrite=getattr(command, "overwrite", False))
     return remove_empty_folders(outputs)
+
+
+def list_terminal_needs(show: bool) -> dict[str, str]:
+    """The optional package of --show, where that is asked for."""
+    return {"textual_image": "--show"} if show else {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.cli.files import Overwrite, Paths, Show, list_inputs, list_terminal_needs
 from nextscale.cli.profiles import ProfileName
 from nextscale.common.dtypes import Dtype, SamplingDtype
 from nextscale.common.errors import UserError
@@ -19,7 +19,8 @@ from nextscale.config.sampling import Capture, SampleConfig
 
 if TYPE_CHECKING:
     from nextscale.common.outputs import Input, Output
-    from nextscale.pipeline import Images, Pipeline
+    from nextscale.images import Images
+    from nextscale.pipeline import Pipeline
 
 
 Backend = Literal["auto", "plain"]
@@ -34,7 +35,8 @@ class Sample:
     labels: str
     """Classes, separated by commas: names or numbers, or 'none' for no label. One image for each."""
     out: Path
-    """The grid. The suffix chooses the format: .png, .jpg, .webp, ...; without one it is a PNG."""
+    """The grid. The suffix chooses the format: .png, .jpg, .tif, ...; without one it is a PNG. .webp and .gif are
+    animations that show what each scale adds."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings (cfg, top_k, top_p, temperature, seed, ...); options on the command line
@@ -62,6 +64,7 @@ class Sample:
     capture: Capture = "auto"
     """Run the steps as captured CUDA graphs, so that small batches do not wait for kernel launches. auto: on a GPU for
     up to 32 sequences (two an image with guidance), from the second batch of a size on."""
+    show: Show = False
     overwrite: Overwrite = False
 
     def check(self) -> None:
@@ -71,16 +74,22 @@ class Sample:
         }
         check_fields("", self, rules)
 
+    def list_needs(self) -> dict[str, str]:
+        return list_terminal_needs(self.show)
+
     def list_files(self) -> tuple[list[Output], list[Input]]:
         models = {"MODEL": self.model, "--refiner": self.settings.refiner}
         inputs = list_inputs(models=models, files={"--config": self.config})
         return _list_outputs(self.out, self.tokens_out, self.images_out), inputs
 
     def run(self) -> None:
+        from nextscale.common.animation import is_animated
+
         pipeline = _load_pipeline(self, capture=self.capture)
         pipeline.tokenizer.decode_batch = self.decode_batch
         labels = pipeline.config.parse_classes(self.labels, "--labels")
-        images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, progress=len(labels) > 1)
+        growth, progress = is_animated(self.out), len(labels) > 1
+        images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, growth=growth, progress=progress)
         _write_outputs(self, pipeline, images, self.images_out)
         print(f"wrote {len(labels)} images to {self.out}")
 
@@ -98,7 +107,8 @@ class Reconstruct:
     """Image files; a folder, a parquet file or a tar archive gives all its images, with or without
     labels."""
     out: Path
-    """The reconstructions as one grid. The suffix chooses the format, as for `nextscale sample`."""
+    """The reconstructions as one grid. The suffix chooses the format: .png, .jpg, .webp, ...; without one it is a
+    PNG."""
     reading: Annotated[ReadConfig, arg(name="images")] = field(default_factory=ReadConfig)
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
@@ -110,7 +120,11 @@ class Reconstruct:
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
+    show: Show = False
     overwrite: Overwrite = False
+
+    def list_needs(self) -> dict[str, str]:
+        return list_terminal_needs(self.show)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         inputs = list_inputs(models={"MODEL": self.model}, images={"IMAGES": self.images})
@@ -138,7 +152,7 @@ class Edit:
     mask: Path
     """Image of the same size: white stays, black is generated anew."""
     out: Path
-    """The edited image. The suffix chooses the format, as for `nextscale sample`."""
+    """The edited image. The suffix chooses the format: .png, .jpg, .webp, ...; without one it is a PNG."""
     label: str = "none"
     """Class to generate, name or number; 'none' continues the image."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
@@ -154,7 +168,11 @@ class Edit:
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"
     """auto: the fast modules of the device. plain: plain PyTorch."""
+    show: Show = False
     overwrite: Overwrite = False
+
+    def list_needs(self) -> dict[str, str]:
+        return list_terminal_needs(self.show)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         models = {"MODEL": self.model, "--refiner": self.settings.refiner}
@@ -248,10 +266,11 @@ def _write_outputs(
     from safetensors.torch import save_file
 
     from nextscale.common.files import write_atomically
-    from nextscale.common.pictures import tile_images, write_image
+    from nextscale.common.pictures import write_image
     from nextscale.common.precision import find_sampled, get_name
 
-    pictures, name, as_grid = images.pil(), f"nextscale {type(command).__name__.lower()}", not isinstance(command, Edit)
+    pictures, name = images.pil(), f"nextscale {type(command).__name__.lower()}"
+    picture = pictures[0] if isinstance(command, Edit) else images.grid()
     names = [
         f"{i:05d}_{''.join(c if c.isalnum() else '_' for c in caption)}.png"
         for i, caption in enumerate(images.captions)
@@ -259,12 +278,19 @@ def _write_outputs(
     singles = [images_out / name for name in names] if images_out else []
     tables = [command.tokens_out] if command.tokens_out else []
     with write_atomically(command.out, *tables, *singles) as (sheet, *drafts):
-        write_image(tile_images(pictures, images.captions) if as_grid else pictures[0], sheet, name)
+        if images.growth:
+            images.animate().write(sheet, name)
+        else:
+            write_image(picture, sheet, name)
         if tables:
             computed = find_sampled(pipeline.dtype, pipeline.device, fast=command.backend != "plain")
             types = {"dtype": get_name(pipeline.dtype), "computed_in": get_name(computed)}
             about = {"types": json.dumps(types)}  # safetensors writes several entries in any order
             tensors = {"tokens": images.tokens.contiguous(), "images": images.tensor.contiguous()}
             save_file(tensors, drafts.pop(0), about)
-        for picture, draft in zip(pictures, drafts, strict=False):
-            write_image(picture, draft, name)
+        for single, draft in zip(pictures, drafts, strict=False):
+            write_image(single, draft, name)
+    if command.show:
+        from nextscale.common.terminal import show
+
+        show(picture)

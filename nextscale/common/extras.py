@@ -20,10 +20,11 @@ _INSTALL = {
     "pyarrow": "'nextscale[data]'",
     "transformers": "'nextscale[features]'",
     "tensorboard": "'nextscale[track]'",
+    "textual_image": "'nextscale[terminal]'",
     "wandb": "wandb",
 }
 """What pip installs, by the package that is imported."""
-_PROJECTS = {"sklearn": "scikit-learn"}
+_PROJECTS = {"sklearn": "scikit-learn", "textual_image": "textual-image"}
 """Names of projects that differ from the name of their package."""
 _FOLDERS_SEARCHED = 20
 """Sub-folders in which tables are looked for before a data set is opened; a folder of many classes has none."""

@@ -115,16 +115,24 @@ class SampledImages:
     """int64, all scales, coarse to fine."""
     images_B3HW: Tensor
     """float32 in [0, 1]."""
+    growth: tuple[Tensor, ...]
+    """The images after each scale, coarse to fine, if asked for; the last are `images_B3HW`."""
 
 
 @torch.no_grad()
-def sample_images(sampler: Sampler) -> SampledImages:
-    """Sample a batch of images: `sample_scales` run to its end. UserError when the logits are not finite."""
-    tokens, canvas = [], sampler.tokenizer.new_canvas(sampler.batch)
+def sample_images(sampler: Sampler, *, growth: bool = False) -> SampledImages:
+    """Sample a batch of images: `sample_scales` run to its end. UserError when the logits are not finite.
+
+    `growth`: decode the canvas after each scale, not only after the last one.
+    """
+    tokenizer = sampler.tokenizer
+    tokens, canvases, last = [], [], len(tokenizer.pyramid) - 1
     for step in check_finite(sample_scales(sampler)):
         tokens.append(step.tokens_BN)
-        canvas = step.canvas_BChw
-    return SampledImages(torch.cat(tokens, dim=1), (sampler.tokenizer.decode_canvas(canvas) + 1) / 2)
+        if growth or step.k == last:
+            canvases.append(step.canvas_BChw)
+    images = [(tokenizer.decode_canvas(canvas) + 1) / 2 for canvas in canvases]
+    return SampledImages(torch.cat(tokens, dim=1), images[-1], tuple(images) if growth else ())
 
 
 def check_finite(steps: Iterator[ScaleStep]) -> Iterator[ScaleStep]:
