@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PACKAGE = Path(__file__).parents[2] / "nextscale"
+_PACKAGE = str(Path(__file__).parents[2] / "nextscale")
 _aten = torch.ops.aten
 _BIASED = {_aten.addmm.default, _aten.baddbmm.default}
 _PRODUCTS = _BIASED | {
@@ -118,7 +118,7 @@ def find_caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(str(_PACKAGE)):
+        if code.co_filename.startswith(_PACKAGE):
             name = code.co_qualname.partition(".<locals>")[0]
             return f"{Path(code.co_filename).relative_to(_PACKAGE).as_posix()}:{name}"
         frame = frame.f_back  # type: ignore[assignment]
@@ -130,13 +130,11 @@ def rehearse() -> Iterator[Watch]:
     """A context in which tensors hold no values and device cuda is there."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # only now: FakeTensorMode itself asks whether there is a device
-        stack.enter_context(mock.patch("torch.cuda.is_available", return_value=True))
-        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
-        stack.enter_context(mock.patch("torch.cuda.mem_get_info", return_value=(2**36, 2**36)))
-        stack.enter_context(mock.patch("torch.cuda.empty_cache"))
-        for name in ("_exchange_device", "_maybe_exchange_device"):
-            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=0))
+        # only now: FakeTensorMode itself asks whether there is a device. A Mock would note each of many thousand calls
+        answers = {"is_available": True, "is_bf16_supported": True, "mem_get_info": (2**36, 2**36), "empty_cache": None,
+                   "_exchange_device": 0, "_maybe_exchange_device": 0}  # fmt: skip
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *given, answer=answer: answer))
         # moving a module exchanges such tensors in place, which torch refuses while its own caches refer to them
         stack.enter_context(mock.patch("torch.utils.weakref", SimpleNamespace(getweakrefs=lambda tensor: [])))
         # what holds no values cannot be written
