@@ -134,7 +134,7 @@ def rehearse() -> Iterator[Watch]:
         answers = {"is_available": True, "is_bf16_supported": True, "mem_get_info": (2**36, 2**36), "empty_cache": None,
                    "_exchange_device": 0, "_maybe_exchange_device": 0}  # fmt: skip
         for name, answer in answers.items():
-            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *given, answer=answer: answer))
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *given, answer=answer, **options: answer))
         # moving a module exchanges such tensors in place, which torch refuses while its own caches refer to them
         stack.enter_context(mock.patch("torch.utils.weakref", SimpleNamespace(getweakrefs=lambda tensor: [])))
         # what holds no values cannot be written
