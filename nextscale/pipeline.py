@@ -133,9 +133,9 @@ class Pipeline:
         """Move to a device and compute in `dtype`; the quantiser stays in float32. int8 cannot be turned back."""
         floats = decoder = dtype
         if torch.int8 in (dtype, self._dtype):
-            from nextscale.transformer.int8 import quantise_model
+            from nextscale.backends.cpu.int8_decoder import quantise_generator
 
-            floats, decoder = quantise_model(self.transformer, dtype, torch.device(device))
+            floats, decoder = quantise_generator(self.transformer, self.tokenizer, dtype, torch.device(device))
         self._dtype = dtype
         self.tokenizer.to(device).set_compute_dtype(decoder)
         for model in filter(None, (self._transformer, self._refiner)):

@@ -15,6 +15,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer import autoencoder
 from nextscale.tokenizer.autoencoder import Decoder, Downsample, MapAttention, Upsample
+from nextscale.tokenizer.int8 import Int8Conv2d, Int8Upsample
 from nextscale.tokenizer.quantizer import Phi, Quantizer
 from nextscale.transformer.attention import Attention
 from nextscale.transformer.block import AdaLayerNorm
@@ -77,6 +78,8 @@ CASES = {
     Int8StackedLinear: (
         create_int8_experts, lambda m: torch.cat([m((draw(90, 24) > 0).float(), j) for j in range(4)]),
     ),
+    Int8Conv2d: (lambda: Int8Conv2d(8, 12, 3, padding=1), lambda m: m((draw(2, 8, 11, 6) > 0).float())),
+    Int8Upsample: (lambda: Int8Upsample(8), lambda m: m((draw(2, 8, 5, 6) > 0).float())),
     Float32Linear: (lambda: Float32Linear(24, 40), lambda m: m(draw(3, 50, 24))),
     nn.Conv2d: (lambda: nn.Conv2d(8, 12, 3, padding=1), lambda m: m(draw(2, 8, 70, 66))),
     Downsample: (lambda: Downsample(8), lambda m: m(draw(1, 8, 12, 12))),

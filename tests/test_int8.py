@@ -22,11 +22,12 @@ from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.cli import main
 from nextscale.common.devices import find_device
 from nextscale.common.errors import UserError
+from nextscale.common.int8 import quantise_weight
 from nextscale.common.precision import choose_sampling_dtype
 from nextscale.config.transformer import MVAR_MIXERS, DynamicConfig, ExpertsConfig, MambaConfig
 from nextscale.pipeline import Pipeline
 from nextscale.transformer.feed_forward.experts import StackedLinear
-from nextscale.transformer.int8 import Int8Linear, count_int8_layers, quantise_layers, quantise_rows, quantise_weight
+from nextscale.transformer.int8 import Int8Linear, count_int8_layers, quantise_layers, quantise_rows
 from nextscale.transformer.var import VAR
 from tests.conftest import examples, randomised, tiny_config
 from tests.test_independence import FAMILIES as DRAWN

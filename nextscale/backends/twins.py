@@ -41,6 +41,8 @@ TRAINING_CPU: Twins = {
     "nextscale.common.precision:Float32Linear": f"{_CPU}.linear:CpuFloat32Linear",
     f"{_T}.int8:Int8Linear": f"{_CPU}.int8:CpuInt8Linear",
     f"{_T}.int8:Int8StackedLinear": f"{_CPU}.int8:CpuInt8StackedLinear",
+    "nextscale.tokenizer.int8:Int8Conv2d": f"{_CPU}.int8_decoder:CpuInt8Conv2d",
+    "nextscale.tokenizer.int8:Int8Upsample": f"{_CPU}.int8_decoder:CpuInt8Upsample",
     f"{_T}.block:AdaLayerNorm": f"{_CPU}.attention:CpuAdaLayerNorm",
     f"{_T}.attention:Attention": f"{_CPU}.attention:CpuAttention",
     f"{_T}.scale_attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",

@@ -4,8 +4,8 @@
   that is slow in it (`find_computed`), where products are computed in float32. Training always stores float32.
 - **auto** takes the fastest type that is right for the device and the model: bfloat16 where its products are faster
   than in float32, else float32. float16 is taken only when it is asked for, as its range is small.
-- **int8** (linear layers in 8 bits, `nextscale.transformer.int8`) is taken only where it is asked for or a folder holds
-  it, as it changes images: on a CPU, for inference.
+- **int8** (`nextscale.transformer.int8`, `nextscale.tokenizer.int8`) is taken only where it is asked for or a folder
+  holds it, as it changes images: on a CPU, for inference.
 - **What chooses tokens or experts** (the tokenizer's encoder and quantiser, routers) is computed in full float32,
   whatever autocast and torch's settings for float32 products say: `compute_exactly`. Rounded, it would choose others.
   TF32 alone, which keeps 10 bits, changes about one token in a hundred.

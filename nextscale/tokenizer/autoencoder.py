@@ -137,7 +137,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config = config
+        self.config, self.int8 = config, False  # True: `nextscale.tokenizer.int8` has quantised it
         widths = [config.base_channels * m for m in config.channel_multipliers]
         before = widths[-1]
         self.conv_in = nn.Conv2d(config.code_width, before, 3, padding=1)

@@ -24,14 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.errors import UserError
+from nextscale.common.int8 import LEVELS, NO_GRADIENTS, quantise_weight
 from nextscale.common.precision import choose_sampling_dtype, get_name
 
 if TYPE_CHECKING:
     from nextscale.transformer.var import VAR
-
-LEVELS = 255
-"""The largest integer of an input; the smallest is 0."""
-NO_GRADIENTS = "linear layers in int8 give no gradients and cannot be trained; train the model that they were made from"
 
 _T = "nextscale.transformer"
 LAYERS: dict[str, tuple[str, ...]] = {
@@ -58,15 +55,6 @@ class QuantisedRows:
     """float32, 0 or more; NaN for a row that is not finite."""
     low_R: Tensor
     """float32."""
-
-
-def quantise_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """(q, scale): int8 in -127 to 127 of the weight's shape and float32 without its last dimension, weight = scale q to
-    within half a scale."""
-    weight = weight_OI.detach().float()
-    scale = weight.abs().amax(dim=-1) / 127
-    q = (weight / torch.where(scale == 0, 1, scale).unsqueeze(-1)).round()
-    return q.to(torch.int8), scale
 
 
 def quantise_rows(x_RI: Tensor, levels: int = LEVELS) -> QuantisedRows:

@@ -117,7 +117,7 @@ class CpuDecoder(Decoder):
         if torch.is_grad_enabled() or features_BChw.device.type != "cpu":
             return super().forward(features_BChw)
         height, width = (side * self.config.downsampling for side in features_BChw.shape[-2:])
-        images = max(_DECODED_VALUES // (height * width * self.config.base_channels), 1)
+        images = 1 if self.int8 else max(_DECODED_VALUES // (height * width * self.config.base_channels), 1)
         return torch.cat([super(CpuDecoder, self).forward(part) for part in features_BChw.split(images)])
 
 

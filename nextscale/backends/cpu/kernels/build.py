@@ -68,6 +68,7 @@ ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "quantise": [_POINTER] * 4 + [_NUMBER] * 2 + [_FLAG] * 2,
         "finish": [_POINTER] * 6 + [_NUMBER] * 2 + [_FLAG] * 2,
         "finish_and_quantise": [_POINTER] * 8 + [_NUMBER] * 2 + [_FLAG] * 2,
+        "quantise_map": [_POINTER] * 2 + [_NUMBER] + [_REAL] * 2 + [_FLAG] * 2,
     },
 }
 """Of each source file the functions and the types of their arguments."""

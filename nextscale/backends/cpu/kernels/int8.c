@@ -6,7 +6,10 @@
    finish: from sums of integers to the layer's output, with tanh-GELU if so asked; finish_and_quantise: on to the bytes
    that the next layer takes, a row while it is in the first cache.
 
-   A row does not depend on the rows beside it. */
+   A row does not depend on the rows beside it.
+
+   quantise_map: the map of one image, in float32 or bfloat16, as bytes with one scale and one zero (the decoder's
+   convolutions, nextscale/tokenizer/int8.py). */
 
 #include "products.h"
 
@@ -123,4 +126,44 @@ void finish_and_quantise(
                        .new_scales = new_scales, .new_lows = new_lows, .count = count, .width = width,
                        .levels = levels, .gelu = 1};
     GOMP_parallel(finish_share, &all, threads, 0);
+}
+
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+struct map {
+    const void *x;
+    uint8_t *bytes;
+    long count;
+    float by, zero;
+    int bfloat16;
+};
+
+/* Values of x as bytes: round(x by) + zero, from 0 to 255. */
+static inline void quantise_values(const struct map *map, long from, uint8_t *to)
+{
+    vec value;
+    if (map->bfloat16)
+        value = (vec)(__builtin_convertvector(*(const shorts *)((const uint16_t *)map->x + from), ints) << 16);
+    else
+        value = *(const vec *)((const float *)map->x + from);
+    const vec least = {0}, most = least + 255.0f;
+    value = value * map->by + 12582912.0f - 12582912.0f + map->zero;
+    value = choose(value < least, least, value);
+    value = choose(value > most, most, value);
+    const bytes u = __builtin_convertvector(__builtin_convertvector(value, ints), bytes);
+    memcpy(to + from, &u, LANES);
+}
+
+static void quantise_map_share(void *arguments)
+{
+    const struct map *map = arguments;
+    long stop;
+    for (long i = share(map->count / LANES, &stop); i < stop; i++) quantise_values(map, i * LANES, map->bytes);
+}
+
+/* `count` values, a multiple of LANES, of type 0 (float32) or 1 (bfloat16) as bytes: x = (u - zero) / by. */
+void quantise_map(const void *x, uint8_t *bytes, long count, float by, float zero, int type, int threads)
+{
+    struct map map = {.x = x, .bytes = bytes, .count = count, .by = by, .zero = zero, .bfloat16 = type == 1};
+    GOMP_parallel(quantise_map_share, &map, threads, 0);
 }

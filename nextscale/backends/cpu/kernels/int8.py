@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.backends.cpu.kernels import build
+from nextscale.tokenizer.int8 import QuantisedMap, find_range, quantise_map
 from nextscale.transformer.int8 import QuantisedRows, quantise_rows
 
 
@@ -62,6 +63,22 @@ def finish_and_quantise(
         *build.get_pointers(new.u_RI, new.scale_R, new.low_R), *sums_RO.shape, levels, torch.get_num_threads(),
     )  # fmt: skip
     return new
+
+
+def quantise_image(x_1Ihw: Tensor) -> QuantisedMap:
+    """`quantise_map`, of a map in float32 or bfloat16."""
+    kernels = load_int8_kernels()
+    known = x_1Ihw.dtype in (torch.float32, torch.bfloat16)
+    if kernels is None or not known or x_1Ihw.numel() % build.LANES:
+        return quantise_map(x_1Ihw)
+    x_1hwI = x_1Ihw.permute(0, 2, 3, 1).contiguous()
+    scale, zero = find_range(x_1hwI)
+    u_1hwI = torch.empty_like(x_1hwI, dtype=torch.uint8)
+    kernels.quantise_map(
+        *build.get_pointers(x_1hwI, u_1hwI), x_1hwI.numel(), 1 / scale, zero, build.TYPES[x_1hwI.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return QuantisedMap(u_1hwI.permute(0, 3, 1, 2), scale, zero)
 
 
 def _create_rows(x_RI: Tensor) -> QuantisedRows:
