@@ -20,13 +20,18 @@ _FONTS = ("system-ui", "sans-serif")
 _FIXED_FONTS = ("ui-monospace", "Consolas", "monospace")
 _CSS = """
 .pixels img, .table img { image-rendering: pixelated; }
-.pixels .grid-wrap { max-height: none; }
+.pixels .grid-wrap { min-height: 0 !important; max-height: none !important; }
+.pixels .grid-container {
+  grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)) !important; grid-template-rows: none !important;
+}
+.pixels .thumbnail-item { max-width: 300px; }
 .table { overflow-x: auto; }
 .table table { border-collapse: collapse; width: auto; margin: 0; }
-.table caption { text-align: left; font-weight: 600; padding: 0.4em 0; }
+.table th, .table td { border: 1px solid var(--border-color-primary) !important; }
 .table th, .table td { padding: 0.25em 0.6em; text-align: center; white-space: nowrap; font-weight: normal; }
 .table th[scope=row] { text-align: left; font-weight: 600; }
 .table img { width: 72px; height: auto; margin: 0 auto; display: block; }
+.title { font-weight: 600; padding: 0.4em 0; }
 .legend .bar { display: inline-block; width: 8em; height: 0.8em; vertical-align: middle; border-radius: 2px; }
 """
 
@@ -35,11 +40,17 @@ def build_page(models: Models) -> Any:
     """The page as gradio's Blocks. The first model is loaded. UserError when it cannot be."""
     import gradio as gr
 
-    from nextscale.demo.tabs import generate
+    from nextscale.demo.tabs import compare, compute, edit, generate, inside
     from nextscale.demo.tabs.controls import Shared, tell_errors
 
     model = models.load(models.sources[0])
-    tabs = {"Generate": generate.build}
+    tabs = {
+        "Generate": generate.build,
+        "Edit": edit.build,
+        "Compute": compute.build,
+        "Inside": inside.build,
+        "Compare": compare.build,
+    }
     with gr.Blocks(title="nextscale", analytics_enabled=False) as page:
         gr.Markdown("# nextscale")
         source = gr.Dropdown(models.sources, value=model.source, label="Model", visible=len(models.sources) > 1)

@@ -21,8 +21,6 @@ NO_LABEL = -1
 """What stands for no label among the numbers of the classes."""
 _LARGEST_SEED = 2**31 - 1
 _ERROR_SECONDS = 20
-_FEW = 2
-"""Pictures that a gallery shows large."""
 _CHOSEN = 4
 """Classes that are chosen at the start."""
 Refresh = Callable[[Model], list[Any]]
@@ -187,11 +185,11 @@ class Settings:
 def show_gallery(label: str, name: str) -> Any:
     """A gallery of generated pictures. PNG keeps every pixel as it is."""
     return gr.Gallery(
-        label=label, format="png", columns=2, fit_columns=False, object_fit="contain", height="auto",
+        label=label, format="png", object_fit="contain", height="auto",
         interactive=False, buttons=["download", "fullscreen"], elem_classes="pixels", elem_id=name,
     )  # fmt: skip
 
 
-def fill_gallery(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Any:
-    """A gallery with these pictures, few of them larger."""
-    return gr.update(value=list(zip(pictures, captions, strict=True)), columns=2 if len(pictures) <= _FEW else 4)
+def fill_gallery(pictures: Sequence[Image.Image], captions: Sequence[str]) -> list[tuple[Image.Image, str]]:
+    """What a gallery shows."""
+    return list(zip(pictures, captions, strict=True))

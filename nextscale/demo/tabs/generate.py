@@ -34,7 +34,6 @@ _SURPRISES = 4
 
 def build(shared: Shared) -> tuple[list[Any], Refresh]:
     """Lay out the tab; its components that depend on the model, and their values for another one."""
-    count = len(shared.model.config.pyramid)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             classes = choose_classes(shared.model)
@@ -48,17 +47,8 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
                 surprise = gr.Button("Surprise me", min_width=120)
                 stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
         with gr.Column(scale=2, min_width=300):
-            gallery = show_gallery("Pictures", "pictures")
-            scale = gr.Slider(
-                1, count, value=count, step=1, label="Scale", elem_id="scale",
-                info="The pictures after so many scales, from coarse to fine.",
-            )  # fmt: skip
-            status = gr.Markdown("Choose classes, then Generate.", elem_id="status")
-            download = gr.DownloadButton("Download the pictures (PNG)", interactive=False)
-            with gr.Accordion("The same pictures without this page", open=False):
-                command = gr.Code(label="Command line", language="shell", interactive=False, wrap_lines=True, lines=1)
-                python = gr.Code(label="Python", language="python", interactive=False, wrap_lines=True, lines=1)
-    outputs = [seed, gallery, scale, status, shared.generated, shared.selected, download, command, python]
+            gallery, scale, status, *again = _lay_out_results(len(shared.model.config.pyramid))
+    outputs = [seed, gallery, scale, status, shared.generated, shared.selected, *again]
 
     def generate(
         source: str, classes: list[int], each: float, seed: float, keep: bool, *settings: Any
@@ -89,6 +79,22 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         return [update_classes(model), gr.update(maximum=scales, value=scales), *Settings.refresh(model)]
 
     return [classes, scale, *settings.changing], refresh
+
+
+def _lay_out_results(scales: int) -> tuple[Any, ...]:
+    """The gallery, the slider, the status, the button of the download, the command line and the Python lines."""
+    gallery = show_gallery("Pictures", "pictures")
+    scale = gr.Slider(
+        1, scales, value=scales, step=1, label="Scale", elem_id="scale",
+        info="The pictures after so many scales, from coarse to fine.",
+    )  # fmt: skip
+    status = gr.Markdown("Choose classes, then Generate.", elem_id="status")
+    download = gr.DownloadButton("Download the pictures (PNG)", interactive=False, elem_id="download")
+    lines: dict[str, Any] = {"interactive": False, "wrap_lines": True, "lines": 1, "show_line_numbers": False}
+    with gr.Accordion("The same pictures without this page", open=False):
+        command = gr.Code(label="Command line", language=None, elem_id="command", **lines)
+        python = gr.Code(label="Python", language="python", elem_id="python", **lines)
+    return gallery, scale, status, download, command, python
 
 
 def _show_growth(shared: Shared, model: Model, request: Request) -> Iterator[tuple[Any, ...]]:

@@ -82,11 +82,7 @@ class AnalyzedModel:
         config: ExpertsConfig = self.model.config.experts
         if config.router == "none":
             raise UserError(f"{self.name} is a dense model: it has no experts; give a mixture of experts")
-        names = [f"E{i + 1}" for i in range(config.count)]
-        counts = {"zero": config.zero, "copy": config.copy, "constant": config.constant}
-        for kind, count in counts.items() if config.zero_computation else ():
-            names += [f"{kind} {i + 1}" if count > 1 else kind for i in range(count)]
-        return names
+        return name_experts(config)
 
 
 def open_models(
@@ -101,6 +97,15 @@ def open_models(
         pipeline = Pipeline.from_pretrained(model, device=config.device)
         held_out = _open_held_out(data, pipeline, name, config)
         yield AnalyzedModel(name, pipeline, held_out, range(min(len(held_out), config.num or len(held_out))), config)
+
+
+def name_experts(config: ExpertsConfig) -> list[str]:
+    """Names of a mixture's experts: those with an FFN first, then the zero-computation ones."""
+    names = [f"E{i + 1}" for i in range(config.count)]
+    counts = {"zero": config.zero, "copy": config.copy, "constant": config.constant}
+    for kind, count in counts.items() if config.zero_computation else ():
+        names += [f"{kind} {i + 1}" if count > 1 else kind for i in range(count)]
+    return names
 
 
 def name_scales(pyramid: Pyramid) -> list[str]:

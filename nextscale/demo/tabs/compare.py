@@ -1,0 +1,95 @@
+"""The tab Compare: two models or two settings side by side, with equal classes and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from nextscale.demo.comparing import Side, compare_sides, draw_sides
+from nextscale.demo.editing import enlarge
+from nextscale.demo.models import Model
+from nextscale.demo.tabs.controls import (
+    Refresh,
+    Settings,
+    Shared,
+    choose_classes,
+    choose_each,
+    choose_seed,
+    fill_gallery,
+    read_labels,
+    read_seed,
+    show_gallery,
+    tell_errors,
+    update_classes,
+)
+
+_HELP = """The same classes and seeds, so that each picture has its counterpart. A folder of another model can be typed
+in."""
+_TYPES = [("that of the page", ""), "float32", "bfloat16", "float16", "int8"]
+
+
+def build(shared: Shared) -> tuple[list[Any], Refresh]:
+    """Lay out the tab; its components that depend on the model, and their values for another one."""
+    gr.Markdown(_HELP)
+    with gr.Row():
+        with gr.Column(min_width=260):
+            classes = choose_classes(shared.model)
+        with gr.Column(min_width=260):
+            each = choose_each()
+            seed = choose_seed()
+    sides = []
+    with gr.Row():
+        for name in "AB":
+            with gr.Column(min_width=300):
+                gr.Markdown(f"### {name}")
+                source = gr.Dropdown(
+                    shared.models.sources, value=shared.model.source, allow_custom_value=True, label=f"Model {name}",
+                    info="One of the list, or a folder.",
+                )  # fmt: skip
+                dtype = gr.Dropdown(_TYPES, value="", label="Type", info="What it computes in.")
+                settings = Settings(shared.model)
+                sides.append([source, dtype, *settings.components])
+    with gr.Row():
+        start = gr.Button("Compare", variant="primary", min_width=140, elem_id="compare-start")
+        stop = gr.Button("Stop", variant="stop", min_width=120)
+    with gr.Row():
+        galleries = [show_gallery(name, f"compare-{name}") for name in "AB"]
+    table = gr.HTML(elem_id="compare-table")
+    slider = gr.ImageSlider(
+        label="A and B: move the line; click a picture of A for another one", format="png", interactive=False,
+        buttons=["fullscreen"], elem_classes="pixels",
+    )  # fmt: skip
+    pairs = gr.State(None)
+    width = len(sides[0])
+
+    def compare(classes: list[int], each: float, seed: float, *values: Any) -> Iterator[tuple[Any, ...]]:
+        labels, number = read_labels(classes, each), read_seed(seed)
+        asked = [values[:width], values[width:]]
+        a, b = (Side(source, dtype, Settings.read(rest, number)) for source, dtype, *rest in asked)
+        for grown in compare_sides(shared.models, a, b, labels):
+            shown = [fill_gallery(g.pictures, g.captions) if g else gr.skip() for g in grown]
+            done = grown[1] is not None and grown[1].done
+            yield (*shown, draw_sides(grown), grown if done else None, _pair(grown, 0) if done else gr.skip())
+
+    outputs = [*galleries, table, pairs, slider]
+    running = start.click(
+        tell_errors(compare), [classes, each, seed, *sides[0], *sides[1]], outputs, concurrency_id="model",
+        api_visibility="private",
+    )  # fmt: skip
+    stop.click(None, None, None, cancels=[running], api_visibility="private")
+    galleries[0].select(_select, [pairs], [slider], queue=False, show_progress="hidden", api_visibility="private")
+
+    def refresh(model: Model) -> list[Any]:
+        return [update_classes(model), gr.update(value=model.source), gr.update(value=model.source)]
+
+    return [classes, sides[0][0], sides[1][0]], refresh
+
+
+def _select(grown: Any, event: gr.SelectData) -> Any:
+    return gr.skip() if grown is None else _pair(grown, int(event.index))
+
+
+def _pair(grown: Any, number: int) -> Any:
+    return tuple(enlarge(growth.pictures[number]) for growth in grown)

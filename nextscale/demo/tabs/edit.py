@@ -1,0 +1,88 @@
+"""The tab Edit: repaint a part of a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from nextscale.common.errors import UserError
+from nextscale.demo.editing import AREAS, DRAWN, build_mask, enlarge, fit_image, repaint
+from nextscale.demo.models import Model
+from nextscale.demo.tabs.controls import (
+    Refresh,
+    Settings,
+    Shared,
+    choose_classes,
+    choose_seed,
+    read_label,
+    tell_errors,
+    update_classes,
+)
+from nextscale.demo.tabs.pictures import PictureChoice
+
+_HELP = """Choose a picture, mark what to repaint, choose a class, then Repaint. The rest stays, up to what the
+tokenizer changes when it encodes and decodes a picture."""
+_BRUSH = "#e6007e"
+"""A colour that few pictures have."""
+
+
+def build(shared: Shared) -> tuple[list[Any], Refresh]:
+    """Lay out the tab; its components that depend on the model, and their values for another one."""
+    gr.Markdown(_HELP)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            choice = PictureChoice(shared, "edit")
+            editor = gr.ImageEditor(
+                label="Picture to draw on", type="pil", sources=(), transforms=(), layers=False, format="png",
+                brush=gr.Brush(default_size=40, colors=[_BRUSH], color_mode="fixed"), eraser=gr.Eraser(default_size=40),
+                elem_id="editor", height=470, placeholder="Upload a picture, or take the generated one.",
+            )  # fmt: skip
+            area = gr.Radio(list(AREAS), value=DRAWN, label="Repaint", info="What the brush covers, or a fixed part.")
+        with gr.Column(min_width=300):
+            label = choose_classes(shared.model, several=False)
+            seed = choose_seed()
+            settings = Settings(shared.model)
+            with gr.Row():
+                start = gr.Button("Repaint", variant="primary", min_width=140, elem_id="repaint")
+                stop = gr.Button("Stop", variant="stop", min_width=120)
+            slider = gr.ImageSlider(
+                label="Before and after: move the line", format="png", interactive=False, buttons=["fullscreen"],
+                elem_classes="pixels", elem_id="edited",
+            )  # fmt: skip
+            status = gr.Markdown(elem_id="edit-status")
+
+    def show(source: str, picture: Image.Image, label: int) -> tuple[Any, ...]:
+        return ({"background": enlarge(picture), "layers": [], "composite": None},)
+
+    def start_edit(
+        source: str, picture: Image.Image | None, drawn: dict[str, Any] | None, area: str, label: int, seed: float,
+        *values: Any,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        if picture is None:
+            raise UserError("choose a picture first: upload one, or take the generated one")
+        model, settings = shared.models.load(source), Settings.read(values, seed)
+        mask = build_mask(model.config.image_size, area, _find_drawing(drawn))
+        fitted, wanted = fit_image(model, picture), read_label(label)
+        edited = shared.models.run(lambda: repaint(model, fitted, mask, wanted, settings))
+        text = f"Repainted {edited.repainted:.0%} of the picture as {model.pipeline.caption(wanted)}, seed {int(seed)}."
+        return (enlarge(edited.before), enlarge(edited.after)), text
+
+    choice.bind(show, label, [], [editor])
+    running = start.click(
+        tell_errors(start_edit), [shared.source, choice.picture, editor, area, label, seed, *settings.components],
+        [slider, status], concurrency_id="model", api_visibility="private",
+    )  # fmt: skip
+    stop.click(None, None, None, cancels=[running], api_visibility="private")
+
+    def refresh(model: Model) -> list[Any]:
+        return [update_classes(model, several=False), *Settings.refresh(model)]
+
+    return [label, *settings.changing], refresh
+
+
+def _find_drawing(drawn: dict[str, Any] | None) -> Image.Image | None:
+    """What was drawn over the picture."""
+    layers = (drawn or {}).get("layers") or []
+    return layers[0] if layers else None
