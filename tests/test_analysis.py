@@ -25,6 +25,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.research.analysis.errors import analyse_errors
 from nextscale.research.analysis.features import analyse_features, project_principal
 from nextscale.research.analysis.load import analyse_load
+from nextscale.research.analysis.pyramid import analyse_pyramid
 from nextscale.research.analysis.routing import analyse_routing
 from nextscale.sampling.draw import invert_cdf
 from nextscale.sampling.filters import filter_top_k_top_p
@@ -291,11 +292,41 @@ def test_errors_do_not_depend_on_the_batch_and_know_no_other_sampling(place, tmp
             analyse_errors([str(place / "dense")], tmp_path, ErrorsConfig(**options), SampleConfig(**bad))
 
 
+def test_pyramid_says_what_is_left_after_each_scale(place, tmp_path):
+    """Against a loop over positions and channels, with the features and canvases of the tokenizer."""
+    paths = sorted((place / "pictures").rglob("*.png"))[:3]
+    report = analyse_pyramid(str(place / "dense"), paths, tmp_path, num=2)
+    assert report == json.loads((tmp_path / "pyramid.json").read_text())
+    assert [image["image"] for image in report["images"]] == [str(path) for path in paths[:2]]
+    pipeline = Pipeline.from_pretrained(place / "dense")
+    for path, image in zip(paths, report["images"], strict=False):
+        pixels = np.asarray(Image.open(path), np.float64)  # as large as the model's images
+        (tokens_L,) = pipeline.encode(str(path)).tolist()
+        assert [t for rows in image["tokens"] for row in rows for t in row] == tokens_L
+        assert [(len(rows), len(rows[0])) for rows in image["tokens"]] == list(pipeline.config.pyramid.sides)
+        shown = pipeline.reconstruct(str(path)).tensor[0].permute(1, 2, 0).numpy() * 255
+        db = -10 * np.log10(np.mean((shown - pixels) ** 2) / 255**2)
+        assert image["psnr_db"][-1] == pytest.approx(db, abs=1e-3)
+        with torch.no_grad():
+            x = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+            features = pipeline.tokenizer.extract_features(x)[0].tolist()
+            canvases = [c[0].tolist() for c in pipeline.tokenizer.build_canvases(torch.tensor([tokens_L]))]
+        for canvas, left in zip(canvases, image["left"], strict=True):
+            squares, rest = 0.0, 0.0
+            for channel, drawn in zip(features, canvas, strict=True):
+                for row, drawn_row in zip(channel, drawn, strict=True):
+                    for value, other in zip(row, drawn_row, strict=True):
+                        squares, rest = squares + value**2, rest + (value - other) ** 2
+            assert left == pytest.approx(rest / squares, rel=1e-4)
+
+
 def test_every_analysis_through_the_command_line(place, tmp_path, capsys):
     cache, few = ["--data", place / "cache"], ["--num", 3]
     models = [place / "stmoe", place / "smoe"]
     run = write_log(tmp_path / "run", {10: 5.0, 20: 4.0})
+    picture = min((place / "pictures").rglob("*.png"))
     commands = {
+        "pyramid": [place / "dense", picture],
         "load": [*models, *cache, *few],
         "routing": [*models, *cache, *few, "--image", 1],
         "features": [place / "dense", *models, *cache, *few, "--points", 5],

@@ -38,6 +38,7 @@ REFUSED = {
     "matplotlib": {
         "quickstart --data photos --out q": QUICKSTART,
         f"analyse load {ANALYSED}": QUICKSTART,
+        "analyse pyramid model photos --out analysis": QUICKSTART,
         f"analyse routing {ANALYSED}": QUICKSTART,
         f"analyse features {ANALYSED}": QUICKSTART,
         "analyse errors model --out analysis": QUICKSTART,

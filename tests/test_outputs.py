@@ -267,6 +267,7 @@ ALLOWED = [
     "tokenizer train tokenizer-cifar10 --data photos --out tokenizer-run",
     "encoder train encoder-cifar10 --data photos --out encoder-run",
     "analyse load model --data cache --out analysis",
+    "analyse pyramid model photo.jpg --out analysis",
     "analyse routing model --data cache --out analysis",
     "train cifar10 --data digits --tokenizer model --out noted",
     "train cifar10 --data digits --tokenizer model --out link",

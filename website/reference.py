@@ -82,7 +82,7 @@ def write_command(name: str, examples: list[str]) -> str:
     for table, prefix in dict.fromkeys((option.table, option.prefix) for option in options):
         if table is not None:
             text = inspect.cleandoc(table.__doc__ or "")
-            head = f"--{prefix}..." if prefix else table.__name__
+            head = f"--{prefix}*" if prefix else table.__name__
             lines += [
                 f"### {head}",
                 "",

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, list_inputs
 from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
+from nextscale.config.data import ReadConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 
@@ -25,6 +26,49 @@ def _describe_folder(out: Path, analysis: str, *figures: str) -> ReportFolder:
     from nextscale.common.outputs import ReportFolder
 
     return ReportFolder("--out", out, f"{analysis}.json", ("analysis",), {"analysis": analysis}, figures)
+
+
+@dataclass
+class AnalysePyramid:
+    """Show how images become tokens: for each scale its tokens, what they add to the canvas, and what is left.
+
+    Tokens whose codes are similar have similar colours. Bright positions of the maps have large values.
+    """
+
+    model: Positional[str]
+    """Checkpoint folder of a tokenizer or a whole model, or a name on the Hugging Face hub."""
+    images: Positional[tuple[Path, ...]]
+    """Image files; a folder, a parquet file or a tar archive gives its images, with or without labels."""
+    out: Path
+    """Folder for pyramid.json and pyramid.png."""
+    num: int = 1
+    """How many of the images are shown, from the first."""
+    reading: Annotated[ReadConfig, arg(name="images")] = field(default_factory=ReadConfig)
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        check_fields("", self, {"num must be 1 or more": self.num >= 1})
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(models={"MODEL": self.model}, images={"IMAGES": self.images})
+        return [_describe_folder(self.out, "pyramid", "pyramid.png")], inputs
+
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
+
+    def run(self) -> None:
+        from nextscale.research.analysis.pyramid import analyse_pyramid
+
+        report = analyse_pyramid(
+            self.model, self.images, self.out, num=self.num, device=self.device, reading=self.reading
+        )
+        for image in report["images"]:
+            steps = zip(report["scales"], image["left"], image["psnr_db"], strict=True)
+            values = "; ".join(f"{scale} {left:.0%}, {db:.1f} dB" for scale, left, db in steps)
+            print(f"{image['image']}: left to encode and PSNR after each scale: {values}")
+        print(f"see {self.out}/pyramid.png, pyramid.json")
 
 
 @dataclass

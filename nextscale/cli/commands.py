@@ -55,6 +55,7 @@ COMMANDS = Commands(
         "tokenizer evaluate": "training:TokenizerEvaluate",
         "evaluate": "measuring:Evaluate",
         "statistics": "measuring:Statistics",
+        "analyse pyramid": "analysis:AnalysePyramid",
         "analyse load": "analysis:AnalyseLoad",
         "analyse routing": "analysis:AnalyseRouting",
         "analyse features": "analysis:AnalyseFeatures",

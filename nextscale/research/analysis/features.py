@@ -140,17 +140,17 @@ def _project_tokens(tokens: list[Tensor], projection: Projection, seed: int) -> 
     return {"projection": projection, "variance_of_axes": shares if projection == "pca" else [], "points": points}
 
 
-def project_principal(x_PD: Tensor) -> tuple[Tensor, list[float]]:
-    """Points on their first two principal axes (P, 2), and the share of the variance along each.
+def project_principal(x_PD: Tensor, axes: int = 2) -> tuple[Tensor, list[float]]:
+    """Points on their first principal axes (P, axes), and the share of the variance along each.
 
     The sign of an axis is chosen so that its largest component is positive; the same data gives the same plot.
     """
     centred_PD = x_PD - x_PD.mean(dim=0)
     values_D, vectors_DD = torch.linalg.eigh(centred_PD.T @ centred_PD)
-    axes_D2 = vectors_DD[:, -2:].flip(1)
-    axes_D2 = axes_D2 * axes_D2.gather(0, axes_D2.abs().argmax(dim=0, keepdim=True)).sign()
-    shares = values_D[-2:].flip(0).clamp_min(0) / values_D.clamp_min(0).sum().clamp_min(1e-300)
-    return centred_PD @ axes_D2, shares.tolist()
+    axes_DA = vectors_DD[:, -axes:].flip(1)
+    axes_DA = axes_DA * axes_DA.gather(0, axes_DA.abs().argmax(dim=0, keepdim=True)).sign()
+    shares = values_D[-axes:].flip(0).clamp_min(0) / values_D.clamp_min(0).sum().clamp_min(1e-300)
+    return centred_PD @ axes_DA, shares.tolist()
 
 
 def _project_tsne(x_PD: Tensor, seed: int) -> Tensor:
