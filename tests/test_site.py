@@ -17,6 +17,13 @@ from tests.test_first_hour import read_help
 from website import reference
 
 ROOT = Path(__file__).parents[1]
+SOUGHT = {
+    "own-images.html": ("train", "own", "classes"),
+    "official.html": ("load", "official", "weights"),
+    "dynamic.html#what-tau-does": ("tau",),
+    "extending.html": ("add", "router"),
+}
+"""Page, or section of a page -> words that somebody searches for who knows VAR and not this project."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -97,3 +104,5 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     assert "reference/commands/sample.html" in titles
     assert titles["reference/settings/sampling.html#sampleconfig"] == "SampleConfig"
     assert titles["reference/python/pipeline.html#nextscale.Pipeline.sample"]
+    for page, words in SOUGHT.items():
+        assert all(word in titles[page].lower() for word in words), "titles weigh most in the search"

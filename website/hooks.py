@@ -47,7 +47,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, (title, intro, names) in PYTHON_PAGES.items():
         pages[f"reference/python/{page}.md"] = write_python(title, intro, names)
     for page, text in pages.items():
-        files.append(File.generated(config, page, content=text))
+        later = "---\nsearch:\n  boost: 0.5\n---\n\n" if page.startswith("reference/") else ""  # guides are found first
+        files.append(File.generated(config, page, content=later + text))
     _fill_navigation(config.nav, sorted(p for p in pages if p.startswith("reference/")))
     return files
 
@@ -59,6 +60,12 @@ def _fill_navigation(nav: Any, pages: list[str]) -> None:
             for name, target in entry.items() if isinstance(entry, dict) else ():
                 if isinstance(target, str) and target.endswith("/*.md"):
                     entry[name] = [page for page in pages if page.startswith(target.removesuffix("*.md"))]
+
+
+def _read_title(source: str, target: str) -> str:
+    """The first heading of the page that a link of a file of the repository points to."""
+    path = (ROOT / source).parent / target.partition("#")[0]
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def _find_examples(text: str) -> dict[str, list[str]]:
@@ -91,7 +98,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def replace_link(match: re.Match[str]) -> str:
         target = relocate(match[2])
-        return f"[{match[1]}]({target})" if target is not None else match[1].strip("!")
+        if target is None:
+            return match[1]
+        named = re.fullmatch(r"[\w/.-]*\.md", match[1])  # on the site a page has a title instead of a file's name
+        return f"[{_read_title(source, match[2]) if named else match[1]}]({target})"
 
     def replace_source(match: re.Match[str]) -> str:
         return f'src="{relocate(match[1])}"'

@@ -117,7 +117,7 @@ def list_configs() -> dict[str, list[type]]:
 
 def write_configs(module: str, kinds: list[type]) -> str:
     """The page of the configs of a module of `nextscale.config`."""
-    title = (import_module(f"nextscale.config.{module}").__doc__ or "").partition(".")[0]
+    title = (import_module(f"nextscale.config.{module}").__doc__ or "").partition(". ")[0].rstrip(".")
     lines = [f"# {title.replace('`', '')}", "", f"Every setting in `nextscale/config/{module}.py`.", ""]
     for kind in kinds:
         lines += [f"## {kind.__name__}", "", inspect.cleandoc(kind.__doc__ or ""), ""]
