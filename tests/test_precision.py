@@ -1,6 +1,11 @@
 """Types: what is stored in 16 bits and computed in float32, what is always computed in full float32, and the words."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +40,22 @@ FAMILIES = {
     "mvar": {"mixers": MVAR_MIXERS, "mamba": MambaConfig(head_width=8, state_width=16)},
 }
 slow_float16 = pytest.mark.skipif(is_fast(torch.float16, "cpu"), reason="this CPU is fast in float16")
+
+
+LIMITS = {"AVX2": False, "AVX512_CORE": False, "AVX512_CORE_VNNI": False, "AVX512_CORE_BF16": True, "ALL": True}
+"""Of oneDNN: whether bfloat16 may be fast."""
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="no Linux on x86-64")
+def test_bfloat16_is_fast_where_the_processor_has_its_instructions():
+    """Compared with the kernel's list of instructions, in processes with each limit: torch asks once."""
+    flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    available = not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
+    code = "import torch; from nextscale.common.precision import is_fast; print(is_fast(torch.bfloat16, 'cpu'))"
+    for limit, allowed in LIMITS.items():
+        environment = os.environ | {"ONEDNN_MAX_CPU_ISA": limit}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(available and allowed), limit
 
 
 @slow_float16

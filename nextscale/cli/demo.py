@@ -27,8 +27,8 @@ class Demo:
     open: bool = False
     """Also open the page in the web browser of this machine."""
     dtype: SamplingDtype = "auto"
-    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: linear layers
-    in 8 bits, faster still on a CPU, with slightly other images."""
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: products in
+    8 bits, faster still on a CPU, with slightly other images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
 

@@ -55,8 +55,8 @@ class Sample:
     """How many images of a batch are decoded at once; 0 = as many as fit into a GPU's memory. Images do not depend on
     it."""
     dtype: SamplingDtype = "auto"
-    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: linear layers
-    in 8 bits, faster still on a CPU, with slightly other images."""
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: products in
+    8 bits, faster still on a CPU, with slightly other images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"
@@ -162,8 +162,8 @@ class Edit:
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     dtype: SamplingDtype = "auto"
-    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: linear layers
-    in 8 bits, faster still on a CPU, with slightly other images."""
+    """float32, bfloat16, float16, or auto: the fastest that is right for the device and the model. int8: products in
+    8 bits, faster still on a CPU, with slightly other images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
     backend: Backend = "auto"

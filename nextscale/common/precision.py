@@ -16,8 +16,8 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -34,6 +34,8 @@ LOW = (torch.bfloat16, torch.float16)
 """The types of 16 bits."""
 _FULL = ("none", "ieee")
 """torch's names for float32 products that round nothing."""
+_WITHOUT_BFLOAT16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of oneDNN's limit on instructions under which it still claims bfloat16."""
 _CPU_WIDTH = 768
 """From this width on a transformer is faster in bfloat16 on a CPU with bfloat16 instructions; the elementwise work of
 smaller ones takes longer than their products gain."""
@@ -127,8 +129,8 @@ def cast_for(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 def is_fast(dtype: torch.dtype, kind: str) -> bool:
     """Whether products in `dtype` are faster than in float32 on this kind of device ("cpu", "cuda", "mps").
 
-    Asked of a GPU; measured once per process on a CPU, in a few milliseconds, because libraries also claim support for
-    types that they emulate (bfloat16 with AVX-512 but without its bfloat16 instructions).
+    Asked of the device and not timed, so that a busy machine answers as an idle one: types decide which image a seed
+    gives.
     """
     if dtype == torch.int8:  # also nowhere slower than float32
         return kind == "cpu" and _is_claimed(dtype)
@@ -136,30 +138,33 @@ def is_fast(dtype: torch.dtype, kind: str) -> bool:
         return True
     if kind == "cuda":
         return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and _is_claimed(dtype) and _time_products(dtype) < 0.9 * _time_products(torch.float32)
+    return kind == "cpu" and _is_claimed(dtype) and _has_instructions(dtype)
 
 
 def _is_claimed(dtype: torch.dtype) -> bool:
     """Whether oneDNN says that it has products of this type for the CPU. What it denies is emulated slowly."""
     if dtype == torch.int8:
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+        return _is_x86() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     question = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question, bool)())
 
 
-@torch.no_grad()
-def _time_products(dtype: torch.dtype) -> float:
-    """Seconds of a product, the least of several, so that other processes do not decide it."""
-    x = torch.ones(64, 512, dtype=dtype, device="cpu")
-    weight, seconds = torch.ones(512, 512, dtype=dtype, device="cpu"), []
-    with compute_exactly(x):
-        F.linear(x, weight)
-        for _ in range(8):
-            start = time.perf_counter()
-            F.linear(x, weight)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies in this type, which oneDNN claims: it also claims bfloat16 for an x86 processor
+    with AVX-512 and without the instructions for it, where it emulates them."""
+    if dtype != torch.bfloat16 or not _is_x86():
+        return True
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
+    if limit.upper() in _WITHOUT_BFLOAT16:
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # of older versions of torch
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 # ---- contexts

@@ -4,9 +4,9 @@ Weights are symmetric, one scale for each output channel: w = scale_O q, with q 
 with one scale and one zero for each image, from its smallest to its largest value and 0, which are found as it comes:
 x = scale (u - zero), with u and zero from 0 to 255, so that padding is exact. An image does not depend on its batch.
 
-The first and the last convolution, those of 1x1, attention and norms stay in the decoder's type: docs/performance.md
-says what each would cost and save. Weights are kept in floats as they were and rounded for the products alone, so a
-tokenizer is stored, compared and digested as before; encoder and quantiser, which choose tokens, are untouched.
+The first and the last convolution, those of 1x1, attention and norms stay in the decoder's type: they are a small part
+of its arithmetic. Weights are kept in floats as they were and rounded for the products alone, so a tokenizer is stored,
+compared and digested as before; encoder and quantiser, which choose tokens, are untouched.
 
 Letters: B images, O output channels, I input channels, h w sides of a map.
 """
