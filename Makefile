@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := runs/quickstart
 
-.PHONY: demo test test-gpu soak repeat lint docs clean
+.PHONY: demo test test-page test-gpu soak repeat lint docs clean
 
 demo: $(VENV)/.quickstart
 	$(VENV)/bin/nextscale quickstart --out $(RUN)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# The demo's page in a browser: needs chromium, as `apt-get install chromium` installs it.
+test-page: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests/test_demo_page.py -rs
 
 test-gpu: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/gpu -rs -s

@@ -153,7 +153,9 @@ def test_budgets_are_offered_where_thresholds_were_calibrated(models):
 )
 def test_full_and_reduced_are_those_of_the_pipeline_with_equal_seeds(models, kind, way, changes):
     model = models.load(find(models, kind))
-    found = compare_cost(models, model.source, way, Request((1, 0), SETTINGS), Amounts(tau=0.3, guided=2))
+    request, amounts = Request((1, 0), SETTINGS), Amounts(tau=0.3, guided=2)
+    *steps, found = compare_cost(models, model.source, way, request, amounts)
+    assert [len(step.full.scales) for step in steps] == [1, 2, 3] + [4] * 13, "twice four scales of both"
     full = replace(SETTINGS, tau=(1.0,)) if kind == "dynamic" else SETTINGS
     for growth, settings in ((found.full, full), (found.reduced, replace(SETTINGS, **changes))):
         assert list(growth.pictures) == model.pipeline.sample([1, 0], settings).pil()
@@ -170,7 +172,8 @@ def test_full_and_reduced_are_those_of_the_pipeline_with_equal_seeds(models, kin
 
 
 def test_all_experts_have_no_map(models):
-    found = compare_cost(models, find(models, "dynamic"), cheaper.THRESHOLD, Request((1,), SETTINGS), Amounts(tau=1.0))
+    source, request = find(models, "dynamic"), Request((1,), SETTINGS)
+    *_, found = compare_cost(models, source, cheaper.THRESHOLD, request, Amounts(tau=1.0))
     assert found.maps is None
     assert found.reduced.pictures == found.full.pictures
 
@@ -193,7 +196,7 @@ def test_a_profile_and_8_bits(models, tmp_path):
 
 def test_a_way_that_does_not_fit_the_model_says_why(models):
     with pytest.raises(UserError, match="prune cannot work with mamba"):
-        compare_cost(models, find(models, "mamba"), cheaper.PRUNE, Request((1,), SETTINGS), Amounts())
+        list(compare_cost(models, find(models, "mamba"), cheaper.PRUNE, Request((1,), SETTINGS), Amounts()))
 
 
 # ---- compare
@@ -206,7 +209,7 @@ def test_two_sides_are_those_of_their_pipelines_and_classes_are_matched_by_name(
     models = Models([str(tmp_path / name) for name in "abc"])
     a, b, c = models.sources
     sides = comparing.Side(a, "", SETTINGS), comparing.Side(b, "", replace(SETTINGS, cfg=2.0))
-    *_, grown = comparing.compare_sides(models, *sides, (0, 1, None))
+    *_, grown = comparing.compare_sides(models, a, *sides, (0, 1, None))
     for growth, labels, side in zip(grown, ([0, 1, None], [4, 3, None]), sides, strict=True):
         assert growth.captions == ["v", "w", "no label"]
         assert list(growth.pictures) == models.load(side.source).pipeline.sample(labels, side.settings).pil()

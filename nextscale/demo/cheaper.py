@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nextscale.common.errors import UserError
 from nextscale.config.profile import list_profiles, read_profile
@@ -31,27 +32,25 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The full model and the reduced one, of one request."""
+    """What there is of the full model and the reduced one, of one request."""
 
-    full: Growth
-    reduced: Growth
-    maps: ExpertMaps | None
+    full: Growth | None = None
+    reduced: Growth | None = None
+    maps: ExpertMaps | None = None
     """Of the first picture, where dynamic experts were turned down."""
 
     def list_rows(self) -> list[list[str]]:
         """Heads, then a row for each: time, images a second, FLOPs, and their shares of the full model's."""
         rows = [["", "time", "share of the time", "images a second", "FLOPs an image", "share of the FLOPs"]]
-        for name, growth in (("full", self.full), ("reduced", self.reduced)):
+        done = [(name, g) for name, g in (("full", self.full), ("reduced", self.reduced)) if g is not None and g.done]
+        for name, growth in done:
+            dense = done[0][1]
             rows.append(
                 [
-                    name,
-                    format_seconds(growth.seconds),
-                    f"{growth.seconds / self.full.seconds:.0%}",
-                    f"{growth.images_per_second:.3g}",
-                    format_flops(growth.flops),
-                    f"{growth.flops / self.full.flops:.0%}",
+                    name, format_seconds(growth.seconds), f"{growth.seconds / dense.seconds:.0%}",
+                    f"{growth.images_per_second:.3g}", format_flops(growth.flops), f"{growth.flops / dense.flops:.0%}",
                 ]
-            )
+            )  # fmt: skip
         return rows
 
 
@@ -107,26 +106,27 @@ def choose_cheaper(models: Models, source: str, way: str, request: Request, amou
     return models.load(source, profile.dtype), replace(request, settings=settings)
 
 
-def compare_cost(models: Models, source: str, way: str, request: Request, amounts: Amounts) -> Comparison:
-    """Sample a request with the full model and with its work turned down.
+def compare_cost(models: Models, source: str, way: str, request: Request, amounts: Amounts) -> Iterator[Comparison]:
+    """Sample a request with the full model and with its work turned down, yielding what there is after each scale.
 
-    Both are run twice in turn, and the faster of the two runs counts: the first one prepares what is kept."""
+    Both are run twice in turn, and the faster of the two runs counts: the first one prepares what is kept.
+    """
     model = models.load(source)
     full = replace(request, settings=use_all_experts(model, request.settings))
     cheaper, reduced = choose_cheaper(models, source, way, request, amounts)
-    runs = [(sample(models, model, full), sample(models, cheaper, reduced)) for _ in range(2)]
-    best = [min(growths, key=lambda growth: growth.seconds) for growths in zip(*runs, strict=True)]
-    maps = None
+    found = Comparison()
+    for side, each, asked in 2 * (("full", model, full), ("reduced", cheaper, reduced)):
+        for growth in models.iterate(grow(each, asked)):
+            before: Growth | None = getattr(found, side)
+            if before is None or not before.done or (growth.done and growth.seconds < before.seconds):
+                change: dict[str, Any] = {side: growth}
+                found = replace(found, **change)
+            yield found
     if has_experts(model) and way in (THRESHOLD, BUDGET):
         with suppress(UserError):  # all experts work everywhere
             maps = models.run(lambda: map_experts(cheaper.pipeline, reduced.labels[0], reduced.settings))
-    return Comparison(best[0], best[1], maps)
-
-
-def sample(models: Models, model: Model, request: Request) -> Growth:
-    """All scales of a request."""
-    *_, growth = models.iterate(grow(model, request))
-    return growth
+            found = replace(found, maps=maps)
+    yield found
 
 
 def use_all_experts(model: Model, settings: SampleConfig) -> SampleConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nextscale.config.classes import quote_name
 from nextscale.config.sampling import SampleConfig
 from nextscale.demo.growth import Growth, Request, format_flops, format_seconds, grow
 from nextscale.demo.html import draw_table
@@ -25,27 +26,28 @@ class Side:
     settings: SampleConfig
 
 
-def compare_sides(models: Models, a: Side, b: Side, labels: tuple[int | None, ...]) -> Iterator[Grown]:
+def compare_sides(models: Models, source: str, a: Side, b: Side, labels: tuple[int | None, ...]) -> Iterator[Grown]:
     """Sample A and then B, yielding what there is after each scale.
 
-    `labels`: of A's classes; B's are those of the same names. UserError when B has no class of a name.
+    `labels`: classes of the model `source`; A's and B's are those of the same names. UserError when one has no class of
+    a name.
     """
-    first, second = models.load(a.source, a.dtype), models.load(b.source, b.dtype)
-    theirs = match_labels(first, second, labels)
+    asked, first, second = models.load(source), models.load(a.source, a.dtype), models.load(b.source, b.dtype)
+    ours = Request(match_labels(asked, first, labels), a.settings)
+    theirs = Request(match_labels(asked, second, labels), b.settings)
     growth = None
-    for growth in models.iterate(grow(first, Request(labels, a.settings))):
+    for growth in models.iterate(grow(first, ours)):
         yield growth, None
-    for other in models.iterate(grow(second, Request(theirs, b.settings))):
+    for other in models.iterate(grow(second, theirs)):
         yield growth, other
 
 
 def match_labels(first: Model, second: Model, labels: tuple[int | None, ...]) -> tuple[int | None, ...]:
     """The classes of the second model that are called as these of the first; by number where one has no names."""
-    if first.config.class_names == second.config.class_names or not first.config.class_names:
+    ours, theirs = first.config.class_names, second.config.class_names
+    if ours == theirs or not ours or not theirs:
         return tuple(second.pipeline.label_indices(list(labels)))
-    if not second.config.class_names:
-        return tuple(second.pipeline.label_indices(list(labels)))
-    return tuple(None if i is None else second.config.find_class(first.config.class_names[i]) for i in labels)
+    return tuple(None if i is None else second.config.find_class(quote_name(ours[i])) for i in labels)
 
 
 def draw_sides(grown: Grown) -> str:

@@ -64,11 +64,11 @@ def _draw_cell(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return html.escape(cell)
     text = html.escape(cell.text)
-    picture = f'<img src="{encode(cell.image)}" alt="{text}" title="{text}">'
+    picture = f'<img src="{encode_picture(cell.image)}" alt="{text}" title="{text}">'
     return picture + html.escape(cell.caption)
 
 
-def encode(image: Image.Image) -> str:
+def encode_picture(image: Image.Image) -> str:
     """A picture as the address of its own content (PNG)."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

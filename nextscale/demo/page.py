@@ -90,10 +90,11 @@ def serve(page: Any, port: int = 0, folder: str | None = None) -> Iterator[str]:
         _, address, _ = page.queue(default_concurrency_limit=1, api_open=False).launch(
             server_name=ADDRESS, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
             show_error=True, footer_links=[], enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
-            theme=theme, css=_CSS, run_history=False, allowed_paths=[folder] if folder else None,
+            theme=theme, css=_CSS, allowed_paths=[folder] if folder else None,
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"port {port} of {ADDRESS} is in use: give another --port, or none") from error
+        where = f"port {port} is" if port else "all ports from 7860 to 7959 are"
+        raise UserError(f"{where} in use at {ADDRESS}: give another --port") from error
     try:
         yield address
     finally:

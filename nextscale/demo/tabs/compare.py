@@ -39,7 +39,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         with gr.Column(min_width=260):
             each = choose_each()
             seed = choose_seed()
-    sides = []
+    sides, changing = [], list[Any]()
     with gr.Row():
         for name in "AB":
             with gr.Column(min_width=300):
@@ -51,6 +51,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
                 dtype = gr.Dropdown(_TYPES, value="", label="Type", info="What it computes in.")
                 settings = Settings(shared.model)
                 sides.append([source, dtype, *settings.components])
+                changing += [source, *settings.changing]
     with gr.Row():
         start = gr.Button("Compare", variant="primary", min_width=140, elem_id="compare-start")
         stop = gr.Button("Stop", variant="stop", min_width=120)
@@ -64,27 +65,29 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     pairs = gr.State(None)
     width = len(sides[0])
 
-    def compare(classes: list[int], each: float, seed: float, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def compare(
+        shown_source: str, classes: list[int], each: float, seed: float, *values: Any
+    ) -> Iterator[tuple[Any, ...]]:
         labels, number = read_labels(classes, each), read_seed(seed)
         asked = [values[:width], values[width:]]
         a, b = (Side(source, dtype, Settings.read(rest, number)) for source, dtype, *rest in asked)
-        for grown in compare_sides(shared.models, a, b, labels):
+        for grown in compare_sides(shared.models, shown_source, a, b, labels):
             shown = [fill_gallery(g.pictures, g.captions) if g else gr.skip() for g in grown]
             done = grown[1] is not None and grown[1].done
             yield (*shown, draw_sides(grown), grown if done else None, _pair(grown, 0) if done else gr.skip())
 
     outputs = [*galleries, table, pairs, slider]
     running = start.click(
-        tell_errors(compare), [classes, each, seed, *sides[0], *sides[1]], outputs, concurrency_id="model",
-        api_visibility="private",
+        tell_errors(compare), [shared.source, classes, each, seed, *sides[0], *sides[1]], outputs,
+        concurrency_id="model", api_visibility="private",
     )  # fmt: skip
     stop.click(None, None, None, cancels=[running], api_visibility="private")
     galleries[0].select(_select, [pairs], [slider], queue=False, show_progress="hidden", api_visibility="private")
 
     def refresh(model: Model) -> list[Any]:
-        return [update_classes(model), gr.update(value=model.source), gr.update(value=model.source)]
+        return [update_classes(model), *(2 * [gr.update(value=model.source), *Settings.refresh(model)])]
 
-    return [classes, sides[0][0], sides[1][0]], refresh
+    return [classes, *changing], refresh
 
 
 def _select(grown: Any, event: gr.SelectData) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -56,25 +57,18 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     table = gr.HTML(elem_id="compute-table")
     maps = gr.HTML(elem_id="compute-maps")
 
-    def compute(source: str, way: str, amounts: tuple[float, ...], asked: tuple[Any, ...]) -> tuple[Any, ...]:
-        classes, each, seed, *values = asked
+    def compute(
+        source: str, way: str, tau: float, budget: float, prune: float, guided: float, classes: list[int], each: float,
+        seed: float, *values: Any,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         request = Request(read_labels(classes, each), Settings.read(values, seed))
-        tau, budget, prune, guided = amounts
-        amount = Amounts(float(tau), float(budget), float(prune), int(guided))
-        found = compare_cost(shared.models, source, way, request, amount)
-        captions = found.full.captions
-        return (
-            fill_gallery(found.full.pictures, captions),
-            fill_gallery(found.reduced.pictures, captions),
-            draw_cost(found, way),
-            draw_maps(found),
-        )
-
-    def start_compute(source: str, way: str, *values: Any) -> tuple[Any, ...]:
-        return compute(source, way, values[: len(sliders)], values[len(sliders) :])
+        amounts = Amounts(float(tau), float(budget), float(prune), int(guided))
+        for found in compare_cost(shared.models, source, way, request, amounts):
+            shown = [fill_gallery(g.pictures, g.captions) if g else [] for g in (found.full, found.reduced)]
+            yield (*shown, draw_cost(found, way), draw_maps(found))
 
     running = start.click(
-        tell_errors(start_compute),
+        tell_errors(compute),
         [shared.source, way, *sliders.values(), classes, each, seed, *settings.components],
         [full, reduced, table, maps], concurrency_id="model", api_visibility="private",
     )  # fmt: skip
@@ -90,7 +84,8 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         return [
             explain_ways(model), gr.update(choices=ways, value=ways[0]),
             gr.update(minimum=_round_up(low), maximum=1, value=min(0.8, high)),
-            gr.update(maximum=len(model.config.pyramid)), update_classes(model), *Settings.refresh(model),
+            gr.update(maximum=len(model.config.pyramid), value=_choose_guided(model)), update_classes(model),
+            *Settings.refresh(model),
         ]  # fmt: skip
 
     changing = [explanation, way, sliders[BUDGET], sliders[GUIDE], classes, *settings.changing]
@@ -120,10 +115,14 @@ def _build_sliders(model: Model) -> dict[str, Any]:
             info="The share of the last scale's tokens that the later blocks leave out.",
         ),
         GUIDE: gr.Slider(
-            1, len(model.config.pyramid), value=default.guided, step=1, label="Guided scales", visible=chosen == GUIDE,
-            info="The first so many scales are guided; the others cost half.",
+            1, len(model.config.pyramid), value=_choose_guided(model), step=1, label="Guided scales",
+            visible=chosen == GUIDE, info="The first so many scales are guided; the others cost half.",
         ),
     }  # fmt: skip
+
+
+def _choose_guided(model: Model) -> int:
+    return min(Amounts().guided, len(model.config.pyramid))
 
 
 def _round_up(share: float) -> float:

@@ -16,7 +16,9 @@ from nextscale.demo.tabs.controls import (
     Shared,
     choose_classes,
     choose_seed,
+    fill_gallery,
     read_label,
+    show_gallery,
     tell_errors,
     update_classes,
 )
@@ -51,6 +53,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
                 label="Before and after: move the line", format="png", interactive=False, buttons=["fullscreen"],
                 elem_classes="pixels", elem_id="edited",
             )  # fmt: skip
+            pair = show_gallery("Before and after", "edited-pair")
             status = gr.Markdown(elem_id="edit-status")
 
     def show(source: str, picture: Image.Image, label: int) -> tuple[Any, ...]:
@@ -67,12 +70,13 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         fitted, wanted = fit_image(model, picture), read_label(label)
         edited = shared.models.run(lambda: repaint(model, fitted, mask, wanted, settings))
         text = f"Repainted {edited.repainted:.0%} of the picture as {model.pipeline.caption(wanted)}, seed {int(seed)}."
-        return (enlarge(edited.before), enlarge(edited.after)), text
+        pictures = edited.before, edited.after
+        return tuple(map(enlarge, pictures)), fill_gallery(pictures, ["before", "after"]), text
 
     choice.bind(show, label, [], [editor])
     running = start.click(
         tell_errors(start_edit), [shared.source, choice.picture, editor, area, label, seed, *settings.components],
-        [slider, status], concurrency_id="model", api_visibility="private",
+        [slider, pair, status], concurrency_id="model", api_visibility="private",
     )  # fmt: skip
     stop.click(None, None, None, cancels=[running], api_visibility="private")
 

@@ -28,6 +28,7 @@ from nextscale.demo.tabs.controls import (
     update_classes,
 )
 
+_HINT = "Choose classes, then Generate."
 _SURPRISES = 4
 """Classes that "Surprise me" chooses."""
 
@@ -76,9 +77,10 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
 
     def refresh(model: Model) -> list[Any]:
         scales = len(model.config.pyramid)
-        return [update_classes(model), gr.update(maximum=scales, value=scales), *Settings.refresh(model)]
+        slider, file = gr.update(maximum=scales, value=scales), gr.update(value=None, interactive=False)
+        return [update_classes(model), slider, *Settings.refresh(model), [], _HINT, file, "", ""]
 
-    return [classes, scale, *settings.changing], refresh
+    return [classes, scale, *settings.changing, gallery, status, *again], refresh
 
 
 def _lay_out_results(scales: int) -> tuple[Any, ...]:
@@ -88,7 +90,7 @@ def _lay_out_results(scales: int) -> tuple[Any, ...]:
         1, scales, value=scales, step=1, label="Scale", elem_id="scale",
         info="The pictures after so many scales, from coarse to fine.",
     )  # fmt: skip
-    status = gr.Markdown("Choose classes, then Generate.", elem_id="status")
+    status = gr.Markdown(_HINT, elem_id="status")
     download = gr.DownloadButton("Download the pictures (PNG)", interactive=False, elem_id="download")
     lines: dict[str, Any] = {"interactive": False, "wrap_lines": True, "lines": 1, "show_line_numbers": False}
     with gr.Accordion("The same pictures without this page", open=False):
