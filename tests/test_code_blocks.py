@@ -24,6 +24,7 @@ PARSED_ONLY = {
 """Class of a command whose examples are parsed and not run, and why."""
 OTHER_PROGRAMS = {
     "pip": "installs packages",
+    "jupytext": "converts notebooks, which tests/test_notebooks.py runs as they are",
     "make": "tests/test_readme.py looks for its targets",
     "torchrun": "its command is parsed",
     "srun": "its command is parsed",

@@ -1,7 +1,8 @@
 """Hooks of MkDocs: pages that are generated, and links between files of the repository.
 
-The files of docs/ and the repository's own pages (README.md, CHANGELOG.md, CONTRIBUTING.md, the cards of models/) are
-read on the repository's page and on the site. Their links are those of the repository; here they become the site's.
+The files of docs/ and the repository's own pages (README.md, CHANGELOG.md, CONTRIBUTING.md, the cards of models/, the
+notebooks) are read in the repository and on the site. Their links are those of the repository; here they become the
+site's.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from website.public import PYTHON_PAGES, list_undocumented, write_python  # noqa
 
 log = logging.getLogger("mkdocs.hooks.nextscale")  # `mkdocs build --strict` fails for warnings
 
-COPIED = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"} | {
-    path.relative_to(ROOT).as_posix(): f"models/{path.parent.name}.md"
-    for path in sorted(ROOT.glob("models/*/README.md"))
-}
+COPIED = (
+    {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+    | {
+        f"models/{path.parent.name}/README.md": f"models/{path.parent.name}.md"
+        for path in ROOT.glob("models/*/README.md")
+    }
+    | {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.py")}
+)
 """File of the repository -> page of the site."""
 
 
@@ -37,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the repository's pages and the reference; complain of public names without a docstring."""
     for name in list_undocumented():
         log.warning("%s is public and has no docstring", name)
-    pages = {page: (ROOT / source).read_text(encoding="utf-8") for source, page in COPIED.items()}
+    pages = {page: _read_page(ROOT / source) for source, page in COPIED.items()}
     examples = _find_examples((ROOT / "docs" / "commands.md").read_text(encoding="utf-8"))
     for name in COMMANDS:
         text = reference.write_command(name, examples.get(name, []))
@@ -62,6 +67,23 @@ def _fill_navigation(nav: Any, pages: list[str]) -> None:
                     entry[name] = [page for page in pages if page.startswith(target.removesuffix("*.md"))]
 
 
+def _read_page(path: Path) -> str:
+    """A page of the repository as Markdown; the cells of a notebook become text and code blocks."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text
+    _, *cells = re.split(r"^# %%", text, flags=re.MULTILINE)
+    pages = []
+    for cell in cells:
+        kind, _, body = cell.partition("\n")
+        if "[markdown]" in kind:
+            lines = re.sub(r"^# ?", "", body, flags=re.MULTILINE)
+            pages.append(re.sub(r"`(docs/[\w-]+\.md)`", r"[\1](../\1)", lines).strip())
+        else:
+            pages.append(f"```python\n{body.strip()}\n```")
+    return "\n\n".join(pages)
+
+
 def _read_title(source: str, target: str) -> str:
     """The first heading of the page that a link of a file of the repository points to."""
     path = (ROOT / source).parent / target.partition("#")[0]
@@ -76,7 +98,7 @@ def _find_examples(text: str) -> dict[str, list[str]]:
             words = line.split()
             if words[:1] == ["nextscale"]:
                 name = next((n for n in (" ".join(words[1:3]), words[1]) if n in COMMANDS), "")
-                found.setdefault(name, []).append(line)
+                found.setdefault(name, []).append(re.sub(r" {2,}#", "  #", line))  # no columns across commands
     return found
 
 
