@@ -38,9 +38,10 @@ lint: $(VENV)/.test
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# The documentation site, in build/site. It fails for a broken link and for a public name without a docstring.
+# The documentation site, in build/site. It fails for a broken link and for a public name without a docstring; with
+# --quiet it would not see them.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 	@echo "see build/site/index.html; \`$(VENV)/bin/python -m http.server --directory build/site\` serves it with its search"
 
 # A file for each of the package's extras that are installed.

@@ -25,6 +25,10 @@ SOUGHT = {
 }
 """Page, or section of a page -> words that somebody searches for who knows VAR and not this project."""
 
+needs_mkdocs = pytest.mark.skipif(
+    importlib.util.find_spec("mkdocstrings") is None, reason="needs MkDocs: pip install 'nextscale[docs]', or make docs"
+)
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_reference_of_a_command_has_the_options_of_its_help(name):
@@ -87,12 +91,10 @@ def test_citation_and_workflow_are_what_they_should_be():
     assert {"test", "docs", "publish"} == yaml.safe_load(workflow)["jobs"].keys()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("mkdocstrings") is None, reason="needs MkDocs: pip install 'nextscale[docs]', or make docs"
-)
+@needs_mkdocs
 def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     """Its search finds what somebody who knows VAR looks for."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert built.returncode == 0, built.stderr
@@ -106,3 +108,19 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     assert titles["reference/python/pipeline.html#nextscale.Pipeline.sample"]
     for page, words in SOUGHT.items():
         assert all(word in titles[page].lower() for word in words), "titles weigh most in the search"
+
+
+@needs_mkdocs
+def test_public_names_without_a_docstring_are_named(tmp_path):
+    """Functions, classes, their methods and properties; private names and imported ones need none."""
+    import griffe
+
+    from website.public import find_undocumented
+
+    (tmp_path / "part.py").write_text(
+        '"""A part."""\nfrom json import loads\n\ndef bare(): ...\ndef _own(): ...\n\nclass Kind:\n    """A kind."""\n'
+        "    def call(self): ...\n    def _call(self): ...\n    @property\n    def size(self): ...\n"
+        '    def named(self):\n        """Named."""\n'
+    )
+    part = griffe.load("part", search_paths=[str(tmp_path)])
+    assert list(find_undocumented(part)) == ["part.bare", "part.Kind.call", "part.Kind.size"]

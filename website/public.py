@@ -99,13 +99,14 @@ def list_undocumented() -> Iterator[str]:
     for _, _, names in PYTHON_PAGES.values():
         for name in names:
             thing = package[name.removeprefix("nextscale.")]
-            yield from _check(thing.final_target if thing.is_alias else thing)
+            yield from find_undocumented(thing.final_target if thing.is_alias else thing)
 
 
-def _check(thing: Any) -> Iterator[str]:
+def find_undocumented(thing: Any) -> Iterator[str]:
+    """The paths of a griffe object and of its public members that have no docstring."""
     if not thing.docstring:
         yield thing.path
     for name, member in thing.members.items() if thing.is_class or thing.is_module else ():
         ours = not name.startswith("_") and not member.is_alias
         if ours and (member.is_function or member.is_class or "property" in member.labels):
-            yield from _check(member)
+            yield from find_undocumented(member)

@@ -124,6 +124,8 @@ class Lpips(nn.Module):
         return model
 
     def forward(self, a_B3HW: Tensor, b_B3HW: Tensor) -> Tensor:
+        """The distance of each pair (B,) of images of equal shape (B, 3, H, W) in [-1, 1]. UserError for others; only
+        the range is not checked where gradients are computed."""
         for image_B3HW in (a_B3HW, b_B3HW):
             check_floats("LPIPS", image_B3HW)
             if not torch.is_grad_enabled():  # in training, reconstructions may exceed the range
