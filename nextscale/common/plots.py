@@ -18,8 +18,6 @@ _MARKED_POINTS = 5
 """Lines of at most this many points get markers: a single point without one would be invisible."""
 _LEGEND_IN_PANEL = 6
 """A panel of at most this many lines has its legend inside."""
-_COLUMNS = 4
-"""Panels side by side, so that a figure of many panels stays readable on a page."""
 _MOST_TICKS = 5
 """Intervals between the ticks of an axis of `plot_curves`: most of the time of a plot is spent on ticks."""
 _MODULE = "matplotlib.figure"
@@ -63,24 +61,6 @@ def plot_curves(
             axes.legend(fontsize="small")
     if any(len(lines) > _LEGEND_IN_PANEL for lines in series.values()):  # inside the panels it would cover the lines
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    save_figure(figure, path)
-
-
-def plot_means(panels: dict[str, list[tuple[float | str, float, float]]], x_name: str, path: Path) -> None:
-    """Panels of means with error bars, {panel: [(x, mean, deviation), ...]}: lines over numbers, points over names."""
-    longest = max((len(str(x)) for points in panels.values() for x, _, _ in points), default=0)
-    columns = min(len(panels), _COLUMNS)
-    rows = -(-len(panels) // columns)
-    figure, grid_of_axes = new_figure(columns, rows=rows, height=rows * (3.5 if longest <= 12 else 5.5))
-    for axes in grid_of_axes.flat[len(panels) :]:
-        axes.remove()
-    for axes, (panel, points) in zip(grid_of_axes.flat, panels.items(), strict=False):
-        x, mean, deviation = zip(*points, strict=True)
-        axes.errorbar(x, mean, deviation, fmt="o-" if isinstance(x[0], int | float) else "o", capsize=3, linewidth=1)
-        axes.set(title=panel, xlabel=x_name)
-        axes.grid(alpha=0.3)
-        if isinstance(x[0], str):
-            axes.tick_params("x", rotation=90 if longest > 12 else 30)
     save_figure(figure, path)
 
 

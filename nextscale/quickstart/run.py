@@ -233,9 +233,14 @@ def draw_pictures(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageS
     save_grid((pairs + 1) / 2, captions, folder / "reconstructions.png", columns=count)
 
     log = read_log(folder / "log.jsonl")
+    titles = {
+        ("tokenizer", "loss"): "Tokenizer: loss",
+        ("transformer", "cross_entropy"): "Transformer: loss (nats per token)",
+        ("transformer", "accuracy"): "Transformer: share of tokens predicted first",
+    }
     panels = {
-        f"{task}: {name}": {name: list_points([r for r in log if r["task"] == task], name)}
-        for task, name in (("tokenizer", "loss"), ("transformer", "cross_entropy"), ("transformer", "accuracy"))
+        title: {name: list_points([r for r in log if r["task"] == task], name)}
+        for (task, name), title in titles.items()
     }
     plot_curves(panels, folder / "curves.png")
     return {"reconstruction_psnr_db": float(psnr((decoded + 1) / 2, (real + 1) / 2).mean())}

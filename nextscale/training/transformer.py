@@ -31,6 +31,7 @@ from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
+from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 from nextscale.training.components import Components, load_components
 from nextscale.training.engine.distributed import gather_weights
@@ -216,7 +217,7 @@ def train_transformer(
     if not world.main:
         return {}
     values = {n: v for n, v in run.read_last("validation_loss").items() if n.startswith("validation_")}
-    _plot_curves(folder, scales=len(values.get("validation_loss_per_scale", ())))
+    _plot_curves(folder, components.model.pyramid)
     values |= _compute_frequency_loss(components)
     write_json(folder / "finished.json", add_digest({"settings": to_dict(config), **values}))
     return values
@@ -305,12 +306,14 @@ def draw_samples(pipeline: Pipeline, config: RunConfig, paths: Sequence[Path]) -
         save_grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
 
 
-def _plot_curves(folder: Path, scales: int) -> None:
+def _plot_curves(folder: Path, pyramid: Pyramid) -> None:
     """Loss over training, and the validation loss of every scale."""
-    per_scale: dict[str, LogName] = {f"scale {k}": ("validation_loss_per_scale", k) for k in range(scales)}
+    per_scale: dict[str, LogName] = {
+        f"{h}x{w}": ("validation_loss_per_scale", k) for k, (h, w) in enumerate(pyramid.sides)
+    }
     panels: dict[str, dict[str, LogName]] = {
-        "nats per token": {"training": "cross_entropy", "validation": "validation_loss"},
-        "validation, nats per token of each scale": per_scale,
+        "Loss (nats per token)": {"training": "cross_entropy", "held out": "validation_loss"},
+        "Held-out loss by scale (nats per token)": per_scale,
     }
     plot_log(folder, TransformerTask.name, panels)
 

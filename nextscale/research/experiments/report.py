@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json, write_text
 from nextscale.common.machine import describe_machine
-from nextscale.common.plots import plot_curves, plot_means
+from nextscale.common.plots import plot_curves
 from nextscale.config.data import ReadConfig
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment
+from nextscale.research.experiments.figures import GROUPS, describe_column, draw_results
 from nextscale.research.experiments.keys import list_changed_settings
 
 if TYPE_CHECKING:
     from nextscale.research.experiments.runner import Inputs
-
-_GROUPS = {"per_scale": "nats_", "per_expert": "load_E"}
-"""Names of groups of columns, and the prefix of their columns."""
 
 
 def write_results(
@@ -31,7 +29,7 @@ def write_results(
     available = dict.fromkeys(m for row in experiment.rows for v in (row.published, *values[row.name]) for m in v)
     columns: list[str] = []
     for metric in experiment.metrics:
-        columns += [m for m in available if m.startswith(_GROUPS[metric])] if metric in _GROUPS else [metric]
+        columns += [m for m in available if m.startswith(GROUPS[metric])] if metric in GROUPS else [metric]
     for row in experiment.rows:
         seeds = values[row.name]
         summaries = {m: _summarize_seeds([seed[m] for seed in seeds]) for m in columns if seeds and m in seeds[0]}
@@ -52,23 +50,17 @@ def write_results(
     }
     write_json(folder / "results.json", results)
     write_text(folder / "table.md", format_table(results))
-    panels: dict[str, list[tuple[float | str, float, float]]] = {}
-    for metric in columns:
-        for line in rows:
-            if metric in line["figures"]:
-                x, summary = line["name"] if line["at"] is None else line["at"], line["figures"][metric]
-                panels.setdefault(name_column(metric, network), []).append((x, summary["mean"], summary["deviation"]))
-    plot_means(panels, experiment.x_name, folder / "figure.png")
+    draw_results(results, experiment.x_name, folder / "figure.png")
     if experiment.against:
         lines = group_lines(experiment.against, rows, columns, network)
-        plot_curves(lines, folder / "curves.png", experiment.against)
+        plot_curves(lines, folder / "curves.png", describe_column(experiment.against, network)[0])
     return results
 
 
 def group_lines(
     x: str, rows: list[dict[str, Any]], columns: list[str], network: str
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The measured metrics as lines over the metric `x`: {metric: {line: [(x, mean), ...]}}.
+    """The measured metrics as lines over the metric `x`: {title: {line: [(x, mean), ...]}}.
 
     Rows whose names agree up to the last comma form one line.
     """
@@ -77,8 +69,9 @@ def group_lines(
         for row in rows:
             summaries, name = row["figures"], row["name"].rsplit(", ", 1)[0]
             if metric in summaries and x in summaries:
-                line = panels.setdefault(name_column(metric, network), {}).setdefault(name, [])
-                line.append((summaries[x]["mean"], summaries[metric]["mean"]))
+                (title, factor), (_, x_factor) = describe_column(metric, network), describe_column(x, network)
+                line = panels.setdefault(title, {}).setdefault(name, [])
+                line.append((x_factor * summaries[x]["mean"], factor * summaries[metric]["mean"]))
     return panels
 
 
