@@ -49,6 +49,8 @@ _LEGEND_IN_PANEL = 3
 
 @dataclass(frozen=True)
 class Point:
+    """A value with its spread."""
+
     x: float | str
     mean: float
     deviation: float = 0.0
@@ -57,6 +59,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
+    """What is drawn in one panel."""
+
     title: str
     lines: dict[str, list[Point]]
     """One line, "", of a point for each row; or, of a group of columns, a line for each row."""
@@ -68,6 +72,7 @@ class Panel:
 
     @property
     def is_group(self) -> bool:
+        """Whether it shows a group of columns, a line for each row."""
         return "" not in self.lines
 
 
