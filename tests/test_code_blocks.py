@@ -45,10 +45,7 @@ def list_commands() -> dict[str, list[str]]:
 def list_missing(command) -> list[str]:
     """What a command reads and the repository has not."""
     inputs = command.list_files()[1] if hasattr(command, "list_files") else []
-    names = [str(given.path) for given in inputs] + [getattr(command, "model", ""), getattr(command, "name", "")]
-    folders = [name for name in names if "/" in str(name) or Path(name).suffix]
-    words = [str(given.path) for given in inputs if given.path.name == str(given.path)]
-    return [name for name in {*map(str, folders), *words} - {"digits", ""} if not (ROOT / name).exists()]
+    return [str(i.path) for i in inputs if str(i.path) != "digits" and not (ROOT / i.path).exists()]
 
 
 @pytest.fixture(scope="module")
