@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_commands_parse(page, monkeypatch):
     for command in find_commands(PAGES[page]):
         if not PLACEHOLDERS & set(command) and command[0] != "--import":
             assert parse(command) is not None, f"{page}: nextscale {' '.join(command)}"
+
+
+def test_layers_of_the_architecture_are_those_that_are_checked():
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (block,) = [b for b in find_blocks(PAGES["docs/architecture.md"], "text") if b.startswith("cli\n")]
+    layers = [re.match(r"\w+(, \w+)*", line)[0] for line in block.splitlines()]
+    assert layers == [layer.replace(" | ", ", ") for layer in contract["layers"]]
 
 
 @on_every_page
