@@ -22,7 +22,7 @@ from pathlib import Path
 
 from nextscale.common.files import write_json, write_text
 from nextscale.common.plots import plot_curves
-from nextscale.training.engine.log import read_log
+from nextscale.config.log import read_log
 
 RECIPE = "tokenizer-cifar10"
 BATCH, PROBE_STEPS = 32, 120

@@ -21,6 +21,7 @@ from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.compilation import HEADS
 from nextscale.checkpoints import build_on_meta
 from nextscale.common.precision import is_fast
+from nextscale.config.log import read_log
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.training import TrainConfig
@@ -29,7 +30,6 @@ from nextscale.doctor.models import randomise
 from nextscale.info import condition_flops, scale_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,11 +12,11 @@ from nextscale.checkpoints.official import import_official
 from nextscale.checkpoints.official_shapes import Hints
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
+from nextscale.config.log import read_log
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, Pyramid
-from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from nextscale.training.transformer import TransformerTask
 from tests.conftest import randomised, tiny_config

@@ -13,9 +13,9 @@ import torch
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.precision import is_fast
+from nextscale.config.log import read_log
 from nextscale.config.training import TrainConfig
 from nextscale.training.engine.distributed import DistributedModel
-from nextscale.training.engine.log import read_log
 from tests import forked
 from tests.train_worker import build, parse, run_sessions, train_case
 

@@ -12,6 +12,7 @@ from nextscale.cli.parser import main, parse
 from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import DataConfig
+from nextscale.config.log import find_overfitting
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.tokenizer_training import TokenizerLossConfig, TokenizerRunConfig
@@ -21,7 +22,7 @@ from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import CacheWriter
 from nextscale.quickstart.run import find_finished
 from nextscale.training.components import _list_overruled
-from nextscale.training.engine.progress import TimeEstimate, describe_overfitting, find_overfitting, format_duration
+from nextscale.training.engine.progress import TimeEstimate, describe_overfitting, format_duration
 from nextscale.training.open_run import check_data
 from nextscale.training.transformer import read_run_config
 from tests.conftest import randomised, tiny_config

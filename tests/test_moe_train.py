@@ -13,13 +13,13 @@ from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
+from nextscale.config.log import read_log
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import MVAR_MIXERS, AlignmentConfig, ConditionConfig, ExpertsConfig, MambaConfig
 from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
 from nextscale.pipeline import Pipeline
 from nextscale.training.components import _load_guidance
-from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from tests.conftest import losses_by_precision, randomised, tiny_config
 from tests.test_data import write_folder

@@ -33,6 +33,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.encoder import EncoderConfig
 from nextscale.config.files import read_settings
+from nextscale.config.log import read_log
 from nextscale.config.parse import read_record, to_dict
 from nextscale.config.transformer_training import LossConfig, RunConfig
 from nextscale.data.cache import TokenCache
@@ -51,7 +52,7 @@ from nextscale.research.experiments.records import (
     read_threshold,
 )
 from nextscale.sparsify.stages import _Thresholds
-from nextscale.training.engine.log import JsonLog, read_log
+from nextscale.training.engine.log import JsonLog
 from nextscale.training.engine.loop import train
 from nextscale.training.engine.state import StateFiles, check_settings
 from nextscale.training.open_run import Run

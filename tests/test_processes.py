@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nextscale.config.log import read_log
 from nextscale.pipeline import Pipeline
-from nextscale.training.engine.log import read_log
 from tests import forked
 from tests.conftest import randomised, tiny_config
 from tests.process_worker import by_pairs

@@ -14,13 +14,13 @@ from PIL import Image
 from nextscale.cli.parser import main
 from nextscale.cli.training import draw_routing
 from nextscale.common.errors import UserError
+from nextscale.config.log import read_log
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import load_images
 from nextscale.encoders.load import load_encoder
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.measure import measure_samples
 from nextscale.quickstart.run import encode_features, run_quickstart
-from nextscale.training.engine.log import read_log
 from nextscale.training.transformer import read_run_config
 from tests import forked
 

@@ -18,6 +18,7 @@ from nextscale.common.reading import has_format, parse_json, read_json
 from nextscale.common.reading_yaml import read_yaml
 from nextscale.config.data import DataConfig
 from nextscale.config.files import read_settings
+from nextscale.config.log import read_log
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict
 from nextscale.config.transformer_training import RunConfig
@@ -33,7 +34,7 @@ from nextscale.research.experiments.records import (
     read_threshold,
 )
 from nextscale.sampling.thresholds import read_budgets
-from nextscale.training.engine.log import JsonLog, read_log
+from nextscale.training.engine.log import JsonLog
 from nextscale.training.engine.state import StateFiles
 from nextscale.training.open_run import list_points
 

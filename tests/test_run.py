@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nextscale.checkpoints import build_on_meta
 from nextscale.cli.parser import main
 from nextscale.config.files import read_settings
+from nextscale.config.log import read_log
 from nextscale.config.model import ModelConfig
 from nextscale.config.presets import preset
 from nextscale.config.transformer import AlignmentConfig
@@ -19,7 +20,6 @@ from nextscale.config.transformer_training import RunConfig
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.training.engine.log import read_log
 from nextscale.training.estimate import count_head_flops
 from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder

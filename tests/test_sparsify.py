@@ -15,6 +15,7 @@ from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
+from nextscale.config.log import read_log
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.training import TrainConfig
@@ -27,7 +28,6 @@ from nextscale.sparsify import stages
 from nextscale.sparsify.calibrate import GRID, Measurement, calibrate_thresholds, choose_thresholds
 from nextscale.sparsify.convert import replace_gelu
 from nextscale.sparsify.tasks import AdaptTask, RouterTask, TuneTask
-from nextscale.training.engine.log import read_log
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import randomised, tiny_config
 from tests.test_dynamic import dynamic_pipeline

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.config.log import read_log
 from nextscale.config.tokenizer_training import CodebookConfig, TokenizerLossConfig, derive_pyramid
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
@@ -24,7 +25,6 @@ from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.codebook import CodebookLearner
 from nextscale.tokenizer.discriminator import PatchDiscriminator, compute_adaptive_weight, compute_hinge_loss
 from nextscale.tokenizer.quantizer import Quantized
-from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from nextscale.training.tokenizer import TokenizerTask
 from tests.conftest import randomised, read_fixture, tiny_config

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
+from nextscale.config.log import read_log
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import AlignmentConfig, ExpertsConfig
 from nextscale.config.transformer_training import LossConfig
@@ -21,7 +22,6 @@ from nextscale.data.examples import BatchDataset, MemoryExamples
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.training.encoder import EncoderTask
 from nextscale.training.engine.checks import Interrupted
-from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.optimizer import build_optimizer, compute_learning_rate, compute_weight_decay
 from nextscale.training.tokenizer import TokenizerTask

@@ -13,10 +13,10 @@ from nextscale.checkpoints.official_shapes import Hints
 from nextscale.checkpoints.upcycle import upcycle
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
+from nextscale.config.log import read_log
 from nextscale.config.transformer import AlignmentConfig, ExpertsConfig
 from nextscale.info import count_active_parameters
 from nextscale.pipeline import Pipeline
-from nextscale.training.engine.log import read_log
 from tests.conftest import randomised, tiny_config
 from tests.test_data import write_folder
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from nextscale.checkpoints.native import read_safetensors
+from nextscale.checkpoints.native import ORIGINAL, read_safetensors
 from nextscale.checkpoints.official_files import check_zip
 from nextscale.checkpoints.shards import check_place, read_owner, verify_shard
 from nextscale.common.digest import add_digest, check_digest, compute_digest, read_digests, verify_weights
@@ -96,6 +96,18 @@ def _verify_state(file: Path) -> str:
         if not isinstance(note, dict) or hashlib.file_digest(content, "sha256").hexdigest() != note.get("sha256"):
             raise UserError(f"{file} does not match its checksum in {file.with_suffix('.json').name}")
     return _MATCHES
+
+
+def list_digests(folder: Path, names: Collection[str] = ()) -> dict[str, str]:
+    """{file: digest} of a model's weights, for reports to name what they measured; of files with one of `names` alone.
+
+    From config.json, or computed where an earlier version wrote the folder. UserError when a file cannot be read.
+    """
+    table = read_json(folder / "config.json")
+    digests = read_digests(folder / "config.json", table) if isinstance(table, dict) else {}
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != ORIGINAL]
+    files = [file for file in files if not names or file.name in names]
+    return {file.name: digests.get(file.name) or compute_digest(read_safetensors(file)) for file in files}
 
 
 def accept_changes(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.checkpoints.verify import list_digests
 from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
@@ -114,6 +115,7 @@ def evaluate(
         measures["lpips"] = summarize_values(distances) | {"against": against, "images": len(distances)}
     report = {
         "source": source,
+        **_name_weights(source),
         "machine": describe_machine(world.device),
         "protocol": measured.protocol,
         "settings": {"split": config.split, "neighbours": config.neighbours},
@@ -123,6 +125,12 @@ def evaluate(
     }
     write_json(out, add_digest(report))
     return report
+
+
+def _name_weights(source: str) -> dict[str, Any]:
+    """The digests of the model in the folder `source`, so that its card takes figures of its own weights alone."""
+    is_model = (Path(source) / "config.json").is_file()
+    return {"model_weights": list_digests(Path(source))} if is_model else {}
 
 
 def make_statistics(

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.checkpoints.verify import list_digests
 from nextscale.common.devices import find_device
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
@@ -147,7 +149,7 @@ def evaluate_classifier(
     values = measure_classifier(task, task.examples)
     if not math.isfinite(values["loss"]):
         raise UserError(f"{folder}: the classifier's cross-entropy is {values['loss']}; its weights are damaged")
-    report = {"data": data, "images": len(images)} | values
+    report = {"data": data, "images": len(images), **values, "model_weights": list_digests(folder)}
     if out is not None:
-        write_json(out, report)
+        write_json(out, add_digest(report))
     return report

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.checkpoints.verify import list_digests
 from nextscale.common.devices import find_device
+from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.common.precision import compute_exactly
@@ -19,7 +21,7 @@ from nextscale.data.classes import Classes, match_classes, relabel
 from nextscale.data.examples import Batch, Examples
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
-from nextscale.encoders.self_supervised import SmallEncoder
+from nextscale.encoders.self_supervised import SmallEncoder, is_small_encoder
 from nextscale.evaluation.metrics.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.engine.log import Values
@@ -183,6 +185,8 @@ def evaluate_encoder(
         "temperature": TEMPERATURE,
         "knn_accuracy": knn_accuracy(samples, labels, bank, bank_labels),
     }
+    if is_small_encoder(Path(source)):
+        report["model_weights"] = list_digests(Path(source))
     if out is not None:
-        write_json(out, report)
+        write_json(out, add_digest(report))
     return report

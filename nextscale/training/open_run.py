@@ -25,6 +25,7 @@ from nextscale.common.sizes import Size
 from nextscale.config.classifier import ClassifierRunConfig
 from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderRunConfig
+from nextscale.config.log import read_log
 from nextscale.config.migrate import migrate_record
 from nextscale.config.parse import to_dict
 from nextscale.config.tokenizer_training import TokenizerRunConfig
@@ -34,7 +35,7 @@ from nextscale.data.datasets import ImageExamples, ImageSet, load_images, open_d
 from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch, Examples
 from nextscale.data.sources import Source
-from nextscale.training.engine.log import Values, check_loggers, read_log
+from nextscale.training.engine.log import Values, check_loggers
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.state import check_settings
 from nextscale.training.engine.task import Task

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from nextscale.backends import optimize
 from nextscale.checkpoints import Checkpoint, build_modules
-from nextscale.checkpoints.native import read_checkpoint
+from nextscale.checkpoints.native import TOKENIZER, read_checkpoint
 from nextscale.checkpoints.parts import load_tokenizer
 from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.checkpoints.verify import list_digests
 from nextscale.common.devices import find_device
 from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
@@ -273,7 +274,8 @@ def evaluate_folder(
     tokenizer = load_tokenizer(checkpoint, model).to(place).eval()
     optimize(tokenizer)
     images = load_test_images(data, model.image_size, limit, reading)
-    report = evaluate_tokenizer(tokenizer, images.to_examples())
+    report = {"data": data, **evaluate_tokenizer(tokenizer, images.to_examples())}
+    report["model_weights"] = list_digests(folder, [TOKENIZER])
     if out is not None:
         write_json(out / "report.json", add_digest(report))
         shown = images.select(choose_part(len(images), _SHOWN_IMAGES, images.labels_B))

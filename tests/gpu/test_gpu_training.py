@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nextscale.common.distributed import World
+from nextscale.config.log import read_log
 from nextscale.config.training import TrainConfig
 from nextscale.doctor.processes import check_processes
 from nextscale.pipeline import Pipeline
 from nextscale.quickstart.run import run_quickstart
-from nextscale.training.engine.log import read_log
 from nextscale.training.engine.loop import train
 from tests.rehearsal.cases import TASKS
 from tests.test_quickstart import tiny_settings

@@ -10,9 +10,9 @@ from typing import Any
 from nextscale.checkpoints.native import read_config
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
+from nextscale.config.log import read_log
 from nextscale.research.analysis.analyzed_model import choose_names, name_scales
 from nextscale.research.analysis.figures import Band, plot_bands
-from nextscale.training.engine.log import read_log
 from nextscale.training.transformer import TransformerTask
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nextscale.common.distributed import World
+from nextscale.config.log import read_log
 from nextscale.config.sampling import SampleConfig
 from nextscale.evaluation.latency import time_batch
 from nextscale.pipeline import Pipeline
-from nextscale.training.engine.log import read_log
 
 BATCHES = (1, 8)
 _ROUNDS = 5

@@ -18,12 +18,11 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.extras import check_extras, import_extra
 from nextscale.common.files import write_text
-from nextscale.common.lines import format_line, parse_line
-from nextscale.common.notes import print_note
-from nextscale.config.parse import quote_value
+from nextscale.common.lines import format_line
+from nextscale.config.log import find_overfitting, read_log
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import check_unreadable
-from nextscale.training.engine.progress import TimeEstimate, describe_overfitting, find_overfitting, print_schedule
+from nextscale.training.engine.progress import TimeEstimate, describe_overfitting, print_schedule
 from nextscale.training.engine.task import Task
 
 Values = dict[str, Any]
@@ -116,53 +115,6 @@ def open_loggers(
     if "wandb" in names:
         loggers.append(WeightsAndBiases(folder, task, settings))
     return loggers
-
-
-def read_log(path: Path) -> list[dict]:
-    """All complete lines of a log, those of a task in the order of their steps.
-
-    A last line cut short by a crash is left out. Others that are no record, or do not match their checksum, are left
-    out and named. Raises UserError when the file cannot be read.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    records, broken = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_parse_line(line))
-        except UserError as error:
-            if number < len(lines) or not _is_cut_short(line):
-                broken.append((number, error))
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        first, fault = broken[0]
-        print_note(f"log {path}", f"{path}: line {first}{more} cannot be used and was passed over: {fault}")
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    return sorted(records, key=lambda record: (tasks.index(record["task"]), record["step"]))
-
-
-def _is_cut_short(line: bytes) -> bool:
-    """Whether a last line without a line break is the beginning of a record, as a crash leaves it."""
-    return b'"crc32"' not in line and b"\0" not in line
-
-
-def _parse_line(line: bytes) -> dict:
-    """A record of the log: its task, its step, and numbers or lists of numbers. UserError when the line is none."""
-    record = parse_line(line, "it")
-    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
-        raise UserError("it is no record with a task")
-    step = record.get("step")
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise UserError(f"step is {quote_value(step)}; it must be 0 or more")
-    for name, value in record.items():
-        numbers = value if isinstance(value, list) else [value]
-        if name != "task" and not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-            raise UserError(f"{name} is {quote_value(value)}; it must be a number or a list of numbers")
-    return record
 
 
 class StepMetrics:

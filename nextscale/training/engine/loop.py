@@ -130,6 +130,7 @@ def prepare(
     if given == "auto" and left and runs_out_with_an_error(world.device):
         config = try_micro_batch(model, config, optimizer, state.step)
     files.computed = {name: int(getattr(config, name)) for name in ("micro_batch", "workers")}
+    files.computed["examples"] = len(task.examples)
     return config, model, state, due, how
 
 

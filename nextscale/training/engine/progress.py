@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from nextscale.config.log import Overfitting
 from nextscale.config.training import TrainConfig
 from nextscale.training.engine.task import Task
-
-_RISE = 0.05
-"""Share of the lowest held-out loss by which it must have risen."""
 
 
 def print_schedule(task: Task, config: TrainConfig, processes: int, how: str = "") -> None:
@@ -62,42 +57,6 @@ class TimeEstimate:
         self.given = True
         remaining = (self.steps - self.done) * elapsed / timed
         return format_duration(remaining) if remaining >= self.least_remaining else ""
-
-
-@dataclass(frozen=True)
-class Overfitting:
-    """A validation at which the held-out loss has risen while the training loss fell."""
-
-    best_step: int
-    step: int
-    held_out: tuple[float, float]
-    """The lowest held-out loss, and that at `step`."""
-    training: tuple[float, float]
-    """Training losses before both."""
-
-
-def find_overfitting(records: Iterable[Mapping[str, Any]]) -> Overfitting | None:
-    """The first validation whose held-out loss is a twentieth above the lowest before, though the training loss fell.
-
-    `records`: those of one task in a log, in order. The training loss is the mean of what was logged since the
-    validation before. None where that does not happen.
-    """
-    best: tuple[int, float, float] | None = None
-    logged: list[float] = []
-    for record in records:
-        if "validation_loss" not in record:
-            logged += [record.get("cross_entropy", record["loss"])] if "loss" in record else []
-            continue
-        loss = record["validation_loss"]
-        if not logged:
-            continue
-        training = sum(logged) / len(logged)
-        logged = []
-        if best is None or loss < best[1]:
-            best = record["step"], loss, training
-        elif loss - best[1] > _RISE * abs(best[1]) and training < best[2]:
-            return Overfitting(best[0], record["step"], (best[1], loss), (best[2], training))
-    return None
 
 
 def describe_overfitting(found: Overfitting, examples: int, best: Path | None) -> str:

@@ -27,10 +27,11 @@ from nextscale.common.errors import UserError
 from nextscale.common.files import write_atomically, write_json
 from nextscale.common.inputs import list_changes
 from nextscale.common.reading import read_json
+from nextscale.config.log import read_log
 from nextscale.config.migrate import migrate_record
 from nextscale.config.parse import check_fields, read_record
 from nextscale.training.engine.distributed import gather_weights
-from nextscale.training.engine.log import Values, read_log
+from nextscale.training.engine.log import Values
 from nextscale.training.engine.optimizer import Ema
 
 
@@ -70,10 +71,13 @@ class StateNote:
     """Examples that a process computed at once; 0 = all."""
     workers: int = 0
     """Data workers of a process."""
+    examples: int = 0
+    """Training examples of the run; 0 = an earlier version wrote this."""
 
     def __post_init__(self) -> None:
         digits = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
-        counts = {f"{name} must be 0 or more": getattr(self, name) >= 0 for name in ("step", "micro_batch", "workers")}
+        names = ("step", "micro_batch", "workers", "examples")
+        counts = {f"{name} must be 0 or more": getattr(self, name) >= 0 for name in names}
         check_fields("state", self, {**counts, "sha256 must be 64 hex digits": digits})
 
 
@@ -81,7 +85,7 @@ class StateFiles:
     """The states of one task in a run folder."""
 
     computed: dict[str, int]
-    """How the states to be saved are computed: `micro_batch` and `workers`."""
+    """How the states to be saved are computed: `micro_batch`, `workers`, and the number of `examples`."""
 
     def __init__(self, folder: Path, task: str, keep: int, world: World):
         self.folder, self.task, self.keep, self.world = folder / "training", task, keep, world
