@@ -55,6 +55,7 @@ class Pipeline:
         self._capturing: Capturing | None = None
         self._backend: Backend = "plain"
         self._training, self._dtype = False, torch.float32
+        self._folder: Path | None = None  # that it was loaded from
         self.sampling = SampleConfig()  # of calls that give no config
 
     @classmethod
@@ -100,7 +101,7 @@ class Pipeline:
         check_routers(source, checkpoint)
         device = find_device(device)
         pipeline, computes = cls._around(checkpoint, modules), _choose_dtype(dtype, device, checkpoint)
-        pipeline.sampling = settings
+        pipeline.sampling, pipeline._folder = settings, folder
         del checkpoint  # from here on a tensor that is converted or packed frees the original
         return pipeline.to(device, computes).optimize(backend).capture(capture)
 
@@ -195,20 +196,17 @@ class Pipeline:
         return Checkpoint(self.config, tokenizer, transformer, self._origin, self._extras)
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
-        """Write a checkpoint folder; with `push_to_hub`, upload it as `repo_id` (default: the folder's name)."""
-        from nextscale.checkpoints.saving import write_checkpoint
+        """Write a checkpoint folder and its card; with `push_to_hub`, upload it as `repo_id` (the folder's name)."""
+        from nextscale.cards.saving import save_with_card
 
-        write_checkpoint(Path(folder), self.to_checkpoint())
-        if push_to_hub:
-            from nextscale.checkpoints.hub import upload_folder
-
-            upload_folder(Path(folder), repo_id or Path(folder).name)
+        name = (repo_id or Path(folder).name) if push_to_hub else ""
+        save_with_card(Path(folder), self.to_checkpoint(), self._folder, upload_as=name)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload to the Hugging Face hub as `owner/name` and return the address of the commit."""
-        from nextscale.checkpoints.hub import upload_checkpoint
+        """Upload to the Hugging Face hub as `owner/name`, with a model card; return the address of the commit."""
+        from nextscale.cards.saving import upload_with_card
 
-        return upload_checkpoint(self.to_checkpoint(), repo_id, private=private, token=token)
+        return upload_with_card(self.to_checkpoint(), self._folder, repo_id, private=private, token=token)
 
     @property
     def transformer(self) -> VAR:

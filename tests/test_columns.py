@@ -29,8 +29,9 @@ from tests.conftest import randomised, tiny_config
 from tests.test_parquet import class_label, images, write_table
 
 NO_DATA_SET = {
-    "demo", "doctor", "sample", "edit", "resume", "adapt", "upcycle", "quantise", "bench", "info", "import-official",
-    "export-official", "analyse errors", "analyse convergence", "analyse dynamic", "experiment list", "experiment show",
+    "card", "demo", "doctor", "sample", "edit", "resume", "adapt", "upcycle", "quantise", "bench", "info",
+    "import-official", "export-official", "analyse errors", "analyse convergence", "analyse dynamic", "experiment list",
+    "experiment show",
 }  # fmt: skip
 """Commands that read no data set, or in the case of `resume` with the columns that the run has recorded."""
 FINE = ReadConfig(label_column="fine_label")

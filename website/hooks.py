@@ -36,6 +36,8 @@ COPIED = (
     | {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.py")}
 )
 """File of the repository -> page of the site."""
+PICTURES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("models/*/**/*.png"))
+"""Pictures of the cards, under the same names on the site."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,6 +56,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, text in pages.items():
         later = "---\nsearch:\n  boost: 0.5\n---\n\n" if page.startswith("reference/") else ""  # guides are found first
         files.append(File.generated(config, page, content=later + text))
+    for name in PICTURES:
+        files.append(File.generated(config, name, content=(ROOT / name).read_bytes()))
     _fill_navigation(config.nav, sorted(p for p in pages if p.startswith("reference/")))
     return files
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
+import glob
+import re
 from pathlib import Path
 
-from nextscale.checkpoints import Checkpoint
-from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.common.contents import CARD
 from nextscale.common.errors import UserError
-from nextscale.common.reading import is_hub_name
+from nextscale.common.reading import is_hub_name, read_text
 
 
 def find_checkpoint(source: str | Path, *, revision: str | None, token: str | None) -> Path:
@@ -19,27 +19,35 @@ def find_checkpoint(source: str | Path, *, revision: str | None, token: str | No
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors"]
+        patterns = ["*.json", "*.safetensors", "README.md"]
         return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"there is no folder {source}, and the hub gave no model of that name: {reason}") from error
 
 
-def upload_folder(folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload a checkpoint folder as `owner/name`; return the URL of the commit."""
+def create_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Create a repository unless it exists; its full name, `owner/name`."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    patterns = ["*.json", "*.safetensors", "README.md"]
-    return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns))
+    return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
 
 
-def upload_checkpoint(
-    checkpoint: Checkpoint, repo_id: str, *, private: bool | None = None, token: str | None = None
-) -> str:
-    """Upload a checkpoint that is in no folder yet; return the URL of the commit."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), checkpoint)
-        return upload_folder(Path(folder), repo_id, private=private, token=token)
+def upload_folder(folder: Path, name: str, *, token: str | None = None) -> str:
+    """Upload the model of a folder to the repository `owner/name`; return the URL of the commit."""
+    from huggingface_hub import HfApi
+
+    patterns = [glob.escape(file) for file in list_published(folder)]
+    return str(HfApi(token=token).upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns))
+
+
+def list_published(folder: Path) -> list[str]:
+    """The files of a model's folder that belong on the hub: config.json, the weights, profiles, and README.md with the
+    files that it links to (samples, reports). Records and states of the training stay where they are."""
+    files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("profiles/*.json")]
+    if (folder / CARD).is_file():
+        text = read_text(folder / CARD, 2**24)
+        root = folder.resolve()
+        linked = [folder / target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
+        files += [folder / CARD, *(file for file in linked if file.is_file() and root in file.resolve().parents)]
+    return sorted({file.relative_to(folder).as_posix() for file in files if file.is_file()})

@@ -73,6 +73,7 @@ COMMANDS = Commands(
         "encoder evaluate": "encoders:EncoderEvaluate",
         "import-official": "checkpoints:ImportOfficial",
         "export-official": "checkpoints:ExportOfficial",
+        "card": "card:Card",
         "demo": "demo:Demo",
         "info": "use:Info",
         "doctor": "doctor:Doctor",

@@ -27,6 +27,9 @@ TUNE = "results of `nextscale tune`"
 EXPERIMENTS = "results of `nextscale experiment run`"
 OTHER_MODEL = "a model of another library"
 
+CARD = "README.md"
+"""A model card."""
+
 _FORMATS = {"nextscale": CHECKPOINT, "nextscale-classifier": CLASSIFIER, "nextscale-encoder": ENCODER}
 _NOTES = frozenset((".yaml", ".yml", ".md", ".txt", ".log", ".out", ".err", ".sh"))
 """Suffixes of files that people keep beside results, and that no command writes over."""

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.cards.card import write_card
+from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.checkpoints.verify import list_digests
 from nextscale.common.devices import find_device
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
@@ -20,6 +23,7 @@ from nextscale.common.plots import plot_curves
 from nextscale.common.reading import read_json
 from nextscale.config.files import record_settings
 from nextscale.config.initialization import InitConfig
+from nextscale.config.log import read_log
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
@@ -37,7 +41,7 @@ from nextscale.quickstart.measure import check_available, measure_samples
 from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.training.encoder import EncoderCallbacks, create_encoder_task
-from nextscale.training.engine.log import Values, check_loggers, read_log
+from nextscale.training.engine.log import Values, check_loggers
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import list_points
 from nextscale.training.tokenizer import TokenizerTask
@@ -93,7 +97,7 @@ def run_quickstart(
     )
     callbacks = _Callbacks(task, MemoryExamples(**held_examples), pipeline, folder, world)
     train(task, config.train_transformer, folder, callbacks, world=world)
-    pipeline.save_pretrained(folder)
+    write_checkpoint(folder, pipeline.to_checkpoint())
 
     reconstruction = draw_pictures(pipeline, config, held_out, folder)
     if draw_routing is not None and pipeline.transformer.config.experts.router != "none":
@@ -106,7 +110,9 @@ def run_quickstart(
     metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
     metrics["unreadable_images"] = list(data.unreadable)
     metrics["seconds"] = round(time.monotonic() - start, 1)
+    metrics["model_weights"] = list_digests(folder)
     write_json(folder / "metrics.json", metrics)
+    write_card(folder)
     return metrics
 
 
@@ -134,7 +140,7 @@ class _Callbacks(Callbacks):
 
     def save_model(self, step: int, best: bool) -> None:
         if best:
-            self.pipeline.save_pretrained(self.folder / "best")
+            write_checkpoint(self.folder / "best", self.pipeline.to_checkpoint())
 
 
 def find_finished(config: QuickstartConfig, folder: Path) -> dict[str, Any] | None:
