@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
 OUTPUTS = {
     "config.json", "tokenizer.safetensors", "transformer.safetensors", "samples.png", "reconstructions.png",
     "scales.png", "curves.png", "metrics.json", "log.jsonl", "quickstart.json", "inputs.json", "training",
-    "encoder", "routing.json", "routing.png", "best",
+    "encoder", "routing.json", "routing.png", "best", "README.md",
 }  # fmt: skip
 
 
