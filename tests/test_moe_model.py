@@ -195,7 +195,7 @@ def test_checkpoints_go_round(router, tmp_path):
     assert any(n.startswith("projector.") for n in ours)
     assert torch.equal(loaded.sample([1, 2], seed=3).tensor, pipeline.sample([1, 2], seed=3).tensor)
     loaded.save_pretrained(tmp_path / "b")
-    for path in (tmp_path / "a").iterdir():
+    for path in (p for p in (tmp_path / "a").iterdir() if p.suffix != ".md"):  # a card names its folder
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 

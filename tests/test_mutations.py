@@ -313,7 +313,7 @@ def damage_bytes(folder: Path, rng: random.Random) -> tuple[list[Path], str]:
     """Damage one file or exchange two; return them and what was done."""
     if (folder / "log.jsonl").exists() and len(list(folder.iterdir())) == 1:
         return damage_log(folder, rng)
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".png", ".jsonl"))
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".png", ".jsonl", ".md"))
     file = rng.choice(files)
     alike = [f for f in files if f != file and f.suffix == file.suffix]
     way = rng.choice([flip, flip, flip_near_the_start, cut, zero_the_tail, nest, "exchange", "copy", "remove"])
