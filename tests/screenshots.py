@@ -81,7 +81,7 @@ def show_compare(visitor: Visitor, models: list[str]) -> None:
     visitor.page.get_by_role("option", name="int8").click()
     visitor.button("Compare").click()
     visitor.page.locator("#compare-table td", has_text="int8").wait_for()
-    visitor.page.wait_for_timeout(3000)
+    visitor.page.locator("#compare-slider img").nth(1).wait_for()
 
 
 TABS = {
@@ -97,7 +97,8 @@ def take_pictures(browser: Any, address: str, models: list[str], out: Path, name
         for form, options in forms.items():
             visitor = Visitor(browser, address, **options)
             TABS[name](visitor, models)
-            visitor.page.wait_for_timeout(1500)
+            visitor.page.wait_for_function("[...document.images].every(image => image.complete)")
+            visitor.page.wait_for_timeout(2000)  # what moves or fades has come to rest
             path = out / f"{name}-{form}.png"
             visitor.page.mouse.move(2, 2)
             visitor.page.screenshot(path=str(path), full_page=True)

@@ -107,6 +107,9 @@ def test_entropy_hits_and_experts_of_each_scale(models, kind, label):
             maps_NM = np.stack([np.ravel(values) for values in view.routing[block][k]], axis=1)
             assert np.array_equal(maps_NM, selected_NM)
             assert np.allclose(view.compute_load(block)[k], selected_NM.sum(axis=0) / selected_NM.sum())
+    for block, scales in enumerate(view.routing):
+        work_M = np.array([[np.sum(values) for values in experts] for experts in scales]).sum(axis=0)
+        assert np.allclose(view.compute_load(block)[-1], work_M / work_M.sum())
     assert len(view.routing) == (2 if kind in ("mixture", "zero") else 0)
     assert len(view.experts) == {"mixture": 4, "zero": 7}.get(kind, 0)
 

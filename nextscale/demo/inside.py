@@ -69,9 +69,11 @@ class InsideView:
     """[block][scale][expert]: 1 where the expert worked, else 0; empty for other models."""
 
     def compute_load(self, block: int) -> list[list[float]]:
-        """[scale][expert]: which share of a scale's work went to each expert in this block, counted from 0."""
-        counts = [[sum(map(sum, values)) for values in experts] for experts in self.routing[block]]
-        return normalise_load(torch.tensor(counts), 1.0).tolist()
+        """[scale][expert]: which share of a scale's work went to each expert in this block, counted from 0.
+
+        After the scales a last row: of the work of all of them."""
+        counts = torch.tensor([[sum(map(sum, values)) for values in experts] for experts in self.routing[block]])
+        return normalise_load(torch.cat([counts, counts.sum(dim=0, keepdim=True)]), 1.0).tolist()
 
 
 @torch.no_grad()

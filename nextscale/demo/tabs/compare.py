@@ -60,7 +60,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     table = gr.HTML(elem_id="compare-table")
     slider = gr.ImageSlider(
         label="A and B: move the line; click a picture of A for another one", format="png", interactive=False,
-        buttons=["fullscreen"], elem_classes="pixels",
+        buttons=["fullscreen"], elem_classes="pixels", elem_id="compare-slider",
     )  # fmt: skip
     pairs = gr.State(None)
     width = len(sides[0])

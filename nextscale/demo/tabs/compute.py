@@ -49,8 +49,8 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
             seed = choose_seed()
             settings = Settings(shared.model)
             with gr.Row():
-                start = gr.Button("Compare cost", variant="primary", min_width=140, elem_id="compute-start")
-                stop = gr.Button("Stop", variant="stop", min_width=120)
+                start = gr.Button("Compare cost", variant="primary", scale=2, min_width=160, elem_id="compute-start")
+                stop = gr.Button("Stop", variant="stop", min_width=90)
         with gr.Column(scale=2, min_width=300), gr.Row():
             full = show_gallery("Full model", "compute-full")
             reduced = show_gallery("Reduced", "compute-reduced")

@@ -109,7 +109,7 @@ def draw_scales(view: InsideView, codes: int) -> str:
 
 def draw_experts(view: InsideView, block: int) -> str:
     """The table of a mixture's experts in a block, counted from 0: maps, and each one's share of the work."""
-    load = view.compute_load(block)
+    *load, total = view.compute_load(block)
     rows: list[tuple[str, list[Cell | str]]] = []
     for scale, maps, shares in zip(view.scales, view.routing[block], load, strict=True):
         cells: list[Cell | str] = [
@@ -117,6 +117,7 @@ def draw_experts(view: InsideView, block: int) -> str:
             for name, values, share in zip(view.experts, maps, shares, strict=True)
         ]
         rows.append((scale.name, cells))
+    rows.append(("all", [f"{share:.0%}" for share in total]))
     title = f"Where each expert of block {block + 1} worked, and its share of the scale's work"
     return draw_table(["scale", *view.experts], rows, title) + draw_legend("did not work", "worked")
 
