@@ -248,8 +248,14 @@ def test_a_new_model_beyond_the_memory_is_refused():
 
 
 def test_the_models_of_the_repository_match_their_digests(capsys):
-    verify(Path(__file__).parents[1] / "models")
-    assert "10 files match their digests" in capsys.readouterr().out
+    models = Path(__file__).parents[1] / "models"
+    verify(models)
+    *lines, total = capsys.readouterr().out.splitlines()
+    matching = {line.removesuffix(": matches its digest") for line in lines}
+    needed = {str(path) for pattern in ("*/config.json", "*/*.safetensors") for path in models.glob(pattern)}
+    assert len(needed) == 9
+    assert needed <= matching
+    assert total == f"{models}: {len(lines)} files match their digests"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
