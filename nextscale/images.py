@@ -69,8 +69,6 @@ class Images:
             save_image(self.grid(), Path(path))
 
     def _repr_png_(self) -> bytes:
-        from io import BytesIO
+        from nextscale.common.pictures import encode_png
 
-        buffer = BytesIO()
-        self.grid().save(buffer, "PNG")
-        return buffer.getvalue()
+        return encode_png(self.grid())

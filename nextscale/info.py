@@ -59,7 +59,10 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
     """The facts of a model under this name, see `describe`."""
     tokenizer, transformer = build_on_meta(config)
     pyramid = config.pyramid
-    counts = {"tokenizer": _parameters(tokenizer), "transformer": _parameters(transformer) if transformer else 0}
+    counts = {
+        "tokenizer": count_parameters(tokenizer),
+        "transformer": count_parameters(transformer) if transformer else 0,
+    }
     encode, decode = _tokenizer_flops(tokenizer, config)
     facts: dict[str, Any] = {
         "name": name,
@@ -160,7 +163,8 @@ def condition_flops(model: TransformerConfig) -> int:
     return 2 * model.width * model.width * (sum(vectors[:1] if model.shared_adaln else vectors) + 2)
 
 
-def _parameters(module: torch.nn.Module) -> int:
+def count_parameters(module: torch.nn.Module) -> int:
+    """The number of a module's parameters; buffers are none."""
     return sum(p.numel() for p in module.parameters())
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.native import read_config, read_modules
 from nextscale.checkpoints.verify import list_digests
@@ -17,7 +15,7 @@ from nextscale.common.registry import CONDITIONS, FEED_FORWARDS, MIXERS, ROUTERS
 from nextscale.config.model import ModelConfig
 from nextscale.encoders.classifier import is_classifier, load_classifier
 from nextscale.encoders.self_supervised import is_small_encoder, load_small_encoder
-from nextscale.info import count_active_parameters
+from nextscale.info import count_active_parameters, count_parameters
 
 Kind = Literal["generator", "tokenizer", "classifier", "encoder"]
 
@@ -108,11 +106,6 @@ def _read_encoder(folder: Path) -> CardModel:
 def _describe_files(folder: Path) -> dict[str, Any]:
     digests = list_digests(folder)
     return {"digests": digests, "bytes": sum((folder / name).stat().st_size for name in digests)}
-
-
-def count_parameters(module: nn.Module) -> int:
-    """The number of a module's parameters; buffers are none."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _find_own_modules(config: ModelConfig) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,13 @@ def write_image(image: Image.Image, path: Path, program: str = "nextscale") -> N
     if format_name not in Image.SAVE:
         raise UserError(f"images cannot be written as {path.suffix}; use .png")
     image.save(path, format=format_name, **mark_picture(format_name, program))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def tile_images(images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 0) -> Image.Image:

@@ -144,7 +144,7 @@ def is_fast(dtype: torch.dtype, kind: str) -> bool:
 def _is_claimed(dtype: torch.dtype) -> bool:
     """Whether oneDNN says that it has products of this type for the CPU. What it denies is emulated slowly."""
     if dtype == torch.int8:
-        return _is_x86() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+        return is_x86() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     question = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question, bool)())
 
@@ -152,7 +152,7 @@ def _is_claimed(dtype: torch.dtype) -> bool:
 def _has_instructions(dtype: torch.dtype) -> bool:
     """Whether the processor multiplies in this type, which oneDNN claims: it also claims bfloat16 for an x86 processor
     with AVX-512 and without the instructions for it, where it emulates them."""
-    if dtype != torch.bfloat16 or not _is_x86():
+    if dtype != torch.bfloat16 or not is_x86():
         return True
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
     if limit.upper() in _WITHOUT_BFLOAT16:
@@ -163,7 +163,8 @@ def _has_instructions(dtype: torch.dtype) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # of older versions of torch
 
 
-def _is_x86() -> bool:
+def is_x86() -> bool:
+    """Whether the processor is an x86 of 64 bits."""
     return platform.machine() in ("x86_64", "AMD64")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+from nextscale.common.pictures import encode_png
 
 Map = Sequence[Sequence[float]]
 _ANCHORS = np.array(
@@ -70,6 +71,4 @@ def _draw_cell(cell: Cell | str) -> str:
 
 def encode_picture(image: Image.Image) -> str:
     """A picture as the address of its own content (PNG)."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"

@@ -14,7 +14,7 @@ from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.encoders.load import load_encoder
-from nextscale.info import condition_flops, depends_on_tokens, scale_flops
+from nextscale.info import condition_flops, count_parameters, depends_on_tokens, scale_flops
 from nextscale.pyramid import Pyramid
 from nextscale.training.activations import count_activations
 from nextscale.training.engine.expert_parallel import find_mixtures
@@ -49,7 +49,7 @@ def estimate_cost(config: RunConfig) -> str:
     assert model.transformer is not None, "a generator has a transformer"
     if depends_on_tokens(model.transformer):
         notes.append("the arithmetic is the most that may be executed: how much it is depends on the tokens")
-    parameters = sum(p.numel() for p in transformer.parameters())
+    parameters = count_parameters(transformer)
     steps, warmup = config.train.schedule_steps(examples)
     guided = _count_guided(config, model)
     forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
@@ -159,7 +159,7 @@ def count_fitting(train: TrainConfig, transformer: VAR, activations: Activations
     """
     if train.batch_size % devices:
         return 0
-    parameters = sum(p.numel() for p in transformer.parameters())
+    parameters = count_parameters(transformer)
     held = count_state_bytes(train, parameters, 0, _count_divided(train, transformer), devices)
     free = (1 - RESERVE) * size * _GIB - held
     share = train.batch_size // devices
@@ -187,7 +187,7 @@ def _count_guided(config: RunConfig, model: ModelConfig) -> int:
 def _count_divided(train: TrainConfig, transformer: VAR) -> int:
     """Parameters that the processes share."""
     if train.sharding == "full":
-        return sum(p.numel() for p in transformer.parameters())
+        return count_parameters(transformer)
     return _count_expert_parameters(train, transformer)
 
 

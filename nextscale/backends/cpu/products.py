@@ -24,7 +24,7 @@ from torch import Tensor
 from nextscale.backends.cpu.activations import compute_gelu
 from nextscale.backends.cpu.kernels.linear import multiply
 from nextscale.common.errors import UserError
-from nextscale.common.precision import is_computed_in_float32, is_fast
+from nextscale.common.precision import is_computed_in_float32, is_fast, is_x86
 
 _MIN_ROWS = 16
 _PACKED_FOR = 64
@@ -42,11 +42,7 @@ UNPACKED = 'load them with Pipeline.from_pretrained(..., backend="plain")'
 NO_GRADIENTS = f"these weights are packed for inference and give no gradients; {UNPACKED}"
 NOT_TRAINABLE = f"weights that are packed for inference cannot be trained; {UNPACKED}"
 
-has_onednn = (
-    torch.backends.mkldnn.is_available()
-    and platform.machine() in ("x86_64", "AMD64")
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+has_onednn = torch.backends.mkldnn.is_available() and is_x86() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 wide_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether the CPU has AVX-512."""

@@ -30,7 +30,7 @@ from nextscale.encoders.classifier import is_classifier
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.evaluation.flops import count_dense_flops, count_planned_flops
 from nextscale.evaluation.run import evaluate, make_statistics
-from nextscale.info import count_active_parameters
+from nextscale.info import count_active_parameters, count_parameters
 from nextscale.research.experiments.cost import compute_training_seconds, measure_sampling_seconds
 from nextscale.research.experiments.dynamic import (
     collect_metrics,
@@ -98,7 +98,7 @@ def read_training_metrics(finished: dict[str, Any], config: ModelConfig) -> dict
 def _count_parameters(config: ModelConfig) -> dict[str, float]:
     _, transformer = build_on_meta(config)
     assert transformer is not None, "a generator has a transformer"
-    count = sum(p.numel() for p in transformer.parameters())
+    count = count_parameters(transformer)
     return {"parameters": count, "active_parameters": count_active_parameters(config, count)}
 
 
