@@ -16,6 +16,7 @@ MISSING = [tool for tool in ("aarch64-linux-gnu-gcc", "qemu-aarch64-static") if 
 TESTS = (
     "tests/test_block_kernels.py",
     "tests/test_kernels.py",
+    "tests/test_training_kernels.py",
     "tests/test_dynamic.py::test_execution_equals_a_loop_over_tokens_and_experts",
     "tests/test_int8.py::test_rows_are_within_half_a_step",
     "tests/test_int8.py::test_a_layer_is_an_exact_sum_of_integers",

@@ -59,6 +59,7 @@ ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "run_experts": [_POINTER] * 9 + [_NUMBER] * 3 + [_FLAG] * 2 + [_POINTER] * 2,
         "choose_slices": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG, _POINTER],
     },
+    "gemm": {"gemm": [_POINTER] * 3 + [_NUMBER] * 6 + [_FLAG] + [_POINTER] * 2},
     "linear": {"multiply": [_POINTER] * 4 + [_NUMBER] * 4 + [_FLAG] * 3 + [_POINTER]},
     "blocks": {
         "attend": [_POINTER] * 5 + [_NUMBER] * 6 + [_FLAG] * 2 + [_POINTER] * 2,

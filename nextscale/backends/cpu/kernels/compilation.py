@@ -42,7 +42,8 @@ def count_vectors(lanes: int) -> int:
 def list_libraries(lanes: int) -> list[tuple[str, int]]:
     """The (name, size) of all libraries that vectors of so many values may need; `size` as in `define_shape`."""
     names = sorted(source.stem for source in FOLDER.glob("*.c"))
-    return [(name, n) for name in names for n in (HEADS if name == "blocks" else sorted({2, count_vectors(lanes)}))]
+    sizes = {"blocks": HEADS, "gemm": (2,)}
+    return [(name, n) for name in names for n in sizes.get(name, sorted({2, count_vectors(lanes)}))]
 
 
 def define_shape(name: str, size: int, lanes: int) -> list[str]:
