@@ -16,7 +16,7 @@ from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.native import read_config
 from nextscale.checkpoints.quantise import describe_weights
 from nextscale.common.errors import UserError
-from nextscale.common.registry import FEED_FORWARDS, MIXERS
+from nextscale.common.registry import CONDITIONS, FEED_FORWARDS, MIXERS
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.presets import PRESETS, preset
@@ -77,7 +77,8 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
         "tokenizer_flops": {"encode": encode, "decode": decode},
     }
     if config.transformer is not None:
-        facts["classes"] = config.transformer.condition.num_classes
+        facts["classes"] = config.transformer.condition.count_of_classes
+        facts["condition"] = config.transformer.condition.describe()
         facts["flops_are"] = describe_flops(config.transformer)
         facts["flops_once_per_image"] = condition_flops(config.transformer)
         facts["per_scale"] = [
@@ -158,9 +159,13 @@ def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConf
 
 
 def condition_flops(model: TransformerConfig) -> int:
-    """FLOPs that the condition costs once per image: adaLN of the blocks and of the head."""
-    vectors = [3 * (len(model.block_mixers(block)) + 1) for block in range(model.depth)]  # FFN's beside the mixers'
-    return 2 * model.width * model.width * (sum(vectors[:1] if model.shared_adaln else vectors) + 2)
+    """FLOPs that the condition costs once per image: its own, of adaLN, and of keys and values of its sequence."""
+    names = [model.block_mixers(block) for block in range(model.depth)]
+    vectors = [3 * (len(mixers) + 1) for mixers in names]  # FFN's beside the mixers'
+    adaln = model.width * model.width * (sum(vectors[:1] if model.shared_adaln else vectors) + 2)
+    condition: Any = CONDITIONS.get(model.condition.kind)
+    read = sum(int(MIXERS.get(name).count_condition_multiply_adds(model)) for mixers in names for name in mixers)
+    return 2 * (adaln + read + int(condition.count_multiply_adds(model.condition, model.width)))
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -196,7 +201,7 @@ def as_text(facts: dict[str, Any]) -> str:
         size = f"{facts['weight_bytes'] / 2**20:,.0f} MiB"
         lines.append(f"  weights as stored    {size}, linear layers of the transformer in {facts['weights']}")
     if "per_scale" in facts:
-        lines.append(f"  classes              {facts['classes']}")
+        lines.append(f"  condition            {facts['condition']}")
         how = f"{facts['flops_are']} " if facts["flops_are"] else ""
         lines.append(f"  transformer          {how}{_flop(facts['transformer_flops'])} per image, twice with guidance")
         lines.append("\n  scale      tokens        arithmetic   kept for later, float32")

@@ -167,6 +167,8 @@ class Pipeline:
 
         check_refiner(self.config, self.tokenizer, refiner.config, refiner.tokenizer)
         self._refiner_labels = match_model_classes(self.config, refiner.config, "the refiner")
+        if self._refiner_labels is not None and self.transformer.config.condition.kind == "combined":
+            raise UserError("a refiner of a model with a combined condition must have its classes in the same order")
         self._refiner, self._refiner_source = refiner.transformer, ""
         return self
 

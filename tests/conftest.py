@@ -153,7 +153,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 def check_flops(config: ModelConfig) -> None:
     """What info.py counts by structure equals torch's counter: the condition, and a step at every scale."""
     _, model = build_on_meta(config)
-    values = torch.zeros(1, dtype=torch.int64, device="meta")
+    values = model.condition.nothing(1)
     with FlopCounterMode(display=False) as counter:
         conditioning = model.embed_condition(values)
     assert counter.get_total_flops() == condition_flops(config.transformer)

@@ -34,7 +34,7 @@ def test_depth_is_the_one_dial():
         ({"tokenizer": {"vocab_size": 1.5}}, "must be of type int"),
         ({"tokenizer": {"attention": 1}}, "must be of type bool"),
         ({"tokenizer": {"channel_multipliers": 3}}, "must be a list"),
-        ({"transformer": {"condition": {"kind": "text"}}}, "it must be one of 'class'"),
+        ({"transformer": {"condition": {"kind": "sound"}}}, "it must be one of 'class'"),
         (
             {"transformer": {"mixers": ["attn"]}},
             "transformer.mixers: unknown mixer 'attn'; it must be one of 'att",

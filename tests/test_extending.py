@@ -66,7 +66,7 @@ def test_a_feed_forward_and_a_condition_of_the_page(folder, tiny_folder, capsys)
     output, record = block.ffn(x_BND, None, None)
     assert record is None
     assert torch.allclose(output, block.ffn.down(gate * torch.sigmoid(gate) * up), atol=1e-6)
-    cond_BD = pipeline.transformer.condition(pipeline.transformer.condition.parse([0, 3, None]))
+    cond_BD = pipeline.transformer.condition(pipeline.transformer.condition.parse([0, 3, None])).vector_BD
     assert torch.allclose(cond_BD.norm(dim=-1), torch.ones(3))
 
 

@@ -394,7 +394,7 @@ def build_small_task(config):
     if isinstance(config, EncoderRunConfig):
         return create_encoder_task(config.encoder, images(config.encoder.image_size), config.moco, config.views, 0)
     base, _ = read_config(ROOT / "models" / "tokenizer-cifar10")
-    model = replace(base, transformer=config.with_classes(10, 0), class_names=())
+    model = replace(base, transformer=config.fit(10, base.image_size, 0), class_names=())
     tokenizer, transformer = build_modules(model)
     tokens = torch.zeros(3, model.pyramid.length, dtype=torch.int64)
     examples = MemoryExamples(tokens=tokens, label=torch.zeros(3, dtype=torch.int64))
@@ -407,7 +407,7 @@ def test_a_dry_run_says_on_how_many_devices_of_which_memory_it_fits(capsys):
     rows = re.findall(r"(\d) devices?, sharding (\w+) +of (\d+) +(\d+) +(\d+) +(\d+) +(\d+)", capsys.readouterr().out)
     assert [row[:3] for row in rows] == [("1", "none", "768"), ("8", "none", "96"), ("8", "full", "96")]
     config = read_settings(RunConfig, Path("mepa-d16"))
-    model = replace(ModelConfig(), transformer=config.with_classes(1000, 768))
+    model = replace(ModelConfig(), transformer=config.fit(1000, (256, 256), 768))
     _, transformer = build_on_meta(model)
     needs, parameters = (
         count_activations(transformer, config.train, 8),

@@ -46,6 +46,7 @@ TRAINING_CPU: Twins = {
     f"{_T}.block:AdaLayerNorm": f"{_CPU}.attention:CpuAdaLayerNorm",
     f"{_T}.attention:Attention": f"{_CPU}.attention:CpuAttention",
     f"{_T}.scale_attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",
+    f"{_T}.cross_attention:CrossAttention": f"{_CPU}.cross_attention:CpuCrossAttention",
     f"{_T}.mamba:Mamba2": f"{_CPU}.mamba:CpuMamba2",
     f"{_FFN}:DenseFeedForward": f"{_CPU}.linear:CpuDenseFeedForward",
     f"{_FFN}.experts:StackedLinear": f"{_CPU}.experts:CpuStackedLinear",

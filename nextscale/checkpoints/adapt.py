@@ -82,6 +82,7 @@ def adapt(
     config, model = checkpoint.config, get_transformer_config(checkpoint.config, "adapt")
     transformer, tokenizer = dict(checkpoint.transformer), dict(checkpoint.tokenizer)
     if classes is not None:
+        model.condition.require_classes("--classes is for models that draw images")
         key = "condition.embedding.weight"
         transformer[key] = _make_class_embeddings(transformer[key], classes, seed)
         condition = replace(model.condition, num_classes=len(classes))

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.tokenizer import TokenizerConfig
-from nextscale.config.transformer import MVAR_MIXERS, ConditionConfig, TransformerConfig
+from nextscale.config.transformer import MVAR_MIXERS, TransformerConfig
 from nextscale.pyramid import PYRAMID_256, PYRAMID_512, PYRAMID_1024, Pyramid
 
 

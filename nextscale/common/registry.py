@@ -103,6 +103,7 @@ MIXERS: Registry[Any] = Registry(
         "attention": f"{_TRANSFORMER}.attention:Attention",
         "scale-attention": f"{_TRANSFORMER}.scale_attention:ScaleAttention",
         "mamba": f"{_TRANSFORMER}.mamba:Mamba2",
+        "cross-attention": f"{_TRANSFORMER}.cross_attention:CrossAttention",
     },
 )
 """What mixes the tokens of a block: `TransformerConfig.mixers`."""
@@ -130,7 +131,13 @@ FEED_FORWARDS: Registry[Any] = Registry(
 )
 """The feed-forward layer of a block: `TransformerConfig.feed_forward`."""
 
-CONDITIONS: Registry[Any] = Registry("condition", {"class": f"{_TRANSFORMER}.condition:ClassCondition"})
+CONDITIONS: Registry[Any] = Registry(
+    "condition",
+    {
+        "class": f"{_TRANSFORMER}.condition:ClassCondition",
+        "text": f"{_TRANSFORMER}.conditions.text:TextCondition",
+    },
+)
 """What an image is conditioned on: `ConditionConfig.kind`."""
 
 

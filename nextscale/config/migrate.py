@@ -9,6 +9,16 @@ _RENAMED = {"dynamic": {"own": "late_ffn", "identity": "router_fingerprint"}}
 _RESPELLED = {"precision": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}}
 """Old and new spellings of values, by the name of the field, in any table."""
 _ADDED: dict[str, dict[str, Any]] = {
+    "num_classes": {  # ConditionConfig
+        "source": "",
+        "max_tokens": 64,
+        "layers": 2,
+        "embedding_width": 0,
+        "picture_size": [],
+        "channels": 1,
+        "patch": 4,
+        "parts": {},
+    },
     "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
     "micro_batch": {"backend": "auto"},  # TrainConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig

@@ -25,7 +25,10 @@ class ModelConfig:
     """Names of the classes in label order; empty when unknown."""
 
     def __post_init__(self) -> None:
-        classes = self.transformer.condition.num_classes if self.transformer else len(self.class_names)
+        classes = len(self.class_names)
+        if self.transformer:
+            condition = self.transformer.condition
+            classes = condition.count_of_classes or (condition.num_classes if condition.takes_labels else 0)
         if self.class_names and len(self.class_names) != classes:
             raise UserError(f"config has {len(self.class_names)} class names for {classes} classes")
 
@@ -39,7 +42,7 @@ class ModelConfig:
     def count_of_classes(self) -> int | None:
         """Number of classes; None where images are not conditioned on classes."""
         condition = self.transformer.condition if self.transformer else None
-        return condition.num_classes if condition and condition.kind == "class" else None
+        return condition.count_of_classes if condition else None
 
     def find_class(self, label: str) -> int | None:
         """The class that a user wrote, None for no label: see `nextscale.config.classes`."""
@@ -90,5 +93,5 @@ class ModelConfig:
     def summarize(self) -> str:
         """One line of text: classes, scales, image size."""
         height, width = self.image_size
-        what = f"{self.transformer.condition.num_classes} classes" if self.transformer else "a tokenizer alone"
+        what = self.transformer.condition.describe() if self.transformer else "a tokenizer alone"
         return f"{what}, scales {self.pyramid}, images of {height} x {width} pixels"

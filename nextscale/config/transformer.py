@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from nextscale.common.errors import UserError
-from nextscale.common.registry import CONDITIONS, FEED_FORWARDS, MIXERS, ROUTERS
+from nextscale.common.registry import FEED_FORWARDS, MIXERS, ROUTERS
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.parse import Scalar, check_fields
 
 if TYPE_CHECKING:
@@ -141,20 +142,6 @@ MVAR_MIXERS: tuple[str, ...] = ("scale-attention", "mamba")
 
 
 @dataclass(frozen=True)
-class ConditionConfig:
-    """What an image is conditioned on."""
-
-    kind: str = "class"
-    """class: a class label. Or the name of a condition that you registered."""
-    num_classes: int = 1000
-    """Number of classes. Training takes it from the data."""
-
-    def __post_init__(self) -> None:
-        CONDITIONS.check(self.kind, "condition.kind")
-        check_fields("condition", self, {"num_classes must be 1 to 2^24": 1 <= self.num_classes <= 2**24})
-
-
-@dataclass(frozen=True)
 class MambaConfig:
     """Mamba-2 between the scales (M-VAR, arXiv 2411.10433). The defaults are those of the published models."""
 
@@ -214,8 +201,8 @@ class TransformerConfig:
     """Added to the variance in layer norms; a checkpoint needs the value that it was trained with."""
     mixers: tuple[str, ...] = ("attention",)
     """What mixes tokens in a block ahead of the FFN, in this order. attention: over all scales so far (VAR).
-    scale-attention: within each scale, and mamba: from scale to scale (both M-VAR). Or names of mixers that you
-    registered."""
+    scale-attention: within each scale, and mamba: from scale to scale (both M-VAR). cross-attention: to the sequence of
+    the condition, such as a caption. Or names of mixers that you registered."""
     global_blocks: int = 0
     """How many of the last blocks have attention over all scales in place of the mixers (M-VAR, Fig. 5). depth or more
     means all."""
@@ -247,6 +234,9 @@ class TransformerConfig:
                 "norm_eps must be above 0": 0 < self.norm_eps < 1,
                 "mixers must be 1 to 16 names": 1 <= len(self.mixers) <= 16,
                 "global_blocks must be 0 or more": self.global_blocks >= 0,
+                "mixers must not have cross-attention without a sequence: the condition is "
+                f"{self.condition.describe()}": "cross-attention" not in self.mixers
+                or self.condition.gives_sequence is not False,
                 "shared_adaln needs as many mixers in every block: no global_blocks": not self.shared_adaln
                 or len({len(self.block_mixers(i)) for i in range(self.depth)}) == 1,
             },
@@ -301,7 +291,9 @@ class TransformerConfig:
 
     def block_mixers(self, index: int) -> tuple[str, ...]:
         """The mixers of a block, counted from 0."""
-        return self.mixers if index < self.depth - self.global_blocks else ("attention",)
+        if index < self.depth - self.global_blocks:
+            return self.mixers
+        return ("attention", *(name for name in self.mixers if name == "cross-attention"))
 
     @property
     def resolved_feed_forward(self) -> str:

@@ -92,9 +92,10 @@ class RunConfig:
             raise UserError("give either --tokenizer DIR (to train from scratch) or --start DIR (to fine-tune)")
         return self
 
-    def with_classes(self, count: int, features: int) -> TransformerConfig:
-        """The transformer for this many classes, with an alignment head for features of this width; 0 = none."""
-        condition = dataclasses.replace(self.transformer.condition, num_classes=count)
+    def fit(self, classes: int, size: tuple[int, int], features: int) -> TransformerConfig:
+        """The transformer for so many classes and images of this size, with an alignment head for features of this
+        width; 0 = none."""
+        condition = self.transformer.condition.fit(classes, size)
         alignment = dataclasses.replace(self.transformer.alignment, width=features)
         return dataclasses.replace(self.transformer, condition=condition, alignment=alignment)
 

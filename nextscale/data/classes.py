@@ -209,9 +209,12 @@ def open_matched_examples(
 ) -> tuple[Examples, Examples, ClassMatch]:
     """(training, held-out) examples as `open_examples` gives them, with the labels of `known`, and the match.
 
-    Raises UserError as `open_examples`, and when the classes do not match.
+    Raises UserError as `open_examples`, and when the classes do not match. For a model without classes in its condition
+    labels stay as they are.
     """
     train, held_out, names = open_examples(data, model, tokenizer, config, seed)
+    if model.transformer is not None and not model.transformer.condition.takes_labels:
+        return train, held_out, ClassMatch(tuple(range(len(names))), ())
     match = match_classes(Classes.of_data(data, names), known)
     return relabel(train, match), relabel(held_out, match), match
 
@@ -221,5 +224,8 @@ def match_model_classes(config: ModelConfig, other: ModelConfig, where: str) -> 
 
     Raises UserError when the models have different classes.
     """
+    assert config.transformer is not None, "a tokenizer alone has no classes"
+    if not config.transformer.condition.takes_labels:
+        return None
     match = match_classes(Classes.of_model("this model", config), Classes.of_model(where, other))
     return None if match.unchanged else torch.tensor([*match.index, len(match.index)])

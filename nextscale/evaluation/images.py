@@ -68,7 +68,9 @@ class ModelImages:
         if settings.official_seeding:
             raise UserError("official_seeding makes an image depend on its batch; it cannot be measured in shards")
         self.pipeline, self.where, self.count, self.settings, self.batch = pipeline, where, count, settings, batch
-        self.order = tuple(range(pipeline.transformer.config.condition.num_classes))
+        self.order = tuple(
+            range(pipeline.transformer.config.condition.require_classes("measuring a model draws images"))
+        )
         self.size = pipeline.config.image_size
 
     def __len__(self) -> int:

@@ -102,7 +102,7 @@ def time_batch(
     `counter` counts the FLOPs of its steps, which takes time: for a round that is not timed. `clock`: one of `CLOCKS`.
     """
     assert pipeline.config.transformer is not None, "a generator has a transformer"
-    classes = pipeline.config.transformer.condition.num_classes
+    classes = pipeline.config.transformer.condition.require_classes("measuring time draws images")
     labels, times = [i % classes for i in range(batch)], [_read_clock(pipeline.device, clock)]
     canvas = None
     for step in pipeline.sample_scales(labels, settings, records=counter is not None):

@@ -21,13 +21,13 @@ from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.plots import plot_curves
 from nextscale.common.reading import read_json
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.files import record_settings
 from nextscale.config.initialization import InitConfig
 from nextscale.config.log import read_log
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
-from nextscale.config.transformer import ConditionConfig
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.data.inputs import describe_data

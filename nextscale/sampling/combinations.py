@@ -28,7 +28,7 @@ class Request:
 
 def _has_unprunable_layers(model: TransformerConfig) -> bool:
     """Whether a layer may need all tokens of a scale, or the record that the block before made of the same tokens."""
-    mixers, feed_forwards = {"attention", "scale-attention"}, {"dense", "mixture", "dynamic"}
+    mixers, feed_forwards = {"attention", "scale-attention", "cross-attention"}, {"dense", "mixture", "dynamic"}
     routers = {"none", "smoe", "stmoe", "moe++", "expert-choice"}
     known = mixers >= set(model.mixers) and model.resolved_feed_forward in feed_forwards
     return not known or model.experts.router not in routers

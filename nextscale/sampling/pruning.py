@@ -68,7 +68,8 @@ class PrunedPredictor(ModelPredictor):
         self.finish_sequences(x_BNC)
         model, records = self.model, list[Record | None]()
         x_BND = model.embed_scale(self.conditioning, x_BNC, k)
-        for block, adaln_B3SD, states in zip(model.blocks, self.conditioning.blocks_B3SD, self.cache, strict=True):
+        for i, (block, adaln_B3SD) in enumerate(zip(model.blocks, self.conditioning.blocks_B3SD, strict=True)):
+            states = self.conditioning.join_states(i, self.cache[i]) or []
             span = self.plan.span(k, block.index)
             context = ScaleContext(model.pyramid, span, k=k, thresholds=self.thresholds)
             previous, record = records[-1] if records else None, None

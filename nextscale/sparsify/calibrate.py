@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ GRID = (1.0, 0.99, 0.97, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5
 _CURVE_STEP = 0.005
 """Distance of the thresholds between which `choose_thresholds` chooses."""
 
-Batches = Sequence[tuple[Tensor, Tensor]]
-"""(labels (B,), tokens (B, L)) of held-out images."""
+Batches = Sequence[tuple[Any, Tensor]]
+"""(condition values, tokens (B, L)) of held-out images."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def measure_thresholds(
 ) -> list[Measurement]:  # fmt: skip
     """One measurement for each of the candidates."""
     sums, images = [torch.zeros(5, len(config.pyramid), dtype=torch.float64) for _ in candidates], 0
-    for labels_B, tokens_BL in tqdm(batches, desc=f"measuring {len(candidates)} thresholds", unit="batch"):
-        values = model.condition.add_unconditional(labels_B)
+    for given, tokens_BL in tqdm(batches, desc=f"measuring {len(candidates)} thresholds", unit="batch"):
+        values = model.condition.add_unconditional(given)
         inputs_BLC = tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         dense_BLV = model(values, inputs_BLC).logits_BNV.log_softmax(dim=-1)
-        images += len(labels_B)
+        images += len(tokens_BL)
         for total, thresholds in zip(sums, candidates, strict=True):
             output = model(values, inputs_BLC, thresholds=thresholds)
             _add_measurement(total, config, output, dense_BLV, tokens_BL)

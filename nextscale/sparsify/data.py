@@ -28,7 +28,7 @@ from nextscale.data.classes import Classes, open_matched_examples
 from nextscale.data.datasets import split_rows
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
-from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
+from nextscale.tokenizer.tokenizer import scale_to_unit
 
 _HELD_OUT = 0.1
 """Share of the model's samples of every class that is held out."""
@@ -93,7 +93,7 @@ def _draw_samples(
         missing = [start for start in range(0, config.samples, _SHARD_SIZE) if not _shard_path(folder, start).exists()]
         if missing:
             pipeline = Pipeline.from_checkpoint(checkpoint, device=world.device).optimize()
-            classes = pipeline.transformer.config.condition.num_classes
+            classes = pipeline.transformer.config.condition.require_classes("without --data sparsify draws images")
         for start in tqdm(missing, desc="drawing samples", unit="file"):
             labels = [i % classes for i in range(start, min(start + _SHARD_SIZE, config.samples))]
             images = pipeline.sample(labels, sampling, batch_size=config.batch_size, first_image=start)
@@ -141,15 +141,14 @@ def _shard_path(folder: Path, start: int) -> Path:
 
 
 @torch.no_grad()
-def load_token_batches(examples: Examples, tokenizer: Tokenizer, limit: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """(labels (B,), tokens (B, L)) of the first `limit` examples, at most `size` a batch, on the tokenizer's device."""
-    batches: list[tuple[Tensor, Tensor]] = []
+def load_token_batches(examples: Examples, pipeline: Pipeline, limit: int, size: int) -> list[tuple[Any, Tensor]]:
+    """(condition values, tokens (B, L)) of the first `limit` examples, at most `size` a batch, on its device."""
+    batches: list[tuple[Any, Tensor]] = []
+    tokenizer, condition = pipeline.tokenizer, pipeline.transformer.condition
     count, device = min(len(examples), limit), tokenizer.quantizer.codebook.weight.device
     for start in range(0, count, size):
         batch = examples.fetch(range(start, min(start + size, count)), None)
-        if "tokens" in batch:
-            tokens_BL = batch["tokens"].to(device).long()
-        else:
-            tokens_BL = tokenizer.encode(scale_to_unit(batch["image"].to(device)))
-        batches.append((batch["label"].to(device), tokens_BL))
+        batch = {name: rows.to(device) for name, rows in batch.items() if isinstance(rows, Tensor)}
+        tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
+        batches.append((condition.from_batch(batch), tokens_BL))
     return batches

@@ -82,9 +82,7 @@ class Job:
 
     def load_batches(self, examples: Examples, pipeline: Pipeline) -> Batches:
         """As many examples as calibration uses, in batches."""
-        return load_token_batches(
-            examples, pipeline.tokenizer, self.config.calibration_images, self.config.batch_size
-        )  # fmt: skip
+        return load_token_batches(examples, pipeline, self.config.calibration_images, self.config.batch_size)
 
 
 @dataclass(frozen=True)
@@ -150,12 +148,12 @@ def _measure_importance(job: Job, pipeline: Pipeline) -> None:
     """Set how much each hidden unit contributes at the sparse scales, for static pruning."""
     model, sums, images = pipeline.transformer, list[Tensor](), 0
     thresholds = Thresholds((1.0,) * len(model.pyramid), record="contribution")
-    for label_B, tokens_BL in job.load_batches(job.examples.train, pipeline):
+    for values, tokens_BL in job.load_batches(job.examples.train, pipeline):
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
-        output = model(model.condition.add_unconditional(label_B), inputs_BLC, thresholds=thresholds)
+        output = model(model.condition.add_unconditional(values), inputs_BLC, thresholds=thresholds)
         contributions = [record.contribution_F for record in collect(output.records, "contribution")]
         sums = [a + b for a, b in zip(sums, contributions, strict=True)] if sums else contributions
-        images += len(label_B)
+        images += len(tokens_BL)
     for ffn, sum_F in zip(list_ffns(model), sums, strict=True):
         ffn.importance_F.copy_(sum_F / images)
 
@@ -207,7 +205,7 @@ def _calibrate(job: Job, checkpoint: Checkpoint, shares: Sequence[float]) -> tup
     """Thresholds for these shares of the dense FLOPs, and the number of held-out images that they were measured on."""
     pipeline = Pipeline.from_checkpoint(checkpoint, dtype=torch.float32, device=job.world.device).optimize()
     batches = job.load_batches(job.examples.held_out, pipeline)
-    images = sum(len(labels_B) for labels_B, _ in batches)
+    images = sum(len(tokens_BL) for _, tokens_BL in batches)
     calibration = calibrate_thresholds(checkpoint.config, pipeline.tokenizer, pipeline.transformer, batches, shares)
     return calibration, images
 

@@ -102,11 +102,12 @@ class RouterTask(Task):
             self.frozen.tokenizer.check_tokens(batch["tokens"])
 
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
-        return {"drop": torch.rand(count, generator=rng) < self.config.label_drop}
+        return {"drop": self.model.condition.draw_drop(count, self.config.label_drop, rng)}
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        label_B, _, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
-        values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
+        _, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
+        values = self.model.condition.from_batch(batch)
+        values = self.model.condition.drop(noise["drop"], values) if noise else values
         output = self.model(values, inputs_BLC, thresholds=self.thresholds)
         norms = collect(output.records, "norms")
         errors = [(n.predicted_BNE - n.true_BNE).square().mean() / n.true_BNE.square().mean() for n in norms]

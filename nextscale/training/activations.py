@@ -50,10 +50,9 @@ def _count_pass(transformer: VAR, train: TrainConfig, guided: int, images: int) 
     length = pyramid.length - pyramid.counts[0]
     with torch.device("meta"):
         x_BLC = torch.empty(images, length, transformer.word_embed.in_features)
-        labels_B = torch.zeros(images, dtype=torch.int64)
         tokens_BL = torch.zeros(images, pyramid.length, dtype=torch.int64)
     with saved.watch(), _ImitatedKernels(torch.float32 if train.precision == "float32" else torch.bfloat16):
-        logits_BLV = shallow(labels_B, x_BLC, aligned_scales=guided).logits_BNV
+        logits_BLV = shallow(transformer.condition.nothing(images), x_BLC, aligned_scales=guided).logits_BNV
         F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten())
     if not train.activation_checkpointing:
         return saved.total
@@ -121,9 +120,15 @@ class _CountedBlock(nn.Module):
     def __init__(self, block: Block, times: int, saved: SavedTensors):
         super().__init__()
         self.block, self.adaln, self.times, self.saved = block, block.adaln, times, saved
+        self.read_condition = block.read_condition
 
     def forward(
-        self, x_BND: Tensor, adaln_B3SD: Tensor, context: ScaleContext, states: None, previous: Record | None
+        self,
+        x_BND: Tensor,
+        adaln_B3SD: Tensor,
+        context: ScaleContext,
+        states: list[Any] | None,
+        previous: Record | None,
     ) -> tuple[Tensor, Record | None]:
         if not self.times:
             self.saved.ignore(x_BND)  # the block that stands for this one counts its input

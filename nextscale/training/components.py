@@ -107,8 +107,12 @@ def _list_overruled(config: RunConfig, started: TransformerConfig | None) -> lis
 def _match_classes(
     config: RunConfig, checkpoint: Checkpoint, folder: Path | None, names: tuple[str, ...]
 ) -> ClassMatch:
-    """The classes of the data, `names`, matched with those of the start checkpoint, or of the run that is resumed."""
+    """The classes of the data, `names`, matched with those of the start checkpoint, or of the run that is resumed.
+    Without classes in the condition the model has no names for them, and labels stay as they are."""
     data = Classes.of_data(config.data, names)
+    model = checkpoint.config.transformer if config.start else config.transformer
+    if model is not None and not model.condition.takes_labels:
+        return ClassMatch(tuple(range(len(names))), ())
     if not config.start:
         known = read_trained_classes(folder) if folder else None
         return match_classes(data, known or data)
@@ -165,7 +169,7 @@ def _build_config(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, .
     """The generator's config: the start checkpoint's, or the run's with the data's classes; with an alignment head for
     features of this width, if there are any."""
     if not config.start:
-        transformer: TransformerConfig | None = config.with_classes(len(names), width)
+        transformer: TransformerConfig | None = config.fit(len(names), checkpoint.config.image_size, width)
         return dataclasses.replace(checkpoint.config, transformer=transformer, class_names=names)
     transformer = checkpoint.config.transformer
     assert transformer is not None, "_match_classes has checked it"

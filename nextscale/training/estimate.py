@@ -93,7 +93,7 @@ def _build_config(config: RunConfig) -> tuple[ModelConfig, list[str]]:
         classes = len(TokenCache(Path(config.data)).class_names)
     else:
         notes.append("assumed 1,000 classes")
-    return dataclasses.replace(base, transformer=config.with_classes(classes, width), class_names=()), notes
+    return dataclasses.replace(base, transformer=config.fit(classes, base.image_size, width), class_names=()), notes
 
 
 def _find_feature_width(config: RunConfig, notes: list[str]) -> int:

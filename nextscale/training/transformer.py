@@ -65,7 +65,8 @@ class TransformerTask(Task):
     """Cross-entropy of the tokens of all scales, given condition and coarser scales (MEPA Eq. 4-5), with the losses of
     mixtures of experts (Eq. 10) and of semantic guidance (Eq. 12-13) where the model has them.
 
-    Batches hold `label` and either `tokens` (B, L), from a cache, or `image` (uint8), which is encoded first. The
+    Batches hold the condition's values (`Condition.from_batch`), such as `label`, and either `tokens` (B, L), from a
+    cache, or `image` (uint8), which is encoded first. The
     targets of guidance are the batch's `features` (B, h, w, E), or else those of `frozen.encoder`.
     """
 
@@ -92,7 +93,7 @@ class TransformerTask(Task):
         self.leaves_parameters_unused = model.projector is not None and not self.guided_scales
 
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
-        drop_B = torch.rand(count, generator=rng) < self.config.label_drop
+        drop_B = self.model.condition.draw_drop(count, self.config.label_drop, rng)
         drop_path = draw_drop_path(self.model, count, self.config.drop_path, rng)
         return {"drop": drop_B} if drop_path is None else {"drop": drop_B, "drop_path": drop_path}
 
@@ -101,8 +102,9 @@ class TransformerTask(Task):
             self.frozen.tokenizer.check_tokens(batch["tokens"])
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        label_B, tokens_BL, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
-        values = self.model.condition.drop(noise["drop"], label_B) if noise else label_B
+        tokens_BL, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
+        values = self.model.condition.from_batch(batch)
+        values = self.model.condition.drop(noise["drop"], values) if noise else values
         drop_path = noise["drop_path"].permute(1, 2, 0) if "drop_path" in noise else None
         guided = max(self.guided_scales, default=-1) + 1
         output = self.model(values, inputs_BLC, drop_path=drop_path, aligned_scales=guided, thresholds=self.thresholds)
@@ -167,15 +169,14 @@ class TransformerTask(Task):
         return "all scales" if not any(finite) else f"scale {', '.join(sides)}" if sides else ""
 
 
-def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (B,), tokens (B, L) and teacher-forced inputs (B, L - first scale, C) of a batch of tokens or images.
+def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Tokens (B, L) and teacher-forced inputs (B, L - first scale, C) of a batch of tokens or images.
 
     `Task.check_batch` has checked the tokens.
     """
-    label_B = batch["label"]
-    with compute_exactly(label_B):  # rounding would change tokens
+    with compute_exactly(tokenizer.quantizer.codebook.weight):  # rounding would change tokens
         tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
-        return label_B, tokens_BL, tokenizer.teacher_inputs(tokens_BL, checked=True)
+        return tokens_BL, tokenizer.teacher_inputs(tokens_BL, checked=True)
 
 
 def draw_drop_path(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Tensor | None:
@@ -324,12 +325,13 @@ def _compute_frequency_loss(components: Components) -> Values:
     if not isinstance(examples, CachedExamples) or not isinstance(held_out, CachedExamples):
         return {}
     views = examples.tokens_NVL.shape[1]
+    classes = max(len(components.model.class_names), 1)  # without classes in the condition all images are of one
     loss = frequency_loss(
         examples.tokens_NVL.flatten(0, 1),
-        examples.labels_N.repeat_interleave(views),
+        examples.labels_N.repeat_interleave(views).clamp_max(classes - 1),
         held_out.tokens_NVL[:, 0],
-        held_out.labels_N,
-        len(components.model.class_names),
+        held_out.labels_N.clamp_max(classes - 1),
+        classes,
         components.model.tokenizer.vocab_size,
     )
     return {} if loss is None else {"frequency_loss": loss}

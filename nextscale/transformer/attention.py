@@ -86,7 +86,7 @@ class Attention(Mixer):
     def query_length(self) -> Tensor:
         """The length that queries are scaled to, (1, H, 1, 1)."""
         assert self.log_scale is not None, "only with qk_norm"
-        return self.log_scale.clamp_max(_MAX_LOG_SCALE).exp()
+        return compute_query_length(self.log_scale)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: ScaleContext) -> Tensor:
         """Attention (B, H, N, d) to all visible tokens."""
@@ -104,6 +104,11 @@ class Attention(Mixer):
     @classmethod
     def count_state_values(cls, config: TransformerConfig, cached: int) -> int:
         return 2 * config.width * cached
+
+
+def compute_query_length(log_scale: Tensor) -> Tensor:
+    """The length of normalised queries, from its logarithm."""
+    return log_scale.clamp_max(_MAX_LOG_SCALE).exp()
 
 
 def scale_to_length(x_BHNd: Tensor, length: Tensor | float = 1.0) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.common.registry import FEED_FORWARDS, MIXERS
 from nextscale.config.transformer import TransformerConfig
+from nextscale.transformer.condition import EmbeddedCondition
 from nextscale.transformer.context import Mixer, ScaleContext
 from nextscale.transformer.feed_forward import FeedForward, Record
 
@@ -86,6 +87,12 @@ class Block(nn.Module):
         """A new state for each mixer, None for those that keep none."""
         return [mixer.new_state(batch, length) for mixer in self.mixers]
 
+    def read_condition(self, given: EmbeddedCondition) -> list[Any] | None:
+        """The states of the mixers that read the condition, None for the others; None where no mixer does."""
+        if not any(mixer.reads_condition for mixer in self.mixers):
+            return None
+        return [mixer.read_condition(given) if mixer.reads_condition else None for mixer in self.mixers]
+
     def forward(
         self,
         x_BND: Tensor,
@@ -96,7 +103,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Record | None]:
         """The block's output and its feed-forward's record.
 
-        `states`: the mixers' states in sampling, None in training. `previous`: the record of the block before.
+        `states`: the mixers' states in sampling; in training those of `read_condition`, or None. `previous`: the record
+        of the block before.
         """
         record = None
         for s in range(len(self.layers)):

@@ -18,6 +18,7 @@ from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 
 if TYPE_CHECKING:
+    from nextscale.transformer.condition import EmbeddedCondition
     from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 
@@ -82,6 +83,9 @@ class Mixer(nn.Module, ABC):
     look at finer scales than the token's own.
     """
 
+    reads_condition = False
+    """Whether its state, in training too, is what `read_condition` made of the condition, a tuple of tensors."""
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
 
@@ -96,6 +100,10 @@ class Mixer(nn.Module, ABC):
         `length`: tokens of all scales but the last one, which no later scale needs.
         """
         return None
+
+    def read_condition(self, given: EmbeddedCondition) -> tuple[Tensor, ...]:
+        """What all scales use of the condition, computed once for a batch: the batch is the first dimension of each."""
+        return ()
 
     def first_of_state(self, state: Any, count: int) -> Any:
         """A state whose tensors are views of those of the first `count` sequences; None stays None.
@@ -125,6 +133,11 @@ class Mixer(nn.Module, ABC):
         Override it unless the layer's weight matrices, each applied once to each token, are all of its arithmetic.
         """
         return tokens * count_matrix_weights(cls, config)
+
+    @classmethod
+    def count_condition_multiply_adds(cls, config: TransformerConfig) -> int:
+        """Multiply-adds of `read_condition`, of one sequence."""
+        return 0
 
     @classmethod
     def count_state_values(cls, config: TransformerConfig, cached: int) -> int:

@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     f"{_T}.block:AdaLN": ("linear",),
     f"{_T}.attention:Attention": ("qkv", "proj"),
     f"{_T}.scale_attention:ScaleAttention": ("qkv", "proj"),
+    f"{_T}.cross_attention:CrossAttention": ("q", "kv", "proj"),
     f"{_T}.mamba:Mamba2": ("in_proj", "out_proj"),
     f"{_T}.feed_forward:DenseFeedForward": ("fc1", "fc2"),
     f"{_T}.feed_forward.experts:Experts": ("fc1", "fc2"),

@@ -40,11 +40,21 @@ class Conditioning:
     """gamma, scale and shift of every layer, per block."""
     head_B2D: Tensor
     """scale and shift before the head."""
+    states: list[list[Any] | None]
+    """For each block the states of mixers that read the condition, tuples of tensors; None where no mixer does."""
 
     def first(self, count: int) -> Conditioning:
         """Of the first `count` sequences: views."""
         blocks = [adaln_B3SD[:count] for adaln_B3SD in self.blocks_B3SD]
-        return Conditioning(self.cond_BD[:count], blocks, self.head_B2D[:count])
+        states = [block and [state and tuple(t[:count] for t in state) for state in block] for block in self.states]
+        return Conditioning(self.cond_BD[:count], blocks, self.head_B2D[:count], states)
+
+    def join_states(self, block: int, states: list[Any] | None) -> list[Any] | None:
+        """The states of a block's mixers: those of the cache, `states`, and those that the condition gives."""
+        given = self.states[block]
+        if given is None:
+            return states
+        return [own or kept for own, kept in zip(given, states or [None] * len(given), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class VAR(nn.Module):
     ) -> Output:  # fmt: skip
         """Logits (B, L, V) of all scales at once (teacher forcing).
 
-        `values`: the condition (labels, int64 (B,)). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
+        `values`: the condition, such as labels, int64 (B,). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
         (B, L - N of scale 0, C). `drop_path`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
         `aligned_scales`: how many scales the alignment head projects, for semantic guidance. `hidden_block`: the
         block, counted from 1, whose output is returned too. `thresholds`: of dynamic experts.
@@ -117,7 +127,8 @@ class VAR(nn.Module):
             adaln_B3SD = conditioning.blocks_B3SD[i]
             if drop_path is not None:
                 adaln_B3SD = scale_gammas(adaln_B3SD, drop_path[i])
-            x_BND, record = block(x_BND, adaln_B3SD, context, None, records[-1] if records else None)
+            states = conditioning.join_states(i, None)
+            x_BND, record = block(x_BND, adaln_B3SD, context, states, records[-1] if records else None)
             records.append(record)
             if i + 1 == hidden_block:
                 hidden_BND = x_BND
@@ -150,7 +161,8 @@ class VAR(nn.Module):
     ) -> Output:
         """Through the blocks, which read and fill the cache, to the logits of the tokens from `first_predicted` on."""
         records: list[Record | None] = []
-        for block, adaln_B3SD, states in zip(self.blocks, conditioning.blocks_B3SD, cache, strict=True):
+        for i, (block, adaln_B3SD) in enumerate(zip(self.blocks, conditioning.blocks_B3SD, strict=True)):
+            states = conditioning.join_states(i, cache[i])
             x_BND, record = block(x_BND, adaln_B3SD, context, states, records[-1] if records else None)
             records.append(record)
         return Output(self.predict_logits(x_BND[:, first_predicted:], conditioning), records)
@@ -168,14 +180,15 @@ class VAR(nn.Module):
         ]
 
     def embed_condition(self, values: Any) -> Conditioning:
-        """Everything derived from a batch of condition values (labels)."""
-        cond_BD = self.condition(values)
-        active_BD = self.silu(cond_BD)
+        """Everything derived from a batch of condition values, such as labels."""
+        given = self.condition(values)
+        active_BD = self.silu(given.vector_BD)
         shared_BW = self.shared_adaln(active_BD) if self.shared_adaln is not None else None
         return Conditioning(
-            cond_BD,
+            given.vector_BD,
             [block.adaln(active_BD, shared_BW) for block in self.blocks],
-            self.head_adaln(active_BD).view(len(cond_BD), 2, -1),
+            self.head_adaln(active_BD).view(len(active_BD), 2, -1),
+            [block.read_condition(given) for block in self.blocks],
         )
 
     def embed_scale(self, conditioning: Conditioning, x_BNC: Tensor | None, k: int) -> Tensor:

@@ -190,7 +190,7 @@ def draw_samples(measurer: ModelMeasurer, finalists: Sequence[Result], path: Pat
     tensors, captions = [], []
     for letter, candidate in _name_rows([result.candidate for result in finalists]):
         pipeline = measurer.load(candidate.dtype)
-        classes = pipeline.transformer.config.condition.num_classes
+        classes = pipeline.transformer.config.condition.require_classes("tuning draws images")
         labels = [i % classes for i in range(_COLUMNS)]
         images = pipeline.sample(labels, candidate.change(measurer.base), batch_size=measurer.config.batch)
         tensors.append(images.tensor)

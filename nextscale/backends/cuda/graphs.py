@@ -102,7 +102,8 @@ class FixedSteps:
 
 
 def _tensors(conditioning: Conditioning) -> list[Tensor]:
-    return [conditioning.cond_BD, *conditioning.blocks_B3SD, conditioning.head_B2D]
+    states = [t for block in conditioning.states if block for state in block if state for t in state]
+    return [conditioning.cond_BD, *conditioning.blocks_B3SD, conditioning.head_B2D, *states]
 
 
 class CapturedPredictor:

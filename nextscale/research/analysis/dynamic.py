@@ -87,7 +87,7 @@ def analyse_dynamic(source: str, out: Path, shown: DynamicAnalysisConfig, settin
     """
     pipeline = Pipeline.from_pretrained(source, device=shown.device)
     _require_experts(pipeline)
-    classes = pipeline.transformer.config.condition.num_classes
+    classes = pipeline.transformer.config.condition.require_classes("this figure draws images")
     labels = [i % classes for i in range(shown.num)]
     sparse = {f"tau {tau:g}": replace(settings, tau=(tau,), budget=0.0) for tau in shown.taus}
     if settings.tau or settings.budget:

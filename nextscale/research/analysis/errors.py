@@ -82,7 +82,7 @@ def _parse_scales(config: ErrorsConfig, pipeline: Pipeline, name: str) -> list[i
 def _parse_labels(pipeline: Pipeline, labels: Labels, count: int) -> Tensor:
     """The condition of each image: these labels in turn, or all classes in turn."""
     none_given = isinstance(labels, str | Sequence) and not labels
-    every = range(pipeline.transformer.config.condition.num_classes)
+    every = range(pipeline.transformer.config.condition.require_classes("this figure draws images"))
     chosen = pipeline.label_indices(list(every) if none_given else labels)
     return pipeline.transformer.condition.parse([chosen[i % len(chosen)] for i in range(count)])
 

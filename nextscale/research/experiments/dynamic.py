@@ -103,5 +103,5 @@ def collect_metrics(folder: Path, sampling: SampleConfig, file: Path, world: Wor
 
 
 def _list_labels(pipeline: Pipeline) -> list[int | None]:
-    classes = pipeline.transformer.config.condition.num_classes
+    classes = pipeline.transformer.config.condition.require_classes("this figure draws images")
     return [i % classes for i in range(_COUNTED_IMAGES)]

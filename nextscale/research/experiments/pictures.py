@@ -60,7 +60,9 @@ def _draw_samples(models: Sequence[TrainedModel], path: Path, device: str) -> No
     tensors, captions = [], []
     for model in models:
         pipeline = Pipeline.from_pretrained(str(model.folder), device=device)
-        classes = range(min(pipeline.transformer.config.condition.num_classes, _CLASSES))
+        classes = range(
+            min(pipeline.transformer.config.condition.require_classes("this figure draws images"), _CLASSES)
+        )
         images = pipeline.sample([c for c in classes for _ in range(_COLUMNS)], model.sampling)
         tensors.append(images.tensor)
         captions += [f"{model.name}: {caption}" for caption in images.captions]

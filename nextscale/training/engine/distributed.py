@@ -26,6 +26,7 @@ from nextscale.config.training import TrainConfig
 from nextscale.data.examples import Batch
 from nextscale.training.engine.expert_parallel import find_mixtures, share_experts
 from nextscale.training.engine.task import Task
+from nextscale.transformer.cross_attention import CrossAttention
 from nextscale.transformer.feed_forward.routers import Router
 
 
@@ -76,8 +77,9 @@ class DistributedModel:
             for router in (m for m in block.modules() if isinstance(m, Router)):
                 # rounded weights would select other experts; few, so gathered once for forward and backward
                 fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
-            # the model calls adaln before it calls the block, so adaln is gathered by itself
-            fully_shard(block.adaln, mesh=mesh, mp_policy=low)  # type: ignore[arg-type]
+            # the model calls adaln, and reads the condition, before it calls the block: gathered by themselves
+            for layer in (block.adaln, *(m.kv for m in block.modules() if isinstance(m, CrossAttention))):
+                fully_shard(layer, mesh=mesh, mp_policy=low)  # type: ignore[arg-type]
             fully_shard(block, mesh=mesh, mp_policy=low)
         fully_shard(task.trained, mesh=mesh, mp_policy=exact)
 
