@@ -26,7 +26,7 @@ from nextscale.tokenizer.codebook import CodebookLearner
 from nextscale.tokenizer.discriminator import PatchDiscriminator, compute_adaptive_weight, compute_hinge_loss
 from nextscale.tokenizer.quantizer import Quantized
 from nextscale.training.engine.loop import train
-from nextscale.training.tokenizer import TokenizerTask
+from nextscale.training.tokenizer import TokenizerTask, evaluate_tokenizer
 from tests.conftest import randomised, read_fixture, tiny_config
 
 
@@ -84,6 +84,34 @@ def test_dead_codes_move_to_vectors_of_the_batch_and_living_ones_stay():
     assert learner.revived == 22, "a revived code gets time to find users"
 
 
+def test_images_are_decoded_from_the_scales_they_keep():
+    """The canvas of each image against `build_canvases` of its tokens; gradients reach the encoder as without."""
+    tokenizer = randomised(tiny_config()).tokenizer
+    x, scales = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)), len(tokenizer.pyramid)
+    kept = torch.tensor([1, 2, scales, 1, scales])
+    features = tokenizer.extract_features(x).detach().requires_grad_()
+    quantized = tokenizer.quantizer(features, kept)
+    canvases = list(tokenizer.build_canvases(quantized.tokens_BL))
+    for i, count in enumerate(kept.tolist()):
+        torch.testing.assert_close(quantized.features_BChw[i], canvases[count - 1][i], rtol=1e-4, atol=1e-5)
+    weight = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((quantized.features_BChw * weight).sum(), features)
+    assert torch.equal(gradient, weight)
+    complete = tokenizer.quantizer(features.detach())
+    assert torch.equal(complete.tokens_BL, quantized.tokens_BL)
+    assert torch.equal(complete.loss, quantized.loss)
+
+
+def test_scale_dropout_keeps_all_scales_of_the_other_images():
+    tokenizer = randomised(tiny_config("1,2,4,8")).tokenizer
+    task = TokenizerTask(tokenizer, MemoryExamples(image=images(4, 16)), codebook=CodebookConfig(scale_dropout=0.4))
+    kept = task.draw_noise(20_000, torch.Generator().manual_seed(0))["decoded_scales"]
+    shares = kept.bincount(minlength=5)[1:] / len(kept)
+    np.testing.assert_allclose(shares, [0.1, 0.1, 0.1, 0.7], atol=0.01)
+    plain = TokenizerTask(tokenizer, MemoryExamples(image=images(4, 16)))
+    assert plain.draw_noise(4, torch.Generator()) == {}
+
+
 @given(st.lists(st.integers(0, 9), min_size=14, max_size=14))
 def test_usage_and_perplexity_against_a_loop(tokens):
     pyramid = Pyramid.parse("1,2,3")
@@ -102,6 +130,21 @@ def test_perplexity_known_answers():
     assert compute_perplexity(torch.ones(16)) == pytest.approx(16)
     assert compute_perplexity(torch.tensor([5, 0, 0])) == pytest.approx(1)
     assert compute_usage(torch.tensor([5, 0, 0, 1])) == 0.5
+
+
+def test_psnr_of_the_scales_so_far_against_a_loop():
+    tokenizer = randomised(tiny_config("1,2,4,8")).tokenizer
+    data = images(7, 16)
+    report = evaluate_tokenizer(tokenizer, MemoryExamples(image=data), per_scale=True)
+    found = []
+    for picture in data:
+        target = picture.double().numpy() / 255
+        tokens = tokenizer.encode(picture[None].float() / 127.5 - 1)
+        for canvas in tokenizer.build_canvases(tokens):
+            decoded = (tokenizer.decode_canvas(canvas)[0].double().numpy() + 1) / 2
+            found.append(-10 * np.log10(np.square(decoded - target).mean()))
+    np.testing.assert_allclose(report["psnr_db_per_scale"], np.reshape(found, (7, 4)).mean(axis=0), rtol=1e-4)
+    assert report["psnr_db"] == report["psnr_db_per_scale"][-1]
 
 
 def test_psnr_and_ssim_against_numpy():
@@ -229,7 +272,7 @@ def test_lpips_files_that_are_wrong_or_absent(tmp_path):
         Lpips.from_files(*files)
 
 
-@pytest.mark.parametrize("codebook", [{"update": "ema"}, {"update": "gradient"}])
+@pytest.mark.parametrize("codebook", [{"update": "ema", "scale_dropout": 0.5}, {"update": "gradient"}])
 def test_every_loss_together_trains_resumes_and_repeats(codebook, tmp_path):
     """LPIPS, discriminator, moving averages and revival at once; a resumed run equals an uninterrupted one."""
     vgg, linear = map(str, lpips_files(tmp_path))
@@ -281,7 +324,8 @@ def test_train_and_evaluate_commands(tmp_path, capsys):
     assert files == {"config.json", "tokenizer.safetensors", "reconstructions.png", "curves.png", "evaluation.json",
                      "inputs.json", "log.jsonl", "run.json", "training", "best"}  # fmt: skip
     evaluate = ["tokenizer", "evaluate", str(tmp_path / "run"), "--data", "digits", "--limit", "50"]
-    assert main([*evaluate, "--out", str(tmp_path / "report")]) == 0
+    assert main([*evaluate, "--per-scale", "--out", str(tmp_path / "report")]) == 0
+    assert "PSNR of the scales so far" in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["images"] == 50
     assert report["ssim"] <= 1

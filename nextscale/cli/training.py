@@ -138,6 +138,8 @@ class TokenizerEvaluate:
     """Folder for report.json and reconstructions.png."""
     limit: int = 1_000_000
     """Use at most this many images, chosen at random."""
+    per_scale: bool = False
+    """Also measure the PSNR of images that are decoded from the scales up to each one, which takes longer."""
     images: ReadConfig = field(default_factory=ReadConfig)
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
@@ -159,11 +161,10 @@ class TokenizerEvaluate:
         from nextscale.training.report import format_tokenizer_report
         from nextscale.training.tokenizer import evaluate_folder
 
-        print(
-            format_tokenizer_report(
-                evaluate_folder(self.model, self.data, self.limit, self.out, self.images, self.device)
-            )
+        report = evaluate_folder(
+            self.model, self.data, self.limit, self.out, self.images, self.device, per_scale=self.per_scale
         )
+        print(format_tokenizer_report(report))
 
 
 @dataclass

@@ -75,12 +75,17 @@ class CodebookConfig:
     """Steps between revivals of dead codes; 0 = never."""
     revive_below: float = 0.05
     """A code is dead when it is used less often than this share of the average code (moving average)."""
+    scale_dropout: float = 0.0
+    """Share of the images that are decoded from a random number of their coarse scales alone, so that each scale leaves
+    a picture that is as good as it can be (quantizer dropout, SoundStream, arXiv 2107.03312, Sec. III-C). More of it
+    makes the coarse scales better and the complete images a little worse."""
 
     def __post_init__(self) -> None:
         rules = {
             "ema_decay must lie between 0 and 1": 0 < self.ema_decay < 1,
             "revive_every must be 0 (never) or more": self.revive_every >= 0,
             "revive_below must lie in 0 to below 1": 0 <= self.revive_below < 1,
+            "scale_dropout must lie in 0 to 1": 0 <= self.scale_dropout <= 1,
         }
         check_fields("codebook", self, rules)
 

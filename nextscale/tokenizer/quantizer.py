@@ -49,7 +49,7 @@ class Quantized:
     """One pass of the quantiser in training."""
 
     features_BChw: Tensor
-    """The canvas in value, the encoder's features in gradient (straight-through)."""
+    """The canvas in value, the encoder's features in gradient (straight-through): what is decoded."""
     loss: Tensor
     """Codebook and commitment loss, mean over the scales."""
     tokens_BL: Tensor
@@ -123,8 +123,11 @@ class Quantizer(nn.Module):
             canvas, residual = canvas + h_BChw, residual - h_BChw.detach()
             yield EncodedScale(tokens_BN, residual_BNC, canvas)
 
-    def forward(self, features_BChw: Tensor) -> Quantized:
-        """Quantise in training: straight-through features, the loss of VAR's tokenizer, and the tokens."""
+    def forward(self, features_BChw: Tensor, decoded_scales_B: Tensor | None = None) -> Quantized:
+        """Quantise in training: straight-through features, the loss of VAR's tokenizer, and the tokens.
+
+        `decoded_scales_B`: how many scales, 1 to K, each image is decoded from; without it, all.
+        """
         features = features_BChw.float()
         loss, scales = features.new_zeros(()), []
         with compute_exactly(features):  # rounding would change tokens
@@ -132,8 +135,12 @@ class Quantizer(nn.Module):
                 scales.append(scale)
                 loss = loss + F.mse_loss(scale.canvas_BChw, features.detach())
                 loss = loss + self.config.commitment * F.mse_loss(scale.canvas_BChw.detach(), features)
+        canvas_BChw = scales[-1].canvas_BChw
+        if decoded_scales_B is not None:
+            canvas_KBChw = torch.stack([scale.canvas_BChw.detach() for scale in scales])
+            canvas_BChw = canvas_KBChw[decoded_scales_B - 1, torch.arange(len(features), device=features.device)]
         return Quantized(
-            features + (scales[-1].canvas_BChw - features).detach(),
+            features + (canvas_BChw - features).detach(),
             loss / len(self.pyramid),
             torch.cat([s.tokens_BN for s in scales], dim=1),
             torch.cat([s.residual_BNC for s in scales], dim=1),

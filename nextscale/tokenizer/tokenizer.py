@@ -168,9 +168,12 @@ class Tokenizer(nn.Module):
         *_, canvas = self.build_canvases(tokens_BL)
         return self.decode_canvas(canvas)
 
-    def forward(self, image_B3HW: Tensor) -> tuple[Tensor, Quantized]:
-        """Training: reconstruction (B, 3, H, W), not clamped, and what the quantiser says of the pass."""
-        quantized = self.quantizer(self.extract_features(image_B3HW))
+    def forward(self, image_B3HW: Tensor, decoded_scales_B: Tensor | None = None) -> tuple[Tensor, Quantized]:
+        """Training: reconstruction (B, 3, H, W), not clamped, and what the quantiser says of the pass.
+
+        `decoded_scales_B`: int64, how many scales each image is decoded from; without it, all.
+        """
+        quantized = self.quantizer(self.extract_features(image_B3HW), decoded_scales_B)
         return self.decode_features(quantized.features_BChw), quantized
 
 

@@ -64,9 +64,11 @@ def format_tokenizer_report(report: dict[str, Any]) -> str:
         f"codebook of {report['codebook']}: {report['usage']:.1%} used, perplexity {report['perplexity']:.0f} "
         f"({report['perplexity'] / report['codebook']:.1%}) over all scales"
     )
-    lines.append("  scale     used   perplexity")
-    per_scale = zip(report["scales"].split(","), report["usage_per_scale"], report["perplexity_per_scale"], strict=True)
-    lines += [f"  {side:<7}{used:>7.1%}{perplexity:>13.1f}" for side, used, perplexity in per_scale]
+    psnrs, scales = report.get("psnr_db_per_scale", []), report["scales"].split(",")
+    lines.append("  scale     used   perplexity" + "   PSNR of the scales so far" * bool(psnrs))
+    texts = [f"{psnr:>25.2f} dB" for psnr in psnrs] or [""] * len(scales)
+    per_scale = zip(scales, report["usage_per_scale"], report["perplexity_per_scale"], texts, strict=True)
+    lines += [f"  {side:<7}{used:>7.1%}{perplexity:>13.1f}{text}" for side, used, perplexity, text in per_scale]
     return "\n".join(lines)
 
 

@@ -98,9 +98,17 @@ class TokenizerTask(Task):
             self.trained["discriminator"] = self.discriminator
             self.micro_batch_matters = "the adversarial loss is weighted by the gradients of each (as in VQGAN)"
 
+    def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """How many scales each image is decoded from, with scale dropout."""
+        share, scales = self.codebook.scale_dropout, len(self.tokenizer.pyramid)
+        if not share:
+            return {}
+        drop_B, kept_B = torch.rand(count, generator=rng) < share, torch.randint(1, scales + 1, (count,), generator=rng)
+        return {"decoded_scales": torch.where(drop_B, kept_B, scales)}
+
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         image_B3HW = scale_to_unit(batch["image"])
-        decoded_B3HW, quantized = self.tokenizer(image_B3HW)
+        decoded_B3HW, quantized = self.tokenizer(image_B3HW, noise.get("decoded_scales"))
         l1, l2 = F.l1_loss(decoded_B3HW, image_B3HW), F.mse_loss(decoded_B3HW, image_B3HW)
         loss = self.losses.l1 * l1 + self.losses.l2 * l2
         scalars = {"l1": l1.detach(), "vq": quantized.loss.detach()}
@@ -232,21 +240,30 @@ def _create_tokenizer(model: ModelConfig, seed: int) -> Tokenizer:
 
 
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: Tokenizer, examples: Examples, limit: int = 10**9) -> dict[str, Any]:
-    """PSNR and SSIM (means of per-image values), codebook usage and perplexity, over all scales and per scale."""
+def evaluate_tokenizer(
+    tokenizer: Tokenizer, examples: Examples, limit: int = 10**9, *, per_scale: bool = False
+) -> dict[str, Any]:
+    """PSNR and SSIM (means of per-image values), codebook usage and perplexity, over all scales and per scale.
+
+    `per_scale`: also the PSNR of images decoded from the scales up to each one.
+    """
     use = CodebookUsage.empty(tokenizer.pyramid, tokenizer.config.vocab_size)
-    psnrs, ssims, count = [], [], min(len(examples), limit)
+    psnrs, ssims, count = list[Tensor](), [], min(len(examples), limit)
     batches = read_batches(examples, count, _BATCH, tokenizer.quantizer.codebook.weight.device)
     total = -(-count // _BATCH)
     for batch in tqdm(batches, desc="evaluating", unit="batch", total=total, disable=total < 20):
         image_B3HW = scale_to_unit(batch["image"])
         tokens_BL = tokenizer.encode(image_B3HW)
         use.add(tokens_BL, tokenizer.pyramid)
-        pair = (tokenizer.decode(tokens_BL) + 1) / 2, (image_B3HW + 1) / 2
-        psnrs.append(psnr(*pair))
+        canvases, target = list(tokenizer.build_canvases(tokens_BL)), (image_B3HW + 1) / 2
+        decoded = [(tokenizer.decode_canvas(c) + 1) / 2 for c in canvases[0 if per_scale else -1 :]]
+        psnrs.append(torch.stack([psnr(image, target) for image in decoded], dim=1))
         if min(image_B3HW.shape[-2:]) >= _SSIM_WINDOW:
-            ssims.append(ssim(*pair))
-    report: dict[str, Any] = {"images": count, "psnr_db": float(torch.cat(psnrs).mean())}
+            ssims.append(ssim(decoded[-1], target))
+    psnr_K = torch.cat(psnrs).mean(dim=0).tolist()
+    report: dict[str, Any] = {"images": count, "psnr_db": psnr_K[-1]}
+    if per_scale:
+        report["psnr_db_per_scale"] = psnr_K
     if ssims:
         report["ssim"] = float(torch.cat(ssims).mean())
     return report | use.report() | {"scales": str(tokenizer.pyramid)}
@@ -265,8 +282,9 @@ def draw_reconstructions(tokenizer: Tokenizer, examples: Examples, path: Path) -
 
 
 def evaluate_folder(
-    folder: Path, data: str, limit: int, out: Path | None, reading: ReadConfig | None = None, device: str = "auto"
-) -> dict[str, Any]:
+    folder: Path, data: str, limit: int, out: Path | None, reading: ReadConfig | None = None, device: str = "auto",
+    *, per_scale: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate the tokenizer of a checkpoint folder on a data set; write report.json and a picture to `out`."""
     place = find_device(device)
     checkpoint = read_checkpoint(folder)
@@ -274,7 +292,7 @@ def evaluate_folder(
     tokenizer = load_tokenizer(checkpoint, model).to(place).eval()
     optimize(tokenizer)
     images = load_test_images(data, model.image_size, limit, reading)
-    report = {"data": data, **evaluate_tokenizer(tokenizer, images.to_examples())}
+    report = {"data": data, **evaluate_tokenizer(tokenizer, images.to_examples(), per_scale=per_scale)}
     report["model_weights"] = list_digests(folder, [TOKENIZER])
     if out is not None:
         write_json(out / "report.json", add_digest(report))
