@@ -33,7 +33,7 @@ import nextscale.training.transformer  # noqa: F401
 from nextscale.cli.parser import main
 from nextscale.common.distributed import init_distributed
 from nextscale.common.errors import UserError
-from nextscale.data.cache import CacheWriter
+from nextscale.data.cache_writer import CacheWriter
 from nextscale.evaluation.images import ModelImages
 from nextscale.training.engine.distributed import DistributedModel
 from tests.forked import find_port

@@ -11,7 +11,8 @@ from nextscale.checkpoints.verify import verify
 from nextscale.common.files import write_json
 from nextscale.common.reading import read_json
 from nextscale.config.files import record_settings
-from nextscale.data.cache import CacheWriter, TokenCache
+from nextscale.data.cache import TokenCache
+from nextscale.data.cache_writer import CacheWriter
 from nextscale.encoders.network import Features
 from nextscale.evaluation.extract import Extraction, extract_features, read_features, record_extraction
 from nextscale.sparsify.data import _load_samples, _shard_path, write_shard

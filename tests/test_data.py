@@ -12,7 +12,8 @@ from PIL import Image
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
-from nextscale.data.cache import CacheWriter, TokenCache, fingerprint_tokenizer
+from nextscale.data.cache import TokenCache, fingerprint_tokenizer
+from nextscale.data.cache_writer import CacheWriter
 from nextscale.data.datasets import ImageExamples, load_images, open_dataset, split_rows
 from nextscale.data.examples import BatchDataset, MemoryExamples, load_batches
 from nextscale.data.images import crop_randomly, resize_and_crop

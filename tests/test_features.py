@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nextscale.common.errors import UserError
-from nextscale.data.cache import CacheWriter, TokenCache
+from nextscale.data.cache import TokenCache
+from nextscale.data.cache_writer import CacheWriter
 from nextscale.encoders.load import load_encoder
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from tests.conftest import randomised, tiny_config

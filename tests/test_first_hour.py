@@ -19,7 +19,7 @@ from nextscale.config.tokenizer_training import TokenizerLossConfig, TokenizerRu
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import CacheWriter
+from nextscale.data.cache_writer import CacheWriter
 from nextscale.quickstart.run import find_finished
 from nextscale.training.components import _list_overruled
 from nextscale.training.engine.progress import TimeEstimate, describe_overfitting, format_duration

@@ -185,6 +185,13 @@ class Tokenize:
     """Encode each training image this many times, with another random crop and mirroring each time."""
     encoder: str = ""
     """Store the features of a self-supervised encoder too (DINOv2, DINOv3): its folder, or its name on the hub."""
+    captions: bool = False
+    """Store the captions of the images too, for a model whose text encoder is trained along."""
+    text_encoder: str = ""
+    """Store the captions and the embeddings that a text encoder (T5, CLIP, SigLIP) has of them: its folder, or its name
+    on the hub."""
+    text_max_tokens: int = 64
+    """Tokens of a caption that --text-encoder is given; longer captions are cut."""
     shard: int = 8192
     """Images per file of the cache; an interrupted call repeats at most this many."""
     batch_size: int = 64
@@ -198,6 +205,7 @@ class Tokenize:
 
     def check(self) -> None:
         rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("views", "shard", "batch_size")}
+        rules["text_max_tokens must be 4 to 65536"] = 4 <= self.text_max_tokens <= 65536
         check_fields("", self, {**rules, SEED_RULE: is_seed(self.seed)})
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
@@ -205,7 +213,8 @@ class Tokenize:
         from nextscale.common.outputs import RunFolder
 
         models: Paths = {"--tokenizer": self.tokenizer}
-        inputs = list_inputs(images={"DATA": self.data}, models=models, networks={"--encoder": self.encoder})
+        networks: Paths = {"--encoder": self.encoder, "--text-encoder": self.text_encoder}
+        inputs = list_inputs(images={"DATA": self.data}, models=models, networks=networks)
         return [RunFolder("--out", self.out, (contents.TOKEN_CACHE,))], inputs
 
     def run(self) -> None:
@@ -221,7 +230,8 @@ class Tokenize:
             tokenize(
                 self.data, self.tokenizer, self.out, self.images, self.seed, world,
                 views=self.views, shard=self.shard, batch=self.batch_size, encoder=self.encoder,
-                accept_changes=self.accept_changes,
+                accept_changes=self.accept_changes, captions=self.captions, text_encoder=self.text_encoder,
+                text_max_tokens=self.text_max_tokens,
             )  # fmt: skip
 
 

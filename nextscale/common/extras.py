@@ -19,6 +19,7 @@ _INSTALL = {
     "sklearn": "'nextscale[quickstart]'",
     "pyarrow": "'nextscale[data]'",
     "transformers": "'nextscale[features]'",
+    "sentencepiece": "'nextscale[features]'",
     "tensorboard": "'nextscale[track]'",
     "textual_image": "'nextscale[terminal]'",
     "wandb": "wandb",

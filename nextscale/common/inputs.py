@@ -6,7 +6,7 @@ for each input: a setting, or a table with the key "where" for what was read fro
     files, bytes, names, modified    of `fingerprint_files`
     content                          of `fingerprint_path`, a digest of what the file holds
     weights                          of `compute_fingerprint`
-    class_names, labels              of `nextscale.data.inputs.describe_data`
+    class_names, labels, captions    of `nextscale.data.inputs.describe_data`
 
 "where" serves messages alone: the same files under another path are the same input.
 """
@@ -99,9 +99,8 @@ def _compare_files(before: dict[str, Any], now: dict[str, Any], name: str) -> It
     for key in changed:
         if key == "class_names":
             yield f"the classes of {where} were {_describe(before.get(key))}, now {_describe(now.get(key))}", True
-        elif key in ("content", "weights", "labels"):
-            noun = {"content": "content", "weights": "weights", "labels": "labels"}[key]
-            yield f"the {noun} of {where} {'has' if key == 'content' else 'have'} changed", True
+        elif key in ("content", "weights", "labels", "captions"):
+            yield f"the {key} of {where} {'has' if key == 'content' else 'have'} changed", True
         elif key not in (*_FILES, "modified", *unknown):
             yield f"{name}.{key} was {_describe(before[key])}, now {_describe(now.get(key))}", True
 

@@ -16,6 +16,9 @@ class ReadConfig:
     label."""
     image_column: str = ""
     """Column with the images of a table, or their file names; of a tar, a suffix. Empty = image or img."""
+    caption_column: str = ""
+    """Column with the captions of a table, a text or a list of texts; of a tar, a suffix or a field of its .json files.
+    Empty = caption, captions or text, or .txt files beside the images. Used by models with a text condition."""
     allow_empty_classes: bool = False
     """Accept classes without images. Otherwise they are an error, because a model would not learn them."""
 

@@ -26,8 +26,10 @@ _ADDED: dict[str, dict[str, Any]] = {
         "max_epochs": 30.0,
         "images": {"label_column": "", "image_column": "", "allow_empty_classes": False},
     },
+    "allow_empty_classes": {"caption_column": ""},  # ReadConfig and DataConfig
 }
-"""Fields added to a table since version 0.1.0, with their defaults. A table is known by a field that it always had."""
+"""Fields added to a table since version 0.1.0, with their defaults, in the order in which they were added. A table is
+known by a field that it had before."""
 
 
 def rename_settings(data: Any) -> Any:
@@ -62,7 +64,7 @@ def restore_record(data: Any) -> Any:
         return data
     old = {name: {new: before for before, new in values.items()} for name, values in _RESPELLED.items()}
     out = {name: _respell(old.get(name, {}), restore_record(value)) for name, value in data.items()}
-    for field, added in _ADDED.items():
+    for field, added in reversed(_ADDED.items()):
         if field in out:
             out = {name: value for name, value in out.items() if name not in added or value != added[name]}
     for table, names in _RENAMED.items():
@@ -84,5 +86,5 @@ def _add_defaults(data: Any) -> Any:
     out = {name: _add_defaults(value) for name, value in data.items()}
     for field, added in _ADDED.items():
         if field in out:
-            out = {**added, **out}
+            out = {**_add_defaults(added), **out}
     return out

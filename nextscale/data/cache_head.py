@@ -16,6 +16,31 @@ SPLITS = ("train", "held_out")
 
 
 @dataclass(frozen=True)
+class TextHead:
+    """The captions of a cache and, with a text encoder, its embeddings of them."""
+
+    encoder: str = ""
+    """Fingerprint of the text encoder and its tokenizer; empty = the captions alone."""
+    source: str = ""
+    """Folder or hub name of the text encoder."""
+    max_tokens: int = 0
+    """Tokens of a caption that are kept, at most."""
+    width: int = 0
+    """E, of the embedding of a token."""
+    pooled_width: int = 0
+    """P, of the embedding of the whole caption; 0 = none."""
+
+    def __post_init__(self) -> None:
+        filled = bool(self.encoder)
+        rules = {
+            "max_tokens must be 1 to 2^16, and 0 without an encoder": filled <= self.max_tokens <= filled * 2**16,
+            "width must be 1 to 2^20, and 0 without an encoder": filled <= self.width <= filled * 2**20,
+            "pooled_width must be 0 to 2^20, and 0 without an encoder": 0 <= self.pooled_width <= filled * 2**20,
+        }
+        check_fields("text", self, rules)
+
+
+@dataclass(frozen=True)
 class CacheHead:
     """The fields of cache.json that a reader depends on."""
 
@@ -33,6 +58,8 @@ class CacheHead:
     """Examples in one file."""
     encoder: str = ""
     """Fingerprint of the encoder whose features are stored; empty = none."""
+    text: TextHead | None = None
+    """None = no captions are stored."""
     other: dict[str, Any] = field(default_factory=dict)
     """What decided the content besides: the data, their crop and split."""
 

@@ -24,11 +24,13 @@ from nextscale.common.rng import make_generator
 from nextscale.common.sizes import Size, expand_size
 from nextscale.config.classes import list_names
 from nextscale.config.data import DataConfig, ReadConfig
+from nextscale.data.captions import TextBatches, fetch_text
 from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch
 from nextscale.data.images import crop_randomly, load_image, resize_and_crop
 from nextscale.data.inputs import describe_data
 from nextscale.data.sources import Parquet, Source, open_source
+from nextscale.data.sources.captions import Captions
 
 _MAX_ENLARGED = 0.5
 _MEMORY_LIMIT = 2**31
@@ -58,6 +60,8 @@ class ImageSet:
     """What the images are made of, see `nextscale.common.inputs`."""
     notes: tuple[str, ...] = ()
     """What of the data set is not used, and how it was understood, a line each."""
+    captions: Captions | None = None
+    """None where they were not asked for."""
 
     def __len__(self) -> int:
         return len(self.images_B3HW)
@@ -76,7 +80,8 @@ class ImageSet:
         """The set with these images only."""
         is_held_out_B = None if self.is_held_out_B is None else self.is_held_out_B[index]
         images_B3HW, labels_B = self.images_B3HW[index], self.labels_B[index]
-        return replace(self, images_B3HW=images_B3HW, labels_B=labels_B, is_held_out_B=is_held_out_B)
+        captions = None if self.captions is None else self.captions.select(index.numpy())
+        return replace(self, images_B3HW=images_B3HW, labels_B=labels_B, is_held_out_B=is_held_out_B, captions=captions)
 
     def crop_centre(self, side: int) -> ImageSet:
         """The set with the central squares of this side of its images."""
@@ -90,7 +95,9 @@ class ImageSet:
 
     def to_examples(self, flip: bool = False, seed: int = 0) -> ImageExamples:
         """The images as examples for a trainer."""
-        return ImageExamples(self.labels_B, flip, seed, memory_B3HW=self.images_B3HW, inputs=self.inputs)
+        return ImageExamples(
+            self.labels_B, flip, seed, memory_B3HW=self.images_B3HW, inputs=self.inputs, captions=self.captions
+        )
 
 
 def split_rows(labels_B: Tensor, is_held_out_B: Tensor | None, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -151,9 +158,10 @@ def read_images(
         _refuse_unreadable(source, lost, unreadable)
     stacked = torch.stack(images).permute(0, 3, 1, 2).contiguous()
     is_held_out_B = None if is_held_out_B is None else is_held_out_B[readable]
+    captions = None if source.captions is None else source.captions.select(rows[readable].numpy())
     return ImageSet(
         stacked, all_labels_B[readable], source.class_names, tuple(unreadable), tuple(enlarged), is_held_out_B,
-        describe_data(source), tuple(source.unused.format_lines()),
+        describe_data(source), tuple(source.unused.format_lines()), captions,
     )  # fmt: skip
 
 
@@ -239,6 +247,10 @@ class ImageExamples:
     """What the images are made of, see `nextscale.common.inputs`."""
     notes: Sequence[str] = ()
     """What of the data set is not used, and what is odd about it, a line each."""
+    captions: Captions | None = None
+    """Those of all images; None where they were not asked for."""
+    texts: TextBatches | None = None
+    """What of the captions is in a batch; None = nothing."""
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -255,7 +267,8 @@ class ImageExamples:
         return position[self.source.order(self.rows_B, rng)]
 
     def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
-        """uint8 images (B, 3, H, W) and labels. An unreadable image is replaced by the next one, and named."""
+        """uint8 images (B, 3, H, W), labels, and what `texts` gives. An unreadable image is replaced by the next one,
+        and named."""
         unreadable: list[str] = []
         index_B = torch.as_tensor(indices)
         if self.memory_B3HW is not None:
@@ -269,7 +282,8 @@ class ImageExamples:
         if self.flip and positions is not None:
             draws = [torch.rand((), generator=make_generator(self.seed, "flip", p)) for p in positions]
             image_B3HW = torch.where((torch.stack(draws) < 0.5)[:, None, None, None], image_B3HW.flip(-1), image_B3HW)
-        return {"image": image_B3HW, "label": self.labels_B[index_B], "unreadable": unreadable}
+        text = fetch_text(self.texts, index_B, positions)
+        return {"image": image_B3HW, "label": self.labels_B[index_B], **text, "unreadable": unreadable}
 
     def _read(self, index: int, position: int | None, unreadable: list[str]) -> tuple[int, np.ndarray]:
         """The index and the pixels of this image, or of the next readable one."""
@@ -288,13 +302,15 @@ class ImageExamples:
         raise UserError(f"{_REPLACEMENT_TRIES} images in a row cannot be read: {'; '.join(unreadable[-3:])}")
 
 
-def open_dataset(data: str, size: Size, config: DataConfig, seed: int) -> tuple[ImageExamples, ImageExamples, Source]:
+def open_dataset(
+    data: str, size: Size, config: DataConfig, seed: int, *, captioned: bool = False
+) -> tuple[ImageExamples, ImageExamples, Source]:
     """(training, held-out) examples of `data` in this size, and the source with its class names.
 
-    A set that fits into memory is read at once; images of
+    `captioned`: the examples have captions, and need no labels. A set that fits into memory is read at once; images of
     others are decoded when they are fetched. Raises UserError in the same cases as `load_images`.
     """
-    source = open_source(data, size, config)
+    source = open_source(data, size, config, captioned=captioned)
     image_bytes = 3 * math.prod(expand_size(size))
     if not config.random_crop and image_bytes * min(len(source.labels), config.limit) <= _MEMORY_LIMIT:
         images = read_images(
@@ -310,6 +326,8 @@ def open_dataset(data: str, size: Size, config: DataConfig, seed: int) -> tuple[
         a, b = split_rows(labels_B, is_held_out_B, config.held_out, seed)
         train = ImageExamples(labels_B[a], config.flip, seed, None, source, rows[a], size, config.random_crop)
         held_out = ImageExamples(labels_B[b], source=source, rows_B=rows[b], size=size)
+        if source.captions is not None:
+            train.captions, held_out.captions = (source.captions.select(part.numpy()) for part in (rows[a], rows[b]))
         train.inputs = held_out.inputs = describe_data(source)
         if not config.allow_empty_classes:
             check_readable(source, rows)

@@ -14,7 +14,8 @@ _LISTED_CLASSES = 100
 
 
 def describe_data(source: Source) -> dict[str, Any]:
-    """Fingerprint of a source's files, the column that was asked for, class names, a digest of labels; reads no image.
+    """Fingerprint of a source's files, the column that was asked for, class names, digests of labels and of captions;
+    reads no image.
 
     More than a hundred class names are represented by their number and a digest.
     """
@@ -24,7 +25,10 @@ def describe_data(source: Source) -> dict[str, Any]:
     labels = fingerprint_bytes(np.asarray(source.labels, np.int64).tobytes())
     column = getattr(getattr(source, "config", None), "image_column", "")
     chosen = {"image_column": column} if column else {}
-    return {"where": source.where, **source.fingerprint(), **chosen, "class_names": names, "labels": labels}
+    captions = {} if source.captions is None else {"captions": source.captions.fingerprint()}
+    return {
+        "where": source.where, **source.fingerprint(), **chosen, "class_names": names, "labels": labels, **captions
+    }  # fmt: skip
 
 
 def describe_cache(folder: Path) -> dict[str, Any]:

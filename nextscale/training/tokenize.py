@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from nextscale.backends import optimize
 from nextscale.checkpoints.native import read_checkpoint
@@ -11,32 +15,40 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_text
 from nextscale.config.data import DataConfig
 from nextscale.config.parse import to_dict
-from nextscale.data.cache import CacheWriter
-from nextscale.data.datasets import open_dataset
+from nextscale.data.cache_writer import CacheWriter
+from nextscale.data.captions import list_caption_notes
+from nextscale.data.datasets import ImageExamples, open_dataset
 from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Examples
 from nextscale.encoders.load import load_encoder
+from nextscale.encoders.text import TextEncoder, load_text_encoder
 
 
 def tokenize(
     data: str, tokenizer_folder: Path, out: Path, images: DataConfig, seed: int, world: World,
     *, views: int = 1, shard: int = 8192, batch: int = 64, encoder: str = "", accept_changes: bool = False,
+    captions: bool = False, text_encoder: str = "", text_max_tokens: int = 64,
 ) -> None:  # fmt: skip
     """Encode training and held-out images of `data` into the cache `out`; resumes what an earlier call began.
 
-    Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings or
-    of data that have changed (unless `accept_changes`), or when more images are unreadable than `images` allows.
+    `captions`: store them, too. `text_encoder`: store them and its embeddings of up to `text_max_tokens` tokens.
+    Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings or of
+    data that have changed (unless `accept_changes`), when more images are unreadable than `images` allows, or when
+    captions are asked for and there are none.
     """
     checkpoint = read_checkpoint(tokenizer_folder)
     config = checkpoint.config
     tokenizer = load_tokenizer(checkpoint, config).to(world.device)
     optimize(tokenizer)
-    train, held_out, source = open_dataset(data, config.image_size, images, seed)
-    print_data_set(source.class_names, [train.labels_B, held_out.labels_B], train.notes)
+    frozen_text = load_text_encoder(text_encoder, text_max_tokens).to(world.device) if text_encoder else None
+    captioned = captions or frozen_text is not None
+    train, held_out, source = open_dataset(data, config.image_size, images, seed, captioned=captioned)
+    notes = [*train.notes, *(_list_text_notes([train, held_out], frozen_text) if captioned and world.main else ())]
+    print_data_set(source.class_names, [train.labels_B, held_out.labels_B], notes)
     splits: dict[str, Examples] = {"train": train, "held_out": held_out}
     feature_encoder = load_encoder(encoder).to(world.device) if encoder else None
     tokenizer.eval()
-    writer = CacheWriter(out, tokenizer, splits, views, shard, images.max_unreadable, feature_encoder)
+    writer = CacheWriter(out, tokenizer, splits, views, shard, images.max_unreadable, feature_encoder, frozen_text)
     if world.main:
         settings = {"data": data, "images": to_dict(images), "seed": seed}
         writer.record_settings(source.class_names, settings, accept_changes)
@@ -54,3 +66,16 @@ def tokenize(
         counts = f"{len(train)} training and {len(held_out)} held-out images"
         verb = "nothing to write, complete already:" if complete else "wrote"
         print(f"{verb} {out}: {counts}, {config.pyramid.length} tokens each")
+
+
+def _list_text_notes(parts: Sequence[ImageExamples], encoder: TextEncoder | None) -> list[str]:
+    """How many captions there are, and how many have more tokens than the encoder is given."""
+    captions = [part.captions for part in parts if part.captions is not None]
+    lengths = [torch.from_numpy(part.length_C) for part in captions]
+    notes = list_caption_notes(lengths, sum(map(len, captions)))
+    if encoder is not None:
+        counts = Counter(text for part in captions for i in range(len(part)) for text in part[i] if text)
+        long = sum(counts[text] for text in encoder.list_truncated(list(counts)))
+        verb = f"{long} of {counts.total()} captions have more than {encoder.max_tokens} tokens: they are cut"
+        notes += [verb] if long else []
+    return notes

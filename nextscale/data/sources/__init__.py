@@ -18,16 +18,21 @@ from nextscale.data.sources.tar import Tar
 from nextscale.data.sources.tree import Folder, scan_folder
 
 
-def open_source(data: str, size: Size, config: ReadConfig | None = None, *, labelled: bool = True) -> Source:
+def open_source(
+    data: str, size: Size, config: ReadConfig | None = None, *, labelled: bool = True, captioned: bool = False
+) -> Source:
     """The images of `data`: "digits" (enlarged to cover `size`), a folder, a .parquet or .tar file, or owner/name on
     the hub. docs/data.md has the layouts of folders.
 
     `labelled`: False: the source gives all images as one class, whatever labels they have or lack, and no split.
+    `captioned`: the source has captions; where it has no labels all images are one class, with the split that it has.
     Raises UserError when it is none of these, when it can be understood in several ways, when it holds no images, when
     a column is missing, or when a class has no images and `config` does not allow that.
     """
     config = config or ReadConfig()
-    source = _open(data, size, config, labelled)
+    source = _open(data, size, config, labelled, captioned)
+    if config.caption_column and not captioned:
+        source.unused.remark("captions are not used here, so --images.caption-column has no effect")
     if labelled and not config.allow_empty_classes:
         check_classes(source)
     return source
@@ -64,9 +69,11 @@ def open_optional(
     return source, lacking
 
 
-def _open(data: str, size: Size, config: ReadConfig, labelled: bool) -> Source:
+def _open(data: str, size: Size, config: ReadConfig, labelled: bool, captioned: bool) -> Source:
     path = Path(data)
     if data == "digits":
+        if captioned:
+            raise UserError("digits have no captions: name a data set that has them")
         for option in ("label_column", "image_column"):
             if getattr(config, option):
                 raise MissingColumnError(
@@ -74,22 +81,23 @@ def _open(data: str, size: Size, config: ReadConfig, labelled: bool) -> Source:
                 )
         return Digits(max(expand_size(size)))
     if path.is_dir():
-        return _open_folder(path, data, config, labelled)
+        return _open_folder(path, data, config, labelled, captioned)
     if path.suffix == ".parquet" and path.is_file():
-        return Parquet(data, [data], data, config=config, labelled=labelled)
+        return Parquet(data, [data], data, config=config, labelled=labelled, captioned=captioned)
     if path.suffix == ".tar" and path.is_file():
-        return Tar(data, [data], data, config, labelled)
+        return Tar(data, [data], data, config, labelled, captioned)
     if path.is_file() and (path.suffix == ".tgz" or ".tar" in path.suffixes):
         raise UserError(f"{data} is compressed, so its images cannot be read one by one: unpack it")
     if is_hub_name(data) and not path.suffix:
-        return Parquet(data, list_hub_files(data), f"datasets/{data}", on_hub=True, config=config, labelled=labelled)
+        files, root = list_hub_files(data), f"datasets/{data}"
+        return Parquet(data, files, root, on_hub=True, config=config, labelled=labelled, captioned=captioned)
     raise UserError(
         f"{data} is neither 'digits', a folder of images, of class sub-folders or of .parquet or .tar files, "
         "a .parquet or .tar file, nor owner/name on the Hugging Face hub"
     )
 
 
-def _open_folder(path: Path, data: str, config: ReadConfig, labelled: bool) -> Source:
+def _open_folder(path: Path, data: str, config: ReadConfig, labelled: bool, captioned: bool) -> Source:
     """Images of a folder, or of the tables or archives in it."""
     tree = scan_folder(path)
     tables, archives = (_find_files(path, tree, suffix) for suffix in (".parquet", ".tar"))
@@ -103,13 +111,13 @@ def _open_folder(path: Path, data: str, config: ReadConfig, labelled: bool) -> S
     if tree.count and not (labelled or asked or tables or archives):
         return open_unlabelled(path, tree)
     if folders or not (tables or archives):
-        return open_folder(path, config, tree)
+        return open_folder(path, config, tree, captioned)
     if tables and archives:
         raise UserError(f"{data} has both tables ({tables[0]}) and archives ({archives[0]}): name the one to read")
     source = (
-        Parquet(data, tables, data, config=config, labelled=labelled)
+        Parquet(data, tables, data, config=config, labelled=labelled, captioned=captioned)
         if tables
-        else Tar(data, archives, data, config, labelled)
+        else Tar(data, archives, data, config, labelled, captioned)
     )
     _note_unused(source.unused, path, tree, {*tables, *archives, *map(str, getattr(source, "tables", ()))})
     return source

@@ -8,6 +8,7 @@ from typing import Any
 
 from nextscale.common.errors import UserError
 from nextscale.common.reading import parse_json
+from nextscale.data.sources.captions import CAPTION_COLUMNS
 from nextscale.data.sources.source import MissingColumnError
 
 _IMAGE_COLUMNS, _LABEL_COLUMNS, _OTHER_LABEL_COLUMNS = ("image", "img"), ("label", "labels"), ("class", "category")
@@ -97,6 +98,30 @@ def find_label_columns(schemas: Sequence[Schema], images: Sequence[str], asked: 
     return found
 
 
+def find_caption_columns(schemas: Sequence[Schema], asked: str) -> list[str]:
+    """The column of the captions in each file, the one asked for, else caption, captions or text; "" where a file has
+    none, but another one has.
+
+    UserError when no file has one, and when it holds neither texts nor lists of texts.
+    """
+    names = (asked,) if asked else CAPTION_COLUMNS
+    found = [next((name for name in names if name in schema.types), "") for schema in schemas]
+    if not any(found):
+        first = schemas[0]
+        message = (
+            f"{first.where} has no captions: no column '{asked or CAPTION_COLUMNS[0]}'; it has "
+            f"{_list_columns(list(first.types))}; choose the captions' with --images.caption-column"
+        )
+        raise MissingColumnError("caption_column", message) if asked else UserError(message)
+    for schema, column in zip(schemas, found, strict=True):
+        if column and not _holds_texts(schema.types[column]):
+            raise UserError(
+                f"{schema.where}: column '{column}' holds {schema.types[column]}, not captions (a text or a list of "
+                "texts in every row); choose another one with --images.caption-column"
+            )
+    return found
+
+
 def _find_declared(schemas: Sequence[Schema]) -> tuple[str, ...]:
     """The only column that is declared as a class label, if there is just one."""
     declared = {name for schema in schemas for name in schema.list_feature("ClassLabel")}
@@ -138,6 +163,18 @@ def _holds_labels(type_: Any, chosen: bool = False) -> bool:
         type_ = type_.value_type
     kinds = types.is_integer, types.is_boolean, types.is_string, types.is_large_string
     return any(kind(type_) for kind in kinds) or (chosen and (types.is_floating(type_) or types.is_null(type_)))
+
+
+def _holds_texts(type_: Any) -> bool:
+    """Whether a column's type can be captions: texts, or lists of texts."""
+    from pyarrow import types
+
+    if types.is_list(type_) or types.is_large_list(type_):
+        type_ = type_.value_type
+    if types.is_dictionary(type_):
+        type_ = type_.value_type
+    kinds = types.is_string, types.is_large_string, types.is_string_view, types.is_null
+    return any(kind(type_) for kind in kinds)
 
 
 def _holds_bytes(type_: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nextscale.common.extras import import_extra
 from nextscale.data.images import ImageLike
+from nextscale.data.sources.captions import Captions
 from nextscale.data.sources.source import Unused, shuffle_rows
 
 
@@ -25,6 +26,7 @@ class Digits:
     class_names: tuple[str, ...] = tuple(map(str, range(10)))
     splits: dict[str, list[int]] = field(default_factory=dict)
     unused: Unused = field(default_factory=Unused)
+    captions: Captions | None = None
 
     def __post_init__(self) -> None:
         self._pixels, labels = _load_digits()

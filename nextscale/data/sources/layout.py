@@ -5,6 +5,8 @@ The rules, with a picture of each, are in docs/data.md.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -12,12 +14,15 @@ from typing import NoReturn
 from nextscale.common.errors import UserError
 from nextscale.config.classes import list_names
 from nextscale.config.data import ReadConfig
+from nextscale.data.sources.captions import CAPTION_SUFFIX, Captions, collect_captions
 from nextscale.data.sources.metadata import TABLES, ListedFile, Metadata, read_metadata
 from nextscale.data.sources.source import HELD_OUT, TRAIN, MissingColumnError, Unused
 from nextscale.data.sources.tree import Folder
 
 _Row = tuple[str, str]
 """An image's path below the data set, and its class."""
+ReadLines = Callable[[str], list[str]]
+"""The lines of a file of text, by its path below the data set."""
 
 
 @dataclass
@@ -31,19 +36,25 @@ class Layout:
     splits: dict[str, list[int]]
     tables: list[Path] = field(default_factory=list)
     """Metadata files that were read."""
+    captions: Captions | None = None
+    """None where they were not asked for."""
 
 
 def find_layout(
-    tree: Folder, where: str, set_name: str, config: ReadConfig, unused: Unused, path: Path | None = None
-) -> Layout:
+    tree: Folder, where: str, set_name: str, config: ReadConfig, unused: Unused, path: Path | None = None,
+    read_lines: ReadLines | None = None,
+) -> Layout:  # fmt: skip
     """Understand a tree of images. What it leaves out is added to `unused`.
 
     `where`: for messages. `set_name`: class of images without classes. `path`: the folder, where the tree is one, to
-    read its metadata files. Raises UserError when the tree can be understood in several ways, when it has no images,
-    or when a class has none and `config` does not allow that.
+    read its metadata files. `read_lines`: reads captions from .txt files beside the images; None: captions are not
+    asked for. Raises UserError when the tree can be understood in several ways, when it has no images, when a class has
+    none and `config` does not allow that, or when captions are asked for and there are none.
     """
-    reader = _LayoutReader(where, set_name, config, unused, path)
+    reader = _LayoutReader(where, set_name, config, unused, path, read_lines is not None)
     layout = reader.read_tree(tree)
+    if read_lines is not None:
+        layout.captions = reader.read_captions(tree, layout, read_lines)
     reader.note_unused(tree, layout)
     return layout
 
@@ -58,13 +69,18 @@ class _Part:
 
 
 class _LayoutReader:
-    def __init__(self, where: str, set_name: str, config: ReadConfig, unused: Unused, path: Path | None):
+    def __init__(
+        self, where: str, set_name: str, config: ReadConfig, unused: Unused, path: Path | None, captioned: bool
+    ):
         self.where, self.set_name, self.config, self.unused, self.path = where, set_name, config, unused, path
+        self.captioned = captioned
+        self.listed_captions: dict[str, tuple[str, ...]] = {}
+        """Those of images in tables that have a column of captions."""
         self.tables: list[Path] = []
         self.prefixes: list[str] = []
         """Where class folders stand."""
         self.accounted: set[str] = set()
-        """Images that are left out and were added to `unused`."""
+        """Images that are left out and were added to `unused`, and files of captions that were read."""
 
     def read_tree(self, tree: Folder, prefix: str = "") -> Layout:
         """Find where the classes or splits are, and read them."""
@@ -89,12 +105,14 @@ class _LayoutReader:
         if self.path is None or not found:
             return None
         unused = Unused()
-        metadata = read_metadata(self.path / prefix / found[0], self.config, unused)
+        metadata = read_metadata(self.path / prefix / found[0], self.config, unused, self.captioned)
         if optional and not metadata.label_column:
             return None
         self.unused.update(unused)
         self.accounted.update(self._relate(file) for file in metadata.left_out)
-        if not metadata.label_column and len(metadata.columns) > 1:
+        if metadata.caption_column:
+            self.listed_captions.update({self._relate(row.file): row.captions for row in metadata.rows})
+        elif not metadata.label_column and len(metadata.columns) > 1:
             self.unused.remark(
                 f"{metadata.path} has no column label (it has {', '.join(metadata.columns)}): all images are one "
                 "class; choose a column with --images.label-column"
@@ -222,7 +240,7 @@ class _LayoutReader:
         inner, below = self._find_inner(tree, prefix)
         if inner is not tree:
             return self._read_part(inner, below)
-        for option in ("label_column", "image_column"):
+        for option in ("label_column", "image_column", *(("caption_column",) if self.captioned else ())):
             if asked := getattr(self.config, option):
                 raise MissingColumnError(option, f"{self._name(prefix)} has no table with a column '{asked}'")
         filled = [folder for folder in tree.folders.values() if folder.count]
@@ -275,6 +293,29 @@ class _LayoutReader:
         splits = {"train": list(range(count)), "held_out": list(range(count, len(rows)))} if held_out else {}
         return Layout([path for path, _ in rows], [number[name] for _, name in rows], names, splits, self.tables)
 
+    def read_captions(self, tree: Folder, layout: Layout, read_lines: ReadLines) -> Captions:
+        """The captions of the layout's images: of their table, else of the .txt files beside them."""
+        beside: dict[str, str] = {}
+        for prefix, folder in tree.walk():
+            for name in folder.others:
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() == CAPTION_SUFFIX:
+                    beside.setdefault(f"{prefix}{stem}", f"{prefix}{name}")
+        rows = []
+        for file in layout.files:
+            texts, text_file = self.listed_captions.get(file), beside.get(os.path.splitext(file)[0])
+            if texts is None and text_file is not None:
+                self.accounted.add(text_file)
+                texts = tuple(read_lines(text_file))
+            rows.append((file, texts))
+        if all(texts is None for _, texts in rows):
+            first = layout.files[0]
+            raise UserError(
+                f"{self.where} has no captions: expected a metadata.jsonl or metadata.csv with the columns file_name "
+                f"and caption, or a text file beside each image, such as {os.path.splitext(first)[0]}.txt for {first}"
+            )
+        return collect_captions([(file, texts or ()) for file, texts in rows], self.where, self.unused)
+
     def note_unused(self, tree: Folder, layout: Layout) -> None:
         """Add files of the tree that the layout does not have to `unused`."""
         reason = f"images that {layout.tables[0].name} does not list" if layout.tables else "images outside the splits"
@@ -285,7 +326,8 @@ class _LayoutReader:
             for name in folder.system:
                 self.unused.add("hidden or system files and folders", part, f"{prefix}{name}")
             for name in folder.others:
-                if self.path is None or str(self.path / f"{prefix}{name}") not in tables:
+                is_table = self.path is not None and str(self.path / f"{prefix}{name}") in tables
+                if not is_table and f"{prefix}{name}" not in self.accounted:
                     self.unused.add("files that are no images", part, f"{prefix}{name}")
             for name in folder.images:
                 if f"{prefix}{name}" not in files:

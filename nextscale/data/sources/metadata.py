@@ -13,6 +13,7 @@ from typing import Any
 from nextscale.common.errors import UserError
 from nextscale.common.reading import parse_json
 from nextscale.config.data import ReadConfig
+from nextscale.data.sources.captions import CAPTION_COLUMNS, read_cell
 from nextscale.data.sources.labels import is_marked_text
 from nextscale.data.sources.source import HELD_OUT, TRAIN, MissingColumnError, Unused
 
@@ -23,11 +24,12 @@ _DELIMITERS = (",", ";", "\t", "|")
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A row of a table: an image file, its label and its split ("" = none)."""
+    """A row of a table: an image file, its label, its split ("" = none) and its captions."""
 
     file: Path
     label: str | None
     split: str = ""
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class Metadata:
     rows: list[ListedFile]
     left_out: list[Path]
     """Files of rows without a label."""
+    caption_column: str = ""
+    """"" where no column holds captions, or they were not asked for."""
 
 
-def read_metadata(path: Path, config: ReadConfig, unused: Unused) -> Metadata:
+def read_metadata(path: Path, config: ReadConfig, unused: Unused, captioned: bool = False) -> Metadata:
     """Read a metadata file. Rows without a label, and rows that repeat another, are added to `unused`.
+
+    `captioned`: read captions, too. Rows of one file that differ in nothing else give it several captions.
 
     Names of columns count in any case, without spaces around them. In a .csv the delimiter may be a comma, a semicolon,
     a tab or a bar; blank rows are skipped. Raises UserError naming the line when the file cannot be understood, lists
@@ -54,6 +60,7 @@ def read_metadata(path: Path, config: ReadConfig, unused: Unused) -> Metadata:
     columns = tuple(dict.fromkeys(name for _, row in table for name in row))
     file_column = _choose_column(path, columns, config, "image_column", _FILE_COLUMNS)
     label_column = _choose_column(path, columns, config, "label_column", _LABEL_COLUMNS)
+    caption_column = _choose_column(path, columns, config, "caption_column", CAPTION_COLUMNS) if captioned else ""
     if not file_column or not table:
         raise UserError(
             f"{path} must list file_name and label in every row; it has "
@@ -62,14 +69,15 @@ def read_metadata(path: Path, config: ReadConfig, unused: Unused) -> Metadata:
     kinds = {isinstance(row.get(label_column), str) for _, row in table if row.get(label_column) is not None}
     if len(kinds) > 1:
         raise UserError(f"{path}: {label_column} is a text in some rows and a number in others; make them alike")
-    rows = [_read_row(path, line, row, file_column, label_column) for line, row in table]
+    rows = [_read_row(path, line, row, file_column, label_column, caption_column) for line, row in table]
     absent = [str(row.file) for row in rows if not row.file.is_file()]
     if absent:
         raise UserError(f"{path} lists {len(absent)} files that do not exist, such as {absent[0]}")
     labelled = _drop_unlabelled(path, label_column, rows, unused) if label_column else rows
     used = {row.file for row in labelled}
     left_out = [row.file for row in rows if row.file not in used]
-    return Metadata(path, columns, label_column, _drop_repeated(path, _assign_splits(path, labelled), unused), left_out)
+    distinct = _drop_repeated(path, _assign_splits(path, labelled), unused)
+    return Metadata(path, columns, label_column, distinct, left_out, caption_column)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -149,19 +157,24 @@ def _choose_column(
     if asked and _normalize_name(asked) not in columns:
         raise MissingColumnError(option, f"{path} has no column '{asked}'; it has {', '.join(columns)}")
     found = [name for name in known if name in columns]
-    if not asked and len(found) > 1 and found[0] not in ("file_name", "label", "labels"):
+    if not asked and len(found) > 1 and found[0] in ("class", "category"):
         raise UserError(f"{path} has the columns {' and '.join(found)}: choose one with --images.label-column")
     return _normalize_name(asked) if asked else found[0] if found else ""
 
 
-def _read_row(path: Path, line: int, row: dict[str, Any], file_column: str, label_column: str) -> ListedFile:
-    name, label, split = row.get(file_column), row.get(label_column), row.get("split", "")
+def _read_row(
+    path: Path, line: int, row: dict[str, Any], file_column: str, label_column: str, caption_column: str
+) -> ListedFile:
+    name, split = row.get(file_column), row.get("split", "")
+    label = row.get(label_column) if label_column else None  # a column may have the name ""
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{path} must list file_name and label in every row; line {line} has no {file_column}")
     if isinstance(label, dict | list):
         raise UserError(f"{path}, line {line}: {label_column} is {label!r}; it must be a number or a text")
     text = None if label is None or not str(label).strip() else str(label)
-    return ListedFile(_find_file(path.parent, name.strip()), text, split.lower() if isinstance(split, str) else "")
+    captions = read_cell(row.get(caption_column), f"{path}, line {line}: {caption_column}") if caption_column else ()
+    file = _find_file(path.parent, name.strip())
+    return ListedFile(file, text, split.lower() if isinstance(split, str) else "", captions)
 
 
 def _find_file(folder: Path, name: str) -> Path:
@@ -200,13 +213,15 @@ def _drop_repeated(path: Path, rows: list[ListedFile], unused: Unused) -> list[L
     seen: dict[Path, ListedFile] = {}
     for row in rows:
         first = seen.setdefault(row.file, row)
-        if first != row:
+        if (first.label, first.split) != (row.label, row.split):
             differing = (
                 ("label", first.label, row.label) if first.label != row.label else ("split", first.split, row.split)
             )
             raise UserError(
                 f"{path} lists {row.file} twice, with the {differing[0]}s {differing[1]} and {differing[2]}"
             )
-        if first is not row:
+        if first is not row and row.captions not in ((), first.captions):
+            seen[row.file] = replace(first, captions=(*first.captions, *row.captions))
+        elif first is not row:
             unused.add(f"rows of {path.name} that repeat another", "", str(row.file))
     return list(seen.values())

@@ -22,9 +22,16 @@ from nextscale.common.extras import import_extra
 from nextscale.common.fingerprint import fingerprint_files
 from nextscale.config.data import ReadConfig
 from nextscale.data.images import ImageLike
-from nextscale.data.sources.columns import Schema, find_image_column, find_label_columns, read_schema
+from nextscale.data.sources.captions import Captions, collect_captions, read_cell
+from nextscale.data.sources.columns import (
+    Schema,
+    find_caption_columns,
+    find_image_column,
+    find_label_columns,
+    read_schema,
+)
 from nextscale.data.sources.labels import LabelledRows, TableLabels, arrange_tables, parse_split
-from nextscale.data.sources.source import Unused, shuffle_rows
+from nextscale.data.sources.source import MissingColumnError, Unused, shuffle_rows
 
 _GROUPS_IN_MEMORY, _WINDOW = 20, 16
 
@@ -72,13 +79,14 @@ def _fingerprint_hub_file(name: str) -> str:
 class Parquet:
     """Tables as Hugging Face datasets writes them: a column of images (bytes, or a struct with bytes), one of labels.
 
-    Opening reads only the labels. An image is read together with its row group; the latest groups stay in memory. Rows
-    without a label are left out. With `labelled` False all rows are one class, and no column of labels is needed.
+    Opening reads only the labels and, with `captioned`, the captions. An image is read together with its row group; the
+    latest groups stay in memory. Rows without a label are left out. With `labelled` False all rows are one class, and
+    no column of labels is needed; so are those of captioned tables without such a column.
     """
 
     def __init__(
         self, where: str, files: Sequence[str], root: str, on_hub: bool = False, config: ReadConfig | None = None,
-        labelled: bool = True,
+        labelled: bool = True, captioned: bool = False,
     ):  # fmt: skip
         self.where, self.files, self.on_hub, self.config = where, list(files), on_hub, config or ReadConfig()
         self.unused = Unused()
@@ -87,10 +95,12 @@ class Parquet:
         self._open_files: dict[int, Any] = {}
         self._process = os.getpid()
         self._find_groups()
-        arranged = arrange_tables(self._read_labels(root), where, self.unused) if labelled else self._arrange_all()
+        tables = self._read_labels(root, captioned) if labelled else []
+        arranged = arrange_tables(tables, where, self.unused) if labelled else self._arrange_all()
         self.class_names, self.labels, self.splits = arranged.class_names, arranged.labels, arranged.splits
         self._rows = np.array(arranged.rows)  # of all rows, those that have a label
         self._starts = np.array([first for _, _, first, _ in self.groups])
+        self.captions = self._read_captions() if captioned else None
 
     def _find_groups(self) -> None:
         """Find the row groups of all files, and the column of images in each file."""
@@ -106,9 +116,14 @@ class Parquet:
                 self.groups.append((number, group, start, rows))
                 start += rows
 
-    def _read_labels(self, root: str) -> list[TableLabels]:
-        """The labels of each file, with the names that the label's own column has."""
-        labels = find_label_columns(self.schemas, self.columns, self.config.label_column)
+    def _read_labels(self, root: str, captioned: bool) -> list[TableLabels]:
+        """The labels of each file, with the names that the label's own column has. Captioned tables may have none."""
+        try:
+            labels = find_label_columns(self.schemas, self.columns, self.config.label_column)
+        except MissingColumnError as error:
+            if error.option or not captioned:
+                raise
+            return self._label_all(root)
         named = next(filter(None, labels))
         tables = []
         for number, (name, column) in enumerate(zip(self.files, labels, strict=True)):
@@ -119,6 +134,28 @@ class Parquet:
             names = self.schemas[number].read_class_names(column)
             tables.append(TableLabels(name, parse_split(name.removeprefix(root)), values, names, column or named))
         return tables
+
+    def _label_all(self, root: str) -> list[TableLabels]:
+        """All rows as one class, in the split of their files."""
+        counts = [0] * len(self.files)
+        for file, _, _, rows in self.groups:
+            counts[file] += rows
+        name = Path(self.where).stem
+        return [
+            TableLabels(file, parse_split(file.removeprefix(root)), [name] * count)
+            for file, count in zip(self.files, counts, strict=True)
+        ]
+
+    def _read_captions(self) -> Captions:
+        """The captions of the rows that have a label."""
+        columns = find_caption_columns(self.schemas, self.config.caption_column)
+        cells: list[Any] = []
+        for file, group, _, rows in self.groups:
+            column = columns[file]
+            cells += self._read_column(file, group, column).to_pylist() if column else [None] * rows
+        where = f"{self.where}: column '{next(filter(None, columns))}'"
+        rows_of = ((f"row {row}", read_cell(cells[row], where)) for row in self._rows.tolist())
+        return collect_captions(rows_of, self.where, self.unused)
 
     def _arrange_all(self) -> LabelledRows:
         """All rows, as one class. UserError when a column of labels is asked for and there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from nextscale.common.errors import UserError
 from nextscale.config.classes import list_names
 from nextscale.data.images import ImageLike
+
+if TYPE_CHECKING:
+    from nextscale.data.sources.captions import Captions
 
 TRAIN, HELD_OUT = ("train", "training"), ("validation", "valid", "val", "dev", "test")
 """Names of the splits, as folders and files have them, in any case; the first held-out one that exists is used."""
@@ -37,6 +40,8 @@ class Source(Protocol):
     """Rows of the data set's own split, {"train": ..., "held_out": ...}; {} where it has none."""
     unused: Unused
     """What of the data is not used, and how it was understood where that is not plain."""
+    captions: Captions | None
+    """Those of all rows; None where they were not asked for."""
 
     def read(self, i: int) -> tuple[str, ImageLike | None]:
         """Name and encoded image of row i; None when the row holds no image. UserError when it cannot be found."""

@@ -22,6 +22,7 @@ from nextscale.common.reading import parse_json
 from nextscale.config.classes import list_names
 from nextscale.config.data import ReadConfig
 from nextscale.data.images import ImageLike
+from nextscale.data.sources.captions import CAPTION_COLUMNS, Captions, collect_captions, read_cell
 from nextscale.data.sources.labels import TableLabels, arrange_tables, parse_split
 from nextscale.data.sources.layout import find_layout
 from nextscale.data.sources.source import MissingColumnError, Unused, shuffle_rows
@@ -51,26 +52,31 @@ class Tar:
 
     Files with equal names but for what follows the first dot are a sample. Its label is its .cls file or a field of its
     .json file; numbers are named by the lines of classnames.txt beside the archive, where there is one. Without labels
-    the archive's folders are read as a folder on disk is. With `labelled` False all images are one class.
+    the archive's folders are read as a folder on disk is. With `labelled` False all images are one class. With
+    `captioned` captions are read from .txt files or from a field of .json files, and labels may be missing.
     """
 
+    captions: Captions | None = None
+
     def __init__(
-        self, where: str, files: Sequence[str], root: str, config: ReadConfig | None = None, labelled: bool = True
-    ):
+        self, where: str, files: Sequence[str], root: str, config: ReadConfig | None = None, labelled: bool = True,
+        captioned: bool = False,
+    ):  # fmt: skip
         self.where, self.files, self.config, self.unused = where, list(files), config or ReadConfig(), Unused()
         self.tables: list[Path] = []
         archives = [_list_members(number, file, self.unused) for number, file in enumerate(self.files)]
         samples = [_group_samples(members) for members in archives]
         self._check_image_suffix(samples)
         label = self._find_label(samples)
+        caption = self._find_caption(samples, label) if captioned else ""
         if not labelled:
             self._read_all(archives, samples if label or self.config.image_column else [])
-        elif label:
-            self._read_samples(samples, label, root)
+        elif label or caption:
+            self._read_samples(samples, label, caption, root)
         elif self.config.image_column:
             raise MissingColumnError("", f"{where} has no samples with labels: leave out --images.image-column")
         else:
-            self._read_folders(archives, root)
+            self._read_folders(archives, root, captioned)
 
     # ---- WebDataset
 
@@ -99,8 +105,31 @@ class Tar:
             return asked
         return "cls" if "cls" in suffixes else next((name for name in _LABEL_FIELDS if name in fields), "")
 
-    def _read_samples(self, samples: list[dict[str, _Sample]], label: str, root: str) -> None:
+    def _find_caption(self, samples: list[dict[str, _Sample]], label: str) -> str:
+        """The suffix or the field of a .json file that holds the captions; "" for .txt files of samples without labels,
+        which are read as those of a folder on disk."""
+        everything = [sample for archive in samples for sample in archive.values()]
+        suffixes = {suffix for sample in everything for suffix in sample}
+        asked = self.config.caption_column
+        if (asked or "txt") in suffixes:
+            return asked or ("txt" if label else "")
+        fields = dict.fromkeys(name for sample in everything for name in self._read_json(sample))
+        found = next((name for name in ((asked,) if asked else CAPTION_COLUMNS) if name in fields), None)
+        if found is None:
+            known = list_names([*sorted(suffixes), *fields])
+            message = f"{self.where} has no captions '{asked or 'txt'}'; its samples have {known}"
+            raise MissingColumnError("caption_column", message) if asked else UserError(message)
+        return found
+
+    def _read_caption(self, sample: _Sample, caption: str) -> tuple[str, ...]:
+        if caption in sample:
+            return tuple(self._read_text(sample[caption]).splitlines())
+        return read_cell(self._read_json(sample).get(caption), f"{self.where}: the field '{caption}'")
+
+    def _read_samples(self, samples: list[dict[str, _Sample]], label: str, caption: str, root: str) -> None:
+        """`label` "": all samples are one class. `caption` "": captions are not asked for."""
         tables: list[TableLabels] = []
+        captions: list[tuple[str, tuple[str, ...]]] = []
         everything: list[Member] = []
         for number, archive in enumerate(samples):
             split = parse_split(self.files[number].removeprefix(root))
@@ -112,11 +141,14 @@ class Tar:
                     self.unused.add("samples without an image", split, key)
                     continue
                 everything.append(image)
-                values.append(self._read_label(sample, label))
-            tables.append(TableLabels(self.files[number], split, values, names, label))
+                values.append(self._read_label(sample, label) if label else Path(self.where).stem)
+                captions += [(key, self._read_caption(sample, caption))] if caption else []
+            tables.append(TableLabels(self.files[number], split, values, names if label else (), label))
         arranged = arrange_tables(tables, self.where, self.unused)
         self.class_names, self.labels, self.splits = arranged.class_names, arranged.labels, arranged.splits
         self._members = [everything[row] for row in arranged.rows]
+        if caption:
+            self.captions = collect_captions([captions[row] for row in arranged.rows], self.where, self.unused)
 
     def _choose_image(self, key: str, sample: _Sample) -> Member | None:
         asked = self.config.image_column.lower()
@@ -161,7 +193,7 @@ class Tar:
 
     # ---- folders in archives
 
-    def _read_folders(self, archives: list[list[Member]], root: str) -> None:
+    def _read_folders(self, archives: list[list[Member]], root: str, captioned: bool) -> None:
         """Read members as files of folders; archives that are named by splits are its folders."""
         splits = [parse_split(file.removeprefix(root)) for file in self.files]
         members: dict[str, Member] = {}
@@ -175,7 +207,10 @@ class Tar:
         tree = build_tree(list(members))
         if inner and not tree.count:
             raise UserError(f"{self.where} holds archives ({list_names(inner)}), no images: unpack it")
-        layout = find_layout(tree, self.where, Path(self.where).resolve().stem, self.config, self.unused)
+        read_lines = (lambda path: self._read_text(members[path]).splitlines()) if captioned else None
+        name = Path(self.where).resolve().stem
+        layout = find_layout(tree, self.where, name, self.config, self.unused, read_lines=read_lines)
+        self.captions = layout.captions
         self.class_names, self.labels, self.splits = layout.class_names, layout.labels, layout.splits
         self._members = [members[path] for path in layout.files]
 

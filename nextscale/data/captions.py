@@ -1,0 +1,122 @@
+"""Captions in batches: as bytes for a text encoder that is trained along, or as embeddings from a token cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from nextscale.common.rng import make_generator
+from nextscale.config.parse import check_fields
+from nextscale.data.examples import Batch
+from nextscale.data.sources.captions import Captions
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """What a model with a text condition takes from its data."""
+
+    kind: Literal["bytes", "embeddings"]
+    """bytes: the caption in UTF-8. embeddings: what a text encoder made of it, from a token cache."""
+    max_tokens: int = 0
+    """Length T of the sequence in a batch. Longer captions are cut. 0 = that of the cache (embeddings)."""
+
+    def __post_init__(self) -> None:
+        rule = "max_tokens must be 1 to 65536"
+        check_fields("text", self, {rule: (self.kind == "bytes") <= self.max_tokens <= 65536})
+
+
+class TextBatches(Protocol):
+    """What examples add to a batch of images."""
+
+    def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
+        """Of the images with these numbers; `positions` as in `Examples.fetch`."""
+
+
+@dataclass(frozen=True)
+class CaptionBytes:
+    """One caption of each image, as bytes."""
+
+    captions: Captions
+    max_bytes: int
+    seed: int
+
+    def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
+        """The captions as `pack_bytes` gives them. In training one of an image's captions is drawn, in validation it is
+        the first."""
+        counts = self.captions.count_N[list(indices)].tolist()
+        chosen = choose_captions(self.seed, positions, counts)
+        texts = [self.captions.encode(i, n) for i, n in zip(indices, chosen, strict=True)]
+        return pack_bytes(texts, self.max_bytes)
+
+
+@dataclass(frozen=True)
+class AllCaptions:
+    """All captions of each image, for the writer of a token cache."""
+
+    captions: Captions
+
+    def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
+        """`captions`: a tuple of texts for each image."""
+        return {"captions": [self.captions[i] for i in indices]}
+
+
+def choose_captions(seed: int, positions: Sequence[int] | None, counts: Sequence[int]) -> list[int]:
+    """Which of its captions each image shows: drawn for its position in the run, the first one without positions.
+
+    `counts`: captions of each image, 1 or more.
+    """
+    if positions is None:
+        return [0] * len(counts)
+    return [
+        int(torch.randint(count, (), generator=make_generator(seed, "caption", position))) if count > 1 else 0
+        for position, count in zip(positions, counts, strict=True)
+    ]
+
+
+def pack_bytes(texts: Sequence[bytes], max_bytes: int) -> dict[str, Tensor]:
+    """Texts in UTF-8 as `text`, uint8 (B, max_bytes), padded with zeros, and `text_length`, int64 (B,).
+
+    Longer ones are cut before the first character that does not fit as a whole.
+    """
+    text_BT = torch.zeros(len(texts), max_bytes, dtype=torch.uint8)
+    cut = [cut_text(text, max_bytes) for text in texts]
+    for row_T, text in zip(text_BT, cut, strict=True):
+        if text:
+            row_T[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return {"text": text_BT, "text_length": torch.tensor([len(text) for text in cut], dtype=torch.int64)}
+
+
+def cut_text(text: bytes, max_bytes: int) -> bytes:
+    """The longest beginning of a text in UTF-8 that has at most so many bytes and only whole characters."""
+    if len(text) <= max_bytes:
+        return text
+    end = max_bytes
+    while end and text[end] & 0xC0 == 0x80:  # a byte inside a character
+        end -= 1
+    return text[:end]
+
+
+def list_caption_notes(lengths: Sequence[Tensor], images: int, text: TextInput | None = None) -> list[str]:
+    """A line on the number of captions, and one on those that are cut because they have too many bytes for `text`.
+
+    `lengths`: bytes of the captions of each part of a set of so many images.
+    """
+    length_C = torch.cat([*lengths])
+    count = int((length_C > 0).sum())
+    notes = [f"{count} captions of {images} images"]
+    is_cut_C = length_C > text.max_tokens if text is not None and text.kind == "bytes" else length_C < 0
+    if text is not None and is_cut_C.any():
+        notes.append(
+            f"{int(is_cut_C.sum())} of {count} captions have more than {text.max_tokens} bytes, up to "
+            f"{int(length_C.max())}: they are cut"
+        )
+    return notes
+
+
+def fetch_text(texts: TextBatches | None, indices: Any, positions: Sequence[int] | None) -> Batch:
+    """What `texts` gives for a batch; nothing without it."""
+    return texts.fetch([int(i) for i in indices], positions) if texts is not None else {}
