@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.checkpoints import build_on_meta
+from nextscale.checkpoints.lora import describe_adapter, is_adapter
 from nextscale.checkpoints.native import read_config
 from nextscale.checkpoints.quantise import describe_weights
 from nextscale.common.errors import UserError
@@ -46,6 +47,8 @@ def describe(name: str) -> dict[str, Any]:
     """
     if name in PRESETS:
         config = preset(name)
+    elif is_adapter(Path(name)):
+        return describe_adapter(Path(name))
     elif Path(name).is_dir():
         folder, (config, _) = Path(name), read_config(Path(name))
         profiles = {profile: explain_profile(folder, profile) for profile in list_profiles(folder)}
@@ -187,6 +190,12 @@ def _tokenizer_flops(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, in
 
 def as_text(facts: dict[str, Any]) -> str:
     """The facts as a table for people."""
+    if "adapter" in facts:
+        new = f"\n  new classes          {', '.join(facts['classes'])}" if facts["classes"] else ""
+        return (
+            f"{facts['name']}: {facts['parameters']:,} parameters\n  adapters             {facts['adapter']}\n"
+            f"  of the model         {facts['base'].get('where')}, fingerprint {facts['base']['fingerprint']}{new}"
+        )
     experts = facts["active_parameters"] < facts["transformer_parameters"]
     active = f", {facts['active_parameters']:,} of them active" if experts else ""
     lines = [

@@ -6,7 +6,7 @@ pipeline.sample([3, 7], cfg=1.5, seed=0).save("grid.png")
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import check_routers, find_folder, read_modules
 from nextscale.common.devices import copy_to, find_device
 from nextscale.common.errors import UserError
-from nextscale.common.precision import LOW, choose_sampling_dtype, narrow
+from nextscale.common.precision import LOW, narrow
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import Capture, SampleConfig, parse_count, parse_sampling
@@ -30,6 +30,7 @@ from nextscale.transformer.var import VAR
 
 if TYPE_CHECKING:
     from nextscale.backends.twins import Backend
+    from nextscale.checkpoints.lora import Adapters
     from nextscale.config.initialization import InitConfig
     from nextscale.data.arrays import ImageInput, ImagesInput
     from nextscale.sampling.capturing import Capturing
@@ -56,6 +57,7 @@ class Pipeline:
         self._backend: Backend = "plain"
         self._training, self._dtype = False, torch.float32
         self._folder: Path | None = None  # that it was loaded from
+        self._profile, self._adapters = "", cast("Adapters | None", None)
         self.sampling = SampleConfig()  # of calls that give no config
 
     @classmethod
@@ -78,7 +80,7 @@ class Pipeline:
     def from_pretrained(
         cls, source: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto",
         revision: str | None = None, token: str | None = None, backend: Backend = "auto", capture: Capture = "auto",
-        profile: str = "",
+        profile: str = "", lora: Sequence[str] = (),
     ) -> Pipeline:  # fmt: skip
         """Load a checkpoint folder, or `owner/name` from the Hugging Face hub when no such folder exists.
 
@@ -86,7 +88,8 @@ class Pipeline:
         and the model (`nextscale.common.precision`). `device`: auto, cpu, cuda, cuda:1, mps. `revision` (branch, tag
         or commit) and `token` are for the hub. `backend`: "auto" swaps modules for fast ones (`Pipeline.optimize`),
         for inference alone; "plain" leaves plain PyTorch modules, which can be trained. `capture`: as the method.
-        `profile`: settings that `nextscale tune` found, by name. UserError names the file and tensor at fault.
+        `profile`: settings that `nextscale tune` found, by name. `lora`: as `load_lora`. UserError names the file and
+        tensor at fault.
         """
         if capture != "auto":
             from nextscale.sampling.capturing import check_capture
@@ -100,10 +103,11 @@ class Pipeline:
         checkpoint, modules = read_modules(folder, int8=True)
         check_routers(source, checkpoint)
         device = find_device(device)
-        pipeline, computes = cls._around(checkpoint, modules), _choose_dtype(dtype, device, checkpoint)
-        pipeline.sampling, pipeline._folder = settings, folder
+        pipeline, computes = cls._around(checkpoint, modules), checkpoint.choose_dtype(dtype, device)
+        pipeline.sampling, pipeline._folder, pipeline._profile = settings, folder, profile
         del checkpoint  # from here on a tensor that is converted or packed frees the original
-        return pipeline.to(device, computes).optimize(backend).capture(capture)
+        pipeline.to(device, computes).optimize(backend).capture(capture)
+        return pipeline.load_lora(*lora) if lora else pipeline
 
     @classmethod
     def from_checkpoint(
@@ -113,7 +117,7 @@ class Pipeline:
         """Build the modules around a checkpoint's tensors. Arguments as in `from_pretrained`; it can be trained."""
         device = find_device(device)
         pipeline = cls._around(checkpoint, build_on_meta(checkpoint.config))
-        pipeline.to(device, _choose_dtype(dtype, device, checkpoint))
+        pipeline.to(device, checkpoint.choose_dtype(dtype, device))
         return pipeline.optimize(backend, training=True)
 
     @classmethod
@@ -156,6 +160,26 @@ class Pipeline:
 
             for module in filter(None, (self.tokenizer, self._transformer)):
                 optimize(module, backend, training=training)
+        return self
+
+    def load_lora(self, *sources: str | Path, weight: float = 1.0) -> Pipeline:
+        """Add adapters to the weights, FOLDER or FOLDER:WEIGHT; one that is loaded gets its new weight. Their classes
+        follow the model's. A refiner is to be given anew. UserError as `nextscale.checkpoints.lora.merge` raises."""
+        return self._change_adapters(lambda adapters: adapters.add(map(str, sources), weight))
+
+    def unload_lora(self, *sources: str | Path) -> Pipeline:
+        """Remove these adapters, or all: the weights are those of the rest, or again the model's, bit for bit."""
+        return self._change_adapters(lambda adapters: adapters.remove(map(str, sources)))
+
+    def _change_adapters(self, change: Callable[[Adapters], Adapters]) -> Pipeline:
+        from nextscale.checkpoints.lora import Adapters
+
+        adapters = change(self._adapters or Adapters.of_model(self._folder, self.to_checkpoint, self._profile))
+        checkpoint = adapters.merge()
+        new = Pipeline._around(checkpoint, build_on_meta(checkpoint.config)).to(self.device, self._dtype)
+        new.optimize(self._backend, training=self._training).tokenizer.decode_batch = self.tokenizer.decode_batch
+        new._adapters = adapters
+        self.__dict__ = new.__dict__ | {n: self.__dict__[n] for n in ("sampling", "_folder", "_profile", "_capture")}
         return self
 
     def refine_with(self, refiner: Pipeline) -> Pipeline:
@@ -372,8 +396,3 @@ class Pipeline:
     def _encode_images(self, images_B3HW: Tensor) -> Tensor:
         """Tokens (B, L) of images in [-1, 1], on the model's device; one at a time."""
         return torch.cat([self.tokenizer.encode(copy_to(x_3HW[None], self.device)) for x_3HW in images_B3HW])
-
-
-def _choose_dtype(dtype: torch.dtype | str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    dtype = torch.int8 if dtype == "auto" and checkpoint.is_int8 else dtype
-    return choose_sampling_dtype(dtype, device, getattr(checkpoint.config.transformer, "width", 0))

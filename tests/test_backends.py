@@ -9,6 +9,7 @@ from torch import nn
 
 from nextscale.backends.twins import CUDA, DECODER_CPU, INFERENCE_CPU, TRAINING_CPU, optimize, swap_module
 from nextscale.common.precision import Float32Linear
+from nextscale.config.lora import LoraConfig
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import DynamicConfig, ExpertsConfig, TransformerConfig
 from nextscale.pipeline import Pipeline
@@ -26,6 +27,7 @@ from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
 from nextscale.transformer.feed_forward.mixture import ZeroComputationExperts
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.int8 import Int8Linear, Int8StackedLinear, quantise_layers
+from nextscale.transformer.lora import LoraLinear, LoraStackedLinear, adapt_layer
 from nextscale.transformer.mamba import Mamba2
 from nextscale.transformer.scale_attention import ScaleAttention
 from tests.conftest import randomised, tiny_config
@@ -72,9 +74,17 @@ def create_int8_experts():
     return quantise_layers(Experts(4, 24, 40)).fc1
 
 
+def adapted(layer):
+    return adapt_layer(layer, LoraConfig(rank=3), torch.Generator())
+
+
 CASES = {
     nn.Linear: (lambda: nn.Linear(24, 40), lambda m: m(draw(3, 50, 24))),
     Int8Linear: (create_int8_layer, lambda m: m((draw(3, 50, 24) > 0).float())),  # exact in 127 levels, too
+    LoraLinear: (lambda: adapted(nn.Linear(24, 40)), lambda m: m(draw(3, 50, 24))),
+    LoraStackedLinear: (
+        lambda: adapted(StackedLinear(4, 24, 40)), lambda m: torch.cat([m(draw(90, 24), j) for j in range(4)])
+    ),
     Int8StackedLinear: (
         create_int8_experts, lambda m: torch.cat([m((draw(90, 24) > 0).float(), j) for j in range(4)]),
     ),

@@ -39,6 +39,8 @@ TRAINING_CPU: Twins = {
     "nextscale.tokenizer.quantizer:Phi": f"{_CPU}.convolution:CpuPhi",
     "nextscale.tokenizer.quantizer:Quantizer": f"{_CPU}.convolution:CpuQuantizer",
     "nextscale.common.precision:Float32Linear": f"{_CPU}.linear:CpuFloat32Linear",
+    f"{_T}.lora:LoraLinear": f"{_CPU}.lora:CpuLoraLinear",
+    f"{_T}.lora:LoraStackedLinear": f"{_CPU}.lora:CpuLoraStackedLinear",
     f"{_T}.int8:Int8Linear": f"{_CPU}.int8:CpuInt8Linear",
     f"{_T}.int8:Int8StackedLinear": f"{_CPU}.int8:CpuInt8StackedLinear",
     "nextscale.tokenizer.int8:Int8Conv2d": f"{_CPU}.int8_decoder:CpuInt8Conv2d",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.common.precision import choose_sampling_dtype
 from nextscale.config.model import ModelConfig
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
@@ -34,6 +35,11 @@ class Checkpoint:
     def is_int8(self) -> bool:
         """Whether the transformer has linear layers in 8 bits."""
         return any(tensor.dtype == torch.int8 for tensor in self.transformer.values())
+
+    def choose_dtype(self, dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+        """The type to compute in: `dtype`, where it is not auto (`nextscale.common.precision`)."""
+        dtype = torch.int8 if dtype == "auto" and self.is_int8 else dtype
+        return choose_sampling_dtype(dtype, device, getattr(self.config.transformer, "width", 0))
 
 
 def build_modules(config: ModelConfig) -> tuple[Tokenizer, VAR | None]:

@@ -84,7 +84,7 @@ def adapt(
     if classes is not None:
         model.condition.require_classes("--classes is for models that draw images")
         key = "condition.embedding.weight"
-        transformer[key] = _make_class_embeddings(transformer[key], classes, seed)
+        transformer[key] = make_class_embeddings(transformer[key], classes, seed)
         condition = replace(model.condition, num_classes=len(classes))
         model = replace(model, condition=condition)
         config = replace(config, transformer=model, class_names=tuple(c.name for c in classes))
@@ -103,7 +103,7 @@ def match_scales(old: Pyramid, new: Pyramid) -> list[int]:
     return [min(range(len(old)), key=lambda j: abs(old.progress(j) - new.progress(k))) for k in range(len(new))]
 
 
-def _make_class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Tensor:
+def make_class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Tensor:
     """(classes + 1, D): copies of rows, or for new classes the mean of all rows plus noise of VAR's initial spread."""
     rows, mean, std = [], old[:-1].float().mean(dim=0), math.sqrt(1 / (3 * old.shape[1]))
     for i, new in enumerate(classes):

@@ -78,6 +78,8 @@ def _read_head(folder: Path) -> _Head:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no nextscale checkpoint: it has no config.json")
     head = read_json(folder / "config.json")
+    if isinstance(head, dict) and head.get("format") == "nextscale-lora":
+        raise UserError(f"{folder} is an adapter (LoRA): give its model, and the adapter with --lora {folder}")
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise UserError(f'{folder}/config.json was not written by nextscale (no "format": "{FORMAT}")')
     version = head.get("version")

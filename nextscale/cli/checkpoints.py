@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
-from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.cli.files import Adapters, Overwrite, Paths, list_folders, list_inputs
 from nextscale.common.errors import UserError
 from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.sparsify import SparsifyConfig
@@ -95,6 +95,33 @@ class Upcycle:
         write_checkpoint(self.out, upcycled)
         experts = f"{self.experts.count} experts, {self.experts.active} active"
         print(f"wrote {self.out}: {experts}; {upcycled.config.summarize()}")
+
+
+@dataclass
+class MergeLora:
+    """Add adapters (LoRA) to the weights of their model, and write the result as a model."""
+
+    model: Positional[Path]
+    """Checkpoint folder of the model that the adapters were trained for."""
+    lora: Adapters
+    out: Path
+    """Folder to write, a checkpoint for every command."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        from nextscale.common.outputs import CheckpointFolder
+
+        models: Paths = {"MODEL": self.model, "--lora": list_folders(self.lora)}
+        return [CheckpointFolder("--out", self.out)], list_inputs(models=models)
+
+    def run(self) -> None:
+        from nextscale.checkpoints.lora import Adapters
+        from nextscale.checkpoints.native import read_checkpoint
+        from nextscale.checkpoints.saving import write_checkpoint
+
+        merged = Adapters(lambda: read_checkpoint(self.model)).add(self.lora).merge()
+        write_checkpoint(self.out, merged)
+        print(f"wrote {self.out}: {merged.config.summarize()}")
 
 
 @dataclass

@@ -49,6 +49,7 @@ COMMANDS = Commands(
         "resume": "training:Resume",
         "adapt": "checkpoints:Adapt",
         "upcycle": "checkpoints:Upcycle",
+        "merge-lora": "checkpoints:MergeLora",
         "sparsify": "checkpoints:Sparsify",
         "quantise": "checkpoints:Quantise",
         "tokenizer train": "training:TokenizerTrain",

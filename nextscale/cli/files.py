@@ -21,6 +21,14 @@ Overwrite = Annotated[
 Show = Annotated[
     bool, arg(help="Show the result in the terminal: as a picture where it can (kitty, iTerm2, Sixel), else in blocks.")
 ]
+Adapters = Annotated[
+    tuple[str, ...],
+    arg(
+        help="Adapters (LoRA) to add to the weights: folders that `nextscale train --lora.rank` wrote, each with a "
+        "weight after a colon if it is not 1: runs/cat:0.8 runs/ink."
+    ),
+]
+"""The option --lora."""
 Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
 """Option (--data, MODEL): a path, several, or none."""
 
@@ -41,6 +49,13 @@ def list_inputs(
             several = [value] if isinstance(value, str | Path) else list(value or ())
             inputs += [Input(option, Path(v), holds) for v in several if str(v)]  # type: ignore[arg-type]
     return inputs
+
+
+def list_folders(adapters: Sequence[str]) -> list[str]:
+    """The folders of --lora."""
+    from nextscale.config.lora import parse_source
+
+    return [parse_source(source)[0] for source in adapters]
 
 
 def check_files(command: Any) -> AbstractContextManager[None]:

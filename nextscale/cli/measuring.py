@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-from nextscale.cli.files import Overwrite, Paths, list_inputs
+from nextscale.cli.files import Adapters, Overwrite, Paths, list_folders, list_inputs
 from nextscale.cli.profiles import ProfileName
 from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.sizes import parse_size
@@ -47,6 +47,7 @@ class Evaluate:
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
     profile: ProfileName = ""
+    lora: Adapters = ()
     reconstruct: str = ""
     """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""
     against: str = ""
@@ -97,7 +98,7 @@ class Evaluate:
         images: Paths = {"SOURCE": self.source, "--against": self.against, "--reconstruct": self.reconstruct}
         inputs = list_inputs(
             images={**images, "--reference": self.reference},
-            models={"--refiner": self.settings.refiner},
+            models={"--refiner": self.settings.refiner, "--lora": list_folders(self.lora)},
             networks={"--features": self.features},
             files={"--lpips": self.lpips, "--config": self.config},
         )
@@ -111,7 +112,7 @@ class Evaluate:
         config = EvaluationConfig(
             self.num, self.settings, parse_size("--size", self.size), shard=self.shard, images=self.images,
             batch=self.batch_size, decode_batch=self.decode_batch, dtype=self.dtype, capture=self.capture,
-            reconstruct=self.reconstruct,
+            reconstruct=self.reconstruct, lora=self.lora,
         )  # fmt: skip
         with init_distributed(self.device) as world:
             report = evaluate(

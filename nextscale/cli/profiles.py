@@ -28,8 +28,10 @@ def load_profile(command: Any) -> Profile | None:
     name = getattr(command, "profile", "")
     if not name:
         return None
-    from nextscale.config.profile import read_profile
+    from nextscale.config.profile import read_profile, refuse_adapters
 
+    if getattr(command, "lora", ()):
+        raise refuse_adapters(name)
     model = str(command.source if hasattr(command, "source") else command.model)
     folder = Path(model)
     if not folder.exists():

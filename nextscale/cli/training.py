@@ -269,6 +269,7 @@ class Train:
         "train.batch-size",
         "train.learning-rate",
         "transformer.depth",
+        "lora.rank",
         "loss.encoder",
         "dry-run",
         "device",
@@ -321,7 +322,7 @@ def _train(settings: RunConfig, out: Path, device: str, extend: bool, accept_cha
     with report_interruption(out), init_distributed(device) as world:
         values = train_transformer(settings, out, world, extend=extend, accept_changes=accept_changes)
     if world.main:
-        print(format_training_report(values, out))
+        print(format_training_report(values, out, settings.start if settings.lora.on else ""))
 
 
 def draw_routing(pipeline: Pipeline, held_out: ImageSet, config: QuickstartConfig, folder: Path) -> None:

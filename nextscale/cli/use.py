@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from nextscale.cli.files import Overwrite, Paths, Show, list_inputs, list_terminal_needs
+from nextscale.cli.files import Adapters, Overwrite, Paths, Show, list_folders, list_inputs, list_terminal_needs
 from nextscale.cli.profiles import ProfileName
 from nextscale.common.dtypes import Dtype, SamplingDtype
 from nextscale.common.errors import UserError
@@ -42,6 +42,7 @@ class Sample:
     """YAML or JSON file with sampling settings (cfg, top_k, top_p, temperature, seed, ...); options on the command line
     override it."""
     profile: ProfileName = ""
+    lora: Adapters = ()
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine), `images` (float32,
     B x 3 x H x W in 0 to 1) and, as `types` in its metadata, the `dtype` of the weights and what they are
@@ -78,7 +79,7 @@ class Sample:
         return list_terminal_needs(self.show)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
-        models = {"MODEL": self.model, "--refiner": self.settings.refiner}
+        models: Paths = {"MODEL": self.model, "--refiner": self.settings.refiner, "--lora": list_folders(self.lora)}
         inputs = list_inputs(models=models, files={"--config": self.config})
         return _list_outputs(self.out, self.tokens_out, self.images_out), inputs
 
@@ -159,6 +160,7 @@ class Edit:
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line override it."""
     profile: ProfileName = ""
+    lora: Adapters = ()
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     dtype: SamplingDtype = "auto"
@@ -175,7 +177,7 @@ class Edit:
         return list_terminal_needs(self.show)
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
-        models = {"MODEL": self.model, "--refiner": self.settings.refiner}
+        models: Paths = {"MODEL": self.model, "--refiner": self.settings.refiner, "--lora": list_folders(self.lora)}
         files: Paths = {"IMAGE": self.image, "--mask": self.mask, "--config": self.config}
         return _list_outputs(self.out, self.tokens_out), list_inputs(models=models, files=files)
 
@@ -242,8 +244,9 @@ def _load_pipeline(command: Sample | Reconstruct | Edit, capture: Capture = "aut
     from nextscale.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(
-        command.model, dtype=command.dtype, device=command.device, backend=command.backend, capture=capture
-    )
+        command.model, dtype=command.dtype, device=command.device, backend=command.backend, capture=capture,
+        lora=getattr(command, "lora", ()),
+    )  # fmt: skip
     note = describe_sampling_dtype(command.dtype, pipeline.dtype, pipeline.device, fast=command.backend != "plain")
     if note:
         print(f"note: {note}")

@@ -14,6 +14,7 @@ EMPTY = "nothing"
 CHECKPOINT = "a nextscale checkpoint"
 CLASSIFIER = "a classifier"
 ENCODER = "an encoder"
+ADAPTER = "an adapter (LoRA)"
 TRAIN_RUN = "a run of `nextscale train`"
 TOKENIZER_RUN = "a run of `nextscale tokenizer train`"
 CLASSIFIER_RUN = "a run of `nextscale classifier train`"
@@ -30,7 +31,12 @@ OTHER_MODEL = "a model of another library"
 CARD = "README.md"
 """A model card."""
 
-_FORMATS = {"nextscale": CHECKPOINT, "nextscale-classifier": CLASSIFIER, "nextscale-encoder": ENCODER}
+_FORMATS = {
+    "nextscale": CHECKPOINT,
+    "nextscale-classifier": CLASSIFIER,
+    "nextscale-encoder": ENCODER,
+    "nextscale-lora": ADAPTER,
+}
 _NOTES = frozenset((".yaml", ".yml", ".md", ".txt", ".log", ".out", ".err", ".sh"))
 """Suffixes of files that people keep beside results, and that no command writes over."""
 _STAGES = ("tune", "split", "routers", "adapt", "samples")

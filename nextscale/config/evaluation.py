@@ -40,3 +40,5 @@ class EvaluationConfig:
     """Whether a model samples by captured CUDA graphs."""
     reconstruct: str = ""
     """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""
+    lora: tuple[str, ...] = ()
+    """Adapters that are added to the weights of the measured model, as `Pipeline.load_lora` takes them."""

@@ -145,6 +145,14 @@ def _check_weights(path: Path, found_for: Mapping[str, Any], folder: Path) -> No
         )
 
 
+def refuse_adapters(name: str) -> UserError:
+    """The error for a profile of this name and adapters, which change the weights that it was found for."""
+    return UserError(
+        f"profile {name} was found for the model without adapters: leave the profile out, or merge them first "
+        "(`nextscale merge-lora`) and tune the result"
+    )
+
+
 def explain_profile(model: Path, name: str) -> str:
     """A profile in words, or why it cannot be used."""
     try:

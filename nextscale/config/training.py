@@ -84,6 +84,9 @@ class TrainConfig:
     where no images are decoded. They do not change the result."""
     save_every: int = 200
     """Steps between checkpoints, each with a validation. Also the most that a crash can lose."""
+    patience: int = 0
+    """Stop when the held-out loss has not fallen for this many saves, and keep the model of the lowest one, as helps
+    with few images; 0 = take all steps."""
     keep: int = 2
     """Training states to keep beside the best one. If the last one is damaged, the one before it is used."""
     log_every: int = 10
@@ -99,7 +102,7 @@ class TrainConfig:
         object.__setattr__(self, "precision", parse_dtype(self.precision, "precision"))
         at_least = {
             1: ("steps", "batch_size", "save_every", "log_every", "keep"),
-            0: ("warmup_steps", "sample_every"),
+            0: ("warmup_steps", "sample_every", "patience"),
         }
         rules = {f"{n} must be at least {low}": getattr(self, n) >= low for low, ns in at_least.items() for n in ns}
         rules |= {

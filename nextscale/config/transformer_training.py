@@ -10,6 +10,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
 from nextscale.config.idle import Idle
 from nextscale.config.initialization import InitConfig
+from nextscale.config.lora import LoraConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
@@ -65,6 +66,8 @@ class RunConfig:
     init: InitConfig = field(default_factory=InitConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters to train in place of the model of --start; the run then holds the adapter alone."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """Settings of the sample grids."""
     validation_images: int = 2000
@@ -82,7 +85,9 @@ class RunConfig:
 
     def list_doubts(self) -> list[str]:
         """Values under which a part of the model learns nothing."""
-        return list_generator_doubts(self.train, self.transformer, self.sampling, "train.")
+        doubts = list_generator_doubts(self.train, self.transformer, self.sampling, "train.")
+        # the model of an adapter has learned to generate without a class
+        return [doubt for doubt in doubts if not (self.lora.on and doubt.startswith("train.label_drop"))]
 
     def complete(self) -> RunConfig:
         """Itself, if it names data and a tokenizer; otherwise UserError says what is missing."""
@@ -90,6 +95,13 @@ class RunConfig:
             raise UserError("no data: give --data (images, or a token cache that `nextscale tokenize` wrote)")
         if bool(self.tokenizer) == bool(self.start):
             raise UserError("give either --tokenizer DIR (to train from scratch) or --start DIR (to fine-tune)")
+        if self.lora.on and not self.start:
+            raise UserError("--lora.rank trains adapters of a model: give that model with --start DIR")
+        if self.lora.on and self.loss.encoder:
+            raise UserError(
+                "adapters are trained without semantic guidance, whose head would not be theirs: leave out "
+                "--loss.encoder"
+            )
         return self
 
     def fit(self, classes: int, size: tuple[int, int], features: int) -> TransformerConfig:

@@ -21,6 +21,7 @@ from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.machine import describe_machine
 from nextscale.common.sizes import Size, format_size
 from nextscale.config.evaluation import EvaluationConfig
+from nextscale.config.lora import parse_source
 from nextscale.data.classes import Classes
 from nextscale.encoders.classifier import Classifier
 from nextscale.encoders.load import load_feature_network
@@ -115,7 +116,7 @@ def evaluate(
         measures["lpips"] = summarize_values(distances) | {"against": against, "images": len(distances)}
     report = {
         "source": source,
-        **_name_weights(source),
+        **_name_weights(source, config.lora),
         "machine": describe_machine(world.device),
         "protocol": measured.protocol,
         "settings": {"split": config.split, "neighbours": config.neighbours},
@@ -127,8 +128,11 @@ def evaluate(
     return report
 
 
-def _name_weights(source: str) -> dict[str, Any]:
-    """The digests of the model in the folder `source`, so that its card takes figures of its own weights alone."""
+def _name_weights(source: str, lora: Sequence[str]) -> dict[str, Any]:
+    """The digests of the model in the folder `source`, so that its card takes figures of its own weights alone; with
+    adapters, these."""
+    if lora:
+        return {"adapters": {entry: list_digests(Path(parse_source(entry)[0])) for entry in lora}}
     is_model = (Path(source) / "config.json").is_file()
     return {"model_weights": list_digests(Path(source))} if is_model else {}
 
@@ -194,9 +198,11 @@ def _read_feature_file(source: str) -> NpzFile | None:
 
 def _open_images(source: str, config: EvaluationConfig, world: World, reconstruct: str = "") -> MeasuredImages:
     images = open_images(
-        source, config.count, config.size, config.sampling, config.batch, reconstruct,
-        reading=config.images, dtype=config.dtype, device=world.device, capture=config.capture,
+        source, config.count, config.size, config.sampling, config.batch, reconstruct, reading=config.images,
+        dtype=config.dtype, device=world.device, capture=config.capture, lora=config.lora,
     )  # fmt: skip
+    if config.lora and not isinstance(images, ModelImages):
+        raise UserError(f"--lora adds adapters to a model that samples; {source} is none")
     if isinstance(images, ModelImages):
         images.pipeline.tokenizer.decode_batch = config.decode_batch
     return images
@@ -204,7 +210,7 @@ def _open_images(source: str, config: EvaluationConfig, world: World, reconstruc
 
 def _open_partner(against: str, images: MeasuredImages, config: EvaluationConfig, world: World) -> MeasuredImages:
     """The images to compare with `images` one by one: a model's have the same classes, by name."""
-    partner = _open_images(against, replace(config, size=config.size or images.size), world)
+    partner = _open_images(against, replace(config, size=config.size or images.size, lora=()), world)
     notes = []
     if isinstance(partner, ModelImages) and isinstance(images, ModelImages):
         notes.append(partner.match_order(images))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.initialization import initialize_transformer
 from nextscale.transformer.var import VAR
 
+if TYPE_CHECKING:
+    from nextscale.training.adapters import AdapterRun
+
 _LISTED_CLASSES = 20
 
 
@@ -47,15 +50,31 @@ class Components:
     held_out: Examples
     encoder: PatchEncoder | None
     """The encoder of semantic guidance, where the examples hold no features."""
+    adapters: AdapterRun | None = None
+    """Where adapters are trained, the model that they belong to."""
 
     def list_inputs(self, config: RunConfig) -> dict[str, Any]:
-        """What every step of the run depends on besides its settings. Not the start checkpoint's transformer: training
-        has changed it after the first step."""
+        """What every step of the run depends on besides its settings. Not the start checkpoint's transformer, unless
+        adapters are trained: training has changed it after the first step."""
         tokenizer = {"where": config.start or config.tokenizer, "weights": fingerprint_tokenizer(self.tokenizer)}
         inputs = {"data": self.examples.inputs, "tokenizer": tokenizer}
         if self.encoder is not None:
             inputs["encoder"] = {"where": config.loss.encoder, "weights": self.encoder.fingerprint()}
+        if self.adapters is not None:
+            inputs["start"] = {"where": config.start, "weights": self.adapters.fingerprint}
         return inputs
+
+    def add_model_samples(self, config: RunConfig, folder: Path, world: World) -> Components:
+        """With samples of the start checkpoint among the examples, where adapters are trained on them, too."""
+        if self.adapters is None or not (config.lora.rank and config.lora.keep):
+            return self
+        from nextscale.training.preservation import add_model_samples
+
+        examples = add_model_samples(
+            self.examples, self.adapters.start, self.tokenizer, config.lora.keep, len(self.adapters.classes),
+            config.train.seed, folder, world, views=config.images.flip or config.images.random_crop,
+        )  # fmt: skip
+        return dataclasses.replace(self, examples=examples)
 
 
 def load_components(config: RunConfig, world: World, folder: Path | None = None) -> Components:
@@ -71,18 +90,23 @@ def load_components(config: RunConfig, world: World, folder: Path | None = None)
     examples, held_out, names = open_examples(
         config.data, checkpoint.config, tokenizer, config.images, config.train.seed
     )
-    match = _match_classes(config, checkpoint, folder, names)
+    adapters, match = _match_classes(config, checkpoint, folder, names)
     if world.main:
         match.print_note()
     examples, held_out = relabel(examples, match), relabel(held_out, match)
     encoder, width = _load_guidance(config, examples, world)
-    model = _build_config(config, checkpoint, match.names, width)
-    transformer = _build_transformer(config, model, checkpoint.transformer)
+    model = _build_config(config, checkpoint, match.names, width) if adapters is None else adapters.model
+    if adapters is None:
+        transformer = _build_transformer(config, model, checkpoint.transformer)
+    else:
+        transformer = adapters.build_transformer(config.train.seed)
     if world.main:
         for note in _list_overruled(config, checkpoint.config.transformer):
             print(f"note: {note}")
         print(f"{config.data}: {len(examples)} examples to train on, {len(held_out)} held out; {model.summarize()}")
-    return Components(model, tokenizer, weights, transformer, examples, held_out, encoder)
+        if adapters is not None:
+            print(adapters.describe(transformer))
+    return Components(model, tokenizer, weights, transformer, examples, held_out, encoder, adapters)
 
 
 def _list_overruled(config: RunConfig, started: TransformerConfig | None) -> list[str]:
@@ -106,21 +130,28 @@ def _list_overruled(config: RunConfig, started: TransformerConfig | None) -> lis
 
 def _match_classes(
     config: RunConfig, checkpoint: Checkpoint, folder: Path | None, names: tuple[str, ...]
-) -> ClassMatch:
-    """The classes of the data, `names`, matched with those of the start checkpoint, or of the run that is resumed.
-    Without classes in the condition the model has no names for them, and labels stay as they are."""
+) -> tuple[AdapterRun | None, ClassMatch]:
+    """The classes of the data, `names`, matched with those of the start checkpoint, or of the run that is resumed; with
+    the adapters to train, if any. Without classes in the condition the model has no names for them, and labels stay as
+    they are."""
     data = Classes.of_data(config.data, names)
     model = checkpoint.config.transformer if config.start else config.transformer
-    if model is not None and not model.condition.takes_labels:
-        return ClassMatch(tuple(range(len(names))), ())
+    unlabelled = model is not None and not model.condition.takes_labels
+    if unlabelled and not config.lora.on:
+        return None, ClassMatch(tuple(range(len(names))), ())
     if not config.start:
         known = read_trained_classes(folder) if folder else None
-        return match_classes(data, known or data)
+        return None, match_classes(data, known or data)
     if checkpoint.config.transformer is None:
         raise UserError(f"{config.start} is a tokenizer alone: give it as --tokenizer to train a new transformer")
+    _check_static(config, checkpoint.config.transformer)
+    if config.lora.on:
+        from nextscale.training.adapters import AdapterRun
+
+        return AdapterRun.create(config.lora, checkpoint, config.start, data)
     known = Classes.of_model(config.start, checkpoint.config)
     try:
-        return match_classes(data, known)
+        return None, match_classes(data, known)
     except UserError as error:
         quoted = [(name, quote_name(name)) for name in names]
         classes = ",".join(f"{entry}={entry}" if name in known.names else entry for name, entry in quoted)
@@ -128,6 +159,15 @@ def _match_classes(
         raise UserError(
             f"{error}; carry the model over first with `nextscale adapt {config.start} --classes {advice} --out DIR`"
         ) from None
+
+
+def _check_static(config: RunConfig, transformer: TransformerConfig) -> None:
+    """UserError for a start checkpoint with dynamic experts."""
+    if transformer.dynamic.router_fingerprint:
+        raise UserError(
+            f"{config.start} has routers that were trained for its FFNs, which training would change: train the model "
+            "that it was made of, then `nextscale sparsify` that one"
+        )
 
 
 def _load_guidance(config: RunConfig, examples: Examples, world: World) -> tuple[PatchEncoder | None, int]:
@@ -173,11 +213,6 @@ def _build_config(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, .
         return dataclasses.replace(checkpoint.config, transformer=transformer, class_names=names)
     transformer = checkpoint.config.transformer
     assert transformer is not None, "_match_classes has checked it"
-    if transformer.dynamic.router_fingerprint:
-        raise UserError(
-            f"{config.start} has routers that were trained for its FFNs, which training would change: train the model "
-            "that it was made of, then `nextscale sparsify` that one"
-        )
     start = dataclasses.replace(checkpoint.config, class_names=names)
     if width and transformer.alignment.width != width:
         if transformer.alignment.width:

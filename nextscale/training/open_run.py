@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.dtypes import DTYPES, parse_dtype
 from nextscale.common.errors import UserError
-from nextscale.common.files import write_json
+from nextscale.common.files import write_atomically, write_json
 from nextscale.common.inputs import INPUTS, check_inputs
 from nextscale.common.notes import print_note
 from nextscale.common.plots import can_plot, note_missing_plot, plot_curves
@@ -114,6 +115,11 @@ class Run:
             max_unreadable=max_unreadable,
         )  # fmt: skip
 
+    def read_best(self) -> Values:
+        """The record of the log with the lowest validation loss; or nothing."""
+        records = [record for record in read_log(self.folder / "log.jsonl") if "validation_loss" in record]
+        return min(records, key=lambda record: record["validation_loss"], default={})
+
     def read_last(self, name: str) -> Values:
         """The last record of the log that has this value, written by this call or an earlier one; or nothing."""
         records = read_log(self.folder / "log.jsonl")
@@ -182,6 +188,14 @@ class MainProcessCallbacks(Callbacks, ABC):
 def list_model_folders(folder: Path, best: bool) -> list[Path]:
     """Where the files of a model are written: the run folder, and best/ in it for the best model so far."""
     return [folder, folder / "best"] if best else [folder]
+
+
+def keep_best_model(folder: Path) -> None:
+    """Replace the model of a run by that of best/, if there is one."""
+    files = [file for file in (folder / "best").glob("*") if file.suffix in (".json", ".safetensors")]
+    with write_atomically(*(folder / file.name for file in files)) as drafts:
+        for file, draft in zip(files, drafts, strict=True):
+            shutil.copyfile(file, draft)
 
 
 def load_test_images(data: str, size: Size, limit: int = 10**9, reading: ReadConfig | None = None) -> ImageSet:

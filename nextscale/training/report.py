@@ -72,8 +72,8 @@ def format_tokenizer_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def format_training_report(values: dict[str, Any], folder: Path) -> str:
-    """A generator's last validation as text."""
+def format_training_report(values: dict[str, Any], folder: Path, start: str = "") -> str:
+    """A generator's last validation as text. `start`: the model, where the folder holds an adapter of it."""
     lines = [f"done: {folder}"]
     if values:
         loss, accuracy = values["validation_loss"], values["validation_accuracy"]
@@ -84,5 +84,6 @@ def format_training_report(values: dict[str, Any], folder: Path) -> str:
             f"token frequencies of each class and position alone: {values['frequency_loss']:.3f} nats per token"
         )
     pictures = "samples.png, curves.png" if (folder / "curves.png").exists() else "samples.png"
-    lines.append(f"see {folder}/{pictures}; draw: nextscale sample {folder} --labels 0 --out grid.png")
+    model = f"{start} --lora {folder}" if start else folder
+    lines.append(f"see {folder}/{pictures}; draw: nextscale sample {model} --labels 0 --out grid.png")
     return "\n".join(lines)

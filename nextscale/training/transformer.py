@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from nextscale.backends import optimize
 from nextscale.checkpoints import Checkpoint
+from nextscale.checkpoints.lora import read_adapter, write_adapter
+from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.devices import copy_to
 from nextscale.common.digest import add_digest, check_digest
@@ -38,7 +40,14 @@ from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
-from nextscale.training.open_run import LogName, Run, list_model_folders, plot_log, resolve_precision
+from nextscale.training.open_run import (
+    LogName,
+    Run,
+    keep_best_model,
+    list_model_folders,
+    plot_log,
+    resolve_precision,
+)
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
 from nextscale.transformer.feed_forward.thresholds import Thresholds
@@ -82,11 +91,12 @@ class TransformerTask(Task):
         config: TrainConfig,
         loss: LossConfig | None = None,
         encoder: PatchEncoder | None = None,
+        saves_frozen: bool = True,
     ):
         super().__init__()
         self.model, self.config, self.loss = model, config, loss or LossConfig()
         self.frozen = FrozenNetworks(tokenizer, encoder)
-        self.examples, self.trained = examples, model
+        self.examples, self.trained, self.saves_frozen = examples, model, saves_frozen
         self.tokens_per_example = model.pyramid.length
         scales = parse_scale_group(self.loss.group, len(model.pyramid))
         self.guided_scales = scales if self.loss.encoder else ()
@@ -161,6 +171,8 @@ class TransformerTask(Task):
         return list(self.model.blocks)
 
     def explain_missing_gradient(self, name: str) -> str | None:
+        if name.endswith(".lora_A"):  # it is multiplied by lora_B, which is 0 at first
+            return ""
         return "no token of the batch was sent to them" if name.endswith(".experts") else None
 
     def describe_faulty_scales(self, scalars: dict[str, Any]) -> str:
@@ -211,13 +223,18 @@ def train_transformer(
         (folder / "finished.json").unlink(missing_ok=True)
     tokenizer = components.tokenizer.to(world.device)
     optimize(tokenizer, config.train.backend)
+    components = components.add_model_samples(config, folder, world)
     task = TransformerTask(
-        components.transformer, tokenizer, components.examples, config.train, config.loss, components.encoder
-    )
+        components.transformer, tokenizer, components.examples, config.train, config.loss, components.encoder,
+        saves_frozen=components.adapters is None,
+    )  # fmt: skip
     run.train(task, config.train, _Callbacks(config, components, task, run), config.images.max_unreadable)
     if not world.main:
         return {}
-    values = {n: v for n, v in run.read_last("validation_loss").items() if n.startswith("validation_")}
+    if config.train.patience:
+        _keep_best(config, components, run)
+    record = run.read_best() if config.train.patience else run.read_last("validation_loss")
+    values = {n: v for n, v in record.items() if n.startswith("validation_")}
     _plot_curves(folder, components.model.pyramid)
     values |= _compute_frequency_loss(components)
     write_json(folder / "finished.json", add_digest({"settings": to_dict(config), **values}))
@@ -251,6 +268,17 @@ def read_run_config(folder: Path) -> RunConfig:
     return config
 
 
+def _keep_best(config: RunConfig, components: Components, run: Run) -> None:
+    """Let the run's folder have the model of the lowest held-out loss, and its samples."""
+    keep_best_model(run.folder)
+    if components.adapters is None:
+        checkpoint = read_checkpoint(run.folder)
+    else:
+        checkpoint = components.adapters.merge(read_adapter(run.folder))
+    pipeline = Pipeline.from_checkpoint(checkpoint, device=run.world.device, dtype=torch.float32)
+    draw_samples(pipeline, config, [run.folder / "samples.png"])
+
+
 class _Callbacks(Callbacks):
     """At every save: validate, write the model, and draw a grid of samples."""
 
@@ -261,12 +289,20 @@ class _Callbacks(Callbacks):
         return validate(self.task, self.components.held_out, self.config.validation_images, self.run.world)
 
     def save_model(self, step: int, best: bool) -> None:
-        weights, config = gather_weights(self.task.model), self.config
+        adapters, config = self.components.adapters, self.config
+        weights = gather_weights(self.task.model, frozen=adapters is None)
         if not self.run.world.main:
             return
-        checkpoint = Checkpoint(self.components.model, self.components.tokenizer_weights, weights)
-        for folder in list_model_folders(self.run.folder, best):
-            write_checkpoint(folder, checkpoint)
+        folders = list_model_folders(self.run.folder, best)
+        if adapters is None:
+            checkpoint = Checkpoint(self.components.model, self.components.tokenizer_weights, weights)
+            for folder in folders:
+                write_checkpoint(folder, checkpoint)
+        else:
+            adapter = adapters.take(weights)
+            checkpoint = adapters.merge(adapter)
+            for folder in folders:
+                write_adapter(folder, adapter)
         steps, every = config.train.schedule_steps(len(self.task.examples))[0], config.train.sample_every
         if step == steps or (every and step % every == 0):
             pipeline = Pipeline.from_checkpoint(checkpoint, device=self.run.world.device, dtype=torch.float32)

@@ -166,9 +166,13 @@ def shard_like(reference: Any, value: Tensor) -> Tensor:
     return distribute_tensor(value, reference.device_mesh, reference.placements)
 
 
-def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict on the CPU, gathered from all processes. All of them must call it."""
+def gather_weights(module: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
+    """The module's state dict on the CPU, gathered from all processes. All of them must call it.
+
+    `frozen`: with parameters that are not trained.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state: Any = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen)
+    state: Any = get_model_state_dict(module, options=options)
     return state

@@ -76,7 +76,7 @@ def train(
         if due and callbacks:
             validate(model, ema, callbacks, files, log, state.step)
         reader = MicroBatchReader(task, config, world, state.step, log, save=lambda: files.save(state, settings))
-        for step in range(state.step, steps):
+        for step in iterate_steps(state.step, steps, config, files):
             # ---- batch, forward, backward: the gradients of the micro-batches add up
             metrics = StepMetrics()
             for micro_batch in reader.read(step):
@@ -114,6 +114,14 @@ def train(
     finish(task, ema)
 
 
+def iterate_steps(first: int, steps: int, config: TrainConfig, files: StateFiles) -> Iterator[int]:
+    """The steps of a run, up to the one before which `config.patience` ends it."""
+    for step in range(first, steps):
+        if config.patience and files.is_past_best(step, config):
+            return
+        yield step
+
+
 def prepare(
     task: Task, config: TrainConfig, files: StateFiles, settings: dict[str, Any], accept_changes: bool
 ) -> tuple[TrainConfig, DistributedModel, TrainState, bool, str]:
@@ -124,7 +132,8 @@ def prepare(
     model = DistributedModel(task, config, world)
     optimizer = build_optimizer(task.trained, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=model.dtype == torch.float16)
-    state = TrainState(task.trained, optimizer, scaler, Ema(task.trained, config.ema) if config.ema else None)
+    ema = Ema(task.trained, config.ema) if config.ema else None
+    state = TrainState(task.trained, optimizer, scaler, ema, frozen=task.saves_frozen)
     due = files.resume(state, settings, accept_changes)
     left = state.step < config.schedule_steps(len(task.examples))[0]
     if given == "auto" and left and runs_out_with_an_error(world.device):

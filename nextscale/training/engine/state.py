@@ -30,6 +30,7 @@ from nextscale.common.reading import read_json
 from nextscale.config.log import read_log
 from nextscale.config.migrate import migrate_record
 from nextscale.config.parse import check_fields, read_record
+from nextscale.config.training import TrainConfig
 from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.optimizer import Ema
@@ -45,6 +46,8 @@ class TrainState:
     ema: Ema | None
     step: int = 0
     """Steps done."""
+    frozen: bool = True
+    """Whether a file has the parameters that are not trained, too."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,21 @@ class StateFiles:
         write_json(self.folder / f"{self.task}-best.json", add_digest({"step": step, "loss": loss}))
         return True
 
+    def is_past_best(self, step: int, config: TrainConfig) -> bool:
+        """Whether the last `patience` validations before this step have not lowered the loss. It reads the record that
+        all processes share, so a run that is resumed ends where it did."""
+        if step % config.save_every:
+            return False
+        best = self.read_best()
+        if best is None or step - best.step < config.patience * config.save_every:
+            return False
+        if self.world.main:
+            print(
+                f"stopped at step {step}: the held-out loss has not fallen since step {best.step}, where it was "
+                f"{best.loss:.3f} (train.patience {config.patience})"
+            )
+        return True
+
     def record_validated(self, step: int) -> None:
         """Note that the model of this step, whose state is on disk, is validated and written."""
         path = self.path(step).with_suffix(".json")
@@ -149,7 +167,7 @@ class StateFiles:
         content = {
             "step": state.step,
             "settings": settings,
-            "module": gather_weights(state.module),
+            "module": gather_weights(state.module, state.frozen),
             "optimizer": get_optimizer_state_dict(state.module, state.optimizer, options=options),
             "ema": state.ema.state_dict() if state.ema else {},
             "scaler": state.scaler.state_dict(),
@@ -281,7 +299,10 @@ def _restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
     )
 
     try:
-        set_model_state_dict(state.module, content["module"], options=StateDictOptions(full_state_dict=True))
+        if not state.frozen:
+            _check_trained(state.module, content["module"])
+        options = StateDictOptions(full_state_dict=True, strict=state.frozen)
+        set_model_state_dict(state.module, content["module"], options=options)
         # a parameter that never got a gradient (a phi that serves no scale) has no optimizer state
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_optimizer_state_dict(state.module, state.optimizer, content["optimizer"], options=options)
@@ -293,6 +314,13 @@ def _restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"training state {path} does not fit this model: {reason}") from error
+
+
+def _check_trained(module: nn.Module, weights: dict[str, Any]) -> None:
+    """Raise KeyError unless the weights are those of the parameters that are trained, and of buffers."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if differing := trained.symmetric_difference(weights) - {name for name, _ in module.named_buffers()}:
+        raise KeyError(f"it has other trained parameters: {sorted(differing)[0]}")
 
 
 FREE_SETTINGS = (

@@ -26,6 +26,8 @@ class Task(nn.Module, ABC):
     examples: Examples
     trained: nn.Module
     """Its parameters are trained; its complete state is saved."""
+    saves_frozen: bool = True
+    """Whether saved states have parameters that are not trained, too; otherwise a resumed task has them already."""
     tokens_per_example: int = 0
     leaves_parameters_unused: bool = False
     """Some parameters may get no gradient in a step."""
