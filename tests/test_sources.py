@@ -204,9 +204,18 @@ def test_classes_are_printed_with_names_and_counts(tmp_path):
         "the names of the classes are numbers, but not the numbers of the classes: class 2 is named 10"
     ]
     assert list_doubts(["Cat", "cat"], torch.tensor([0])) == [
-        "the classes Cat and cat differ only in case or spaces",
+        "some classes differ only in case or spaces: Cat and cat",
         "there are no images of cat to learn from or to measure",
     ]
+
+
+def test_letters_of_both_cases_are_one_note():
+    import torch
+
+    letters = [chr(ord("A") + i) for i in range(26)] + [chr(ord("a") + i) for i in range(26)]
+    (note,) = list_doubts(letters, torch.arange(52))
+    assert note.startswith("some classes differ only in case or spaces: A and a, B and b, C and c")
+    assert len(note) < 160
 
 
 def test_every_way_to_open_data_prints_the_classes(tmp_path, capsys, monkeypatch):

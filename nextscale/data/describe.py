@@ -51,10 +51,10 @@ def list_doubts(names: Sequence[str], labels: Tensor) -> list[str]:
                 f"{names[differing]}"
             )
     folded: dict[str, str] = {}
-    for name in names:
-        other = folded.setdefault(name.strip().casefold(), name)
-        if other != name:
-            notes.append(f"the classes {other} and {name} differ only in case or spaces")
+    others = {name: folded.setdefault(name.strip().casefold(), name) for name in names}
+    alike = [f"{other} and {name}" for name, other in others.items() if other != name]
+    if alike:
+        notes.append(f"some classes differ only in case or spaces: {list_names(alike)}")
     absent = sorted(set(range(len(names))) - set(labels.unique().tolist()))
     if absent:
         notes.append(f"there are no images of {list_names(names[i] for i in absent)} to learn from or to measure")
