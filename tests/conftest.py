@@ -65,7 +65,9 @@ def examples(count):
 
 def needs_kernels(name):
     """Marks a test of the compiled kernels of this file."""
-    missing = build.explain_missing(name, {"blocks": HEADS[-1], "gemm": VECTORS}.get(name, build.MAX_VECTORS))
+    missing = build.explain_missing(
+        name, {"blocks": HEADS[-1], "training": HEADS[-1], "gemm": VECTORS}.get(name, build.MAX_VECTORS)
+    )
     return pytest.mark.skipif(missing is not None, reason=f"{missing}; the plain way has tests of its own")
 
 

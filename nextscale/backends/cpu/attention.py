@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.blocks import attend, modulate
+from nextscale.backends.cpu.kernels.training import attend_scales
 from nextscale.backends.cpu.linear import CpuLinear
 from nextscale.backends.segments import attend_segments
 from nextscale.tokenizer.autoencoder import MapAttention
@@ -76,19 +77,27 @@ class CpuAttention(Attention):
         return super().project(x_BND)
 
     def mix(self, qkv_BN3Hd: Tensor, context: ScaleContext, state: KVCache | None) -> Tensor:
-        y_BND = self.mix_by_kernel(qkv_BN3Hd, context, state)
+        mix = self.mix_scales if context.teacher_forced and state is None else self.mix_by_kernel
+        y_BND = mix(qkv_BN3Hd, context, state)
         return y_BND if y_BND is not None else super().mix(qkv_BN3Hd, context, state)
+
+    def mix_scales(self, qkv_BL3Hd: Tensor, context: ScaleContext, state: KVCache | None) -> Tensor | None:
+        """As `mix`, for all scales at once and with gradients; None where there is no kernel for it."""
+        spans = tuple(context.list_spans(qkv_BL3Hd.shape[1]))
+        return attend_scales(qkv_BL3Hd, spans, self.list_lengths(), self.log_scale is not None)
+
+    def list_lengths(self) -> Tensor:
+        """What multiplies the queries of each head, (H,)."""
+        if self.log_scale is not None:
+            return self.query_length().flatten()
+        return self.q_bias.new_full((self.heads,), self.softmax_scale)
 
     def mix_by_kernel(self, qkv_BN3Hd: Tensor, context: ScaleContext, state: KVCache | None) -> Tensor | None:
         """As `mix`, for one scale, in one pass over the values; None where there is no kernel for it."""
         if context.teacher_forced or not build.can_use_kernels(qkv_BN3Hd, self.q_bias):
             return None
-        if self.log_scale is not None:
-            lengths_H = self.query_length().flatten()
-        else:
-            lengths_H = self.q_bias.new_full((self.heads,), self.softmax_scale)
         caches, start = ((state.k_BHLd, state.v_BHLd), context.span[0]) if state is not None else (None, 0)
-        return attend(qkv_BN3Hd, caches, start, lengths_H, self.log_scale is not None)
+        return attend(qkv_BN3Hd, caches, start, self.list_lengths(), self.log_scale is not None)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return compute_attention(q, k, v, mask, self.softmax_scale)
@@ -102,6 +111,9 @@ class CpuScaleAttention(CpuAttention, ScaleAttention):
 
     plain = ScaleAttention
     attend = ScaleAttention.attend
+
+    def mix_scales(self, qkv_BL3Hd: Tensor, context: ScaleContext, state: KVCache | None) -> None:
+        """The kernel's scales attend to those before them, too."""
 
 
 class CpuMapAttention(MapAttention):

@@ -24,6 +24,7 @@ from torch import Tensor
 from nextscale.backends.cpu.activations import compute_gelu
 from nextscale.backends.cpu.kernels.gemm import multiply_matrices
 from nextscale.backends.cpu.kernels.linear import multiply
+from nextscale.backends.cpu.kernels.training import apply_gelu
 from nextscale.common.errors import UserError
 from nextscale.common.precision import is_computed_in_float32, is_fast, is_x86
 
@@ -85,6 +86,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     if not gelu:
         return y
     differentiable = torch.is_grad_enabled() and y.requires_grad
+    if differentiable and (a := apply_gelu(y)) is not None:
+        return a
     plain = differentiable or y.dtype != torch.float32 or y.device.type != "cpu" or torch.compiler.is_compiling()
     return F.gelu(y, approximate="tanh") if plain else compute_gelu(y)
 

@@ -8,77 +8,7 @@
 
    A row's sums run in one order whatever rows are beside it and whatever threads there are. */
 
-#include "products.h"
-
-/* HEAD: values of a head, a multiple of PANEL. PANEL: queries at once. */
-
-typedef float quarter __attribute__((vector_size(16), aligned(4)));
-
-/* The sum of all lanes, by halves. */
-static inline float total(vec x)
-{
-    quarter part[LANES / 4];
-    memcpy(part, &x, sizeof x);
-    for (int half = LANES / 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
-}
-
-static inline vec larger(vec a, vec b)
-{
-    return choose(a > b, a, b);
-}
-
-/* ---- attention */
-
-/* What gives a vector with this sum of squares this length. */
-static inline float factor(float squares, float length)
-{
-    const float norm = sqrtf(squares);
-    return length / (norm < 1e-12f ? 1e-12f : norm);
-}
-
-/* `count` vectors of a head, `apart` values from one to the next, as columns of `queries` (HEAD, vectors), each of this
-   length if they are to be normalised, else times `length`. */
-static inline __attribute__((always_inline)) void as_columns(
-    const int vectors, const float *q, long apart, long count, float length, int normalise, float *queries)
-{
-    const long lanes = vectors * LANES;
-    float by[PANEL] = {0};
-    memset(queries, 0, HEAD * lanes * sizeof *queries);
-    for (long i = 0; i < count; i++)
-        for (int k = 0; k < HEAD; k++) queries[k * lanes + i] = q[i * apart + k];
-    for (int k = 0; k < HEAD; k++)
-        for (long i = 0; i < lanes; i++) by[i] += queries[k * lanes + i] * queries[k * lanes + i];
-    for (long i = 0; i < lanes; i++) by[i] = normalise ? factor(by[i], length) : length;
-    for (int k = 0; k < HEAD; k++)
-        for (long i = 0; i < lanes; i++) queries[k * lanes + i] *= by[i];
-}
-
-/* scores (rows, vectors) = keys . queries, queries being (HEAD, vectors) */
-static inline __attribute__((always_inline)) void scored(
-    const int rows, const int vectors, const float *const *keys, const float *queries, float *scores)
-{
-    float *to[ROWS];
-    for (int r = 0; r < rows; r++) to[r] = scores + r * vectors * LANES;
-    products(rows, vectors, 0, 0, keys, 1, queries, vectors * LANES, HEAD, to, 0);
-}
-
-#define CASE(n) case n: scored(n, vectors, keys + first, queries, to); break;
-
-static inline __attribute__((always_inline)) void all_scores(
-    const int vectors, const float *const *keys, long many, const float *queries, float *scores)
-{
-    const long blocks = (many + ROWS - 1) / ROWS;
-    for (long b = 0; b < blocks; b++) { /* of nearly equal size */
-        const long first = many * b / blocks;
-        float *to = scores + first * vectors * LANES;
-        switch (many * (b + 1) / blocks - first) {
-            CASES
-        }
-    }
-}
-#undef CASE
+#include "attention.h"
 
 /* What a softmax over keys that come in parts has found for each query: its largest score so far and the sum of the
    exponentials beside that; `by` is what the parts before are multiplied by when a larger one is found. */
@@ -146,7 +76,7 @@ static inline __attribute__((always_inline)) void mixed(
 /* `count` <= PANEL queries, `apart` values from one to the next, of one head */
 static inline __attribute__((always_inline)) void some_queries(
     const int vectors, const float *q, long apart, long count, float length, int normalise, const float *const *keys,
-    const struct values *values, long at_once, float *y, long stride, float *queries, float *scores)
+    const struct values *values, long at_once, float *y, long stride, float *queries, float *scores, float *softmax)
 {
     const long lanes = vectors * LANES, many = values->old + values->new, blocks = (count + ROWS - 1) / ROWS;
     struct softmax found;
@@ -166,33 +96,18 @@ static inline __attribute__((always_inline)) void some_queries(
     }
     for (long j = 0; j < count; j++)
         for (int v = 0; v < HEAD / LANES; v++) *(vec *)(y + j * stride + v * LANES) *= 1.0f / found.sums[j];
+    for (long j = 0; j < count && softmax; j++) softmax[2 * j] = found.largest[j], softmax[2 * j + 1] = found.sums[j];
 }
 #undef CASE
-
-#define LOG2E 1.44269504f
-
-/* `count` keys, `apart` values from one to the next, to rows that follow one another, of length 1 if so asked. */
-static void take_keys(const float *k, long apart, long count, int normalise, float *to)
-{
-    for (long n = 0; n < count; n++, k += apart, to += HEAD) {
-        float by = 1.0f;
-        if (normalise) {
-            vec squares = {0};
-            for (int j = 0; j < HEAD; j += LANES) squares += *(const vec *)(k + j) * *(const vec *)(k + j);
-            by = factor(total(squares), 1.0f);
-        }
-        for (int j = 0; j < HEAD; j += LANES) *(vec *)(to + j) = *(const vec *)(k + j) * by;
-    }
-}
 
 struct attention {
     const float *qkv;
     float *k_cache, *v_cache;
     const float *lengths;
     float *y;
-    long batch, heads, count, start, length, at_once;
+    long batch, heads, count, start, length, tokens, at_once;
     int normalise;
-    float *scratch;
+    float *softmax, *scratch;
     const float **pointers;
 };
 
@@ -206,7 +121,7 @@ static void attend_head(const struct attention *all, long i)
     float *old = all->k_cache + i * length * HEAD, *fresh = kept ? old + start * HEAD : scores + at_once * HEAD;
     float *v_cache = all->v_cache + i * length * HEAD;
     const float **keys = all->pointers + me * many, by = all->lengths[h] * LOG2E;
-    const float *q = all->qkv + b * count * 3 * width + h * HEAD, *k = q + width, *v = k + width;
+    const float *q = all->qkv + b * all->tokens * 3 * width + h * HEAD, *k = q + width, *v = k + width;
     take_keys(k, 3 * width, count, normalise, fresh);
     for (long n = 0; n < count && kept; n++)
         memcpy(v_cache + (start + n) * HEAD, v + n * 3 * width, HEAD * sizeof *v);
@@ -214,9 +129,10 @@ static void attend_head(const struct attention *all, long i)
     const struct values values = {v_cache, v, start, count, 3 * width};
     for (long n = 0; n < count; n += PANEL) {
         const long some = count - n < PANEL ? count - n : PANEL;
-        float *to = all->y + (b * count + n) * width + h * HEAD;
+        float *to = all->y + (b * all->tokens + n) * width + h * HEAD;
+        float *softmax = all->softmax ? all->softmax + 2 * (i * all->tokens + n) : 0;
 #define CASE(v) case v: some_queries(v, q + n * 3 * width, 3 * width, some, by, normalise, keys, &values, at_once, \
-                                     to, width, queries, scores); break;
+                                     to, width, queries, scores, softmax); break;
         switch ((some + LANES - 1) / LANES) {
             CASE(1)
             CASE(2)
@@ -236,17 +152,19 @@ static void attend_share(void *arguments)
     for (long i = share(all->batch * all->heads, &stop); i < stop; i++) attend_head(all, i);
 }
 
-/* qkv: (batch, count, 3, heads, HEAD) as projected. Keys and values are put into the caches (batch, heads, length,
-   HEAD) at `start` if there is room; those before are attended to as well. lengths (heads): what queries are multiplied
-   by, after normalisation if that is asked for, which is of keys as well. y: (batch, count, heads, HEAD). `at_once`
-   keys are scored at once. Scratch for each thread: (HEAD + at_once + count) * HEAD floats, and start + count pointers. */
+/* qkv: (batch, count, 3, heads, HEAD) as projected, with `tokens` from one image to the next, as in y. Keys and values
+   are put into the caches (batch, heads, length, HEAD) at `start` if there is room; those before are attended to as
+   well. lengths (heads): what queries are multiplied by, after normalisation if that is asked for, which is of keys as
+   well. y: (batch, count, heads, HEAD). `at_once` keys are scored at once. softmax (batch, heads, count, 2), with
+   `tokens` from one head to the next, or none: each query's largest score, in units of log 2, and the sum of the
+   exponentials beside it. Scratch for each thread: (HEAD + at_once + count) * HEAD floats, and start + count pointers. */
 void attend(
     const float *qkv, float *k_cache, float *v_cache, const float *lengths, float *y, long batch, long heads,
-    long count, long start, long length, long at_once, int normalise, int threads, float *scratch,
-    const float **pointers)
+    long count, long start, long length, long tokens, long at_once, int normalise, int threads, float *softmax,
+    float *scratch, const float **pointers)
 {
-    struct attention all = {qkv, k_cache, v_cache, lengths, y, batch, heads, count, start, length, at_once, normalise,
-                            scratch, pointers};
+    struct attention all = {qkv, k_cache, v_cache, lengths, y, batch, heads, count, start, length, tokens, at_once,
+                            normalise, softmax, scratch, pointers};
     GOMP_parallel(attend_share, &all, threads, 0);
 }
 

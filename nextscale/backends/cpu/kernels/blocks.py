@@ -37,7 +37,8 @@ def attend(
     pointers = torch.empty(threads * seen, dtype=torch.int64)
     kernels.attend(
         *build.get_pointers(qkv_BN3Hd, k_BHLd, v_BHLd, lengths_H.contiguous(), y_BND),
-        B, H, N, start, k_BHLd.shape[2], AT_ONCE, int(normalise), threads, *build.get_pointers(scratch, pointers),
+        B, H, N, start, k_BHLd.shape[2], N, AT_ONCE, int(normalise), threads, None,
+        *build.get_pointers(scratch, pointers),
     )  # fmt: skip
     return y_BND
 

@@ -60,9 +60,13 @@ ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "choose_slices": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG, _POINTER],
     },
     "gemm": {"gemm": [_POINTER] * 3 + [_NUMBER] * 6 + [_FLAG] + [_POINTER] * 2},
+    "training": {
+        "attend_gradient": [_POINTER] * 9 + [_NUMBER] * 5 + [_FLAG] * 2 + [_POINTER] * 2,
+        "gelu_or_gradient": [_POINTER] * 3 + [_NUMBER] + [_FLAG],
+    },
     "linear": {"multiply": [_POINTER] * 4 + [_NUMBER] * 4 + [_FLAG] * 3 + [_POINTER]},
     "blocks": {
-        "attend": [_POINTER] * 5 + [_NUMBER] * 6 + [_FLAG] * 2 + [_POINTER] * 2,
+        "attend": [_POINTER] * 5 + [_NUMBER] * 7 + [_FLAG] * 2 + [_POINTER] * 3,
         "modulate": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG],
     },
     "int8": {
@@ -89,7 +93,8 @@ def can_use_kernels(x: Tensor, weight: Tensor, *, converts: bool = False) -> boo
 def load_kernels(name: str, size: int) -> ctypes.CDLL | None:
     """The kernels of a source file, built at the first call; None where they cannot be.
 
-    `size`: of "blocks" the width of heads, 32 or 64; of the others the vectors of a panel, up to MAX_VECTORS.
+    `size`: of "blocks" and "training" the width of heads, 32 or 64; of the others the vectors of a panel, up to
+    MAX_VECTORS.
     """
     try:
         return _load(name, size)
@@ -152,10 +157,11 @@ def _build(name: str, size: int) -> Path:
     compiler = find_compiler()
     if not compiler:
         raise Impossible("there is no C compiler (cc, gcc or clang), and CC names none")
-    source, shared = FOLDER / f"{name}.c", FOLDER / "products.h"
+    source = FOLDER / f"{name}.c"
+    shared = b"".join(header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
     flags = (*FLAGS, *_MACHINE, *define_shape(name, size, LANES))
     about = (compiler, flags, platform.machine(), platform.system(), _read_processor())
-    key = hashlib.sha256(source.read_bytes() + shared.read_bytes() + repr(about).encode()).hexdigest()[:20]
+    key = hashlib.sha256(source.read_bytes() + shared + repr(about).encode()).hexdigest()[:20]
     library = find_cache_folder() / "kernels" / f"{name}-{key}.so"
     damaged = library.exists() and not is_whole(library)
     if damaged:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 HEADS = (32, 64)
-"""Head widths that blocks.c is compiled for."""
+"""Head widths that blocks.c and training.c are compiled for."""
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
 MACHINES = {
     16: ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
@@ -42,16 +42,16 @@ def count_vectors(lanes: int) -> int:
 def list_libraries(lanes: int) -> list[tuple[str, int]]:
     """The (name, size) of all libraries that vectors of so many values may need; `size` as in `define_shape`."""
     names = sorted(source.stem for source in FOLDER.glob("*.c"))
-    sizes = {"blocks": HEADS, "gemm": (2,)}
+    sizes = {"blocks": HEADS, "training": HEADS, "gemm": (2,)}
     return [(name, n) for name in names for n in sizes.get(name, sorted({2, count_vectors(lanes)}))]
 
 
 def define_shape(name: str, size: int, lanes: int) -> list[str]:
     """The compiler's definitions of what a source file is compiled for.
 
-    `size`: of "blocks" the width of heads; of the others the vectors of a panel, up to `count_vectors`.
+    `size`: of "blocks" and "training" the width of heads; of the others the vectors of a panel, up to `count_vectors`.
     """
-    if name == "blocks":
+    if name in ("blocks", "training"):
         return [f"-DLANES={lanes}", f"-DHEAD={size}", f"-DVECTORS={min(size // lanes, count_vectors(lanes))}"]
     return [f"-DLANES={lanes}", f"-DVECTORS={size}"]
 
