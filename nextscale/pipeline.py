@@ -20,6 +20,7 @@ from nextscale.common.devices import copy_to, find_device
 from nextscale.common.errors import UserError
 from nextscale.common.precision import LOW, narrow
 from nextscale.common.rng import fold_seed, make_generator
+from nextscale.config.condition import OTHERS, take_given
 from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import Capture, SampleConfig, parse_count, parse_sampling
 from nextscale.images import Images
@@ -31,6 +32,7 @@ from nextscale.transformer.var import VAR
 if TYPE_CHECKING:
     from nextscale.backends.twins import Backend
     from nextscale.checkpoints.lora import Adapters
+    from nextscale.conditions import Read
     from nextscale.config.initialization import InitConfig
     from nextscale.data.arrays import ImageInput, ImagesInput
     from nextscale.sampling.capturing import Capturing
@@ -191,8 +193,6 @@ class Pipeline:
 
         check_refiner(self.config, self.tokenizer, refiner.config, refiner.tokenizer)
         self._refiner_labels = match_model_classes(self.config, refiner.config, "the refiner")
-        if self._refiner_labels is not None and self.transformer.config.condition.kind == "combined":
-            raise UserError("a refiner of a model with a combined condition must have its classes in the same order")
         self._refiner, self._refiner_source = refiner.transformer, ""
         return self
 
@@ -252,13 +252,15 @@ class Pipeline:
         return self.tokenizer.quantizer.codebook.weight.device
 
     def sample(
-        self, labels: Labels, config: SampleConfig | None = None, *, batch_size: int = 16, first_image: int = 0,
+        self, labels: Labels = None, config: SampleConfig | None = None, *, batch_size: int = 16, first_image: int = 0,
         growth: bool = False, progress: bool = False, logits_processors: Sequence[LogitsProcessor] = (),
         **overrides: Any,
     ) -> Images:  # fmt: skip
-        """Generate one image per label.
+        """Generate one image for each label, or prompt, control picture or vector where the model takes those.
 
-        `labels`: class indices, class names, or None for no label. Settings come from `config` (default: the pipeline's
+        `labels`: class indices, class names, or None for no label. Keywords for other conditions (docs/conditions.md),
+        one value or one for each image: `prompts`, texts; `control`, pictures of the model's size; `vectors`; and
+        `negative_prompts`, which guidance leads away from. Settings come from `config` (default: the pipeline's
         `sampling`) and keywords, its fields. Image i uses random stream (seed, first_image + i), so it does not depend
         on `batch_size`, to the last bit on a CPU with the default backend; official seeding makes one batch of all.
         `growth`: also decode what each scale leaves (`Images.growth`, `Images.animate`).
@@ -266,30 +268,31 @@ class Pipeline:
         cfg, temperature, top_k and top_p also take a list or a function of the scale. `logits_processors`: your own
         functions (logits_BNV, k) -> logits_BNV, applied after guidance and before temperature, top-k and top-p.
         """
-        settings = self._parse_settings(config, overrides)
-        values = self._parse_labels(labels)
+        given, settings = take_given(overrides), self._parse_settings(config, overrides)
+        values, negative, captions = self._read_condition(labels, given, settings)
         batch_size, first_image = parse_count("batch_size", batch_size, 1), parse_count("first_image", first_image)
         size = len(values) if settings.official_seeding else batch_size
         batches = []
         for i in tqdm(range(0, len(values), size), desc="sampling", unit="batch", disable=not progress):
-            sampler = self._build_sampler(values[i : i + size], settings, first_image + i, logits_processors)
+            other = None if negative is None else negative[i : i + size]
+            sampler = self._build_sampler(values[i : i + size], settings, first_image + i, logits_processors, other)
             batches.append(sample_images(sampler, growth=growth))
         tokens, images = torch.cat([b.tokens_BL for b in batches]), torch.cat([b.images_B3HW for b in batches])
-        captions = tuple(map(self.caption, self.label_indices(labels)))
         grown = tuple(torch.cat(parts).cpu() for parts in zip(*(b.growth for b in batches), strict=True))
         return Images(tokens.cpu(), images.cpu(), captions, growth=grown)
 
     def sample_scales(
-        self, labels: Labels, config: SampleConfig | None = None, first_image: int = 0, *,
+        self, labels: Labels = None, config: SampleConfig | None = None, first_image: int = 0, *,
         records: bool = True, logits_processors: Sequence[LogitsProcessor] = (), **overrides: Any,
     ) -> Iterator[ScaleStep]:  # fmt: skip
         """As `sample` for one batch, yielding each scale as it is done, with the canvas that it leaves.
 
         `records`: whether the steps need them; captured graphs have none.
         """
-        values = self._parse_labels(labels)
-        settings = self._parse_settings(config, overrides)
-        return sample_scales(self._build_sampler(values, settings, first_image, logits_processors, records=records))
+        given, settings = take_given(overrides), self._parse_settings(config, overrides)
+        values, negative, _ = self._read_condition(labels, given, settings)
+        sampler = self._build_sampler(values, settings, first_image, logits_processors, negative, records=records)
+        return sample_scales(sampler)
 
     def reconstruct(self, images: ImagesInput | Images) -> Images:
         """Encode and decode images: one or several paths, PIL images, arrays of uint8 or of floats in [0, 1].
@@ -311,32 +314,32 @@ class Pipeline:
 
         `mask`: an image, white where the image stays and black where it is generated anew, or an array (H, W) of the
         model's or the image's size with 1 and 0. `label`: the class to generate; None (the default) continues the
-        image, for in-painting and out-painting. Settings and processors as in `sample`. A mask that keeps everything
-        gives the reconstruction, one that keeps nothing the sample of that seed.
+        image, for in-painting and out-painting. Other conditions, settings and processors as in `sample`. A mask that
+        keeps everything gives the reconstruction, one that keeps nothing the sample of that seed.
         """
-        from nextscale.data.arrays import fit_picture, list_pictures, read_mask
+        from nextscale.data.arrays import read_masked
         from nextscale.sampling.editing import build_edit
 
-        settings = self._parse_settings(config, overrides)
-        values = self._parse_labels([label])
-        pictures, _ = list_pictures(image, self.config.image_size)
-        if len(pictures) != 1:
-            raise UserError(f"edit takes one image; got {len(pictures)}")
-        mask_HW = read_mask(mask, pictures[0], self.config.image_size)
-        tokens_BL = self._encode_images(fit_picture(pictures[0], self.config.image_size)[None])
-        edit = build_edit(mask_HW, tokens_BL, self.config)
-        edited = sample_images(self._build_sampler(values, settings, first_image, logits_processors, edit))
-        return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), (self.caption(*self.label_indices([label])),))
+        given, settings = take_given(overrides), self._parse_settings(config, overrides)
+        nothing = self.transformer.condition.nothing(1)
+        values, negative, captions = nothing, None, cast(tuple[str, ...], (self.caption(None),))
+        if label is not None or given:
+            values, negative, captions = self._read_condition(None if label is None else [label], given, settings)
+        picture_3HW, mask_HW = read_masked(image, mask, self.config.image_size)
+        edit = build_edit(mask_HW, self._encode_images(picture_3HW[None]), self.config)
+        edited = sample_images(self._build_sampler(values, settings, first_image, logits_processors, negative, edit))
+        return Images(edited.tokens_BL.cpu(), edited.images_B3HW.cpu(), captions)
 
     def encode(self, images: ImagesInput | Images) -> Tensor:
         """Tokens (B, L) of images, given as in `reconstruct`."""
         return self._encode_images(self._load_images(images)[0]).cpu()
 
-    def score(self, images: ImagesInput | Images, labels: Labels) -> Tensor:
-        """Log-likelihood in nats of the images' tokens given their labels, per scale: (B, K); images as in `encode`."""
+    def score(self, images: ImagesInput | Images, labels: Labels = None, **given: Any) -> Tensor:
+        """Log-likelihood in nats of the images' tokens given labels, or `given` as keywords of `sample`, per scale:
+        (B, K), float32; images as in `encode`."""
         from nextscale.sampling.likelihood import compute_log_likelihood
 
-        values = self._parse_labels(labels)
+        values = self._read_condition(labels, given)[0]
         tokens = self.encode(images).to(self.device)
         if len(tokens) != len(values):
             raise UserError(f"score needs one label per image; got {len(tokens)} images and {len(values)} labels")
@@ -348,19 +351,18 @@ class Pipeline:
 
     def caption(self, value: int | None) -> str:
         """The caption of an image of this class, None for no label; empty where images have no classes."""
-        condition = self.transformer.config.condition
-        if condition.kind != "class":
-            return ""
-        if value is None or value >= condition.num_classes:
-            return "no label"
-        return self.config.class_names[value] if self.config.class_names else str(int(value))
+        return self.config.caption(value)
 
-    def _parse_labels(self, labels: Labels) -> Any:
-        """The condition of labels; UserError when there is none."""
+    def _read_condition(self, labels: Labels, given: dict[str, Any], settings: SampleConfig | None = None) -> Read:
+        """Values of the condition, those of negative prompts or None, and captions."""
+        if given or self.transformer.config.condition.kind in OTHERS:
+            from nextscale.conditions import read_condition
+
+            return read_condition(self, labels, given, settings)
         indices = self.label_indices(labels)
         if not indices:
             raise UserError("at least one label is needed; got none")
-        return self.transformer.condition.parse(indices)
+        return self.transformer.condition.parse(indices), None, tuple(map(self.caption, indices))
 
     def _parse_settings(self, config: SampleConfig | None, overrides: dict[str, Any]) -> SampleConfig:
         """The settings, with functions of the scale as lists and thresholds in place of a budget."""
@@ -373,7 +375,7 @@ class Pipeline:
 
     def _build_sampler(
         self, values: Any, settings: SampleConfig, first_image: int, processors: Sequence[LogitsProcessor],
-        edit: Edit | None = None, records: bool = False,
+        negative: Any = None, edit: Edit | None = None, records: bool = False,
     ) -> Sampler:  # fmt: skip
         refiner, captured = self.load_refiner(settings), None
         if self._capture == "on" or (self._capture == "auto" and self.device.type == "cuda" and not records):
@@ -383,8 +385,8 @@ class Pipeline:
             captured = self._capturing.choose(self._capture, self.transformer, settings, refiner, len(values))
         return build_sampler(
             self.tokenizer, self.transformer, values, settings, first_image=parse_count("first_image", first_image),
-            edit=edit, refiner=refiner, refiner_labels=self._refiner_labels, logits_processors=processors,
-            captured=captured,
+            negative=negative, edit=edit, refiner=refiner, refiner_labels=self._refiner_labels,
+            logits_processors=processors, captured=captured,
         )  # fmt: skip
 
     def _load_images(self, images: ImagesInput | Images) -> tuple[Tensor, tuple[str, ...]]:

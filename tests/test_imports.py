@@ -23,7 +23,7 @@ def run(code: str) -> str:
 def test_a_plain_dense_model_loads_few_modules():
     """None of mixtures, dynamic experts, Mamba, backends, research, and of reading class names.
 
-    Four of the modules are packages of one line. Of the lines about 2,700 are code, the others docstrings and blank.
+    Four of the modules are packages of one line. Of the lines about 2,750 are code, the others docstrings and blank.
     """
     lines = json.loads(run(SAMPLE))
     foreign = (
@@ -40,7 +40,7 @@ def test_a_plain_dense_model_loads_few_modules():
     )
     assert [m for m in lines if any(part in m.split(".") for part in foreign)] == []
     assert len(lines) <= 39, sorted(lines)
-    assert sum(lines.values()) <= 4680, sum(lines.values())
+    assert sum(lines.values()) <= 4790, sum(lines.values())
 
 
 def test_the_default_backend_loads_no_twin_of_other_models():

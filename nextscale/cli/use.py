@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -32,11 +33,19 @@ class Sample:
 
     model: Positional[str]
     """Checkpoint folder, or owner/name on the Hugging Face hub."""
-    labels: str
-    """Classes, separated by commas: names or numbers, or 'none' for no label. One image for each."""
     out: Path
     """The grid. The suffix chooses the format: .png, .jpg, .tif, ...; without one it is a PNG. .webp and .gif are
     animations that show what each scale adds."""
+    labels: str = ""
+    """Classes, separated by commas: names or numbers, or 'none' for no label. One image for each."""
+    prompt: tuple[str, ...] = ()
+    """Texts, for a model that reads them. One image for each."""
+    prompt_file: Path | None = None
+    """A text file with a prompt in each line, in place of --prompt."""
+    control: tuple[Path, ...] = ()
+    """Control pictures (such as edges) of the model's size, for a model that reads them: one, or one for each image."""
+    negative_prompt: str = ""
+    """What guidance leads away from, for a model that reads texts."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings (cfg, top_k, top_p, temperature, seed, ...); options on the command line
@@ -80,7 +89,9 @@ class Sample:
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         models: Paths = {"MODEL": self.model, "--refiner": self.settings.refiner, "--lora": list_folders(self.lora)}
-        inputs = list_inputs(models=models, files={"--config": self.config})
+        files: Paths = {"--config": self.config, "--prompt-file": self.prompt_file}
+        controls: Paths = {f"--control {path}": path for path in self.control}
+        inputs = list_inputs(models=models, files={**files, **controls})
         return _list_outputs(self.out, self.tokens_out, self.images_out), inputs
 
     def run(self) -> None:
@@ -88,11 +99,17 @@ class Sample:
 
         pipeline = _load_pipeline(self, capture=self.capture)
         pipeline.tokenizer.decode_batch = self.decode_batch
-        labels = pipeline.config.parse_classes(self.labels, "--labels")
-        growth, progress = is_animated(self.out), len(labels) > 1
-        images = pipeline.sample(labels, self.settings, batch_size=self.batch_size, growth=growth, progress=progress)
+        labels = _parse_labels(pipeline, self.labels)
+        prompts = read_prompts(self.prompt_file) if self.prompt_file else self.prompt
+        given = _list_given(prompts, self.control, self.negative_prompt)
+        if labels is None and not given and pipeline.config.transformer:
+            raise UserError(f"what to draw is missing: {_describe_options(pipeline)}")
+        growth, progress = is_animated(self.out), max(map(len, [labels or [], prompts, self.control])) > 1
+        images = pipeline.sample(
+            labels, self.settings, batch_size=self.batch_size, growth=growth, progress=progress, **given
+        )
         _write_outputs(self, pipeline, images, self.images_out)
-        print(f"wrote {len(labels)} images to {self.out}")
+        print(f"wrote {len(images)} images to {self.out}")
 
 
 @dataclass
@@ -156,6 +173,12 @@ class Edit:
     """The edited image. The suffix chooses the format: .png, .jpg, .webp, ...; without one it is a PNG."""
     label: str = "none"
     """Class to generate, name or number; 'none' continues the image."""
+    prompt: str = ""
+    """Text to generate, for a model that reads texts; without one the image is continued."""
+    control: Path | None = None
+    """Control picture (such as edges) of the model's size, for a model that reads one."""
+    negative_prompt: str = ""
+    """What guidance leads away from, for a model that reads texts."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line override it."""
@@ -178,7 +201,9 @@ class Edit:
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         models: Paths = {"MODEL": self.model, "--refiner": self.settings.refiner, "--lora": list_folders(self.lora)}
-        files: Paths = {"IMAGE": self.image, "--mask": self.mask, "--config": self.config}
+        files: Paths = {
+            "IMAGE": self.image, "--mask": self.mask, "--config": self.config, "--control": self.control
+        }  # fmt: skip
         return _list_outputs(self.out, self.tokens_out), list_inputs(models=models, files=files)
 
     def run(self) -> None:
@@ -197,7 +222,9 @@ class Edit:
             print(f"note: {self.mask} keeps everything (it is white); the result is the reconstruction")
         elif not (mask > 0.5).any():
             print(f"note: {self.mask} keeps nothing (it is black); the result is a plain sample")
-        images = pipeline.edit(self.image, mask, labels[0], self.settings)
+        prompts, control = [self.prompt] if self.prompt else [], [self.control] if self.control else []
+        given = _list_given(prompts, control, self.negative_prompt)
+        images = pipeline.edit(self.image, mask, labels[0], self.settings, **given)
         _write_outputs(self, pipeline, images)
         print(f"wrote {self.out}")
 
@@ -251,6 +278,38 @@ def _load_pipeline(command: Sample | Reconstruct | Edit, capture: Capture = "aut
     if note:
         print(f"note: {note}")
     return pipeline
+
+
+def _parse_labels(pipeline: Pipeline, labels: str) -> Any:
+    """The classes of --labels; None where it is not given. Of a model without classes as they are, to be refused."""
+    if not labels:
+        return None
+    takes = pipeline.transformer.config.condition.takes_labels
+    return pipeline.config.parse_classes(labels, "--labels") if takes else labels
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file of prompts; UserError when it has none."""
+    from nextscale.common.reading import read_text
+
+    prompts = read_text(path, 2**24).splitlines()
+    if not prompts:
+        raise UserError(f"{path} holds no prompts: give one in each line")
+    return prompts
+
+
+def _list_given(prompts: Sequence[str], control: Sequence[Path], negative_prompt: str) -> dict[str, Any]:
+    """What is given beside labels, by the keywords of `Pipeline.sample`."""
+    given = {"prompts": list(prompts), "control": list(control), "negative_prompts": negative_prompt}
+    return {name: value for name, value in given.items() if value}
+
+
+def _describe_options(pipeline: Pipeline) -> str:
+    """Which options a model takes, for a message."""
+    condition = pipeline.transformer.config.condition
+    options = {"text": "--prompt", "picture": "--control", "vector": "vectors in Python"}
+    names = dict.fromkeys(options.get(part.kind, "--labels") for part in condition.list_parts().values())
+    return f"this model is conditioned on {condition.describe()}, so give {' or '.join(names)}"
 
 
 def _list_outputs(out: Path, tokens_out: Path | None, images_out: Path | None = None) -> list[Output]:

@@ -136,6 +136,9 @@ CONDITIONS: Registry[Any] = Registry(
     {
         "class": f"{_TRANSFORMER}.condition:ClassCondition",
         "text": f"{_TRANSFORMER}.conditions.text:TextCondition",
+        "vector": f"{_TRANSFORMER}.conditions.vector:VectorCondition",
+        "picture": f"{_TRANSFORMER}.conditions.picture:PictureCondition",
+        "combined": f"{_TRANSFORMER}.conditions.combined:CombinedCondition",
     },
 )
 """What an image is conditioned on: `ConditionConfig.kind`."""

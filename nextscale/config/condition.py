@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from nextscale.common.errors import UserError
 from nextscale.common.registry import CONDITIONS
@@ -11,7 +12,10 @@ from nextscale.config.parse import check_fields
 
 _SEQUENCES = ("text", "picture")
 """Kinds that give a sequence for cross-attention."""
-_OTHERS = ("text", "vector", "picture", "combined")
+GIVEN = ("prompts", "control", "vectors", "negative_prompts")
+"""Keywords of `Pipeline.sample` for what images are generated from, beside labels."""
+OTHERS = ("text", "vector", "picture", "combined")
+"""Kinds that take other values than a label."""
 _SOURCES = {"class": "label", "text": "text", "vector": "vector", "picture": "control"}
 """The field of a training batch that holds the values, by the kind."""
 
@@ -30,13 +34,15 @@ class ConditionConfig:
     max_tokens: int = 64
     """text: length of the sequence. Longer captions are cut. Our own encoder has a token for each byte of UTF-8."""
     layers: int = 2
-    """text without embedding_width: layers of our own encoder of bytes, which is trained with the transformer."""
+    """picture, and text without embedding_width: layers of our own encoder, which is trained with the transformer."""
     embedding_width: int = 0
     """text: width of a frozen text encoder's embeddings; 0 = our own encoder of bytes. vector: width of the vector."""
     picture_size: tuple[int, ...] = ()
     """picture: height and width in pixels. Training takes the size of the images."""
+    control: Literal["", "edges", "low-resolution"] = ""
+    """picture: what training computes from the images as control pictures; empty: those of the data (`source`)."""
     channels: int = 1
-    """picture: 1 for edges or a mask, 3 for colours."""
+    """picture of the data: 1 for a mask, 3 for colours."""
     patch: int = 4
     """picture: side of the square patches in pixels, each a token of the sequence."""
     parts: dict[str, ConditionConfig] = field(default_factory=dict, hash=False)
@@ -52,7 +58,7 @@ class ConditionConfig:
             "embedding_width must be 0 to 2^20": 0 <= self.embedding_width <= 2**20,
             "embedding_width must be given for a vector": self.kind != "vector" or self.embedding_width > 0,
             "picture_size must be height and width": len(size) in (0, 2) and all(1 <= side <= 2**16 for side in size),
-            "channels must be 1 to 64": 1 <= self.channels <= 64,
+            "channels must be 1 or 3": self.channels in (1, 3),
             "patch must be 1 to 1024": 1 <= self.patch <= 1024,
             "patch must divide picture_size": all(side % self.patch == 0 for side in size),
             "parts must be given for combined, and for no other kind": bool(self.parts) == (self.kind == "combined"),
@@ -62,6 +68,11 @@ class ConditionConfig:
             ),
         }
         check_fields("condition", self, rules)
+
+    @property
+    def picture_channels(self) -> int:
+        """Channels of a control picture."""
+        return {"edges": 1, "low-resolution": 3}.get(self.control, self.channels)
 
     @property
     def batch_field(self) -> str:
@@ -77,7 +88,7 @@ class ConditionConfig:
     @property
     def takes_labels(self) -> bool:
         """Whether the labels of a data set are values of this condition or of a part of it."""
-        return any(p.kind not in _OTHERS and p.batch_field == "label" for p in self.list_parts().values())
+        return any(p.kind not in OTHERS and p.batch_field == "label" for p in self.list_parts().values())
 
     @property
     def gives_sequence(self) -> bool | None:
@@ -111,6 +122,11 @@ class ConditionConfig:
 
     def require_classes(self, purpose: str) -> int:
         """The number of classes, for what draws images by their class; UserError where there are none."""
-        if self.kind in _OTHERS:
+        if self.kind in OTHERS:
             raise UserError(f"{purpose} by their class, and this model's images are conditioned on {self.describe()}")
         return self.num_classes
+
+
+def take_given(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Those of `GIVEN`, which are removed from the keywords of a call."""
+    return {name: keywords.pop(name) for name in GIVEN if name in keywords}

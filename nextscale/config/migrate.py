@@ -15,11 +15,13 @@ _ADDED: dict[str, dict[str, Any]] = {
         "layers": 2,
         "embedding_width": 0,
         "picture_size": [],
+        "control": "",
         "channels": 1,
         "patch": 4,
         "parts": {},
     },
     "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
+    "smooth": {"cfg_parts": {}},  # SampleConfig
     "micro_batch": {"backend": "auto"},  # TrainConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
     "measure_images": {  # QuickstartConfig; a run on the digits is the same without max_epochs

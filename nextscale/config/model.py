@@ -44,6 +44,15 @@ class ModelConfig:
         condition = self.transformer.condition if self.transformer else None
         return condition.count_of_classes if condition else None
 
+    def caption(self, value: int | None) -> str:
+        """The caption of an image of this class, None for no label; empty where images have no classes."""
+        count = self.count_of_classes
+        if count is None:
+            return ""
+        if value is None or value >= count:
+            return "no label"
+        return self.class_names[value] if self.class_names else str(int(value))
+
     def find_class(self, label: str) -> int | None:
         """The class that a user wrote, None for no label: see `nextscale.config.classes`."""
         from nextscale.config.classes import find_class

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextscale.common.errors import UserError
@@ -60,6 +60,9 @@ class SampleConfig:
     selection: Selection = "threshold"
     """Dynamic experts, for comparisons: oracle = tau on the true norms; top-k = the share tau of the experts; pruned =
     the share tau of the hidden units, the same for every token."""
+    cfg_parts: dict[str, float] = field(default_factory=dict, hash=False)
+    """Combined condition: strength for each part in place of cfg, such as control 1.5 text 3. Each part is guided given
+    those before it; parts that are not named are not guided."""
     cfg_scales: int = 0
     """Guide this many scales, counted from the coarsest; the later, larger ones are sampled without guidance, in half
     the work. 0 = guide all."""
@@ -78,6 +81,7 @@ class SampleConfig:
             "cfg_scales and a list of cfg cannot be combined: end the list with zeros": not (
                 self.cfg_scales and isinstance(self.cfg, tuple)
             ),
+            "cfg_parts must be 0 to 1000": all(0 <= cfg <= 1000 for cfg in self.cfg_parts.values()),
             "draft_scales must be 0 or more": self.draft_scales >= 0,
             "prune must list shares of 0 to below 1": all(0 <= ratio < 1 for ratio in self.prune),
             "prune_first_block must be 0 or more": self.prune_first_block >= 0,
@@ -93,6 +97,8 @@ class SampleConfig:
         idle: dict[str, tuple[str, ...]] = {}
         if not any(self.prune):
             idle["no token is pruned ({at}prune is empty or 0)"] = ("prune", "prune_first_block")
+        if self.cfg_parts:
+            idle["{at}cfg_parts has the strengths"] = ("cfg",)
         if not self.guided:
             idle["there is no guidance ({at}cfg is 0)"] = ("cfg_scales",)
         if all(k == 1 for k in _list_values(self.top_k)):
@@ -102,7 +108,7 @@ class SampleConfig:
     @property
     def guided(self) -> bool:
         """Whether a scale is guided: the model then also runs without the condition, which doubles its work."""
-        return any(cfg > 0 for cfg in _list_values(self.cfg))
+        return any(cfg > 0 for cfg in (self.cfg_parts.values() if self.cfg_parts else _list_values(self.cfg)))
 
     @property
     def sets_thresholds(self) -> bool:

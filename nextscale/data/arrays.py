@@ -68,6 +68,14 @@ def fit_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(_fit_floats(picture, size)).permute(2, 0, 1) * 2 - 1
 
 
+def read_masked(image: ImageInput, mask: ImageInput, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """One image, float32 (3, H, W) in [-1, 1] of `size`, and its mask as `read_mask` gives it."""
+    pictures, _ = list_pictures(image, size)
+    if len(pictures) != 1:
+        raise UserError(f"edit takes one image; got {len(pictures)}")
+    return fit_picture(pictures[0], size), read_mask(mask, pictures[0], size)
+
+
 def find_size(picture: Picture) -> tuple[int, int]:
     """(height, width) of a picture."""
     return (picture.height, picture.width) if isinstance(picture, Image.Image) else (picture.shape[0], picture.shape[1])

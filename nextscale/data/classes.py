@@ -228,4 +228,6 @@ def match_model_classes(config: ModelConfig, other: ModelConfig, where: str) -> 
     if not config.transformer.condition.takes_labels:
         return None
     match = match_classes(Classes.of_model("this model", config), Classes.of_model(where, other))
+    if not match.unchanged and config.transformer.condition.kind == "combined":
+        raise UserError(f"{where} must have the classes of a combined condition in the same order as this model")
     return None if match.unchanged else torch.tensor([*match.index, len(match.index)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from nextscale.config.sampling import SampleConfig
 from nextscale.sampling.draw import PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
-from nextscale.sampling.guidance import GuidedPredictor, count_sequences, schedule_guidance
+from nextscale.sampling.guidance import GuidedPredictor, count_sequences, schedule_links, stack_copies
 from nextscale.sampling.sampler import DrawTokens, EmbedTokens, LogitsProcessor, ModelPredictor, Predictor, Sampler
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
@@ -32,6 +32,7 @@ def build_sampler(
     values: Any,
     settings: SampleConfig,
     *,
+    negative: Any = None,
     first_image: int = 0,
     edit: Edit | None = None,
     refiner: VAR | None = None,
@@ -41,12 +42,12 @@ def build_sampler(
 ) -> Sampler:
     """The sampler of one batch. UserError when the settings do not fit the model or one another.
 
-    `values`: the condition as `model.condition.parse` returned it. `first_image`: number of the batch's first image
-    under the seed, so that a long run can be cut into batches without changing an image. `edit`: cells that hold given
-    tokens instead of drawn ones. `refiner`: the model that generates the scales from `draft_scales` on;
-    `refiner_labels`: its labels for those of the model, and for "no label", where they differ. `logits_processors`:
-    your own, applied after guidance and before temperature and filters. `captured`: creates predictors that run
-    captured graphs (`GraphPool.create_predictor`).
+    `values`: the condition as `model.condition.parse` returned it. `negative`: as many values that guidance leads away
+    from, in place of no condition. `first_image`: number of the batch's first image under the seed, so that a long run
+    can be cut into batches without changing an image. `edit`: cells that hold given tokens instead of drawn ones.
+    `refiner`: the model that generates the scales from `draft_scales` on; `refiner_labels`: its labels for those of the
+    model, and for "no label", where they differ. `logits_processors`: your own, applied after guidance and before
+    temperature and filters. `captured`: creates predictors that run captured graphs (`GraphPool.create_predictor`).
     """
     if settings.prune or settings.draft_scales or settings.official_seeding or refiner is not None or captured:
         from nextscale.sampling.combinations import Request, check_combinations
@@ -58,18 +59,18 @@ def build_sampler(
             device = tokenizer.quantizer.codebook.weight.device
             request = replace(request, captured=True, fixed_experts=skips_experts(device))
         check_combinations(request)
-    strengths = schedule_guidance(settings, model.pyramid)
+    links = schedule_links(settings, model.pyramid)
     filters = build_filters(settings, len(model.pyramid))
-    batch, sequences_K = len(values), [len(values) * count for count in count_sequences(strengths)]
+    batch, sequences_K = len(values), [len(values) * count for count in count_sequences(*links)]
     guided = sequences_K[0] > batch
     if guided:
-        values = model.condition.add_unconditional(values)
+        values = stack_copies(model.condition, values, list(settings.cfg_parts), negative)
     if captured is not None:
         predict = captured(model, values, _find_thresholds(model, settings), sequences_K)
     else:
         predict = _build_predictor(model, values, settings, refiner, refiner_labels)
     if guided:
-        predict = GuidedPredictor(predict, strengths)
+        predict = GuidedPredictor(predict, links)
     random = _build_random(settings, model, batch, tokenizer.quantizer.codebook.weight.device, first_image)
     draw: DrawTokens = random.draw_tokens
     embed = _build_embedding(tokenizer, settings, random)

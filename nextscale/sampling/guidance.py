@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -11,30 +12,76 @@ from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig, list_per_scale
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.sampler import Predictor
+from nextscale.transformer.condition import Condition
 from nextscale.transformer.var import Output
 
 
 class GuidedPredictor:
-    """Runs `predict` on the batch and its unconditional copy at once, and combines both logits.
+    """Runs `predict` on the batch and its copies without condition at once, and combines the logits.
 
-    After the last guided scale the unconditional copy is left out: no later scale needs it. `predict` must have been
-    made for `condition.add_unconditional(values)`, 2 B sequences. `strengths`: one for each scale.
+    After the last guided scale the copies are left out: no later scale needs them. `links`: as `schedule_links` gives
+    them; `predict` must have been made for the values of `stack_copies`.
     """
 
-    def __init__(self, predict: Predictor, strengths: Sequence[float]):
-        self.predict, self.strengths, self.sequences_K = predict, strengths, count_sequences(strengths)
+    def __init__(self, predict: Predictor, links: Sequence[Sequence[float]]):
+        self.predict, self.links, self.sequences_K = predict, links, count_sequences(*links)
 
     def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
         if self.sequences_K[k] == 1:
             return self.predict(x_BNC, k)
-        both = self.predict(None if x_BNC is None else x_BNC.repeat(2, 1, 1), k)
-        conditional, unconditional = both.logits_BNV.chunk(2)
-        return replace(both, logits_BNV=guide_logits(conditional, unconditional, self.strengths[k]))
+        copies = 1 + len(self.links)
+        output = self.predict(None if x_BNC is None else x_BNC.repeat(copies, 1, 1), k)
+        strengths = [strengths_K[k] for strengths_K in self.links]
+        return replace(output, logits_BNV=guide_by_parts(output.logits_BNV.chunk(copies), strengths))
 
 
 def guide_logits(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:
     """Classifier-free guidance: (1 + t) conditional - t unconditional."""
     return (1 + strength) * conditional - strength * unconditional
+
+
+def guide_by_parts(copies: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
+    """Guidance of several parts of a condition, as InstructPix2Pix (arXiv 2211.09800, Eq. 3) guides by two.
+
+    `copies`: logits with all parts, then without the last one, without the last two, ..., without any. Each part adds
+    (1 + its strength) times what it changes, given the parts before it. One part: `guide_logits`.
+    """
+    total = guide_logits(copies[-2], copies[-1], strengths[0])
+    for i in range(1, len(strengths)):
+        total = total + (1 + strengths[i]) * (copies[-2 - i] - copies[-1 - i])
+    return total
+
+
+def stack_copies(condition: Condition, values: Any, parts: Sequence[str], negative: Any = None) -> Any:
+    """The values of all sequences that guidance runs: those given, and those without parts of the condition.
+
+    `parts`: guided ones, in the order of `guide_by_parts`; empty: the whole condition at once. `negative`: values that
+    stand in place of "no condition", as many as `values`. UserError for parts that the condition does not have.
+    """
+    if not parts:
+        return condition.add_unconditional(values) if negative is None else join_values(values, negative)
+    if not hasattr(condition, "replace_parts"):
+        raise UserError("cfg_parts is for a combined condition, and this model's has no parts: use cfg")
+    others = condition.nothing(len(values)) if negative is None else negative
+    stacked = values
+    for i in reversed(range(len(parts))):
+        stacked = join_values(stacked, condition.replace_parts(values, parts[i:], others))  # type: ignore[operator]
+    return stacked
+
+
+def join_values(first: Any, second: Any) -> Any:
+    """The values of one batch and then those of another one."""
+    from nextscale.transformer.conditions.batch import join_rows
+
+    return join_rows(first, second)
+
+
+def schedule_links(settings: SampleConfig, pyramid: Pyramid) -> tuple[tuple[float, ...], ...]:
+    """The strengths of guidance at each scale: one list of them; with `cfg_parts` one for each part, in its order."""
+    if not settings.cfg_parts:
+        return (schedule_guidance(settings, pyramid),)
+    parts = [replace(settings, cfg=strength) for strength in settings.cfg_parts.values()]
+    return tuple(schedule_guidance(part, pyramid) for part in parts)
 
 
 def schedule_guidance(settings: SampleConfig, pyramid: Pyramid) -> tuple[float, ...]:
@@ -48,10 +95,11 @@ def schedule_guidance(settings: SampleConfig, pyramid: Pyramid) -> tuple[float, 
     return tuple(cfg * pyramid.progress(k) if k < (guided or scales) else 0.0 for k in range(scales))
 
 
-def count_sequences(strengths: Sequence[float]) -> tuple[int, ...]:
-    """How many sequences the model runs for an image at each scale: 2 up to the last guided scale, then 1.
+def count_sequences(*links: Sequence[float]) -> tuple[int, ...]:
+    """How many sequences the model runs for an image at each scale: 1, and up to the last guided scale one more for
+    each list of strengths.
 
     A coarse scale of strength 0 before a guided one needs both: later scales attend to it.
     """
-    last = max((k for k, strength in enumerate(strengths) if strength > 0), default=-1)
-    return tuple(2 if k <= last else 1 for k in range(len(strengths)))
+    last = max((k for strengths in links for k, strength in enumerate(strengths) if strength > 0), default=-1)
+    return tuple(1 + len(links) if k <= last else 1 for k in range(len(links[0])))

@@ -24,6 +24,7 @@ from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.precision import compute_exactly, widen
 from nextscale.common.reading import read_json
+from nextscale.config.condition import OTHERS
 from nextscale.config.migrate import rename_settings
 from nextscale.config.parse import parse_record, to_dict
 from nextscale.config.training import TrainConfig
@@ -34,6 +35,8 @@ from nextscale.encoders.patches import PatchEncoder
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
+from nextscale.sampling import build_sampler
+from nextscale.sampling.sampler import sample_images
 from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
 from nextscale.training.components import Components, load_components
 from nextscale.training.engine.distributed import gather_weights
@@ -276,7 +279,7 @@ def _keep_best(config: RunConfig, components: Components, run: Run) -> None:
     else:
         checkpoint = components.adapters.merge(read_adapter(run.folder))
     pipeline = Pipeline.from_checkpoint(checkpoint, device=run.world.device, dtype=torch.float32)
-    draw_samples(pipeline, config, [run.folder / "samples.png"])
+    draw_samples(pipeline, config, [run.folder / "samples.png"], components.held_out)
 
 
 class _Callbacks(Callbacks):
@@ -307,7 +310,8 @@ class _Callbacks(Callbacks):
         if step == steps or (every and step % every == 0):
             pipeline = Pipeline.from_checkpoint(checkpoint, device=self.run.world.device, dtype=torch.float32)
             names = f"samples/step-{step:08d}.png", "samples.png"
-            draw_samples(pipeline, config, [self.run.folder / name for name in names])
+            paths = [self.run.folder / name for name in names]
+            draw_samples(pipeline, config, paths, self.components.held_out)
 
 
 @torch.no_grad()
@@ -335,12 +339,33 @@ def validate(task: Task, held_out: Examples, limit: int, world: World) -> Values
     return values | {"unreadable": unreadable} if unreadable else values
 
 
-def draw_samples(pipeline: Pipeline, config: RunConfig, paths: Sequence[Path]) -> None:
-    """A grid of samples, a row for each of the first classes, as a file at each path."""
-    classes = range(min(pipeline.transformer.config.condition.num_classes, _SHOWN_CLASSES))
-    images = pipeline.sample([c for c in classes for _ in range(_SAMPLES_PER_CLASS)], config.sampling)
+def draw_samples(pipeline: Pipeline, config: RunConfig, paths: Sequence[Path], held_out: Examples) -> None:
+    """A grid of samples as a file at each path: a row for each of the first classes, or with the conditions of the
+    first held-out examples where they have no classes."""
+    condition = pipeline.transformer.config.condition
+    if condition.kind in OTHERS:
+        images = _draw_held_out(pipeline, config, held_out)
+        captions = [""] * len(images)
+    else:
+        classes = range(min(condition.num_classes, _SHOWN_CLASSES))
+        drawn = pipeline.sample([c for c in classes for _ in range(_SAMPLES_PER_CLASS)], config.sampling)
+        images, captions = drawn.tensor, list(drawn.captions)
     for path in paths:
-        save_grid(images.tensor, images.captions, path, columns=_SAMPLES_PER_CLASS)
+        save_grid(images, captions, path, columns=_SAMPLES_PER_CLASS)
+
+
+def _draw_held_out(pipeline: Pipeline, config: RunConfig, held_out: Examples) -> Tensor:
+    """Several images with the condition of each of the first held-out examples, (B, 3, H, W)."""
+    batch = held_out.fetch(range(min(_SHOWN_CLASSES, len(held_out))), None)
+    tensors = {name: copy_to(rows, pipeline.device) for name, rows in batch.items() if isinstance(rows, Tensor)}
+    values, rows = pipeline.transformer.condition.from_batch(tensors), []
+    for i in range(len(values)):
+        index = torch.full((_SAMPLES_PER_CLASS,), i, device=pipeline.device)
+        sampler = build_sampler(
+            pipeline.tokenizer, pipeline.transformer, values[index], config.sampling, first_image=i * _SAMPLES_PER_CLASS
+        )
+        rows.append(sample_images(sampler).images_B3HW.cpu())
+    return torch.cat(rows)
 
 
 def _plot_curves(folder: Path, pyramid: Pyramid) -> None:

@@ -105,7 +105,7 @@ def prefill(family: str, dtype: torch.dtype) -> Output:
 def run_fixed_steps(family: str, dtype: torch.dtype) -> Output:
     """A batch on the fixed memory of captured steps: what a graph would record."""
     pipeline = build(family, dtype)
-    model, values = pipeline.transformer, pipeline._parse_labels([0, 4])
+    model, values = pipeline.transformer, pipeline.transformer.condition.parse([0, 4])
     steps = FixedSteps(model, values)
     steps.set_condition(values)
     for k, count in enumerate(model.pyramid.counts):
@@ -144,7 +144,7 @@ def edit(dtype: torch.dtype) -> Output:
     tokens = pipeline._encode_images(torch.zeros(1, 3, 8, 8))
     made = build_edit(torch.zeros(8, 8), tokens, pipeline.config)
     sampler = pipeline._build_sampler(
-        pipeline._parse_labels([1]), pipeline._parse_settings(None, {"smooth": True}), 0, (), made
+        pipeline.transformer.condition.parse([1]), pipeline._parse_settings(None, {"smooth": True}), 0, (), edit=made
     )
     images = sample_images(sampler)
     return {"tokens": images.tokens_BL, "images": images.images_B3HW}
@@ -161,7 +161,7 @@ def score(dtype: torch.dtype) -> Output:
     """Log-likelihood of given tokens."""
     pipeline = build("stmoe", dtype)
     tokens = torch.zeros(2, pipeline.config.pyramid.length, dtype=torch.int64, device=DEVICE)
-    values = pipeline._parse_labels([0, 4])
+    values = pipeline.transformer.condition.parse([0, 4])
     return {"likelihood": compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens, values)}
 
 

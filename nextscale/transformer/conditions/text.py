@@ -9,7 +9,6 @@ Letters: B batch, T tokens of the sequence, D width, E width of a frozen encoder
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +20,9 @@ from nextscale.common.devices import copy_to, create_embedding
 from nextscale.common.errors import UserError
 from nextscale.common.precision import cast_for
 from nextscale.config.condition import ConditionConfig
-from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.condition import Condition, EmbeddedCondition, get_field
 from nextscale.transformer.conditions.batch import Rows
-from nextscale.transformer.cross_attention import CrossAttention
-from nextscale.transformer.feed_forward import DenseFeedForward
+from nextscale.transformer.conditions.layers import average_tokens, count_layer_multiply_adds, create_layers
 
 START, PAD = 256, 257
 """Numbers of the first token of every text, and of what follows its end; smaller ones are bytes."""
@@ -65,8 +62,7 @@ class TextCondition(Condition):
         T = config.max_tokens
         if config.embedding_width:
             return (T - 1) * config.embedding_width * width + width * width
-        layer = T * (4 * width * width + 2 * T * width) + T * 8 * width * width
-        return config.layers * layer + width * width
+        return config.layers * count_layer_multiply_adds(T, width) + width * width
 
 
 class ByteEncoder(nn.Module):
@@ -77,9 +73,7 @@ class ByteEncoder(nn.Module):
         self.max_tokens = config.max_tokens
         self.embedding = create_embedding(PAD + 1, width)
         self.positions = create_embedding(config.max_tokens, width)
-        heads = math.gcd(width, max(width // 64, 1))
-        layer = TransformerConfig(depth=1, width=width, heads=heads)
-        self.layers = nn.ModuleList(EncoderLayer(layer) for _ in range(config.layers))
+        self.layers = create_layers(config.layers, width)
 
     def forward(self, text_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sequence (B, T, D), the first token's vector (B, D), and the mask (B, T)."""
@@ -108,20 +102,6 @@ class ByteEncoder(nn.Module):
         return torch.where(places_T <= length_B.view(-1, 1), text_BT, PAD)
 
 
-class EncoderLayer(nn.Module):
-    """x += attention(LN(x)); x += feed_forward(LN(x)), for text without its padding."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.attention, self.ffn = CrossAttention(config), DenseFeedForward(config)
-
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        y_BTD = self.norm1(x_BTD)
-        x_BTD = x_BTD + self.attention(y_BTD, None, self.attention.read_sequence(y_BTD, mask_BT))
-        return x_BTD + self.ffn(self.norm2(x_BTD), None)[0]
-
-
 class EmbeddedText(nn.Module):
     """Embeddings of a frozen text encoder, projected. A batch: `embeddings` (B, max_tokens - 1, E), `length` (B,)."""
 
@@ -136,12 +116,8 @@ class EmbeddedText(nn.Module):
         x_BTD = self.project(cast_for(self.project, text["embeddings"]))
         start_B1D = self.start.weight.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
         sequence_BTD = torch.cat([start_B1D, x_BTD], dim=1)
-        places_T = torch.arange(self.max_tokens, device=x_BTD.device)
-        mask_BT = places_T <= text["length"].view(-1, 1)
-        total_BD = sequence_BTD[:, 0]
-        for t in range(1, self.max_tokens):  # one after another: in an order that no batch changes
-            total_BD = total_BD + sequence_BTD[:, t] * mask_BT[:, t, None]
-        return sequence_BTD, total_BD / mask_BT.sum(dim=1, keepdim=True), mask_BT
+        mask_BT = torch.arange(self.max_tokens, device=x_BTD.device) <= text["length"].view(-1, 1)
+        return sequence_BTD, average_tokens(sequence_BTD, mask_BT), mask_BT
 
     def parse(self, values: Any) -> Rows:
         """Embeddings (B, t, E) and lengths (B,) of texts; or a list of None."""
