@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
+from nextscale.common.text import cut_text
 from nextscale.config.data import DataConfig, ReadConfig
 from nextscale.data.cache import TokenCache, open_examples
-from nextscale.data.captions import CaptionBytes, TextInput, cut_text
+from nextscale.data.captions import CaptionBytes, TextInput
 from nextscale.data.datasets import open_dataset
 from nextscale.data.examples import BatchDataset, load_batches
 from nextscale.data.sources import open_source

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from nextscale.common.contents import CARD
 from nextscale.common.errors import UserError
 from nextscale.common.reading import is_hub_name, read_text
 
-_PATTERNS = ("*.json", "*.safetensors", "README.md")
 
-
-def find_checkpoint(
-    source: str | Path, *, revision: str | None, token: str | None, patterns: Sequence[str] = _PATTERNS
-) -> Path:
-    """The folder of a checkpoint; downloaded from the hub when `source` is no folder and has the form `owner/name`.
-
-    `patterns`: which files are downloaded.
-    """
+def find_checkpoint(source: str | Path, *, revision: str | None, token: str | None) -> Path:
+    """The folder of a checkpoint; downloaded from the hub when `source` is no folder and has the form `owner/name`."""
     if Path(source).is_dir() or not is_hub_name(str(source)):
         return Path(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=[*patterns]))
+        patterns = ["*.json", "*.safetensors", "README.md", "spiece.model", "merges.txt"]
+        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"there is no folder {source}, and the hub gave no model of that name: {reason}") from error

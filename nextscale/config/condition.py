@@ -47,6 +47,10 @@ class ConditionConfig:
     """picture: side of the square patches in pixels, each a token of the sequence."""
     parts: dict[str, ConditionConfig] = field(default_factory=dict, hash=False)
     """combined: the conditions, by names of your own. Their vectors are added, their sequences joined."""
+    encoder: str = ""
+    """text: folder or hub name of a frozen text encoder; in training cache, the token cache's. Empty = our own."""
+    encoder_fingerprint: str = ""
+    """Of the frozen text encoder; training sets it."""
 
     def __post_init__(self) -> None:
         CONDITIONS.check(self.kind, "condition.kind")
@@ -56,6 +60,7 @@ class ConditionConfig:
             "max_tokens must be 2 to 4096": 2 <= self.max_tokens <= 4096,
             "layers must be 0 to 100": 0 <= self.layers <= 100,
             "embedding_width must be 0 to 2^20": 0 <= self.embedding_width <= 2**20,
+            "encoder must be empty unless the kind is text": self.kind == "text" or not self.encoder,
             "embedding_width must be given for a vector": self.kind != "vector" or self.embedding_width > 0,
             "picture_size must be height and width": len(size) in (0, 2) and all(1 <= side <= 2**16 for side in size),
             "channels must be 1 or 3": self.channels in (1, 3),

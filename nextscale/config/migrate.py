@@ -9,7 +9,7 @@ _RENAMED = {"dynamic": {"own": "late_ffn", "identity": "router_fingerprint"}}
 _RESPELLED = {"precision": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}}
 """Old and new spellings of values, by the name of the field, in any table."""
 _ADDED: dict[str, dict[str, Any]] = {
-    "num_classes": {  # ConditionConfig
+    "num_classes": {
         "source": "",
         "max_tokens": 64,
         "layers": 2,
@@ -17,9 +17,8 @@ _ADDED: dict[str, dict[str, Any]] = {
         "picture_size": [],
         "control": "",
         "channels": 1,
-        "patch": 4,
-        "parts": {},
     },
+    "picture_size": {"patch": 4, "parts": {}, "encoder": "", "encoder_fingerprint": ""},  # ConditionConfig
     "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
     "smooth": {"cfg_parts": {}},  # SampleConfig
     "micro_batch": {"backend": "auto"},  # TrainConfig
@@ -30,8 +29,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     },
     "allow_empty_classes": {"caption_column": ""},  # ReadConfig and DataConfig
 }
-"""Fields added to a table since version 0.1.0, with their defaults, in the order in which they were added. A table is
-known by a field that it had before."""
+"""Fields added to a table since version 0.1.0, in order, with defaults. A table is known by a field it had before."""
 
 
 def rename_settings(data: Any) -> Any:

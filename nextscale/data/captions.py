@@ -9,7 +9,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
+from nextscale.common.text import cut_text
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.parse import check_fields
 from nextscale.data.examples import Batch
 from nextscale.data.sources.captions import Captions
@@ -27,6 +30,34 @@ class TextInput:
     def __post_init__(self) -> None:
         rule = "max_tokens must be 1 to 65536"
         check_fields("text", self, {rule: (self.kind == "bytes") <= self.max_tokens <= 65536})
+
+    @staticmethod
+    def of_condition(condition: ConditionConfig) -> TextInput | None:
+        """What a model with this condition takes; None where it reads no captions."""
+        parts = list_caption_parts(condition)
+        if not parts:
+            return None
+        frozen = [reads_embeddings(part) for part in parts]
+        if any(frozen) != all(frozen):
+            raise UserError(
+                "transformer.condition reads captions as bytes and as embeddings: give all texts an encoder, or none"
+            )
+        first_token = 1  # every sequence begins with a learned one
+        return (
+            TextInput("embeddings")
+            if any(frozen)
+            else TextInput("bytes", max(part.max_tokens for part in parts) - first_token)
+        )
+
+
+def list_caption_parts(condition: ConditionConfig) -> list[ConditionConfig]:
+    """The parts of a condition that read the captions of a data set."""
+    return [part for part in condition.list_parts().values() if part.kind == "text" and part.batch_field == "text"]
+
+
+def reads_embeddings(text: ConditionConfig) -> bool:
+    """Whether a text condition reads the embeddings of a frozen encoder."""
+    return bool(text.encoder or text.embedding_width)
 
 
 class TextBatches(Protocol):
@@ -88,16 +119,6 @@ def pack_bytes(texts: Sequence[bytes], max_bytes: int) -> dict[str, Tensor]:
         if text:
             row_T[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return {"text": text_BT, "text_length": torch.tensor([len(text) for text in cut], dtype=torch.int64)}
-
-
-def cut_text(text: bytes, max_bytes: int) -> bytes:
-    """The longest beginning of a text in UTF-8 that has at most so many bytes and only whole characters."""
-    if len(text) <= max_bytes:
-        return text
-    end = max_bytes
-    while end and text[end] & 0xC0 == 0x80:  # a byte inside a character
-        end -= 1
-    return text[:end]
 
 
 def list_caption_notes(lengths: Sequence[Tensor], images: int, text: TextInput | None = None) -> list[str]:

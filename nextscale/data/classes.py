@@ -27,6 +27,7 @@ from nextscale.config.classes import fold_name, is_number, list_names
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ModelConfig
 from nextscale.data.cache import CachedExamples, open_examples
+from nextscale.data.captions import TextInput
 from nextscale.data.datasets import ImageExamples, ImageSet
 from nextscale.data.examples import Examples
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -212,7 +213,8 @@ def open_matched_examples(
     Raises UserError as `open_examples`, and when the classes do not match. For a model without classes in its condition
     labels stay as they are.
     """
-    train, held_out, names = open_examples(data, model, tokenizer, config, seed)
+    text = None if model.transformer is None else TextInput.of_condition(model.transformer.condition)
+    train, held_out, names = open_examples(data, model, tokenizer, config, seed, text)
     if model.transformer is not None and not model.transformer.condition.takes_labels:
         return train, held_out, ClassMatch(tuple(range(len(names))), ())
     match = match_classes(Classes.of_data(data, names), known)

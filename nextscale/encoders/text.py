@@ -36,8 +36,6 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merg
 """Files of a tokenizer; one of these sets must be there."""
 _OTHER_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
-"""What is downloaded of a repository on the hub."""
 _EXPECTED = (
     "the folder of a T5 encoder, or of a CLIP or SigLIP model, with config.json, model.safetensors and its tokenizer "
     "(tokenizer.json, spiece.model, or vocab.json and merges.txt), such as `hf download google/flan-t5-base "
@@ -101,10 +99,16 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Embeddings of texts. Raises UserError when one is beyond the range of 16 bits."""
+        """Embeddings of texts. An empty one has no tokens, and zeros as its vector, because it stands for "no text".
+
+        Raises UserError when an embedding is beyond the range of 16 bits.
+        """
         tokens = self.tokenize(texts)
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(tokens[i]))
         count = 1 if self.model.device.type == "cpu" else _BATCH
+        nothing_0E, nothing_P = (
+            torch.zeros(*size, dtype=torch.float16) for size in ((0, self.width), (self.pooled_width,))
+        )
         sequences: dict[int, Tensor] = {}
         pooled: dict[int, Tensor] = {}
         for start in range(0, len(order), count):
@@ -114,8 +118,9 @@ class TextEncoder(nn.Module):
                 sequences[i] = _narrow(states_BTE[n, : len(tokens[i])], texts[i])
                 if pooled_BP is not None:
                     pooled[i] = _narrow(pooled_BP[n], texts[i])
-        every = range(len(tokens))
-        return EncodedTexts([sequences[i] for i in every], torch.stack([pooled[i] for i in every]) if pooled else None)
+        every = range(len(texts))
+        pooled_BP = torch.stack([pooled.get(i, nothing_P) for i in every]) if self.pooled_width and texts else None
+        return EncodedTexts([sequences.get(i, nothing_0E) for i in every], pooled_BP)
 
     def encode_batch(self, texts: Sequence[str]) -> TextBatch:
         """As `encode`, padded with zeros to `max_tokens`."""
@@ -189,7 +194,7 @@ def load_text_encoder(source: str, max_tokens: int) -> TextEncoder:
 def _find_folder(source: str) -> Path:
     """The folder of an encoder, downloaded where `source` is a name on the hub. UserError when files are missing."""
     try:
-        folder = find_checkpoint(source, revision=None, token=None, patterns=_PATTERNS)
+        folder = find_checkpoint(source, revision=None, token=None)
     except UserError as error:
         raise UserError(f"{error}; expected {_EXPECTED}") from error
     if not folder.is_dir():

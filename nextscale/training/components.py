@@ -29,6 +29,7 @@ from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.training.text import choose_text, read_text_encoder
 from nextscale.transformer.initialization import initialize_transformer
 from nextscale.transformer.var import VAR
 
@@ -88,7 +89,7 @@ def load_components(config: RunConfig, world: World, folder: Path | None = None)
     tokenizer = load_tokenizer(checkpoint, checkpoint.config)
     weights = checkpoint.tokenizer | {"quantizer.usage_KV": tokenizer.quantizer.usage_KV}
     examples, held_out, names = open_examples(
-        config.data, checkpoint.config, tokenizer, config.images, config.train.seed
+        config.data, checkpoint.config, tokenizer, config.images, config.train.seed, choose_text(config, checkpoint)
     )
     adapters, match = _match_classes(config, checkpoint, folder, names)
     if world.main:
@@ -96,6 +97,7 @@ def load_components(config: RunConfig, world: World, folder: Path | None = None)
     examples, held_out = relabel(examples, match), relabel(held_out, match)
     encoder, width = _load_guidance(config, examples, world)
     model = _build_config(config, checkpoint, match.names, width) if adapters is None else adapters.model
+    model = read_text_encoder(model, config, examples)
     if adapters is None:
         transformer = _build_transformer(config, model, checkpoint.transformer)
     else:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nextscale.common.devices import copy_to, create_embedding
 from nextscale.common.errors import UserError
 from nextscale.common.precision import cast_for
+from nextscale.common.text import cut_text
 from nextscale.config.condition import ConditionConfig
 from nextscale.transformer.condition import Condition, EmbeddedCondition, get_field
 from nextscale.transformer.conditions.batch import Rows
@@ -88,7 +89,7 @@ class ByteEncoder(nn.Module):
         for text in texts:
             if text is not None and not isinstance(text, str):
                 raise UserError(f"a prompt is a text, or None for no text; got {text!r:.60}")
-        rows = [list((text or "").encode()[: self.max_tokens - 1]) for text in texts]
+        rows = [list(cut_text((text or "").encode(), self.max_tokens - 1)) for text in texts]
         padded = [[START, *row] + [PAD] * (self.max_tokens - 1 - len(row)) for row in rows]
         return copy_to(torch.tensor(padded, dtype=torch.int64), self.embedding.weight.device)
 
