@@ -143,9 +143,7 @@ def _join_parts(pipeline: Pipeline, config: ConditionConfig, rows: dict[str, lis
 def _read_texts(pipeline: Pipeline, part: ConditionConfig, texts: list[str | None]) -> Any:
     """Texts, or what a frozen encoder makes of them. Says which our own encoder cuts."""
     if part.embedding_width:
-        words = [text or "" for text in texts]
-        embeddings, length_B = encode_texts(pipeline, words)
-        return embeddings, length_B * torch.tensor([bool(word) for word in words])
+        return _encode_texts(pipeline, part, [text or "" for text in texts])
     room = part.max_tokens - 1
     long = [text for text in texts if isinstance(text, str) and len(text.encode()) > room]
     if long:
@@ -153,9 +151,18 @@ def _read_texts(pipeline: Pipeline, part: ConditionConfig, texts: list[str | Non
     return texts
 
 
-def encode_texts(pipeline: Pipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, t, E) of texts by the frozen encoder that the model was trained with, and lengths (B,)."""
-    raise UserError("this model reads texts through a frozen text encoder, which is not at hand")
+def _encode_texts(pipeline: Pipeline, part: ConditionConfig, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, T, E) of texts by the frozen encoder that the model was trained with, and lengths (B,)."""
+    if not part.encoder:
+        raise UserError("this model reads texts through a frozen text encoder, and its settings do not say which one")
+    from nextscale.encoders.text import load_trained_encoder
+
+    encoder = load_trained_encoder(part.encoder, part.encoder_fingerprint, part.max_tokens - 1, str(pipeline.device))
+    long = encoder.list_truncated(texts)
+    if long:
+        print_note("prompts", f"{len(long)} of {len(texts)} prompts have more than {encoder.max_tokens} tokens: cut")
+    batch = encoder.encode_batch(texts)
+    return batch.text_BTE, batch.length_B
 
 
 def _read_negative(pipeline: Pipeline, prompts: Any, count: int) -> Any:

@@ -8,13 +8,19 @@ import torch
 
 from nextscale.checkpoints import Checkpoint
 from nextscale.checkpoints.saving import write_checkpoint
+from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.condition import ConditionConfig
 from nextscale.config.data import DataConfig
+from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache
 from nextscale.data.captions import TextInput
+from nextscale.encoders.text import load_text_encoder, load_trained_encoder
+from nextscale.pipeline import Pipeline
+from nextscale.sampling import build_sampler
+from nextscale.sampling.sampler import sample_images
 from nextscale.training.components import load_components
 from nextscale.training.transformer import TransformerTask
 from tests.conftest import randomised, tiny_config
@@ -108,3 +114,46 @@ def load_tokenizer_alone(folder):
         folder / "alone", Checkpoint(replace(config, transformer=None), pipeline.tokenizer.state_dict(), {})
     )
     load(folder, "x.parquet", ConditionConfig("text"), start=folder / "alone")
+
+
+# ---- the whole road: tokenize, train, sample
+
+
+def run(*words):
+    return main([*map(str, words)])
+
+
+def test_a_model_of_a_frozen_encoder_is_trained_and_samples_from_prompts(folder, tmp_path, capsys):
+    settings = ["--transformer.mixers", "attention", "cross-attention", "--transformer.condition.kind", "text"]
+    settings += ["--transformer.condition.encoder", "cache", "--transformer.depth", "1", "--transformer.width", "32"]
+    settings += ["--transformer.heads", "2", "--train.steps", "2", "--train.batch-size", "4", "--sampling.cfg", "1"]
+    out = tmp_path / "run"
+    command = ["train", "cifar10", "--data", folder / "cache", "--tokenizer", folder / "model", "--out", out, *settings]
+    assert run(*command) == 0, capsys.readouterr().err
+    pipeline = Pipeline.from_pretrained(out, dtype=torch.float32)
+    condition = pipeline.config.transformer.condition
+    assert (condition.encoder, condition.max_tokens) == (str(folder / "t5"), 7)
+    prompts = ["11.0", "", "and a very long prompt that does not fit"]
+    drawn = pipeline.sample(prompts=prompts, seed=3, cfg=1.5)
+    batch = load_text_encoder(str(folder / "t5"), 6).encode_batch(prompts)
+    values = pipeline.transformer.condition.parse((batch.text_BTE, batch.length_B))
+    sampler = build_sampler(
+        pipeline.tokenizer, pipeline.transformer, values, SampleConfig(seed=3, cfg=1.5), first_image=0
+    )
+    assert torch.equal(drawn.tensor, sample_images(sampler).images_B3HW)
+    assert torch.equal(pipeline.sample(prompts=prompts[2:], first_image=2, seed=3, cfg=1.5).tensor[0], drawn.tensor[2])
+    assert torch.equal(pipeline.sample(prompts=[None], first_image=1, seed=3, cfg=1.5).tensor[0], drawn.tensor[1])
+    assert run("sample", out, "--prompt", "11.0", "--out", tmp_path / "x.png", "--device", "cpu") == 0
+    shutil.move(folder / "t5", folder / "gone")
+    load_trained_encoder.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"no text encoder '.*t5': expected the folder of a T5"):
+            pipeline.sample(prompts=["11.0"])
+        shutil.copytree(folder / "gone", folder / "t5")
+        config = (folder / "t5" / "config.json").read_text()
+        (folder / "t5" / "config.json").write_text(config.replace('"d_ff": 32', '"d_ff": 32, "note": 1'))
+        with pytest.raises(UserError, match=r"t5 is not the text encoder that the model was trained with"):
+            pipeline.sample(prompts=["11.0"])
+    finally:
+        shutil.rmtree(folder / "t5", ignore_errors=True)
+        shutil.move(folder / "gone", folder / "t5")

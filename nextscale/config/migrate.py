@@ -10,7 +10,7 @@ _RESPELLED = {"precision": {"fp32": "float32", "bf16": "bfloat16", "fp16": "floa
 """Old and new spellings of values, by the name of the field, in any table."""
 _ADDED: dict[str, dict[str, Any]] = {
     "num_classes": {"source": "", "max_tokens": 64, "layers": 2, "embedding_width": 0, "channels": 1, "patch": 4},
-    "embedding_width": {"picture_size": [], "parts": {}, "encoder": "", "encoder_fingerprint": ""},  # ConditionConfig
+    "patch": {"picture_size": [], "control": "", "parts": {}, "encoder": "", "encoder_fingerprint": ""},
     "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
     "smooth": {"cfg_parts": {}},  # SampleConfig
     "micro_batch": {"backend": "auto"},  # TrainConfig

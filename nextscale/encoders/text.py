@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,17 @@ def load_text_encoder(source: str, max_tokens: int) -> TextEncoder:
         given = f"{source} takes up to {positions} tokens, not {max_tokens}"
         raise UserError(f"{given}: give --text-max-tokens {positions}")
     return TextEncoder(model, tokenizer, family, max_tokens, source, _fingerprint_files(folder))
+
+
+@lru_cache(maxsize=1)
+def load_trained_encoder(source: str, fingerprint: str, max_tokens: int, device: str) -> TextEncoder:
+    """The text encoder that a model was trained with, on a device; the latest one is kept. UserError for another."""
+    encoder = load_text_encoder(source, max_tokens)
+    if encoder.fingerprint() != fingerprint:
+        raise UserError(
+            f"{source} is not the text encoder that the model was trained with: its weights or its tokenizer differ"
+        )
+    return encoder.to(device)
 
 
 def _find_folder(source: str) -> Path:
