@@ -1,12 +1,15 @@
 """The data set of letters, from the fonts that matplotlib brings."""
 
+import io
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from examples.letterforms import LETTERS, draw_letters, find_fonts, main
+from examples.letterforms import COLOURS, LETTERS, draw_letters, find_fonts, main, read_words
+from nextscale.config.data import ReadConfig
 from nextscale.data.sources import open_source
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -44,3 +47,59 @@ def test_families_are_split_and_the_table_is_read_with_its_classes(tmp_path, mon
         assert source.class_names == tuple(LETTERS)
         counts[part] = len(source.labels)
     assert sum(counts.values()) == 4 * 52, "the copy is no other font"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("DejaVuSans", ("sans",)),
+        ("DejaVuSans-Bold", ("bold", "sans")),
+        ("DejaVuSerif-BoldItalic", ("bold", "italic", "serif")),
+        ("DejaVuSansMono-Oblique", ("italic", "monospaced")),
+        ("STIXGeneral", ()),
+    ],
+)
+def test_words_of_a_font_are_those_of_its_tables(name, words):
+    assert read_words(FONTS / f"{name}.ttf") == words
+
+
+def test_captions_say_what_the_pictures_show_and_combinations_are_held_out(tmp_path, monkeypatch, capsys):
+    from pyarrow import parquet
+
+    for name in ("DejaVuSans", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"):
+        (tmp_path / f"{name}.ttf").symlink_to(FONTS / f"{name}.ttf")
+    share = min(zlib.crc32(family.encode()) / 2**32 for family in ("DejaVu Sans", "DejaVu Serif")) + 1e-6
+    held_out = ["bold, R", "red on blue", "italic, on white"]
+    arguments = ["letterforms", str(tmp_path), "--out", str(tmp_path / "x"), "--test-share", str(share), "--captions"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--per-letter", "3", "--hold-out", *held_out])
+    main()
+    tables = {part: parquet.read_table(tmp_path / f"x-{part}.parquet") for part in ("train", "test", "held-out")}
+    assert sum(map(len, tables.values())) == 3 * 3 * 52
+    fits = [
+        lambda text: "bold" in text and " R," in text,
+        lambda text: "red on blue" in text,
+        lambda text: "italic" in text and "on white" in text,
+    ]
+    seen = set()
+    for part, table in tables.items():
+        for image, label, text in zip(*(table[n].to_pylist() for n in ("image", "label", "caption")), strict=True):
+            assert any(fit(text) for fit in fits) == (part == "held-out"), text
+            head, colours = text.split(", ")
+            ink, paper = (np.array(COLOURS[name]) for name in colours.split(" on "))
+            assert (ink != paper).any()
+            pixels = np.asarray(Image.open(io.BytesIO(image["bytes"]))).reshape(-1, 3).astype(float)
+            assert head.split()[-1] == LETTERS[label]
+            assert (pixels[0] == paper).all()
+            nearest = np.abs(pixels - ink).sum(axis=1).min()
+            assert nearest < np.abs(paper - ink).sum() / 2, "some pixel is nearly ink"
+            seen.add(head.rpartition(" ")[0])
+    assert seen == {"a sans", "a bold serif", "a bold italic serif"}
+    source = open_source(str(tmp_path / "x-train.parquet"), 32, ReadConfig(allow_empty_classes=True), captioned=True)
+    assert source.captions[0] == (tables["train"]["caption"][0].as_py(),)
+    first = [table.to_pydict() for table in tables.values()]
+    main()
+    assert [parquet.read_table(tmp_path / f"x-{part}.parquet").to_pydict() for part in tables] == first
+    monkeypatch.setattr("sys.argv", [a for a in arguments if a != "--captions"] + ["--hold-out", "bold"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "are for --captions" in capsys.readouterr().err
