@@ -28,6 +28,9 @@ EQUAL = {
     "full, moe++": "1 sharding=full router=moe++",
     "experts, stmoe": "1 sharding=experts router=stmoe ema=0.9 activation_checkpointing=1",
     "experts, moe++": "1 sharding=experts router=moe++ frozen=experts.fc1",
+    "none, adapters": "1 sharding=none router=stmoe lora=2",
+    "full, adapters": "1 sharding=full router=stmoe lora=2 ema=0.9",
+    "experts, adapters": "1 sharding=experts router=stmoe lora=2",
 }
 EQUAL = {name: f"{words} steps=6 micro_batch=2" for name, words in EQUAL.items()}
 LOW = {
@@ -38,7 +41,12 @@ LOW = {
 LOW = {
     f"bf16 {name}": f"{words} precision=bfloat16 steps=3 ema=0.9 save_every=2 validate=1" for name, words in LOW.items()
 }
-BACK = {"none": "1 sharding=none", "full": "1 sharding=full router=stmoe", "experts": "1 sharding=experts router=smoe"}
+BACK = {
+    "adapters": "1 sharding=full lora=2",
+    "none": "1 sharding=none",
+    "full": "1 sharding=full router=stmoe",
+    "experts": "1 sharding=experts router=smoe",
+}
 BACK = {
     # the same learning rate throughout, however many steps there are
     f"back {name}": f"{words} ema=0.9 accept=1 final_learning_rate=1e-3"

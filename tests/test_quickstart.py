@@ -4,6 +4,7 @@ import io
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,19 @@ from PIL import Image
 from nextscale.cli.parser import main
 from nextscale.cli.training import draw_routing
 from nextscale.common.errors import UserError
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.log import read_log
 from nextscale.config.quickstart import QuickstartConfig
-from nextscale.data.datasets import load_images
+from nextscale.data.datasets import ImageSet, load_images
 from nextscale.encoders.load import load_encoder
 from nextscale.pipeline import Pipeline
+from nextscale.quickstart.few import find_start
 from nextscale.quickstart.measure import measure_samples
 from nextscale.quickstart.run import encode_features, run_quickstart
+from nextscale.training.report import describe_copies, format_quickstart_report
 from nextscale.training.transformer import read_run_config
 from tests import forked
+from tests.conftest import randomised, tiny_config
 
 TINY = {
     "tokenizer": {"vocab_size": 16, "code_width": 4, "base_channels": 8, "norm_groups": 4, "res_blocks": 1,
@@ -211,3 +216,53 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(folder, tmp_path):
     step = torch.load(max(states.glob("tokenizer-*.pt")), weights_only=True)["step"]
     assert 0 < step < 4000
     assert f"at step {step} of 4000" in err
+
+
+def test_few_images_start_from_a_trained_model(folder, tmp_path, capsys):
+    """An adapter with the classes of the data is trained, merged, sampled and measured."""
+    start = randomised(tiny_config(condition=ConditionConfig(num_classes=3)))
+    start.save_pretrained(tmp_path / "start")
+    settings = tiny_settings(data=str(folder), start=str(tmp_path / "start"), image_size=0)
+    metrics = run_quickstart(settings, tmp_path / "run", draw_routing)
+    pipeline = Pipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.config.class_names == ("0", "1", "2", "day", "night")
+    rows = pipeline.to_checkpoint().transformer["condition.embedding.weight"]
+    before = start.to_checkpoint().transformer["condition.embedding.weight"]
+    assert torch.equal(rows[[0, 1, 2, 5]], before), "the classes of the model stay"
+    assert {"samples.png", "scales.png", "curves.png", "README.md", "adapter"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+    assert 0 <= metrics["copies"] <= 1
+    assert metrics["labels"] == ["day", "night"]
+    report = format_quickstart_report(metrics, tmp_path / "run")
+    assert "of the samples are nearer to a training image than 95 % of the held-out images are" in report
+    assert f"nextscale sample {tmp_path / 'run'} --labels day,night" in report
+    assert run_quickstart(settings, tmp_path / "run", draw_routing) == metrics, "it is finished"
+
+
+def test_a_model_to_start_from_is_found_where_it_fits(capsys):
+    few = QuickstartConfig(data="photos")
+    assert find_start(few, 48).endswith("models/var-cifar10")
+    assert "48 images are few: the quickstart starts from" in capsys.readouterr().out
+    assert find_start(few, 300) == find_start(QuickstartConfig(), 48) == ""
+    assert find_start(tiny_settings(data="photos"), 48) == "", "other models are asked for"
+    assert find_start(replace(few, few_images=0), 48) == ""
+    assert capsys.readouterr().out == ""
+    assert find_start(replace(few, image_size=64), 48) == ""
+    assert "and does not fit 64x64 pixels" in capsys.readouterr().out
+
+
+def test_copies_are_told_from_new_images():
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (60, 3, 8, 8), generator=rng, dtype=torch.uint8)
+    train, held_out = (ImageSet(part, torch.zeros(30, dtype=torch.int64), ("a",)) for part in images.split(30))
+    labels = torch.zeros(30, dtype=torch.int64)
+    copied = measure_samples(train, held_out, train.images_B3HW / 255, labels)["copies"]
+    fresh = torch.rand(30, 3, 8, 8, generator=rng)
+    new = measure_samples(train, held_out, fresh, labels)["copies"]
+    assert copied == 1
+    assert new < 0.3
+    entropy = {"training": 1.0, "held_out": 2.0}
+    assert describe_copies(1.0, entropy).startswith("the model copies: 100% of the samples")
+    assert describe_copies(0.1, entropy).startswith("the samples are no copies of the training images")
+    assert "knows its training images by heart" in describe_copies(0.1, entropy | {"held_out": 4.0})

@@ -4,8 +4,8 @@ Alone or under torchrun. `python -m tests.train_worker SESSIONS.json` reads [[pr
 does each by so many new processes, which it forks: torch is imported once.
 
 Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with mixers=mvar an M-VAR) or
-2 (encoder) of tests/test_train.py, one case after the other, and writes FOLDER/final.pt and, for each process,
-FOLDER/held-RANK.json: which share of each parameter it holds.
+2 (encoder) of tests/test_train.py, with lora=RANK adapters of it and a new class, one case after the other, and writes
+FOLDER/final.pt and, for each process, FOLDER/held-RANK.json: which share of each parameter it holds.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 
 from nextscale.common.distributed import World, init_distributed
 from nextscale.common.errors import UserError
+from nextscale.config.lora import LoraConfig
 from nextscale.config.tokenizer_training import CodebookConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
 from nextscale.training.engine.checks import Interrupted
@@ -27,6 +28,7 @@ from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.task import Task
 from nextscale.training.tokenizer import TokenizerTask
 from nextscale.training.transformer import validate
+from nextscale.transformer.lora import add_adapters
 from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, mixture_task, tasks
 
@@ -98,6 +100,9 @@ def build(which: int, changes: dict) -> Task:
     router = changes.pop("router", "")
     mixers = MVAR if changes.pop("mixers", "") == "mvar" else {}
     task = mixture_task(router) if router else tasks(randomised(tiny_config(**mixers)))[which]
+    if rank := changes.pop("lora", 0):
+        add_adapters(task.model, LoraConfig(rank=rank), torch.ones(1, 32), torch.Generator().manual_seed(0))
+        task.saves_frozen = False
     if changes.pop("codebook", None) == "ema":
         task = TokenizerTask(task.tokenizer, task.examples, codebook=CodebookConfig(update="ema", revive_every=3))
     return task

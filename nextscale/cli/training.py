@@ -45,6 +45,7 @@ class Quickstart:
     main_options: ClassVar[tuple[str, ...]] = (
         "data",
         "out",
+        "start",
         "config",
         "image-size",
         "limit",
@@ -60,7 +61,10 @@ class Quickstart:
         from nextscale.common.outputs import RunFolder
 
         folder = RunFolder("--out", self.out, (contents.QUICKSTART_RUN,))
-        return [folder], list_inputs(images={"--data": self.settings.data}, files={"--config": self.config})
+        models: Paths = {"--start": self.settings.start}
+        return [folder], list_inputs(
+            images={"--data": self.settings.data}, models=models, files={"--config": self.config}
+        )
 
     def run(self) -> None:
         from nextscale.quickstart.run import run_quickstart

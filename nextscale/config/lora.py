@@ -31,7 +31,7 @@ class LoraConfig:
     """New classes whose embedding starts from that of a class of the model: NEW=OLD, separated by commas, such as
     my-cat=cat. Others start from the mean of all classes."""
 
-    keep: int = 256
+    keep: int = 512
     """Samples of the model that the adapters are trained on, too, half of each batch, so that the other classes stay as
     they are (prior preservation, DreamBooth). More keep them better; 0 = none."""
 

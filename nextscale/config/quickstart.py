@@ -74,6 +74,11 @@ class QuickstartConfig:
     """Sides of the token maps, coarse to fine, such as 1,2,3,4, or height x width for images that are not square, such
     as 1,2,3x4,6x8; empty derives them from the image size."""
     images: ReadConfig = field(default_factory=ReadConfig)
+    start: str = ""
+    """Trained model to start from: an adapter of it is trained (docs/adapters.md). Empty: with fewer than `few_images`
+    images models/var-cifar10, where its size fits; else a new model is trained."""
+    few_images: int = 300
+    """Number of images below which a trained model is looked for; 0 = never."""
     limit: int = 20000
     """Largest number of images to use, drawn at random."""
     held_out: float = 0.2
@@ -113,6 +118,7 @@ class QuickstartConfig:
             "held_out must lie between 0 and 1": 0 < self.held_out < 1,
             "image_size must be 0 (derived from the data) or more": self.image_size >= 0,
             "limit must be at least 1": self.limit >= 1,
+            "few_images must be 0 or more": self.few_images >= 0,
             "measure_images must be at least 1": self.measure_images >= 1,
             SEED_RULE: is_seed(self.seed),
         }
@@ -140,6 +146,12 @@ class QuickstartConfig:
     def list_doubts(self) -> list[str]:
         """Values under which a part of the model learns nothing."""
         return list_generator_doubts(self.train_transformer, self.transformer, self.sampling, "train_transformer.")
+
+    @property
+    def has_default_models(self) -> bool:
+        """Whether no settings ask for other models than the default ones."""
+        own = self.tokenizer, self.transformer, self.loss, self.encoder
+        return own == (_tokenizer(), _transformer(), LossConfig(encoder="own"), QuickstartConfig().encoder)
 
     def fit_to_data(self, images: int) -> QuickstartConfig:
         """These settings for so many training images: where a training would pass over them more than `max_epochs`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nextscale.cards.card import write_card
+from nextscale.checkpoints.native import read_config
 from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.checkpoints.verify import list_digests
 from nextscale.common.devices import find_device
@@ -28,6 +29,7 @@ from nextscale.config.log import read_log
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
+from nextscale.data.classes import Classes, match_classes, relabel
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.data.inputs import describe_data
@@ -37,6 +39,7 @@ from nextscale.evaluation.metrics.reconstruction import psnr
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.quickstart.estimate import estimate_time
+from nextscale.quickstart.few import find_start, train_adapter
 from nextscale.quickstart.measure import check_available, measure_samples
 from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -73,10 +76,15 @@ def run_quickstart(
         print(f"the quickstart in {folder} is finished; its results (to make it anew, give another --out):")
         return finished
     size, pyramid = config.geometry()
+    if config.start:
+        size = read_config(Path(config.start))[0].image_size
     data = load_images(config.data, size, config.limit, config.seed, config.images)
     train_images, held_out = data.split(config.held_out, config.seed)
     check_data(config, data, train_images, held_out, size)
     record_settings(folder / "quickstart.json", to_dict(config), {"data": data.inputs})
+    if base := find_start(config, len(data)):
+        pipeline = train_adapter(config, base, folder, world)
+        return finish(pipeline, config, data, (train_images, held_out), folder, start)
     config = fit_trainings(config, len(train_images))
     pipeline = create_pipeline(config, pyramid, data.class_names).to(world.device, torch.float32)
     if not list((folder / "training").glob("*.pt")):
@@ -99,15 +107,33 @@ def run_quickstart(
     train(task, config.train_transformer, folder, callbacks, world=world)
     write_checkpoint(folder, pipeline.to_checkpoint())
 
-    reconstruction = draw_pictures(pipeline, config, held_out, folder)
     if draw_routing is not None and pipeline.transformer.config.experts.router != "none":
         draw_routing(pipeline, held_out, config, folder)
-    metrics = sample_and_measure(pipeline, config, train_images, held_out) | reconstruction
+    return finish(pipeline, config, data, (train_images, held_out), folder, start, tokens_BL)
+
+
+def finish(
+    pipeline: Pipeline, config: QuickstartConfig, data: ImageSet, parts: tuple[ImageSet, ImageSet], folder: Path,
+    start: float, tokens_BL: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Draw the pictures, sample, measure, and write the metrics and the model card of a trained model in `folder`.
+
+    `parts`: training and held-out images. `start`: the time when the quickstart began. `tokens_BL`: of the training
+    images, of which the used codes are counted.
+    """
+    train_images, held_out = parts
+    match = match_classes(
+        Classes.of_data(config.data, data.class_names), Classes.of_model(str(folder), pipeline.config), subset=True
+    )
+    reconstruction = draw_pictures(pipeline, config, held_out, folder, match.index)
+    metrics = sample_and_measure(pipeline, config, train_images, held_out, match.index) | reconstruction
     metrics["cross_entropy_nats_per_token"] = {
-        name: compute_cross_entropy(pipeline, images.select(torch.arange(min(len(images), 500))))
+        name: compute_cross_entropy(pipeline, relabel(images.select(torch.arange(min(len(images), 500))), match))
         for name, images in (("training", train_images), ("held_out", held_out))
     }
-    metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
+    if tokens_BL is not None:
+        metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
+    metrics["labels"] = [pipeline.caption(label) for label in match.index[:2]]
     metrics["unreadable_images"] = list(data.unreadable)
     metrics["seconds"] = round(time.monotonic() - start, 1)
     metrics["model_weights"] = list_digests(folder)
@@ -219,14 +245,16 @@ def compute_cross_entropy(pipeline: Pipeline, data: ImageSet) -> float:
     return float(-scores_BK.sum() / tokens_BL.numel())
 
 
-def draw_pictures(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folder: Path) -> dict[str, Any]:
-    """Write the pictures; return how well held-out images are reconstructed (mean of the per-image PSNR, in dB)."""
-    shown = min(len(pipeline.config.class_names), _SHOWN_CLASSES)
-    labels = [label for label in range(shown) for _ in range(_SAMPLES_PER_CLASS)]
+def draw_pictures(
+    pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folder: Path, classes: Sequence[int]
+) -> dict[str, Any]:
+    """Write the pictures of these classes of the model; return how well held-out images are reconstructed (mean of the
+    per-image PSNR, in dB)."""
+    labels = [label for label in classes[:_SHOWN_CLASSES] for _ in range(_SAMPLES_PER_CLASS)]
     samples = pipeline.sample(labels, config.sampling, batch_size=_BATCH)
     save_grid(samples.tensor, samples.captions, folder / "samples.png", columns=_SAMPLES_PER_CLASS)
 
-    steps = pipeline.sample_scales([0], config.sampling)
+    steps = pipeline.sample_scales([classes[0]], config.sampling)
     images_K3HW = torch.cat([pipeline.tokenizer.decode_canvas(step.canvas_BChw) for step in steps])
     captions = [f"{h}x{w}" for h, w in pipeline.config.pyramid.sides]
     save_grid((images_K3HW.cpu() + 1) / 2, captions, folder / "scales.png", columns=len(captions))
@@ -253,10 +281,15 @@ def draw_pictures(pipeline: Pipeline, config: QuickstartConfig, held_out: ImageS
 
 
 def sample_and_measure(
-    pipeline: Pipeline, config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet
+    pipeline: Pipeline, config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet, classes: Sequence[int]
 ) -> dict[str, Any]:
-    """Generate images of all classes in turn, other than those shown, and measure them."""
-    labels_B = torch.arange(config.measure_images) % len(pipeline.config.class_names)
+    """Generate images of all classes of the data in turn, other than those shown, and measure them.
+
+    `classes`: for each class of the data that of the model.
+    """
+    labels_B = torch.arange(config.measure_images) % len(classes)
     shown = _SAMPLES_PER_CLASS * _SHOWN_CLASSES
-    images = pipeline.sample(labels_B, config.sampling, batch_size=_BATCH, first_image=shown, progress=True)
+    images = pipeline.sample(
+        torch.tensor(classes)[labels_B], config.sampling, batch_size=_BATCH, first_image=shown, progress=True
+    )
     return measure_samples(train_images, held_out, images.tensor, labels_B)

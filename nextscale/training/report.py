@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nextscale.common.errors import Interruption
+from nextscale.config.classes import quote_name
 from nextscale.training.engine.checks import Interrupted
+
+_MANY_COPIES, _FAR_APART = 0.5, 2.0
 
 
 @contextmanager
@@ -44,16 +48,35 @@ def format_quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
             f"held-out real images read right by a classifier fitted on {metrics['generated_images']} generated ones: "
             f"{metrics['held_out_read_by_generated_fit']:.1%}",
         ]
-    labels = "0,1" if "generated_read_as_asked" in metrics else "0"
+    labels = shlex.quote(",".join(map(quote_name, metrics["labels"]))) if metrics.get("labels") else "0"
     pictures = "samples.png, scales.png, reconstructions.png, curves.png"
     pictures += ", routing.png (which expert works where)" if (folder / "routing.png").exists() else ""
     lines += [
         f"distance to the nearest training image (RMS): generated {distance['generated']:.4f}, "
         f"held-out real {distance['held_out_real']:.4f}",
+        *([describe_copies(metrics["copies"], metrics["cross_entropy_nats_per_token"])] if "copies" in metrics else []),
         f"done in {metrics['seconds']:.0f} s; see {folder}/{pictures}",
         f"more: nextscale sample {folder} --labels {labels} --out grid.png",
     ]
     return "\n".join(lines)
+
+
+def describe_copies(copies: float, entropy: dict[str, float]) -> str:
+    """Whether a model copies its training images, in words. `copies`: share of samples that are nearer to a training
+    image than 95 % of the held-out images are."""
+    share = f"{copies:.0%} of the samples are nearer to a training image than 95 % of the held-out images are"
+    if copies > _MANY_COPIES:
+        return (
+            f"the model copies: {share}, 5 % would be expected of new images. It knows its training images by heart; "
+            "more images help most"
+        )
+    apart = entropy["held_out"] - entropy["training"]
+    if apart > _FAR_APART:
+        return (
+            f"the samples are no copies ({share}), but the model knows its training images by heart: it predicts "
+            f"held-out ones worse by {apart:.2f} nats per token. More images help most"
+        )
+    return f"the samples are no copies of the training images: {share}"
 
 
 def format_tokenizer_report(report: dict[str, Any]) -> str:
