@@ -203,7 +203,11 @@ def main() -> None:
         usual = "test" if is_held_out(family, options.test_share) else "train"
         drawn = [Row(picture, label) for label, picture in enumerate(pictures)]
         if options.captions:
-            drawn = list(describe_letters(pictures, path, options.seed, options.per_letter))
+            try:
+                drawn = list(describe_letters(pictures, path, options.seed, options.per_letter))
+            except Exception as error:  # as in find_fonts: a table may be damaged
+                print(f"note: {path} is left out: its style cannot be read: {type(error).__name__}: {error}")
+                continue
         for row in drawn:
             part = "held-out" if any(map(row.has, options.hold_out)) else usual
             rows[part].append(row)

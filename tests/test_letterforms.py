@@ -64,15 +64,24 @@ def test_words_of_a_font_are_those_of_its_tables(name, words):
 
 
 def test_captions_say_what_the_pictures_show_and_combinations_are_held_out(tmp_path, monkeypatch, capsys):
+    from fontTools.ttLib import TTFont
     from pyarrow import parquet
 
     for name in ("DejaVuSans", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"):
         (tmp_path / f"{name}.ttf").symlink_to(FONTS / f"{name}.ttf")
+    with TTFont(FONTS / "DejaVuSansMono.ttf") as font:
+        font.save(tmp_path / "broken.ttf")
+    with TTFont(tmp_path / "broken.ttf", lazy=True) as font:
+        place = font.reader.tables["OS/2"]
+    content = bytearray((tmp_path / "broken.ttf").read_bytes())
+    content[place.offset : place.offset + 2] = b"\x00\x63"  # a version that does not exist
+    (tmp_path / "broken.ttf").write_bytes(content)
     share = min(zlib.crc32(family.encode()) / 2**32 for family in ("DejaVu Sans", "DejaVu Serif")) + 1e-6
     held_out = ["bold, R", "red on blue", "italic, on white"]
     arguments = ["letterforms", str(tmp_path), "--out", str(tmp_path / "x"), "--test-share", str(share), "--captions"]
     monkeypatch.setattr("sys.argv", [*arguments, "--per-letter", "3", "--hold-out", *held_out])
     main()
+    assert "broken.ttf is left out: its style cannot be read" in capsys.readouterr().out
     tables = {part: parquet.read_table(tmp_path / f"x-{part}.parquet") for part in ("train", "test", "held-out")}
     assert sum(map(len, tables.values())) == 3 * 3 * 52
     fits = [
