@@ -99,10 +99,11 @@ def test_captions_that_are_absent_or_no_texts_are_refused(tmp_path, columns, con
 
 
 def test_a_column_of_captions_that_nothing_uses_is_named(tmp_path):
-    write_table(tmp_path / "x.parquet", image=images(2), label=[0, 1], caption=["a", "b"])
-    source = open_source(str(tmp_path / "x.parquet"), 8, ReadConfig(caption_column="caption"))
-    assert source.captions is None
-    assert source.unused.remarks == ["captions are not used here, so --images.caption-column has no effect"]
+    write_table(tmp_path / "x.parquet", image=images(4), label=[0, 1, 0, 1], caption=["a", "b", "c", "d"])
+    config = DataConfig(caption_column="caption", held_out=0.5)
+    train, _, source = open_dataset(str(tmp_path / "x.parquet"), 8, config, 0)
+    assert (source.captions, train.captions) == (None, None)
+    assert train.notes == ["captions are not used here, so --images.caption-column has no effect"]
 
 
 # ---- folders

@@ -311,6 +311,8 @@ def open_dataset(
     others are decoded when they are fetched. Raises UserError in the same cases as `load_images`.
     """
     source = open_source(data, size, config, captioned=captioned)
+    if config.caption_column and not captioned:
+        source.unused.remark("captions are not used here, so --images.caption-column has no effect")
     image_bytes = 3 * math.prod(expand_size(size))
     if not config.random_crop and image_bytes * min(len(source.labels), config.limit) <= _MEMORY_LIMIT:
         images = read_images(

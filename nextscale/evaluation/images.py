@@ -30,7 +30,7 @@ from nextscale.data.datasets import decode_image
 from nextscale.data.describe import print_data_set
 from nextscale.data.inputs import describe_data
 from nextscale.data.parts import choose_part
-from nextscale.data.sources import open_optional
+from nextscale.data.sources import open_optional, open_source
 from nextscale.evaluation.sizes import choose_size
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -68,9 +68,7 @@ class ModelImages:
         if settings.official_seeding:
             raise UserError("official_seeding makes an image depend on its batch; it cannot be measured in shards")
         self.pipeline, self.where, self.count, self.settings, self.batch = pipeline, where, count, settings, batch
-        self.order = tuple(
-            range(pipeline.transformer.config.condition.require_classes("measuring a model draws images"))
-        )
+        self.order = self.list_classes()
         self.size = pipeline.config.image_size
 
     def __len__(self) -> int:
@@ -81,15 +79,24 @@ class ModelImages:
         images = self.pipeline.sample(labels, self.settings, batch_size=self.batch, first_image=start)
         return to_uint8(images.tensor)
 
-    def labels(self) -> Tensor:
+    def list_classes(self) -> tuple[int, ...]:
+        """The classes in the order in which images are drawn. UserError where the model has none."""
+        return tuple(
+            range(self.pipeline.transformer.config.condition.require_classes("measuring a model draws images"))
+        )
+
+    def labels(self) -> Tensor | None:
         return torch.tensor(self.order)[torch.arange(self.count) % len(self.order)]
 
-    def classes(self) -> Classes:
+    def classes(self) -> Classes | None:
         return Classes.of_model(self.where, self.pipeline.config)
 
     def match_order(self, other: ModelImages) -> str:
         """Give each image the class that it has in `other`, by name; UserError when the classes differ. The note."""
-        match = match_classes(other.classes(), self.classes())
+        theirs, ours = other.classes(), self.classes()
+        if theirs is None or ours is None:
+            return ""
+        match = match_classes(theirs, ours)
         self.order = match.index
         return match.note
 
@@ -105,6 +112,43 @@ class ModelImages:
             "samples_per_class": self.count / len(self.order),
             **({} if self.order == tuple(range(len(self.order))) else {"order of classes": list(self.order)}),
         }
+
+
+class PromptedImages(ModelImages):
+    """Samples of a model that reads captions: image i has the first caption of image i of a data set, in turn, and its
+    own random stream of the seed. Images without a caption are passed over."""
+
+    def __init__(
+        self, pipeline: Pipeline, where: str, count: int, settings: SampleConfig, batch: int, captions_of: str,
+        reading: ReadConfig | None = None,
+    ):  # fmt: skip
+        """`captions_of`: the data set; UserError when it is empty or has no captions."""
+        super().__init__(pipeline, where, count, settings, batch)
+        if not captions_of:
+            raise UserError(f"{where} draws images from captions: give a --reference that has some (docs/data.md)")
+        captions = open_source(captions_of, 8, reading, captioned=True).captions
+        assert captions is not None, "it was asked for captions"
+        self.prompts = [text for i in range(len(captions)) for text in captions[i][:1] if text]
+        self.captions_of = captions_of
+
+    def list_classes(self) -> tuple[int, ...]:
+        return (0,)
+
+    def fetch(self, start: int, stop: int) -> Tensor:
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(start, stop)]
+        images = self.pipeline.sample(prompts=prompts, config=self.settings, batch_size=self.batch, first_image=start)
+        return to_uint8(images.tensor)
+
+    def labels(self) -> None:
+        return None
+
+    def classes(self) -> None:
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        digest = fingerprint_bytes("\0".join(self.prompts).encode())
+        known = {name: value for name, value in super().identity().items() if name != "samples_per_class"}
+        return known | {"prompts": {"where": self.captions_of, "content": digest}}
 
 
 class StoredImages:
@@ -302,13 +346,14 @@ def compare_pairs(images: MeasuredImages, partner: MeasuredImages) -> str:
 
 def open_images(
     source: str, count: int, size: Size, settings: SampleConfig, batch: int, reconstruct: str = "",
-    reading: ReadConfig | None = None, **load: Any,
+    reading: ReadConfig | None = None, captions_of: str = "", **load: Any,
 ) -> MeasuredImages:  # fmt: skip
     """The images of a checkpoint folder, an .npz of samples, or a data set (folder, table, name on the hub).
 
     `count`: number of images, 0 for all (50,000 of a model). `size`: resize and crop a data set's images, 0 for
     unchanged. `reading`: how a data set is read. `reconstruct`: images that the model's tokenizer reconstructs, in
-    place of samples. `load`: dtype and device of a model.
+    place of samples. `captions_of`: the data set whose captions are the prompts of a model that reads texts. `load`:
+    dtype and device of a model.
     """
     path = Path(source)
     if path.suffix == ".npz":
@@ -317,5 +362,8 @@ def open_images(
         pipeline = Pipeline.from_pretrained(source, **load)
         return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.image_size, count, reading))
     if (path / "config.json").is_file():
-        return ModelImages(Pipeline.from_pretrained(source, **load), source, count or 50_000, settings, batch)
+        pipeline = Pipeline.from_pretrained(source, **load)
+        if pipeline.transformer.config.condition.kind == "text":
+            return PromptedImages(pipeline, source, count or 50_000, settings, batch, captions_of, reading)
+        return ModelImages(pipeline, source, count or 50_000, settings, batch)
     return StoredImages(source, size, count, reading)

@@ -96,10 +96,11 @@ def evaluate(
         check_columns(opened)
         measured = _ImageFeatures({npz.network: sort_rows(npz.features())}, {npz.network: npz.read_text("fingerprint")})
     else:
-        images = _open_images(source, config, world, config.reconstruct)
+        captions_of = next((name for name in references if not name.endswith(".npz")), "")
+        images = _open_images(source, config, world, config.reconstruct, captions_of)
         if not (loaded or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
-        partner = _open_partner(against, images, config, world) if against else None
+        partner = _open_partner(against, images, config, world, captions_of) if against else None
         opened = _open_references(references, loaded, replace(config, size=config.size or images.size))
         check_columns([images, *([partner] if partner else ()), *opened])
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
@@ -196,10 +197,12 @@ def _read_feature_file(source: str) -> NpzFile | None:
     return None
 
 
-def _open_images(source: str, config: EvaluationConfig, world: World, reconstruct: str = "") -> MeasuredImages:
+def _open_images(
+    source: str, config: EvaluationConfig, world: World, reconstruct: str = "", captions_of: str = ""
+) -> MeasuredImages:
     images = open_images(
         source, config.count, config.size, config.sampling, config.batch, reconstruct, reading=config.images,
-        dtype=config.dtype, device=world.device, capture=config.capture, lora=config.lora,
+        captions_of=captions_of, dtype=config.dtype, device=world.device, capture=config.capture, lora=config.lora,
     )  # fmt: skip
     if config.lora and not isinstance(images, ModelImages):
         raise UserError(f"--lora adds adapters to a model that samples; {source} is none")
@@ -208,9 +211,12 @@ def _open_images(source: str, config: EvaluationConfig, world: World, reconstruc
     return images
 
 
-def _open_partner(against: str, images: MeasuredImages, config: EvaluationConfig, world: World) -> MeasuredImages:
+def _open_partner(
+    against: str, images: MeasuredImages, config: EvaluationConfig, world: World, captions_of: str
+) -> MeasuredImages:
     """The images to compare with `images` one by one: a model's have the same classes, by name."""
-    partner = _open_images(against, replace(config, size=config.size or images.size, lora=()), world)
+    config = replace(config, size=config.size or images.size, lora=())
+    partner = _open_images(against, config, world, captions_of=captions_of)
     notes = []
     if isinstance(partner, ModelImages) and isinstance(images, ModelImages):
         notes.append(partner.match_order(images))

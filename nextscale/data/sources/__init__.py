@@ -31,8 +31,6 @@ def open_source(
     """
     config = config or ReadConfig()
     source = _open(data, size, config, labelled, captioned)
-    if config.caption_column and not captioned:
-        source.unused.remark("captions are not used here, so --images.caption-column has no effect")
     if labelled and not config.allow_empty_classes:
         check_classes(source)
     return source
