@@ -1,6 +1,7 @@
 """Every code block of the documentation is run or parsed; one that is neither says why in a comment before it."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ OWN_TESTS = {"docs/extending.md": "tests/test_extending.py", "README.md": "tests
 def list_commands() -> dict[str, list[str]]:
     """All different command lines of all pages that stand for no others."""
     commands = [c for text in PAGES.values() for c in find_commands(text)]
-    return {" ".join(c): c for c in commands if not PLACEHOLDERS & set(c) and c[0] != "--import"}
+    return {shlex.join(c): c for c in commands if not PLACEHOLDERS & set(c) and c[0] != "--import"}
 
 
 def list_missing(command) -> list[str]:
@@ -68,7 +69,7 @@ def test_commands_that_need_nothing_else_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for line in runnable:
         overwrite = ["--overwrite"] if hasattr(parsed[line], "overwrite") else []
-        assert main([*line.split(), *overwrite]) == 0, f"{line}\n{capsys.readouterr().err}"
+        assert main([*shlex.split(line), *overwrite]) == 0, f"{line}\n{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_other_blocks_say_why_they_are_not_run(page):
         assert known or NOT_RUN.search(before), f"{page}: a block of {language} that is not run and does not say why"
     for block in find_blocks(PAGES[page], "sh"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = [word for word in line.split("#")[0].split() if not re.match(r"[A-Z_]+=", word)]
+            words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
             assert not words or words[0] == "nextscale" or words[0] in OTHER_PROGRAMS, f"{page}: {line}"
 
 

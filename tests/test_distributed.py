@@ -24,6 +24,7 @@ EQUAL = {
     "encoder": "2",
     "full, dense": "1 sharding=full ema=0.9 activation_checkpointing=1",
     "full, mamba": "1 sharding=full mixers=mvar activation_checkpointing=1",
+    "full, combined": "1 sharding=full condition=combined ema=0.9 activation_checkpointing=1",
     "full, expert-choice": "1 sharding=full router=expert-choice ema=0.9 activation_checkpointing=1",
     "full, moe++": "1 sharding=full router=moe++",
     "experts, stmoe": "1 sharding=experts router=stmoe ema=0.9 activation_checkpointing=1",

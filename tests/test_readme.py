@@ -1,6 +1,7 @@
 """The README and docs/commands.md show commands, code and files as they are."""
 
 import re
+import shlex
 from pathlib import Path
 
 from nextscale.cli.commands import COMMANDS
@@ -20,7 +21,7 @@ def find_commands(text: str) -> list[list[str]]:
     commands = []
     for block in find_blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = line.split("#")[0].split()
+            words = shlex.split(line, comments=True)
             if words and words[0] == "nextscale":
                 commands.append(words[1:])
             elif "nextscale.cli" in words:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.common.errors import UserError
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.config.log import read_log
 from nextscale.config.training import TrainConfig
@@ -59,6 +60,22 @@ def mixture_task(router):
     return TransformerTask(
         pipeline.transformer, pipeline.tokenizer, examples, SETTINGS, LossConfig(encoder="cache", group="1,3")
     )
+
+
+def combined_task():
+    """Captions and control pictures of the data, read by cross-attention."""
+    parts = {"caption": ConditionConfig("text", max_tokens=6, layers=1)}
+    parts["mask"] = ConditionConfig("picture", picture_size=(8, 8), layers=1)
+    condition = ConditionConfig("combined", parts=parts)
+    pipeline = randomised(tiny_config(condition=condition, mixers=("attention", "cross-attention")))
+    rng = torch.Generator().manual_seed(0)
+    examples = MemoryExamples(
+        tokens=torch.randint(0, 32, (20, 30), generator=rng),
+        text=torch.randint(0, 256, (20, 5), generator=rng, dtype=torch.uint8),
+        text_length=torch.randint(0, 6, (20,), generator=rng),
+        control=torch.randint(0, 256, (20, 1, 8, 8), generator=rng, dtype=torch.uint8),
+    )
+    return TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, SETTINGS)
 
 
 def encoder_task(images):

@@ -19,6 +19,7 @@ from nextscale.checkpoints.official_files import read_tensors, write_tensors
 from nextscale.checkpoints.official_shapes import Hints, infer_config, list_fixed_settings, list_needed_options
 from nextscale.common.errors import UserError
 from nextscale.common.files import find_target
+from nextscale.config.condition import OTHERS
 from nextscale.config.model import ModelConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
@@ -157,6 +158,8 @@ def _unknown_officially(model: TransformerConfig) -> str:
         return f"this model is a mixture of experts ({model.experts.router})"
     if model.dynamic.on:
         return "this model has dynamic FFNs (the model that it was made of may be exported)"
+    if model.condition.kind in OTHERS:
+        return f"this model's images are conditioned on {model.condition.describe()}"
     if model.condition.kind != "class" or model.resolved_feed_forward != "dense":
         own = model.condition.kind if model.condition.kind != "class" else model.resolved_feed_forward
         return f"this model has a layer or condition of your own ({own})"

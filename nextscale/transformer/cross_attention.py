@@ -1,5 +1,4 @@
-"""Attention to the sequence of the condition, such as the tokens of a caption (as Infinity, arXiv 2412.04431, and HART,
-arXiv 2410.10812).
+"""Attention to the sequence of the condition, such as the tokens of a caption (as Infinity, arXiv 2412.04431).
 
 Keys and values do not depend on the scale: they are computed once for a batch and serve all scales.
 
