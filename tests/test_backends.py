@@ -21,6 +21,7 @@ from nextscale.tokenizer.quantizer import Phi, Quantizer
 from nextscale.transformer.attention import Attention
 from nextscale.transformer.block import AdaLayerNorm
 from nextscale.transformer.context import ScaleContext
+from nextscale.transformer.cross_attention import CrossAttention
 from nextscale.transformer.feed_forward import DenseFeedForward
 from nextscale.transformer.feed_forward.dynamic import DynamicFeedForward, ExpertRouter
 from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
@@ -78,6 +79,12 @@ def adapted(layer):
     return adapt_layer(layer, LoraConfig(rank=3), torch.Generator())
 
 
+def run_cross_attention(mixer):
+    """Three images with sequences of different lengths."""
+    mask_BT = torch.arange(5) < torch.tensor([[2], [5], [3]])
+    return mixer(draw(3, 9, 32), None, mixer.read_sequence(draw(3, 5, 32, seed=1), mask_BT))
+
+
 CASES = {
     nn.Linear: (lambda: nn.Linear(24, 40), lambda m: m(draw(3, 50, 24))),
     Int8Linear: (create_int8_layer, lambda m: m((draw(3, 50, 24) > 0).float())),  # exact in 127 levels, too
@@ -103,6 +110,7 @@ CASES = {
     AdaLayerNorm: (lambda: AdaLayerNorm(1e-6), lambda m: m(draw(2, 9, 32), draw(2, 1, 32), draw(2, 1, 32, seed=1))),
     Attention: (lambda: Attention(CONFIG), run_mixer),
     ScaleAttention: (lambda: ScaleAttention(CONFIG), run_mixer),
+    CrossAttention: (lambda: CrossAttention(CONFIG), run_cross_attention),
     Mamba2: (lambda: Mamba2(CONFIG), run_mixer),
     DenseFeedForward: (lambda: DenseFeedForward(CONFIG), lambda m: m(draw(2, 60, 32), WHOLE)[0]),
     StackedLinear: (lambda: StackedLinear(4, 24, 40), lambda m: torch.cat([m(draw(90, 24), j) for j in range(4)])),

@@ -30,6 +30,7 @@ from tests.test_parquet import class_label, images, write_table
 
 NO_DATA_SET = {
     "card", "demo", "doctor", "sample", "edit", "resume", "adapt", "upcycle", "quantise", "bench", "info",
+    "merge-lora",
     "import-official", "export-official", "analyse errors", "analyse convergence", "analyse dynamic", "experiment list",
     "experiment show",
 }  # fmt: skip

@@ -46,6 +46,7 @@ from nextscale.training.engine.memory import (
 from nextscale.training.estimate import describe_gpus
 from nextscale.training.tokenizer import TokenizerTask
 from nextscale.training.transformer import TransformerTask
+from nextscale.transformer.lora import add_adapters
 from tests import forked
 from tests.conftest import randomised, tiny_config
 from tests.test_settings import KINDS, RECIPES
@@ -393,9 +394,11 @@ def build_small_task(config):
         return ClassifierTask(model, images(config.classifier.image_size), config.shift, 0.1)
     if isinstance(config, EncoderRunConfig):
         return create_encoder_task(config.encoder, images(config.encoder.image_size), config.moco, config.views, 0)
-    base, _ = read_config(ROOT / "models" / "tokenizer-cifar10")
-    model = replace(base, transformer=config.fit(10, base.image_size, 0), class_names=())
+    base, _ = read_config(ROOT / "models" / ("var-cifar10" if config.lora.on else "tokenizer-cifar10"))
+    model = base if config.lora.on else replace(base, transformer=config.fit(10, base.image_size, 0), class_names=())
     tokenizer, transformer = build_modules(model)
+    if config.lora.on:
+        add_adapters(transformer, config.lora, torch.zeros(1, model.transformer.width), torch.Generator())
     tokens = torch.zeros(3, model.pyramid.length, dtype=torch.int64)
     examples = MemoryExamples(tokens=tokens, label=torch.zeros(3, dtype=torch.int64))
     return TransformerTask(transformer, tokenizer, examples, config.train)

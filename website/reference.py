@@ -57,6 +57,8 @@ def _walk(kind: type, defaults: Any, prefix: str, table: type | None = None) -> 
         if dataclasses.is_dataclass(hint):
             yield from _walk(hint, default, f"{prefix}{typed}." if typed else prefix, hint)
             continue
+        if get_origin(hint) is dict and any(map(dataclasses.is_dataclass, get_args(hint))):
+            continue  # tables by name, which only a config file can have
         text = texts.get(field.name) or next(e.help for e in extras if getattr(e, "help", None))
         if "Positional" in map(str, extras):
             yield Option(field.name.upper().replace("_", "-"), describe_type(hint), _show(default), text)

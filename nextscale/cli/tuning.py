@@ -41,7 +41,7 @@ class Tune:
     out: Path | None = None
     """Folder for results and measurements: results.json, table.md, pareto.png, samples.png. Default: MODEL.tune."""
     name: str = "fast"
-    """Name of the profile, for `nextscale sample MODEL --profile NAME`."""
+    """Name of the profile, which `nextscale sample` and other commands take."""
     settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
     config: Path | None = None
     """YAML or JSON file with sampling settings; options on the command line take precedence."""

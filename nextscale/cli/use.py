@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -41,7 +41,7 @@ class Sample:
     prompt: tuple[str, ...] = ()
     """Texts, for a model that reads them. One image for each."""
     prompt_file: Path | None = None
-    """A text file with a prompt in each line, in place of --prompt."""
+    """A text file with a prompt in each line, in place of prompts on the command line."""
     control: tuple[Path, ...] = ()
     """Control pictures (such as edges) of the model's size, for a model that reads them: one, or one for each image."""
     negative_prompt: str = ""
@@ -76,6 +76,11 @@ class Sample:
     up to 32 sequences (two an image with guidance), from the second batch of a size on."""
     show: Show = False
     overwrite: Overwrite = False
+
+    main_options: ClassVar[tuple[str, ...]] = (
+        "model", "out", "labels", "prompt", "prompt-file", "control", "negative-prompt", "cfg", "top-k", "top-p",
+        "seed", "config", "profile", "lora", "batch-size", "dtype", "device", "show",
+    )  # fmt: skip
 
     def check(self) -> None:
         rules = {
