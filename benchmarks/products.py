@@ -1,5 +1,4 @@
-"""The matrix products of a training step on a CPU: PyTorch's, and ours by oneDNN and, backward, by the
-compiled kernel.
+"""The matrix products of a training step on a CPU: PyTorch's and oneDNN's, forward and backward.
 
 `products.trains_by_onednn` says which of them training uses.
 
@@ -47,11 +46,11 @@ def main() -> None:
         "model": options.model,
         "rows": rows,
         "machine": describe_machine(torch.device("cpu")),
-        "taken": "ours" if taken else "torch",
+        "taken": "oneDNN" if taken else "torch",
         "gflop_s": {},
     }
-    seconds = {"torch": 0.0, "ours": 0.0}
-    print(f"{rows} rows; GFLOP/s     torch forward   backward          ours forward   backward")
+    seconds = {"torch": 0.0, "oneDNN": 0.0}
+    print(f"{rows} rows; GFLOP/s     torch forward   backward        oneDNN forward   backward")
     for name, (width, out, count) in shapes.items():
         times = time_products(rows, width, out, options.rounds)
         gflop = 2 * rows * width * out / 1e9
@@ -61,8 +60,8 @@ def main() -> None:
             seconds[who] += count * sum(statistics.median(times[f"{who} {way}"][1]) for way in ("forward", "backward"))
         print(f"{name:<6}{width:>6} to {out:<6}" + "".join(f"{m:>9.0f} ({b:.0f})" for m, b in rates.values()))
     result["seconds_per_step"] = seconds
-    print(f"all products of a step: torch {seconds['torch']:.2f} s, ours {seconds['ours']:.2f} s, "
-          f"{seconds['torch'] / seconds['ours']:.2f} times as fast")  # fmt: skip
+    print(f"all products of a step: torch {seconds['torch']:.2f} s, oneDNN {seconds['oneDNN']:.2f} s, "
+          f"{seconds['torch'] / seconds['oneDNN']:.2f} times as fast")  # fmt: skip
     print(json.dumps(result))
 
 
@@ -71,7 +70,7 @@ def time_products(rows: int, width: int, out: int, rounds: int) -> dict[str, tup
     x = torch.randn(rows, width, requires_grad=True)
     weight, bias = torch.randn(out, width, requires_grad=True), torch.randn(out, requires_grad=True)
     gradient = torch.randn(rows, out)
-    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": F.linear, "ours": products.linear}
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": F.linear, "oneDNN": products.linear}
     times: dict[str, tuple[int, list[float]]] = {
         f"{who} {way}": (products, []) for who in ways for way, products in (("forward", 1), ("backward", 2))
     }

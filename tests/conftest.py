@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.compilation import HEADS
-from nextscale.backends.cpu.kernels.gemm import VECTORS
 from nextscale.checkpoints import build_on_meta
 from nextscale.common.precision import is_fast
 from nextscale.config.log import read_log
@@ -65,9 +64,7 @@ def examples(count):
 
 def needs_kernels(name):
     """Marks a test of the compiled kernels of this file."""
-    missing = build.explain_missing(
-        name, {"blocks": HEADS[-1], "training": HEADS[-1], "gemm": VECTORS}.get(name, build.MAX_VECTORS)
-    )
+    missing = build.explain_missing(name, HEADS[-1] if name in ("blocks", "training") else build.MAX_VECTORS)
     return pytest.mark.skipif(missing is not None, reason=f"{missing}; the plain way has tests of its own")
 
 

@@ -87,15 +87,15 @@ class DifferentiableExperts(torch.autograd.Function):
             h_rF, a_rF = hidden[2 * n : 2 * n + 2]
             row_r, gate_r1 = row_R[start:end], gate_R[start:end, None]
             x_rD, dy_rD = x_TD[row_r], dy_TD[row_r]
-            da_rF = compute_input_gradient(dy_rD, w2_MDF[j])  # as if the gate were 1
+            da_rF = compute_input_gradient(dy_rD, w2_MDF[j], a_rF)  # as if the gate were 1
             dgate_R[start:end] = torch.linalg.vecdot(da_rF, a_rF) + dy_rD @ b2_MD[j]
             dout_rD = dy_rD.mul_(gate_r1)
-            compute_weight_gradient(dout_rD, a_rF, out=dw2_MDF[j])
+            compute_weight_gradient(dout_rD, a_rF, w2_MDF[j], out=dw2_MDF[j])
             db2_MD[j] = dout_rD.sum(dim=0)
             dh_rF = torch.ops.aten.gelu_backward(da_rF.mul_(gate_r1), h_rF, approximate="tanh")
-            compute_weight_gradient(dh_rF, x_rD, out=dw1_MFD[j])
+            compute_weight_gradient(dh_rF, x_rD, w1_MFD[j], out=dw1_MFD[j])
             db1_MF[j] = dh_rF.sum(dim=0)
-            dx_TD.index_add_(0, row_r, compute_input_gradient(dh_rF, w1_MFD[j]))
+            dx_TD.index_add_(0, row_r, compute_input_gradient(dh_rF, w1_MFD[j], x_rD))
         return dx_TD, dgate_R, None, None, dw1_MFD, db1_MF, dw2_MDF, db2_MD
 
 

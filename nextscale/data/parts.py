@@ -11,8 +11,9 @@ from nextscale.common.rng import make_generator
 def choose_part(total: int, count: int, labels_N: Tensor | None = None, seed: int = 0) -> Tensor:
     """`count` of `total` row numbers, ascending, drawn with a seed; all of them when `count` is at least `total`.
 
-    With labels every class has its share, to within one image. So the part does not depend on how a set is sorted:
-    of the same images in another order it is another part, as good as this one.
+    With labels every class has its share, by Webster's method: to within 1/2 + C/2 times the share of the class in the
+    set, of C classes, and hardly ever by more than one image. So the part does not depend on how a set is sorted: of
+    the same images in another order it is another part, as good as this one.
     """
     if count >= total:
         return torch.arange(total)

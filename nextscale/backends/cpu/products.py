@@ -6,7 +6,7 @@ rows, oneDNN for a single row. `linear` keeps clear of both, which costs next to
 EPYC with torch 2.13.0; tests/test_sampling.py checks it for whole images, on one and two threads.
 
 oneDNN's own products (x86) are faster. `linear` uses them in inference, faster still where a weight was packed, and on
-some CPUs in training in float32, where a compiled kernel computes the gradients.
+some CPUs in training, in float32, forward and backward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.backends.cpu.activations import compute_gelu
-from nextscale.backends.cpu.kernels.gemm import multiply_matrices
 from nextscale.backends.cpu.kernels.linear import multiply
 from nextscale.backends.cpu.kernels.training import apply_gelu
 from nextscale.common.errors import UserError
@@ -165,8 +164,10 @@ def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
 
 
 class _DifferentiableProduct(torch.autograd.Function):
-    """x (R, in) times weight (out, in) transposed, plus bias: forward by oneDNN, backward by the compiled kernel.
+    """x (R, in) times weight (out, in) transposed, plus bias, forward and backward by oneDNN.
 
+    The fastest operators differ: the gradient of x is computed as that of a 1x1 convolution, of one image with a pixel
+    for each row and the channels last in memory; the gradient of the weight as that of an inner product.
     benchmarks/products.py measures them.
     """
 
@@ -181,8 +182,8 @@ class _DifferentiableProduct(torch.autograd.Function):
         dy_RO = gradients[0].contiguous()
         dx, dweight, dbias = ctx.needs_input_grad
         return (
-            compute_input_gradient(dy_RO, weight) if dx else None,
-            compute_weight_gradient(dy_RO, x_RI) if dweight else None,
+            compute_input_gradient(dy_RO, weight, x_RI) if dx else None,
+            compute_weight_gradient(dy_RO, x_RI, weight) if dweight else None,
             dy_RO.sum(dim=0) if dbias else None,
         )
 
@@ -194,20 +195,23 @@ def multiply_rows(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
 
 
-def compute_input_gradient(dy_RO: Tensor, weight_OI: Tensor) -> Tensor:
+def compute_input_gradient(dy_RO: Tensor, weight_OI: Tensor, x_RI: Tensor) -> Tensor:
     """Gradient of x in x times weight transposed: dy times weight, (R, I)."""
-    dx_RI = multiply_matrices(dy_RO, weight_OI) if _uses_own_product(dy_RO) else None
-    return dy_RO @ weight_OI if dx_RI is None else dx_RI
+    if len(dy_RO) < _PRODUCT_ROWS or not _onednn_trains_faster(dy_RO):
+        return dy_RO @ weight_OI
+    return torch.ops.aten.convolution_backward(
+        _view_as_pixels(dy_RO), _view_as_pixels(x_RI), weight_OI[:, :, None, None], None,
+        [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False],
+    )[0].permute(0, 2, 3, 1).reshape(x_RI.shape)  # fmt: skip
 
 
-def compute_weight_gradient(dy_RO: Tensor, x_RI: Tensor, out: Tensor | None = None) -> Tensor:
+def compute_weight_gradient(dy_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of the weight in x times weight transposed: dy transposed times x, (O, I); written to `out` if given."""
-    dweight_OI = multiply_matrices(dy_RO.T, x_RI, out) if _uses_own_product(dy_RO) else None
-    return torch.mm(dy_RO.T, x_RI, out=out) if dweight_OI is None else dweight_OI
-
-
-def _uses_own_product(dy_RO: Tensor) -> bool:
-    return len(dy_RO) >= _PRODUCT_ROWS and _onednn_trains_faster(dy_RO)
+    if len(dy_RO) < _PRODUCT_ROWS or not _onednn_trains_faster(dy_RO):
+        return torch.mm(dy_RO.T, x_RI, out=out)
+    operands = dy_RO.to_mkldnn(), x_RI.to_mkldnn()
+    gradient = torch.ops.aten.mkldnn_linear_backward_weights(*operands, weight_OI, False)[0].to_dense()
+    return gradient if out is None else out.copy_(gradient)
 
 
 def _onednn_trains_faster(x: Tensor) -> bool:
@@ -215,3 +219,8 @@ def _onednn_trains_faster(x: Tensor) -> bool:
     if not trains_by_onednn or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == torch.float32 and not torch.compiler.is_compiling()  # the compiler has products of its own
+
+
+def _view_as_pixels(x_RI: Tensor) -> Tensor:
+    """Rows (R, I) as one image (1, I, R, 1) whose channels are last in memory."""
+    return x_RI.view(1, -1, 1, x_RI.shape[-1]).permute(0, 3, 1, 2)

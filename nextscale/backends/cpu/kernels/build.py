@@ -59,7 +59,6 @@ ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "run_experts": [_POINTER] * 9 + [_NUMBER] * 3 + [_FLAG] * 2 + [_POINTER] * 2,
         "choose_slices": [_POINTER] * 4 + [_NUMBER] * 4 + [_REAL, _FLAG, _POINTER],
     },
-    "gemm": {"gemm": [_POINTER] * 3 + [_NUMBER] * 6 + [_FLAG] + [_POINTER] * 2},
     "training": {
         "attend_gradient": [_POINTER] * 9 + [_NUMBER] * 5 + [_FLAG] * 2 + [_POINTER] * 2,
         "gelu_or_gradient": [_POINTER] * 3 + [_NUMBER] + [_FLAG],

@@ -42,7 +42,7 @@ def count_vectors(lanes: int) -> int:
 def list_libraries(lanes: int) -> list[tuple[str, int]]:
     """The (name, size) of all libraries that vectors of so many values may need; `size` as in `define_shape`."""
     names = sorted(source.stem for source in FOLDER.glob("*.c"))
-    sizes = {"blocks": HEADS, "training": HEADS, "gemm": (2,)}
+    sizes = {"blocks": HEADS, "training": HEADS}
     return [(name, n) for name in names for n in sizes.get(name, sorted({2, count_vectors(lanes)}))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nextscale.backends.cpu import products
-from nextscale.backends.cpu.kernels import build, gemm
+from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.compilation import HEADS
 from nextscale.backends.cpu.kernels.experts import RouterPanels
 
@@ -16,11 +16,11 @@ FAMILIES = {
     "slices": [_EXPERTS, _ROUTERS],
     "16-bit weights": [("linear", build.MAX_VECTORS)],
     "8-bit layers": [("int8", build.MAX_VECTORS)],
-    "gradients": [("gemm", gemm.VECTORS), *(("training", head) for head in HEADS)],
+    "gradients": [("training", head) for head in HEADS],
 }
 """What the compiled kernels compute -> the libraries that it needs: adaptive layer normalisation, the experts of a
 mixture, dynamic experts, which are slices of one feed-forward, linear layers that a CPU computes in float32, what
-those in 8 bits do beside their products, and the gradients of linear layers, attention and tanh-GELU."""
+those in 8 bits do beside their products, and the gradients of attention and tanh-GELU."""
 
 
 def come_from_wheel(family: str) -> bool:
