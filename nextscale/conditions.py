@@ -144,10 +144,10 @@ def _read_texts(pipeline: Pipeline, part: ConditionConfig, texts: list[str | Non
     """Texts, or what a frozen encoder makes of them. Says which our own encoder cuts."""
     if part.embedding_width:
         return _encode_texts(pipeline, part, [text or "" for text in texts])
-    room = part.max_tokens - 1
-    long = [text for text in texts if isinstance(text, str) and len(text.encode()) > room]
+    limit = part.max_tokens - 1
+    long = [text for text in texts if isinstance(text, str) and len(text.encode()) > limit]
     if long:
-        print_note("prompts", f"{len(long)} of {len(texts)} prompts are longer than {room} bytes and were cut")
+        print_note("prompts", f"{len(long)} of {len(texts)} prompts are longer than {limit} bytes and were cut")
     return texts
 
 

@@ -25,7 +25,7 @@ from nextscale.config.profile import explain_profile, list_profiles
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
-from nextscale.sampling.guidance import count_sequences, schedule_links
+from nextscale.sampling.guidance import count_sequences, schedule_parts
 from nextscale.sampling.pruning import PruningPlan
 from nextscale.tokenizer.tokenizer import Tokenizer
 
@@ -148,7 +148,7 @@ def scale_flops(config: ModelConfig, k: int, pruning: PruningPlan | None = None,
 def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConfig | None = None) -> int:
     """FLOPs of the transformer, or of both with a refiner, to sample an image: guidance doubles those of its scales."""
     pruning = PruningPlan(config.pyramid, settings.prune, settings.prune_first_block) if settings.prune else None
-    sequences_K = count_sequences(*schedule_links(settings, config.pyramid))
+    sequences_K = count_sequences(*schedule_parts(settings, config.pyramid))
     assert config.transformer is not None, "a tokenizer alone has no transformer to count"
     total, switch = sequences_K[0] * condition_flops(config.transformer), len(config.pyramid)
     if refiner is not None:  # it takes in at once all that was drawn before

@@ -275,12 +275,15 @@ def test_every_image_has_its_own_caption(tmp_path, decoded):
     assert seen == {*range(24)} - {5, 6}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("captions")
+def write_model_and_captions(folder):
     randomised(tiny_config()).save_pretrained(folder / "model")
     write_captioned(folder / "x.parquet")
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model_and_captions(tmp_path_factory.mktemp("captions"))
 
 
 def tokenize(folder, out, *options):

@@ -11,7 +11,7 @@ from nextscale.conditions import read_condition
 from nextscale.config.condition import ConditionConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.sampling import build_sampler
-from nextscale.sampling.guidance import count_sequences, guide_by_parts, schedule_links, stack_copies
+from nextscale.sampling.guidance import count_sequences, guide_by_parts, schedule_parts, stack_copies
 from nextscale.sampling.sampler import sample_images, sample_scales
 from nextscale.transformer.conditions.batch import Rows, join_rows
 from nextscale.transformer.conditions.layers import average_tokens
@@ -161,9 +161,9 @@ def test_guidance_of_each_part_is_the_formula_of_instruct_pix2pix(pipelines):
     pipeline, given = pipelines["text and picture"], list_given("text and picture")
     model, values = pipeline.transformer, read(pipeline, given)
     settings = SampleConfig(cfg_parts={"edges": 0.5, "caption": 2.0})
-    links = schedule_links(settings, model.pyramid)
-    assert [strengths[-1] for strengths in links] == [0.5, 2.0]
-    assert count_sequences(*links) == (3,) * 4
+    strengths_PK = schedule_parts(settings, model.pyramid)
+    assert [strengths[-1] for strengths in strengths_PK] == [0.5, 2.0]
+    assert count_sequences(*strengths_PK) == (3,) * 4
     sampler = build_sampler(pipeline.tokenizer, model, values, settings)
     step = list(sample_scales(sampler))[-1]
     tokens = sample_images(build_sampler(pipeline.tokenizer, model, values, settings)).tokens_BL
@@ -173,7 +173,7 @@ def test_guidance_of_each_part_is_the_formula_of_instruct_pix2pix(pipelines):
     none, edges, both = (model(v, inputs).logits_BNV[:, -16:] for v in (nothing, edges_alone, values))
     expected = none + 1.5 * (edges - none) + 3.0 * (both - edges)
     assert torch.allclose(step.logits_BNV, expected, atol=1e-3)
-    one = schedule_links(SampleConfig(cfg_parts={"caption": 2.0}), model.pyramid)
+    one = schedule_parts(SampleConfig(cfg_parts={"caption": 2.0}), model.pyramid)
     copies = stack_copies(model.condition, values, ["caption"])
     assert count_sequences(*one) == (2,) * 4
     assert torch.equal(copies["edges"]["picture"], join_rows(values, values)["edges"]["picture"]), "edges stay"

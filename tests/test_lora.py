@@ -10,10 +10,10 @@ from nextscale.backends import optimize
 from nextscale.checkpoints.lora import Adapter, compute_base_fingerprint, write_adapter
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
-from nextscale.config.lora import LoraConfig, parse_source
+from nextscale.config.lora import NEW_ROWS, LoraConfig, parse_source
 from nextscale.config.transformer import MVAR_MIXERS, ExpertsConfig, MambaConfig
 from nextscale.pipeline import Pipeline
-from nextscale.transformer.lora import NEW_ROWS, add_adapters
+from nextscale.transformer.lora import add_adapters
 from tests.conftest import randomised, tiny_config
 
 FAMILIES = {

@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nextscale.checkpoints.shards import read_owner, write_shard
-from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
 from nextscale.data.cache import TokenCache
 from nextscale.data.captions import TextInput, choose_captions
 from nextscale.encoders.text import load_text_encoder
-from tests.conftest import randomised, tiny_config
-from tests.test_captions import write_captioned
+from tests.test_captions import tokenize as tokenize_captions
+from tests.test_captions import write_model_and_captions
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -198,16 +197,11 @@ def test_what_is_missing_is_named_with_where_it_comes_from(encoders, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text-cache")
-    randomised(tiny_config()).save_pretrained(folder / "model")
-    write_captioned(folder / "x.parquet")
-    return folder
+    return write_model_and_captions(tmp_path_factory.mktemp("text-cache"))
 
 
 def tokenize(folder, out, encoder, *options):
-    command = ["tokenize", folder / "x.parquet", "--tokenizer", folder / "model", "--out", out, "--shard", "7"]
-    command += ["--text-encoder", encoder, "--text-max-tokens", "6", "--images.held-out", "0.25", *options]
-    return main([*map(str, command)])
+    return tokenize_captions(folder, out, "--text-encoder", str(encoder), "--text-max-tokens", "6", *options)
 
 
 @pytest.mark.parametrize("name", ["t5", "clip"])

@@ -32,13 +32,13 @@ from nextscale.common.files import write_atomically, write_json
 from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.common.reading import read_json
 from nextscale.config.classes import fold_name, list_names
-from nextscale.config.lora import LoraConfig, parse_source
+from nextscale.config.lora import NEW_ROWS, LoraConfig, parse_source
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.profile import refuse_adapters
 
 FORMAT, VERSION, WEIGHTS = "nextscale-lora", 1, "lora.safetensors"
-_EMBEDDING, _NEW_ROWS = "condition.embedding.weight", "condition.embedding.new_rows"
+_EMBEDDING = "condition.embedding.weight"
 _SAMPLED_ROWS = 61
 
 
@@ -204,7 +204,7 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> 
     added = [adapter for adapter, _ in adapters if adapter.classes]
     if added:
         rows = tensors[_EMBEDDING]
-        new = [adapter.tensors[_NEW_ROWS].to(rows.dtype) for adapter in added]
+        new = [adapter.tensors[NEW_ROWS].to(rows.dtype) for adapter in added]
         tensors[_EMBEDDING] = torch.cat([rows[:-1], *new, rows[-1:]])
         config = add_classes(config, tuple(name for adapter in added for name in adapter.classes))
     origin = {**checkpoint.origin, "adapters": [_describe(adapter, weight) for adapter, weight in adapters]}
@@ -252,7 +252,7 @@ def _find_faults(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[str]:
     for name, tensor in adapter.tensors.items():
         layer, _, part = name.rpartition(".")
         before = checkpoint.transformer.get(f"{layer}.weight")
-        if name == _NEW_ROWS and adapter.classes:
+        if name == NEW_ROWS and adapter.classes:
             if tensor.shape != (len(adapter.classes), checkpoint.transformer[_EMBEDDING].shape[1]):
                 yield f"'{name}' has shape {tuple(tensor.shape)} for {len(adapter.classes)} classes"
         elif part not in ("lora_A", "lora_B") or before is None:
@@ -263,5 +263,5 @@ def _find_faults(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[str]:
             expected = (*experts, rank, columns) if part == "lora_A" else (*experts, rows, rank)
             if tensor.shape != expected or f"{layer}.lora_{'B' if part == 'lora_A' else 'A'}" not in adapter.tensors:
                 yield f"'{name}' has shape {tuple(tensor.shape)} instead of {expected}, or stands alone"
-    if bool(adapter.classes) != (_NEW_ROWS in adapter.tensors):
+    if bool(adapter.classes) != (NEW_ROWS in adapter.tensors):
         yield f"it has {len(adapter.classes)} new classes and {'no ' if adapter.classes else ''}embeddings of them"

@@ -12,6 +12,8 @@ from nextscale.config.idle import Idle
 from nextscale.config.parse import check_fields
 
 LayerGroup = Literal["mixers", "ffn"]
+NEW_ROWS = "condition.embedding.new_rows"
+"""The name of the embeddings of new classes, among parameters and in files."""
 
 
 @dataclass(frozen=True)

@@ -107,19 +107,18 @@ class ShardText:
         names = "caption_bytes", "caption_length", "caption_count"
         self.captions = Captions(*(shard[name].numpy() for name in names))
         self.shard = shard
-        self.first_N = np.cumsum(self.captions.count_N) - self.captions.count_N
         if "text" in shard:
             self.stop_C = shard["text_length"].numpy().cumsum()
 
     def read_sequence(self, row: int, n: int) -> Tensor:
         """Embeddings (tokens, E) of caption n of an image."""
-        caption = int(self.first_N[row]) + n
+        caption = int(self.captions.first_N[row]) + n
         stop = int(self.stop_C[caption])
         return self.shard["text"][stop - int(self.shard["text_length"][caption]) : stop]
 
     def read_pooled(self, row: int, n: int) -> Tensor:
         """The embedding (P,) of caption n of an image as a whole."""
-        return self.shard["text_pooled"][int(self.first_N[row]) + n]
+        return self.shard["text_pooled"][int(self.captions.first_N[row]) + n]
 
 
 def collect_text(

@@ -129,11 +129,12 @@ def list_caption_notes(lengths: Sequence[Tensor], images: int, text: TextInput |
     length_C = torch.cat([*lengths])
     count = int((length_C > 0).sum())
     notes = [f"{count} captions of {images} images"]
-    is_cut_C = length_C > text.max_tokens if text is not None and text.kind == "bytes" else length_C < 0
-    if text is not None and is_cut_C.any():
+    if text is None or text.kind != "bytes":
+        return notes
+    if cut := int((length_C > text.max_tokens).sum()):
         notes.append(
-            f"{int(is_cut_C.sum())} of {count} captions have more than {text.max_tokens} bytes, up to "
-            f"{int(length_C.max())}: they are cut"
+            f"{cut} of {count} captions have more than {text.max_tokens} bytes, up to {int(length_C.max())}: they are "
+            "cut"
         )
     return notes
 

@@ -19,7 +19,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.info import condition_flops, depends_on_tokens, sample_flops, scale_flops
 from nextscale.pipeline import Pipeline
-from nextscale.sampling.guidance import count_sequences, schedule_links
+from nextscale.sampling.guidance import count_sequences, schedule_parts
 from nextscale.sampling.pruning import PruningPlan
 from nextscale.sampling.sampler import ScaleStep
 from nextscale.transformer.feed_forward import Record, collect
@@ -82,7 +82,7 @@ class FlopCounter:
 
     def __init__(self, pipeline: Pipeline, settings: SampleConfig, images: int):
         self.config, self.refiner, self.settings = pipeline.config, pipeline.load_refiner(settings), settings
-        per_image = count_sequences(*schedule_links(settings, self.config.pyramid))
+        per_image = count_sequences(*schedule_parts(settings, self.config.pyramid))
         self.sequences_K = [images * count for count in per_image]
         self.pruning = None
         if settings.prune:

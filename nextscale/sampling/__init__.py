@@ -12,7 +12,7 @@ from torch import Tensor
 from nextscale.config.sampling import SampleConfig
 from nextscale.sampling.draw import PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
-from nextscale.sampling.guidance import GuidedPredictor, count_sequences, schedule_links, stack_copies
+from nextscale.sampling.guidance import GuidedPredictor, count_sequences, schedule_parts, stack_copies
 from nextscale.sampling.sampler import DrawTokens, EmbedTokens, LogitsProcessor, ModelPredictor, Predictor, Sampler
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.var import VAR
@@ -59,9 +59,9 @@ def build_sampler(
             device = tokenizer.quantizer.codebook.weight.device
             request = replace(request, captured=True, fixed_experts=skips_experts(device))
         check_combinations(request)
-    links = schedule_links(settings, model.pyramid)
+    strengths_PK = schedule_parts(settings, model.pyramid)
     filters = build_filters(settings, len(model.pyramid))
-    batch, sequences_K = len(values), [len(values) * count for count in count_sequences(*links)]
+    batch, sequences_K = len(values), [len(values) * count for count in count_sequences(*strengths_PK)]
     guided = sequences_K[0] > batch
     if guided:
         values = stack_copies(model.condition, values, list(settings.cfg_parts), negative)
@@ -70,7 +70,7 @@ def build_sampler(
     else:
         predict = _build_predictor(model, values, settings, refiner, refiner_labels)
     if guided:
-        predict = GuidedPredictor(predict, links)
+        predict = GuidedPredictor(predict, strengths_PK)
     random = _build_random(settings, model, batch, tokenizer.quantizer.codebook.weight.device, first_image)
     draw: DrawTokens = random.draw_tokens
     embed = _build_embedding(tokenizer, settings, random)

@@ -12,7 +12,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.sampling import Capture, SampleConfig
 from nextscale.sampling import CreatePredictor
 from nextscale.sampling.combinations import Request, find_refusal
-from nextscale.sampling.guidance import count_sequences, schedule_links
+from nextscale.sampling.guidance import count_sequences, schedule_parts
 from nextscale.transformer.var import VAR
 
 MOST_SEQUENCES = 32
@@ -40,7 +40,7 @@ class Capturing:
             return self.pool.create_predictor
         refining, fixed = refiner.config if refiner is not None else None, skips_experts(model.pos_embed.device)
         request = Request(settings, model.config, refining, captured=True, fixed_experts=fixed)
-        sequences_K = tuple(images * count for count in count_sequences(*schedule_links(settings, model.pyramid)))
+        sequences_K = tuple(images * count for count in count_sequences(*schedule_parts(settings, model.pyramid)))
         if max(sequences_K) > MOST_SEQUENCES or find_refusal(request):
             return None
         self._seen[sequences_K] += 1

@@ -1,4 +1,7 @@
-"""Classifier-free guidance, wrapped around a predictor. Letters: B batch, N tokens of one scale, V codes."""
+"""Classifier-free guidance, wrapped around a predictor.
+
+Letters: B batch, N tokens of one scale, V codes, P guided parts of a condition, K scales.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,19 @@ from nextscale.transformer.var import Output
 class GuidedPredictor:
     """Runs `predict` on the batch and its copies without condition at once, and combines the logits.
 
-    After the last guided scale the copies are left out: no later scale needs them. `links`: as `schedule_links` gives
-    them; `predict` must have been made for the values of `stack_copies`.
+    After the last guided scale the copies are left out: no later scale needs them. `strengths_PK`: as `schedule_parts`
+    gives them; `predict` must have been made for the values of `stack_copies`.
     """
 
-    def __init__(self, predict: Predictor, links: Sequence[Sequence[float]]):
-        self.predict, self.links, self.sequences_K = predict, links, count_sequences(*links)
+    def __init__(self, predict: Predictor, strengths_PK: Sequence[Sequence[float]]):
+        self.predict, self.strengths_PK, self.sequences_K = predict, strengths_PK, count_sequences(*strengths_PK)
 
     def __call__(self, x_BNC: Tensor | None, k: int) -> Output:
         if self.sequences_K[k] == 1:
             return self.predict(x_BNC, k)
-        copies = 1 + len(self.links)
+        copies = 1 + len(self.strengths_PK)
         output = self.predict(None if x_BNC is None else x_BNC.repeat(copies, 1, 1), k)
-        strengths = [strengths_K[k] for strengths_K in self.links]
+        strengths = [strengths_K[k] for strengths_K in self.strengths_PK]
         return replace(output, logits_BNV=guide_by_parts(output.logits_BNV.chunk(copies), strengths))
 
 
@@ -59,24 +62,15 @@ def stack_copies(condition: Condition, values: Any, parts: Sequence[str], negati
     stand in place of "no condition", as many as `values`. UserError for parts that the condition does not have.
     """
     if not parts:
-        return condition.add_unconditional(values) if negative is None else join_values(values, negative)
-    if not hasattr(condition, "replace_parts"):
-        raise UserError("cfg_parts is for a combined condition, and this model's has no parts: use cfg")
+        return condition.add_unconditional(values) if negative is None else condition.join(values, negative)
     others = condition.nothing(len(values)) if negative is None else negative
     stacked = values
     for i in reversed(range(len(parts))):
-        stacked = join_values(stacked, condition.replace_parts(values, parts[i:], others))  # type: ignore[operator]
+        stacked = condition.join(stacked, condition.replace_parts(values, parts[i:], others))
     return stacked
 
 
-def join_values(first: Any, second: Any) -> Any:
-    """The values of one batch and then those of another one."""
-    from nextscale.transformer.conditions.batch import join_rows
-
-    return join_rows(first, second)
-
-
-def schedule_links(settings: SampleConfig, pyramid: Pyramid) -> tuple[tuple[float, ...], ...]:
+def schedule_parts(settings: SampleConfig, pyramid: Pyramid) -> tuple[tuple[float, ...], ...]:
     """The strengths of guidance at each scale: one list of them; with `cfg_parts` one for each part, in its order."""
     if not settings.cfg_parts:
         return (schedule_guidance(settings, pyramid),)
@@ -95,11 +89,13 @@ def schedule_guidance(settings: SampleConfig, pyramid: Pyramid) -> tuple[float, 
     return tuple(cfg * pyramid.progress(k) if k < (guided or scales) else 0.0 for k in range(scales))
 
 
-def count_sequences(*links: Sequence[float]) -> tuple[int, ...]:
+def count_sequences(*strengths_PK: Sequence[float]) -> tuple[int, ...]:
     """How many sequences the model runs for an image at each scale: 1, and up to the last guided scale one more for
     each list of strengths.
 
     A coarse scale of strength 0 before a guided one needs both: later scales attend to it.
     """
-    last = max((k for strengths in links for k, strength in enumerate(strengths) if strength > 0), default=-1)
-    return tuple(1 + len(links) if k <= last else 1 for k in range(len(links[0])))
+    last = max(
+        (k for strengths_K in strengths_PK for k, strength in enumerate(strengths_K) if strength > 0), default=-1
+    )
+    return tuple(1 + len(strengths_PK) if k <= last else 1 for k in range(len(strengths_PK[0])))

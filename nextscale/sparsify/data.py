@@ -28,7 +28,7 @@ from nextscale.data.classes import Classes, open_matched_examples
 from nextscale.data.datasets import split_rows
 from nextscale.data.examples import Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
-from nextscale.tokenizer.tokenizer import scale_to_unit
+from nextscale.training.inputs import read_tokens
 
 _HELD_OUT = 0.1
 """Share of the model's samples of every class that is held out."""
@@ -149,6 +149,5 @@ def load_token_batches(examples: Examples, pipeline: Pipeline, limit: int, size:
     for start in range(0, count, size):
         batch = examples.fetch(range(start, min(start + size, count)), None)
         batch = {name: rows.to(device) for name, rows in batch.items() if isinstance(rows, Tensor)}
-        tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
-        batches.append((condition.from_batch(batch), tokens_BL))
+        batches.append((condition.from_batch(batch), read_tokens(batch, tokenizer)))
     return batches

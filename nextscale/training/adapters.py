@@ -12,10 +12,10 @@ from nextscale.checkpoints.lora import Adapter, add_classes, compute_base_finger
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.classes import fold_name, list_names
-from nextscale.config.lora import LoraConfig
+from nextscale.config.lora import NEW_ROWS, LoraConfig
 from nextscale.config.model import ModelConfig
 from nextscale.data.classes import Classes, ClassMatch, match_classes
-from nextscale.transformer.lora import NEW_ROWS, add_adapters
+from nextscale.transformer.lora import add_adapters
 from nextscale.transformer.var import VAR
 
 

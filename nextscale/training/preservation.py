@@ -19,9 +19,10 @@ from nextscale.common.distributed import World
 from nextscale.common.files import write_atomically
 from nextscale.common.rng import make_generator
 from nextscale.config.sampling import SampleConfig
-from nextscale.data.examples import Examples, MemoryExamples
+from nextscale.data.examples import Batch, Examples, MemoryExamples
 from nextscale.pipeline import Pipeline
-from nextscale.tokenizer.tokenizer import Tokenizer, scale_to_unit
+from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.training.inputs import read_tokens
 
 FILE = "model-samples.safetensors"
 _BATCH, _UNLABELLED, _VIEWS = 64, 8, 4
@@ -86,8 +87,7 @@ def _encode(examples: Examples, tokenizer: Tokenizer, views: int, world: World) 
     for first in (view * count + i for view in range(views) for i in range(0, count, _BATCH)):
         rows = range(first % count, min(first % count + _BATCH, count))
         batch = examples.fetch(rows, range(first, first + len(rows)))
-        encode = "tokens" not in batch
-        values = tokenizer.encode(scale_to_unit(copy_to(batch["image"], world.device))) if encode else batch["tokens"]
-        tokens.append(values.long().cpu())
+        on_device: Batch = {n: copy_to(batch[n], world.device) for n in ("tokens", "image") if n in batch}
+        tokens.append(read_tokens(on_device, tokenizer).cpu())
         labels.append(batch["label"])
     return {"tokens": torch.cat(tokens), "label": torch.cat(labels)}

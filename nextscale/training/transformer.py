@@ -43,6 +43,7 @@ from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.log import Values
 from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
+from nextscale.training.inputs import read_batch
 from nextscale.training.open_run import (
     LogName,
     Run,
@@ -78,8 +79,8 @@ class TransformerTask(Task):
     mixtures of experts (Eq. 10) and of semantic guidance (Eq. 12-13) where the model has them.
 
     Batches hold the condition's values (`Condition.from_batch`), such as `label`, and either `tokens` (B, L), from a
-    cache, or `image` (uint8), which is encoded first. The
-    targets of guidance are the batch's `features` (B, h, w, E), or else those of `frozen.encoder`.
+    cache, or `image` (uint8), which is encoded first. The targets of guidance are the batch's `features` (B, h, w, E),
+    or else those of `frozen.encoder`.
     """
 
     name = "transformer"
@@ -182,16 +183,6 @@ class TransformerTask(Task):
         finite = scalars["loss_per_scale"].isfinite().tolist()
         sides = [f"{h}x{w}" for (h, w), good in zip(self.model.pyramid.sides, finite, strict=True) if not good]
         return "all scales" if not any(finite) else f"scale {', '.join(sides)}" if sides else ""
-
-
-def read_batch(batch: Batch, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Tokens (B, L) and teacher-forced inputs (B, L - first scale, C) of a batch of tokens or images.
-
-    `Task.check_batch` has checked the tokens.
-    """
-    with compute_exactly(tokenizer.quantizer.codebook.weight):  # rounding would change tokens
-        tokens_BL = batch["tokens"].long() if "tokens" in batch else tokenizer.encode(scale_to_unit(batch["image"]))
-        return tokens_BL, tokenizer.teacher_inputs(tokens_BL, checked=True)
 
 
 def draw_drop_path(model: VAR, batch: int, rate: float, rng: torch.Generator) -> Tensor | None:

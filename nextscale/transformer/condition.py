@@ -67,9 +67,17 @@ class Condition(nn.Module, ABC):
 
     def add_unconditional(self, values: Any) -> Any:
         """The batch followed by as many values without any condition: the two halves of guidance."""
+        return self.join(values, self.nothing(len(values)))
+
+    def join(self, first: Any, second: Any) -> Any:
+        """The values of one batch and then those of another one."""
         from nextscale.transformer.conditions.batch import join_rows
 
-        return join_rows(values, self.nothing(len(values)))
+        return join_rows(first, second)
+
+    def replace_parts(self, values: Any, names: Sequence[str], others: Any) -> Any:
+        """`values` with the values that these parts have in `others`. UserError for a part that there is not."""
+        raise UserError("cfg_parts is for a combined condition, and this model's has no parts: use cfg")
 
     def drop(self, drop_B: Tensor, values: Any) -> Any:
         """`values`, without condition where `drop_B` is True."""

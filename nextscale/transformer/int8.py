@@ -173,10 +173,16 @@ def count_int8_layers(model: nn.Module) -> int:
     return sum(isinstance(module, Int8Module) for module in model.modules())
 
 
+def find_plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class; of a fast twin, its plain class."""
+    plain: type[nn.Module] = getattr(type(module), "plain", type(module))
+    return plain
+
+
 def _list_layers(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> Iterator[tuple[nn.Module, str]]:
     """Module and name of each layer to quantise."""
     for module in model.modules():
-        kind = getattr(type(module), "plain", type(module))
+        kind = find_plain_class(module)
         for name in layers.get(f"{kind.__module__}:{kind.__qualname__}", ()):
             if not isinstance(getattr(module, name), Int8Module | None):
                 yield module, name

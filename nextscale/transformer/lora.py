@@ -22,6 +22,7 @@ from nextscale.config.lora import LoraConfig
 from nextscale.transformer.condition import ClassCondition
 from nextscale.transformer.feed_forward.experts import StackedLinear
 from nextscale.transformer.feed_forward.routers import Router
+from nextscale.transformer.int8 import find_plain_class
 
 if TYPE_CHECKING:
     from nextscale.transformer.var import VAR
@@ -64,8 +65,6 @@ class ExtendedEmbedding(nn.Embedding):
         return torch.cat([self.base_weight[:-1], self.new_rows, self.base_weight[-1:]])
 
 
-NEW_ROWS = "condition.embedding.new_rows"
-"""The name of the embeddings of new classes."""
 _ADAPTED: dict[type[nn.Module], type[AdaptedWeight]] = {nn.Linear: LoraLinear, StackedLinear: LoraStackedLinear}
 
 
@@ -77,14 +76,8 @@ def list_adapted_layers(model: VAR, groups: Collection[str]) -> Iterator[str]:
             routers = [name for name, module in part.named_modules() if isinstance(module, Router)]
             for name, module in part.named_modules(prefix=f"blocks.{i}.{group}"):
                 inside = any(name.startswith(f"blocks.{i}.{group}.{router}.") for router in routers)
-                if group in groups and _find_plain(module) in _ADAPTED and not inside:
+                if group in groups and find_plain_class(module) in _ADAPTED and not inside:
                     yield name
-
-
-def _find_plain(module: nn.Module) -> type[nn.Module]:
-    """The module's class; of a fast twin, its plain class."""
-    plain: type[nn.Module] = getattr(type(module), "plain", type(module))
-    return plain
 
 
 def add_adapters(model: VAR, config: LoraConfig, new_rows_ND: Tensor | None, generator: torch.Generator) -> None:
@@ -118,7 +111,7 @@ def _become(kind: type[nn.Module], module: nn.Module) -> Any:
 
 def adapt_layer(layer: nn.Module, config: LoraConfig, generator: torch.Generator) -> AdaptedWeight:
     """The layer with an adapter, which is 0."""
-    new: AdaptedWeight = _become(_ADAPTED[_find_plain(layer)], layer)
+    new: AdaptedWeight = _become(_ADAPTED[find_plain_class(layer)], layer)
     *experts, rows, columns = new.base_weight.shape
     if config.rank > min(rows, columns):
         raise UserError(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nextscale.backends.cpu.activations import compute_gelu
 from nextscale.backends.cpu.kernels.linear import multiply
-from nextscale.backends.cpu.kernels.training import apply_gelu
+from nextscale.backends.cpu.kernels.training import apply_gelu, trains_in_float32
 from nextscale.common.errors import UserError
 from nextscale.common.precision import is_computed_in_float32, is_fast, is_x86
 
@@ -216,9 +216,7 @@ def compute_weight_gradient(dy_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, out:
 
 def _onednn_trains_faster(x: Tensor) -> bool:
     """Whether products of training with these rows are faster by oneDNN: in float32 on some CPUs."""
-    if not trains_by_onednn or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    return x.dtype == torch.float32 and not torch.compiler.is_compiling()  # the compiler has products of its own
+    return trains_by_onednn and trains_in_float32(x)
 
 
 def _view_as_pixels(x_RI: Tensor) -> Tensor:

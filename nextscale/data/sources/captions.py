@@ -25,10 +25,10 @@ class Captions:
 
     def __init__(self, text_U: np.ndarray, length_C: np.ndarray, count_N: np.ndarray):
         """`text_U`: the bytes of all captions, uint8. `length_C`: bytes of each caption. `count_N`: captions of each
-        image, 1 or more."""
+        image, 1 or more. `first_N`: number of each image's first caption."""
         self.text_U, self.length_C, self.count_N = text_U, length_C.astype(np.int64), count_N.astype(np.int64)
         self._start_C = np.cumsum(self.length_C) - self.length_C
-        self._first_N = np.cumsum(self.count_N) - self.count_N
+        self.first_N = np.cumsum(self.count_N) - self.count_N
 
     @staticmethod
     def from_lists(texts: Iterable[Sequence[str]]) -> Captions:
@@ -48,13 +48,13 @@ class Captions:
 
     def encode(self, i: int, n: int) -> bytes:
         """Caption n of image i in UTF-8."""
-        caption = int(self._first_N[i]) + n
+        caption = int(self.first_N[i]) + n
         start = int(self._start_C[caption])
         return self.text_U[start : start + int(self.length_C[caption])].tobytes()
 
     def select(self, index: np.ndarray) -> Captions:
         """The captions of these images, in this order."""
-        captions = _join_ranges(self._first_N[index], self.count_N[index])
+        captions = _join_ranges(self.first_N[index], self.count_N[index])
         text_U = self.text_U[_join_ranges(self._start_C[captions], self.length_C[captions])]
         return Captions(text_U, self.length_C[captions], self.count_N[index])
 

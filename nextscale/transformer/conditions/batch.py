@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nextscale.common.devices import copy_to
 
 
 class Rows:
@@ -22,6 +24,14 @@ class Rows:
         if isinstance(index, str):
             return self.fields[index]
         return Rows({name: rows[index] for name, rows in self.fields.items()})
+
+
+def stack_rows(name: str, values: Sequence[Tensor | None], shape: tuple[int, ...], device: torch.device) -> Rows:
+    """Values of this shape, None meaning "nothing", as a batch: `name` float32 (B, ...), and `given` bool (B,)."""
+    rows = [torch.zeros(shape) if value is None else value.float() for value in values]
+    given = torch.tensor([value is not None for value in values], dtype=torch.bool)
+    stacked = torch.stack(rows) if rows else torch.zeros(0, *shape)
+    return Rows({name: copy_to(stacked, device), "given": copy_to(given, device)})
 
 
 def join_rows(first: Any, second: Any) -> Any:

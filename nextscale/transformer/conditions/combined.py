@@ -49,7 +49,6 @@ class CombinedCondition(Condition):
         return self._map(lambda name, part: part.nothing(count))
 
     def replace_parts(self, values: Rows, names: Sequence[str], others: Rows) -> Rows:
-        """`values` with the values that these parts have in `others`. UserError for a part that there is not."""
         self._check_names(names)
         return Rows({name: (others if name in names else values)[name] for name in self.parts})
 

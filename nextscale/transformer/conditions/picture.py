@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.common.devices import copy_to, create_embedding
+from nextscale.common.devices import create_embedding
 from nextscale.common.errors import UserError
 from nextscale.common.precision import cast_for
 from nextscale.config.condition import ConditionConfig
 from nextscale.transformer.condition import Condition, EmbeddedCondition, get_field
-from nextscale.transformer.conditions.batch import Rows
+from nextscale.transformer.conditions.batch import Rows, stack_rows
 from nextscale.transformer.conditions.layers import average_tokens, count_layer_multiply_adds, create_layers
 
 LOW_RESOLUTION = 4
@@ -68,11 +68,7 @@ class PictureCondition(Condition):
         for value in values:
             if value is not None and tuple(value.shape) != self.shape:
                 raise UserError(f"a control picture of this model is {self.shape}; got {tuple(value.shape)}")
-        rows = [torch.zeros(self.shape) if value is None else value.float() for value in values]
-        given = torch.tensor([value is not None for value in values], dtype=torch.bool)
-        device = self.start.weight.device
-        pictures = torch.stack(rows) if rows else torch.zeros(0, *self.shape)
-        return Rows({"picture": copy_to(pictures, device), "given": copy_to(given, device)})
+        return stack_rows("picture", values, self.shape, self.start.weight.device)
 
     def from_batch(self, batch: Mapping[str, Any]) -> Rows:
         """Control pictures uint8 (B, C, H, W) of the data; or computed from images uint8 (B, 3, H, W), where those are

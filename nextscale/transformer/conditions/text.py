@@ -97,8 +97,8 @@ class ByteEncoder(nn.Module):
         """A training batch of bytes as texts of the encoder."""
         if bytes_Bt.ndim != 2:
             raise UserError(f"our own text encoder reads bytes (B, t); the data have {tuple(bytes_Bt.shape)}")
-        room = self.max_tokens - 1
-        text_BT = F.pad(bytes_Bt.long()[:, :room], (1, max(room - bytes_Bt.shape[1], 0)), value=START)
+        limit = self.max_tokens - 1
+        text_BT = F.pad(bytes_Bt.long()[:, :limit], (1, max(limit - bytes_Bt.shape[1], 0)), value=START)
         places_T = torch.arange(self.max_tokens, device=text_BT.device)
         return torch.where(places_T <= length_B.view(-1, 1), text_BT, PAD)
 
@@ -136,6 +136,6 @@ class EmbeddedText(nn.Module):
         if embeddings_BtE.ndim != 3 or embeddings_BtE.shape[2] != self.embedding_width:
             shape = tuple(embeddings_BtE.shape)
             raise UserError(f"the model reads text embeddings (B, t, {self.embedding_width}); the data have {shape}")
-        room = self.max_tokens - 1
-        padded = F.pad(embeddings_BtE[:, :room], (0, 0, 0, max(room - embeddings_BtE.shape[1], 0)))
-        return Rows({"embeddings": padded, "length": length_B.long().clamp_max(room)})
+        limit = self.max_tokens - 1
+        padded = F.pad(embeddings_BtE[:, :limit], (0, 0, 0, max(limit - embeddings_BtE.shape[1], 0)))
+        return Rows({"embeddings": padded, "length": length_B.long().clamp_max(limit)})

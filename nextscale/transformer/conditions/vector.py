@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.common.devices import copy_to, create_embedding
+from nextscale.common.devices import create_embedding
 from nextscale.common.errors import UserError
 from nextscale.common.precision import cast_for
 from nextscale.config.condition import ConditionConfig
 from nextscale.transformer.condition import Condition, EmbeddedCondition, get_field
-from nextscale.transformer.conditions.batch import Rows
+from nextscale.transformer.conditions.batch import Rows, stack_rows
 
 
 class VectorCondition(Condition):
@@ -36,11 +36,8 @@ class VectorCondition(Condition):
 
     def parse(self, values: Sequence[Any]) -> Rows:
         """Vectors of E finite numbers, of any library, None meaning "no vector"."""
-        rows = [torch.zeros(self.width) if value is None else self._parse_vector(value) for value in values]
-        given = torch.tensor([value is not None for value in values], dtype=torch.bool)
-        vectors = torch.stack(rows) if rows else torch.zeros(0, self.width)
-        device = self.none.weight.device
-        return Rows({"vector": copy_to(vectors, device), "given": copy_to(given, device)})
+        vectors = [None if value is None else self._parse_vector(value) for value in values]
+        return stack_rows("vector", vectors, (self.width,), self.none.weight.device)
 
     def _parse_vector(self, value: Any) -> Tensor:
         try:

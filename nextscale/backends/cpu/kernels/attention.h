@@ -2,7 +2,14 @@
 
 #include "products.h"
 
-/* HEAD: values of a head, a multiple of PANEL. PANEL: queries at once. */
+/* HEAD: values of a head, a multiple of PANEL. PANEL: queries at once. VECTOR_CASES: CASE of each number of vectors that
+   queries may fill. */
+
+#if VECTORS == 4
+#define VECTOR_CASES CASE(1) CASE(2) CASE(3) CASE(4)
+#else
+#define VECTOR_CASES CASE(1) CASE(2)
+#endif
 
 typedef float quarter __attribute__((vector_size(16), aligned(4)));
 

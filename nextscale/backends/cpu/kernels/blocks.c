@@ -133,14 +133,7 @@ static void attend_head(const struct attention *all, long i)
         float *softmax = all->softmax ? all->softmax + 2 * (i * all->tokens + n) : 0;
 #define CASE(v) case v: some_queries(v, q + n * 3 * width, 3 * width, some, by, normalise, keys, &values, at_once, \
                                      to, width, queries, scores, softmax); break;
-        switch ((some + LANES - 1) / LANES) {
-            CASE(1)
-            CASE(2)
-#if VECTORS == 4
-            CASE(3)
-            CASE(4)
-#endif
-        }
+        switch ((some + LANES - 1) / LANES) { VECTOR_CASES }
 #undef CASE
     }
 }

@@ -110,10 +110,10 @@ static float unscale(
 static void head_gradient(const struct gradient *all, long i)
 {
     const long width = all->heads * HEAD, tokens = all->tokens, b = i / all->heads, h = i % all->heads;
-    const long room = PANEL * (2 * HEAD + 2 * all->at_once) + tokens * HEAD;
+    const long size = PANEL * (2 * HEAD + 2 * all->at_once) + tokens * HEAD;
     const int me = omp_get_thread_num();
     const float *qkv = all->qkv + b * tokens * 3 * width + h * HEAD, length = all->lengths[h];
-    float *d = all->dqkv + b * tokens * 3 * width + h * HEAD, *scratch = all->scratch + me * room;
+    float *d = all->dqkv + b * tokens * 3 * width + h * HEAD, *scratch = all->scratch + me * size;
     float *queries = scratch + tokens * HEAD;
     const float **keys = all->pointers + me * 2 * tokens, *k = all->keys + i * tokens * HEAD;
     const struct head head = {
@@ -132,14 +132,7 @@ static void head_gradient(const struct gradient *all, long i)
         for (long n = all->spans[s]; n < all->spans[s + 1]; n += PANEL) {
             const long end = all->spans[s + 1], count = end - n < PANEL ? end - n : PANEL;
 #define CASE(v) case v: some_gradients(v, &head, n, count, end); break;
-            switch ((count + LANES - 1) / LANES) {
-                CASE(1)
-                CASE(2)
-#if VECTORS == 4
-                CASE(3)
-                CASE(4)
-#endif
-            }
+            switch ((count + LANES - 1) / LANES) { VECTOR_CASES }
 #undef CASE
         }
     all->dlengths[i] = unscale(qkv, scratch, d, 3 * width, tokens, length, all->normalise);

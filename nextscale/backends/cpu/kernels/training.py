@@ -28,7 +28,7 @@ def attend_scales(qkv_BL3Hd: Tensor, spans: Spans, lengths_H: Tensor, normalise:
     length 1 before.
     """
     d = qkv_BL3Hd.shape[-1]
-    if d not in HEADS or not (_can_differentiate(qkv_BL3Hd) and _can_differentiate(lengths_H)):
+    if d not in HEADS or not (trains_in_float32(qkv_BL3Hd) and trains_in_float32(lengths_H)):
         return None
     if spans[0][0] or spans[-1][1] != qkv_BL3Hd.shape[1]:
         return None
@@ -40,15 +40,15 @@ def attend_scales(qkv_BL3Hd: Tensor, spans: Spans, lengths_H: Tensor, normalise:
 
 def apply_gelu(x: Tensor) -> Tensor | None:
     """tanh-GELU with a gradient."""
-    kernels = build.load_kernels("training", HEADS[-1]) if _can_differentiate(x) else None
+    kernels = build.load_kernels("training", HEADS[-1]) if trains_in_float32(x) else None
     return None if kernels is None else _Gelu.apply(x, kernels)
 
 
-def _can_differentiate(x: Tensor) -> bool:
+def trains_in_float32(x: Tensor) -> bool:
     """Whether these values are float32 on a CPU, outside of autocast and compilation."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    return not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling()  # the compiler has products and kernels of its own
 
 
 class _Gelu(torch.autograd.Function):
