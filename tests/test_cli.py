@@ -239,3 +239,10 @@ def test_an_error_begins_on_a_line_of_its_own(error, capsys, monkeypatch):
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert lines[-1].startswith("nextscale: "), lines
     assert any("working:  50%" in line for line in lines[:-1])
+
+
+@pytest.mark.parametrize("option", ["--lora", "--prompt", "--control"])
+def test_an_option_of_several_values_is_given_once(option, capsys):
+    """The first values were dropped without a word."""
+    assert main(["sample", "model", option, "a", option, "b", "--out", "grid.png"]) == 2
+    assert f"{option} is given 2 times: give it once, with all values behind it" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 
 from nextscale import __version__
 from nextscale.cli.commands import COMMANDS
-from nextscale.cli.spelling import name_as_typed, refuse_empty_paths, spell_out_types
+from nextscale.cli.spelling import name_as_typed, refuse_empty_paths, refuse_repeated_lists, spell_out_types
 from nextscale.common.errors import SettingError, UserError
 from nextscale.common.progress import close_progress_bars
 
@@ -98,6 +98,7 @@ def parse(arguments: list[str]) -> Any:
 
     kind, rest = COMMANDS[name], _move_lists_last(spell_out_types(rest))
     refuse_empty_paths(kind, rest)
+    refuse_repeated_lists(kind, rest)
     try:
         command = parse_options(name, kind, rest)
         profile = load_profile(command)

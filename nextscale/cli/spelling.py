@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nextscale.common.dtypes import SHORT_NAMES
 from nextscale.common.errors import SettingError, UserError
@@ -70,6 +70,16 @@ def refuse_empty_paths(kind: type, arguments: list[str]) -> None:
             raise UserError(f"{word} is empty; give it a value, or leave it out")
     if arguments and not arguments[0].strip() and _has_positional(kind):
         raise UserError(f"the first argument, {next(iter(fields)).upper()}, is empty")
+
+
+def refuse_repeated_lists(kind: type, arguments: list[str]) -> None:
+    """Raise UserError for an option of a command that takes several values and is given twice: the parser would keep
+    those of the last one alone."""
+    hints = get_type_hints(kind)
+    words = [word for word, _ in _pair_options(arguments) if "." not in word]
+    for word in dict.fromkeys(words):
+        if words.count(word) > 1 and get_origin(hints.get(_get_field(word))) is tuple:
+            raise UserError(f"{word} is given {words.count(word)} times: give it once, with all values behind it")
 
 
 def _has_positional(kind: type) -> bool:
