@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from nextscale.checkpoints.saving import write_checkpoint
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.reading import read_json
+from nextscale.config.classifier import ClassifierRunConfig
+from nextscale.config.encoder import EncoderRunConfig
 from nextscale.config.files import read_settings, record_settings
 from nextscale.config.migrate import migrate_record, rename_settings
 from nextscale.config.parse import to_dict
+from nextscale.config.quickstart import QuickstartConfig
+from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.training.engine.state import check_settings
@@ -93,6 +98,31 @@ def test_a_run_of_version_1_is_the_same_run(tmp_path):
         check_settings(tmp_path, other, accept_changes=False)
     with pytest.raises(UserError, match=r"other settings: transformer.options.top was None, now 2"):
         record_settings(tmp_path / "run.json", other)
+
+
+CONFIGS = (RunConfig, TokenizerRunConfig, ClassifierRunConfig, EncoderRunConfig, QuickstartConfig)
+
+
+def list_fields(settings, prefix=""):
+    """Each setting by its path, such as train.seed."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from list_fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_setting_that_was_added_later_has_its_default_in_older_records(kind, tmp_path):
+    # The defaults of 2026-11-26, as that version wrote them. Whoever adds a setting adds it to `migrate._ADDED`, too.
+    golden = read_json(Path(__file__).parent / "golden" / "settings-2026-11-26.json")[kind.__name__]
+    now, migrated = dict(list_fields(to_dict(kind()))), dict(list_fields(migrate_record(golden)))
+    before = dict(list_fields(golden))
+    added = {name: value for name, value in now.items() if name not in before}
+    assert added, "nothing was added, so this would check nothing"
+    assert {name: migrated.get(name, "(missing)") for name in added} == added
+    write_json(tmp_path / "run.json", golden)
+    check_settings(tmp_path, to_dict(kind()), accept_changes=False)
 
 
 def test_a_config_file_of_version_1_is_read(tmp_path):

@@ -12,11 +12,24 @@ _ADDED: dict[str, dict[str, Any]] = {
     "num_classes": {"source": "", "max_tokens": 64, "layers": 2, "embedding_width": 0, "channels": 1, "patch": 4},
     "patch": {"picture_size": [], "control": "", "parts": {}, "encoder": "", "encoder_fingerprint": ""},
     "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
-    "smooth": {"cfg_parts": {}},  # SampleConfig
-    "micro_batch": {"backend": "auto"},  # TrainConfig
+    "smooth": {"cfg_parts": {}, "cfg_scales": 0},  # SampleConfig
+    "micro_batch": {"backend": "auto", "patience": 0},  # TrainConfig
+    "revive_below": {"scale_dropout": 0.0},  # CodebookConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
+    "init": {  # RunConfig
+        "lora": {
+            "rank": 0,
+            "alpha": 0.0,
+            "layers": ["mixers", "ffn"],
+            "classes_only": False,
+            "classes": "",
+            "keep": 512,
+        },
+    },
     "measure_images": {  # QuickstartConfig; a run on the digits is the same without max_epochs
         "max_epochs": 30.0,
+        "start": "",
+        "few_images": 300,
         "images": {"label_column": "", "image_column": "", "allow_empty_classes": False},
     },
     "allow_empty_classes": {"caption_column": ""},  # ReadConfig and DataConfig
