@@ -28,6 +28,7 @@ from nextscale.pyramid import Pyramid
 from nextscale.sampling.guidance import count_sequences, schedule_parts
 from nextscale.sampling.pruning import PruningPlan
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.transformer.positions import SizeEmbedding
 
 _KNOWN_ROUTERS = ("none", "stmoe", "smoe", "expert-choice")
 """Routers that select the same number of experts whatever the tokens are."""
@@ -75,6 +76,7 @@ def describe_config(name: str, config: ModelConfig) -> dict[str, Any]:
         "tokenizer_parameters": counts["tokenizer"],
         "image_size": list(config.image_size),
         "scales": str(pyramid),
+        "sizes": [str(other) for other in config.sizes],
         "tokens": pyramid.length,
         "class_names": list(config.class_names),
         "tokenizer_flops": {"encode": encode, "decode": decode},
@@ -168,7 +170,8 @@ def condition_flops(model: TransformerConfig) -> int:
     adaln = model.width * model.width * (sum(vectors[:1] if model.shared_adaln else vectors) + 2)
     condition: Any = CONDITIONS.get(model.condition.kind)
     read = sum(int(MIXERS.get(name).count_condition_multiply_adds(model)) for mixers in names for name in mixers)
-    return 2 * (adaln + read + int(condition.count_multiply_adds(model.condition, model.width)))
+    size = SizeEmbedding.features * model.width if model.positions.size_embedding else 0
+    return 2 * (size + adaln + read + int(condition.count_multiply_adds(model.condition, model.width)))
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -206,6 +209,8 @@ def as_text(facts: dict[str, Any]) -> str:
         f"  image                {facts['image_size'][0]} x {facts['image_size'][1]} pixels, {facts['tokens']} tokens",
         f"  weights in float32   {facts['weight_bytes_float32'] / 2**20:,.0f} MiB",
     ]
+    if facts["sizes"]:
+        lines.append(f"  also trained at      scales {' and '.join(facts['sizes'])}")
     if "weights" in facts:
         size = f"{facts['weight_bytes'] / 2**20:,.0f} MiB"
         lines.append(f"  weights as stored    {size}, linear layers of the transformer in {facts['weights']}")

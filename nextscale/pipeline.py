@@ -6,7 +6,7 @@ pipeline.sample([3, 7], cfg=1.5, seed=0).save("grid.png")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ from nextscale.checkpoints import Checkpoint, build_modules, build_on_meta
 from nextscale.checkpoints.native import check_routers, find_folder, read_modules
 from nextscale.common.devices import copy_to, find_device
 from nextscale.common.errors import UserError
-from nextscale.common.precision import LOW, narrow
+from nextscale.common.precision import LOW
 from nextscale.common.rng import fold_seed, make_generator
 from nextscale.config.condition import OTHERS, take_given
 from nextscale.config.model import ModelConfig
@@ -32,9 +32,11 @@ from nextscale.transformer.var import VAR
 if TYPE_CHECKING:
     from nextscale.backends.twins import Backend
     from nextscale.checkpoints.lora import Adapters
+    from nextscale.common.sizes import Size
     from nextscale.conditions import Read
     from nextscale.config.initialization import InitConfig
     from nextscale.data.arrays import ImageInput, ImagesInput
+    from nextscale.pyramid import Pyramid
     from nextscale.sampling.capturing import Capturing
     from nextscale.sampling.editing import Edit
 
@@ -167,22 +169,22 @@ class Pipeline:
     def load_lora(self, *sources: str | Path, weight: float = 1.0) -> Pipeline:
         """Add adapters to the weights, FOLDER or FOLDER:WEIGHT; one that is loaded gets its new weight. Their classes
         follow the model's. A refiner is to be given anew. UserError as `nextscale.checkpoints.lora.merge` raises."""
-        return self._change_adapters(lambda adapters: adapters.add(map(str, sources), weight))
+        from nextscale.derived import change_adapters
+
+        return change_adapters(self, lambda adapters: adapters.add(map(str, sources), weight))
 
     def unload_lora(self, *sources: str | Path) -> Pipeline:
         """Remove these adapters, or all: the weights are those of the rest, or again the model's, bit for bit."""
-        return self._change_adapters(lambda adapters: adapters.remove(map(str, sources)))
+        from nextscale.derived import change_adapters
 
-    def _change_adapters(self, change: Callable[[Adapters], Adapters]) -> Pipeline:
-        from nextscale.checkpoints.lora import Adapters
+        return change_adapters(self, lambda adapters: adapters.remove(map(str, sources)))
 
-        adapters = change(self._adapters or Adapters.of_model(self._folder, self.to_checkpoint, self._profile))
-        checkpoint = adapters.merge()
-        new = Pipeline._around(checkpoint, build_on_meta(checkpoint.config)).to(self.device, self._dtype)
-        new.optimize(self._backend, training=self._training).tokenizer.decode_batch = self.tokenizer.decode_batch
-        new._adapters = adapters
-        self.__dict__ = new.__dict__ | {n: self.__dict__[n] for n in ("sampling", "_folder", "_profile", "_capture")}
-        return self
+    def at(self, scales: str | Pyramid = "", size: Size = 0) -> Pipeline:
+        """The same weights at other scales, such as "1,2,3x4,6x8", or for images of another `size` in pixels, (height,
+        width) or the side of a square (docs/sizes.md). Without a refiner. UserError where the model has one size."""
+        from nextscale.derived import resize_pipeline
+
+        return resize_pipeline(self, scales, size)
 
     def refine_with(self, refiner: Pipeline) -> Pipeline:
         """Let another model, usually a smaller one, generate the scales from the setting `draft_scales` on (CoDe).
@@ -213,13 +215,11 @@ class Pipeline:
         return self
 
     def to_checkpoint(self) -> Checkpoint:
-        """The checkpoint to save. Tensors that were widened to compute get their stored dtype if nothing is lost."""
-        tokenizer = self.tokenizer.state_dict()
-        transformer = {} if self._transformer is None else self._transformer.state_dict()
-        for part in (tokenizer, transformer):
-            for name, tensor in part.items():
-                part[name] = narrow(tensor, [types[name] for types in (self._stored, self._converted) if name in types])
-        return Checkpoint(self.config, tokenizer, transformer, self._origin, self._extras)
+        """The checkpoint to save. Tensors that were widened to compute get their stored dtype if nothing is lost. At
+        another size (`at`) it is that of a model of this size, as `nextscale adapt` makes it."""
+        from nextscale.derived import build_checkpoint
+
+        return build_checkpoint(self)
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
         """Write a checkpoint folder and its card; with `push_to_hub`, upload it as `repo_id` (the folder's name)."""

@@ -100,6 +100,11 @@ class Pyramid:
         """
         return k / (len(self) - 1) if len(self) > 1 else 1.0
 
+    def resize(self, last: Side) -> Pyramid:
+        """As many scales for another last side: each side is in proportion to the last one, and at least 1."""
+        (h, w), (new_h, new_w) = self.last, last
+        return Pyramid(tuple((max(1, round(i * new_h / h)), max(1, round(j * new_w / w))) for i, j in self.sides))
+
     def phi_index(self, num_phi: int) -> tuple[int, ...]:
         """Which of `num_phi` shared convolutions serves each scale: the one whose tick is nearest to k/(K-1).
 
@@ -113,6 +118,11 @@ class Pyramid:
             ticks = [i * step + margin for i in range(num_phi - 1)] + [1 - margin]
         where = [k / (len(self) - 1) if len(self) > 1 else 0.0 for k in range(len(self))]
         return tuple(min(range(num_phi), key=lambda i: abs(ticks[i] - x)) for x in where)
+
+
+def match_scales(old: Pyramid, new: Pyramid) -> list[int]:
+    """For each scale of `new`, the scale of `old` at the nearest progress; the earlier one on ties."""
+    return [min(range(len(old)), key=lambda j: abs(old.progress(j) - new.progress(k))) for k in range(len(new))]
 
 
 def _side(value: object) -> Side:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.checkpoints import Checkpoint
@@ -21,7 +20,8 @@ from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
 from nextscale.config.classes import index_names, list_names, parse_entries
 from nextscale.config.model import ModelConfig
-from nextscale.pyramid import Pyramid, Side
+from nextscale.pyramid import Pyramid, match_scales
+from nextscale.transformer.positions import resample_map, resample_table
 
 _MAX_CLASSES = 1_000_000
 
@@ -80,7 +80,7 @@ def adapt(
     the same relative place between first and last. Position embeddings are resampled bicubically where sides differ.
     """
     config, model = checkpoint.config, get_transformer_config(checkpoint.config, "adapt")
-    transformer, tokenizer = dict(checkpoint.transformer), dict(checkpoint.tokenizer)
+    transformer, tokenizer = dict(checkpoint.transformer), checkpoint.tokenizer
     if classes is not None:
         model.condition.require_classes("--classes is for models that draw images")
         key = "condition.embedding.weight"
@@ -89,18 +89,19 @@ def adapt(
         model = replace(model, condition=condition)
         config = replace(config, transformer=model, class_names=tuple(c.name for c in classes))
     if pyramid is not None and pyramid != config.pyramid:
-        source = match_scales(config.pyramid, pyramid)
-        transformer |= _resample_positions(transformer, config.pyramid, pyramid, source)
-        tokenizer["quantizer.usage_KV"] = tokenizer["quantizer.usage_KV"][source]
-        config = replace(config, pyramid=pyramid)
+        transformer |= _resample_positions(transformer, config.pyramid, pyramid)
+        tokenizer = adapt_tokenizer(checkpoint, pyramid).tokenizer
+        config = replace(config, pyramid=pyramid, sizes=())
     origin = dict(checkpoint.origin)
     extras = checkpoint.extras if config == checkpoint.config else {}
     return Checkpoint(config, tokenizer, transformer, origin, extras)
 
 
-def match_scales(old: Pyramid, new: Pyramid) -> list[int]:
-    """For each scale of `new`, the scale of `old` at the nearest progress; the earlier one on ties."""
-    return [min(range(len(old)), key=lambda j: abs(old.progress(j) - new.progress(k))) for k in range(len(new))]
+def adapt_tokenizer(checkpoint: Checkpoint, pyramid: Pyramid) -> Checkpoint:
+    """The checkpoint with a tokenizer for another pyramid; its layers do not depend on it."""
+    name, source = "quantizer.usage_KV", match_scales(checkpoint.config.pyramid, pyramid)
+    tokenizer = checkpoint.tokenizer | {name: checkpoint.tokenizer[name][source]}
+    return replace(checkpoint, config=replace(checkpoint.config, pyramid=pyramid, sizes=()), tokenizer=tokenizer)
 
 
 def make_class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -> Tensor:
@@ -115,23 +116,12 @@ def make_class_embeddings(old: Tensor, classes: Sequence[NewClass], seed: int) -
     return torch.stack([*rows, old[-1]])  # the last row means "no label"
 
 
-def _resample_positions(tensors: dict[str, Tensor], old: Pyramid, new: Pyramid, source: list[int]) -> dict[str, Tensor]:
-    maps = []
-    for k, j in enumerate(source):
-        start, end = old.spans[j]
-        maps.append(resample_map(tensors["pos_embed"][:, start:end], old.sides[j], new.sides[k]))
-    return {
-        "pos_embed": torch.cat(maps, dim=1),
+def _resample_positions(tensors: dict[str, Tensor], old: Pyramid, new: Pyramid) -> dict[str, Tensor]:
+    """What `VAR.at` computes for another pyramid, as the tables of a model of its own."""
+    source = match_scales(old, new)
+    tables = {"pos_embed": resample_table(tensors["pos_embed"], old, new)} if "pos_embed" in tensors else {}
+    return tables | {
         "pos_start": resample_map(tensors["pos_start"], old.sides[0], new.sides[0]),
         "level_embed.weight": tensors["level_embed.weight"][source],
         **{n: t[source] for n, t in tensors.items() if n.endswith(".router.scale_embed.weight")},
     }
-
-
-def resample_map(embedding_1ND: Tensor, old: Side, new: Side) -> Tensor:
-    """Resample a map of embeddings (1, N, D) to other sides, bicubically; unchanged when the sides are equal."""
-    if old == new:
-        return embedding_1ND
-    map_1Dhw = embedding_1ND.float().transpose(1, 2).unflatten(-1, old)
-    resized = F.interpolate(map_1Dhw, new, mode="bicubic")
-    return resized.flatten(2).transpose(1, 2).to(embedding_1ND.dtype).contiguous()

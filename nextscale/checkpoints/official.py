@@ -146,6 +146,9 @@ def _list_losses(checkpoint: Checkpoint, with_tokenizer: bool, var_tensors: dict
             f"the names of the {len(names)} classes are left out: write them to a text file, and import it with "
             "--class-names"
         )
+    if checkpoint.config.sizes and var_tensors is not None:
+        others = " and ".join(map(str, checkpoint.config.sizes))
+        notes.append(f"the other scales that it was trained at are left out: {others}")
     options = list_needed_options(checkpoint.config, with_tokenizer, var_tensors)
     if options:
         notes.append(f"the files do not say {' '.join(options)}: give it to `nextscale import-official`")
@@ -158,6 +161,8 @@ def _unknown_officially(model: TransformerConfig) -> str:
         return f"this model is a mixture of experts ({model.experts.router})"
     if model.dynamic.on:
         return "this model has dynamic FFNs (the model that it was made of may be exported)"
+    if model.positions.kind != "table" or model.positions.size_embedding:
+        return "this model has rotary positions" if model.positions.kind != "table" else "this model embeds sizes"
     if model.condition.kind in OTHERS:
         return f"this model's images are conditioned on {model.condition.describe()}"
     if model.condition.kind != "class" or model.resolved_feed_forward != "dense":

@@ -29,6 +29,22 @@ Adapters = Annotated[
     ),
 ]
 """The option --lora."""
+Scales = Annotated[
+    str,
+    arg(
+        help="Sides of the token maps, such as 1,2,3x4: other ones than the model's own, coarse to fine "
+        "(docs/sizes.md)."
+    ),
+]
+"""The option --scales of commands that use a model."""
+ImageSize = Annotated[
+    str,
+    arg(
+        help="Use another image size than the model's own, in pixels, at scales in proportion: 48, or HEIGHTxWIDTH, as "
+        "32x48; 0 = the model's."
+    ),
+]
+"""The option --size of commands that use a model."""
 Paths = Mapping[str, "str | Path | Sequence[str | Path] | None"]
 """Option (--data, MODEL): a path, several, or none."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-from nextscale.cli.files import Adapters, Overwrite, Paths, list_folders, list_inputs
+from nextscale.cli.files import Adapters, Overwrite, Paths, Scales, list_folders, list_inputs
 from nextscale.cli.profiles import ProfileName
 from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.sizes import parse_size
@@ -48,6 +48,7 @@ class Evaluate:
     """YAML or JSON file with sampling settings; options on the command line take precedence."""
     profile: ProfileName = ""
     lora: Adapters = ()
+    scales: Scales = ""
     reconstruct: str = ""
     """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""
     against: str = ""
@@ -112,7 +113,7 @@ class Evaluate:
         config = EvaluationConfig(
             self.num, self.settings, parse_size("--size", self.size), shard=self.shard, images=self.images,
             batch=self.batch_size, decode_batch=self.decode_batch, dtype=self.dtype, capture=self.capture,
-            reconstruct=self.reconstruct, lora=self.lora,
+            reconstruct=self.reconstruct, lora=self.lora, scales=self.scales,
         )  # fmt: skip
         with init_distributed(self.device) as world:
             report = evaluate(

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-from nextscale.cli.files import Adapters, Overwrite, Paths, Show, list_folders, list_inputs, list_terminal_needs
+from nextscale.cli.files import (
+    Adapters,
+    ImageSize,
+    Overwrite,
+    Paths,
+    Scales,
+    Show,
+    list_folders,
+    list_inputs,
+    list_terminal_needs,
+)
 from nextscale.cli.profiles import ProfileName
 from nextscale.common.dtypes import Dtype, SamplingDtype
 from nextscale.common.errors import UserError
@@ -52,6 +62,8 @@ class Sample:
     override it."""
     profile: ProfileName = ""
     lora: Adapters = ()
+    scales: Scales = ""
+    size: ImageSize = "0"
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` (int64, images x all positions, coarse to fine), `images` (float32,
     B x 3 x H x W in 0 to 1) and, as `types` in its metadata, the `dtype` of the weights and what they are
@@ -79,7 +91,7 @@ class Sample:
 
     main_options: ClassVar[tuple[str, ...]] = (
         "model", "out", "labels", "prompt", "prompt-file", "control", "negative-prompt", "cfg", "top-k", "top-p",
-        "seed", "config", "profile", "lora", "batch-size", "dtype", "device", "show",
+        "seed", "config", "profile", "lora", "scales", "size", "batch-size", "dtype", "device", "show",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -133,6 +145,8 @@ class Reconstruct:
     """The reconstructions as one grid. The suffix chooses the format: .png, .jpg, .webp, ...; without one it is a
     PNG."""
     reading: Annotated[ReadConfig, arg(name="images")] = field(default_factory=ReadConfig)
+    scales: Scales = ""
+    size: ImageSize = "0"
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     images_out: Path | None = None
@@ -189,6 +203,8 @@ class Edit:
     """YAML or JSON file with sampling settings; options on the command line override it."""
     profile: ProfileName = ""
     lora: Adapters = ()
+    scales: Scales = ""
+    size: ImageSize = "0"
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
     dtype: SamplingDtype = "auto"
@@ -200,6 +216,11 @@ class Edit:
     """auto: the fast modules of the device. plain: plain PyTorch."""
     show: Show = False
     overwrite: Overwrite = False
+
+    main_options: ClassVar[tuple[str, ...]] = (
+        "model", "image", "mask", "out", "label", "prompt", "control", "negative-prompt", "cfg", "top-k", "top-p",
+        "seed", "config", "profile", "lora", "scales", "size", "dtype", "device", "show",
+    )  # fmt: skip
 
     def list_needs(self) -> dict[str, str]:
         return list_terminal_needs(self.show)
@@ -271,8 +292,9 @@ class Info:
 
 
 def _load_pipeline(command: Sample | Reconstruct | Edit, capture: Capture = "auto") -> Pipeline:
-    """The command's model, with a note on its type where that was chosen, or is not the one that computes."""
+    """The command's model, at its size, with a note on its type where that was chosen, or is not what computes."""
     from nextscale.common.precision import describe_sampling_dtype
+    from nextscale.common.sizes import parse_size
     from nextscale.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(
@@ -282,7 +304,7 @@ def _load_pipeline(command: Sample | Reconstruct | Edit, capture: Capture = "aut
     note = describe_sampling_dtype(command.dtype, pipeline.dtype, pipeline.device, fast=command.backend != "plain")
     if note:
         print(f"note: {note}")
-    return pipeline
+    return pipeline.at(command.scales, parse_size("--size", command.size))
 
 
 def _parse_labels(pipeline: Pipeline, labels: str) -> Any:

@@ -42,3 +42,5 @@ class EvaluationConfig:
     """Images that the model's tokenizer encodes and decodes; the reconstructions are measured instead of samples."""
     lora: tuple[str, ...] = ()
     """Adapters that are added to the weights of the measured model, as `Pipeline.load_lora` takes them."""
+    scales: str = ""
+    """Sides of the token maps that the measured model samples at; empty = its own."""

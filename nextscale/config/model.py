@@ -23,6 +23,8 @@ class ModelConfig:
     transformer: TransformerConfig | None = field(default_factory=TransformerConfig)
     class_names: tuple[str, ...] = ()
     """Names of the classes in label order; empty when unknown."""
+    sizes: tuple[Pyramid, ...] = ()
+    """Other pyramids that the transformer was trained at; its tables of positions are those of `pyramid`."""
 
     def __post_init__(self) -> None:
         classes = len(self.class_names)
@@ -103,4 +105,5 @@ class ModelConfig:
         """One line of text: classes, scales, image size."""
         height, width = self.image_size
         what = self.transformer.condition.describe() if self.transformer else "a tokenizer alone"
-        return f"{what}, scales {self.pyramid}, images of {height} x {width} pixels"
+        others = f", and at scales {' and '.join(map(str, self.sizes))}" if self.sizes else ""
+        return f"{what}, scales {self.pyramid}, images of {height} x {width} pixels{others}"

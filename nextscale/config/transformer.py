@@ -181,6 +181,33 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True)
+class PositionConfig:
+    """How a model knows where a token is, and in an image of which size. The defaults are VAR's."""
+
+    kind: Literal["table", "rotary"] = "table"
+    """table: a learned embedding of every position, resampled for other sizes. rotary: attention rotates queries and
+    keys by row and column (2D RoPE), in coordinates that all scales and sizes share."""
+    base: float = 100.0
+    """rotary: base of the frequencies. 100 is usual for images (arXiv 2403.13298); Infinity has 10,000."""
+    extent: float = 16.0
+    """rotary: every map has the coordinates of a square of this side, or of a rectangle of its area."""
+    size_embedding: bool = False
+    """Add a learned embedding of the size and of the number of scales to the condition, so that a model that is trained
+    at several sizes knows which one it draws."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "base must be above 1, up to 10^6": 1 < self.base <= 1e6,
+            "extent must be above 0, up to 4096": 0 < self.extent <= 4096,
+        }
+        check_fields("positions", self, rules)
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        return {} if self.kind == "rotary" else {"positions are a table ({at}kind)": ("base", "extent")}
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Block-causal transformer of VAR. `depth` alone gives a published model: width 64 x depth, heads = depth."""
 
@@ -209,6 +236,7 @@ class TransformerConfig:
     feed_forward: str = "auto"
     """auto: mixture when experts.router is set, dynamic when dynamic experts are set, else dense. Or the name of a
     feed-forward layer that you registered."""
+    positions: PositionConfig = field(default_factory=PositionConfig)
     mamba: MambaConfig = field(default_factory=MambaConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -247,12 +275,27 @@ class TransformerConfig:
                 f"transformer: mamba's inner width, {self.width} x {self.mamba.expand}, must be a multiple of "
                 f"mamba.head_width, {self.mamba.head_width}"
             )
+        self._check_positions()
         if self.alignment.block > self.depth:
             raise UserError(f"transformer: alignment.block {self.alignment.block} is beyond the depth, {self.depth}")
         if self.width % self.heads:
             raise UserError(
                 f"transformer: depth {self.depth}, width {self.width}, heads {self.heads}: "
                 "width must be a multiple of heads"
+            )
+
+    def _check_positions(self) -> None:
+        if self.positions.kind != "rotary":
+            return
+        if any(not {"attention", "scale-attention"} & {*self.block_mixers(i)} for i in range(self.depth)):
+            raise UserError(
+                "transformer: rotary positions are those of attention, and a block has none (mixers): use "
+                "positions.kind table"
+            )
+        if self.width // max(self.heads, 1) % 4:
+            raise UserError(
+                f"transformer: rotary positions need heads of a width that is a multiple of 4; width {self.width} and "
+                f"heads {self.heads} give {self.width // self.heads}"
             )
 
     def _check_feed_forward(self) -> None:

@@ -110,8 +110,15 @@ class ModelImages:
             RANDOM_NUMBERS: RANDOM_NUMBER_GENERATOR,
             "images": self.count,
             "samples_per_class": self.count / len(self.order),
+            **_name_scales(self.pipeline),
             **({} if self.order == tuple(range(len(self.order))) else {"order of classes": list(self.order)}),
         }
+
+
+def _name_scales(pipeline: Pipeline) -> dict[str, str]:
+    """The scales of a model that runs at others than its own."""
+    pyramid = pipeline.config.pyramid
+    return {} if pyramid == pipeline.tokenizer.quantizer.tables else {"scales": str(pyramid)}
 
 
 class PromptedImages(ModelImages):
@@ -225,7 +232,8 @@ class Reconstructions:
 
     def identity(self) -> dict[str, Any]:
         weights = compute_fingerprint(self.pipeline.tokenizer.state_dict())
-        return {"reconstructed by": self.where, "weights": weights, "pictures": self.originals.identity()}
+        by = {"reconstructed by": self.where, "weights": weights, **_name_scales(self.pipeline)}
+        return {**by, "pictures": self.originals.identity()}
 
 
 class NpzImages:
@@ -346,23 +354,23 @@ def compare_pairs(images: MeasuredImages, partner: MeasuredImages) -> str:
 
 def open_images(
     source: str, count: int, size: Size, settings: SampleConfig, batch: int, reconstruct: str = "",
-    reading: ReadConfig | None = None, captions_of: str = "", **load: Any,
+    reading: ReadConfig | None = None, captions_of: str = "", scales: str = "", **load: Any,
 ) -> MeasuredImages:  # fmt: skip
     """The images of a checkpoint folder, an .npz of samples, or a data set (folder, table, name on the hub).
 
     `count`: number of images, 0 for all (50,000 of a model). `size`: resize and crop a data set's images, 0 for
     unchanged. `reading`: how a data set is read. `reconstruct`: images that the model's tokenizer reconstructs, in
-    place of samples. `captions_of`: the data set whose captions are the prompts of a model that reads texts. `load`:
-    dtype and device of a model.
+    place of samples. `captions_of`: the data set whose captions are the prompts of a model that reads texts. `scales`:
+    of a model, in place of its own. `load`: dtype and device of a model.
     """
     path = Path(source)
     if path.suffix == ".npz":
         return NpzImages(path, count)
     if reconstruct:
-        pipeline = Pipeline.from_pretrained(source, **load)
+        pipeline = Pipeline.from_pretrained(source, **load).at(scales)
         return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.image_size, count, reading))
     if (path / "config.json").is_file():
-        pipeline = Pipeline.from_pretrained(source, **load)
+        pipeline = Pipeline.from_pretrained(source, **load).at(scales)
         if pipeline.transformer.config.condition.kind == "text":
             return PromptedImages(pipeline, source, count or 50_000, settings, batch, captions_of, reading)
         return ModelImages(pipeline, source, count or 50_000, settings, batch)

@@ -202,10 +202,12 @@ def _open_images(
 ) -> MeasuredImages:
     images = open_images(
         source, config.count, config.size, config.sampling, config.batch, reconstruct, reading=config.images,
-        captions_of=captions_of, dtype=config.dtype, device=world.device, capture=config.capture, lora=config.lora,
+        captions_of=captions_of, scales=config.scales, dtype=config.dtype, device=world.device, capture=config.capture,
+        lora=config.lora,
     )  # fmt: skip
-    if config.lora and not isinstance(images, ModelImages):
-        raise UserError(f"--lora adds adapters to a model that samples; {source} is none")
+    if (config.lora or config.scales) and not isinstance(images, ModelImages):
+        option = "--lora adds adapters to" if config.lora else "--scales is for"
+        raise UserError(f"{option} a model that samples; {source} is none")
     if isinstance(images, ModelImages):
         images.pipeline.tokenizer.decode_batch = config.decode_batch
     return images
@@ -215,7 +217,7 @@ def _open_partner(
     against: str, images: MeasuredImages, config: EvaluationConfig, world: World, captions_of: str
 ) -> MeasuredImages:
     """The images to compare with `images` one by one: a model's have the same classes, by name."""
-    config = replace(config, size=config.size or images.size, lora=())
+    config = replace(config, size=config.size or images.size, lora=(), scales="")
     partner = _open_images(against, config, world, captions_of=captions_of)
     notes = []
     if isinstance(partner, ModelImages) and isinstance(images, ModelImages):

@@ -38,7 +38,7 @@ class Capturing:
         """How to create the predictor of this batch; None: plain steps."""
         if mode == "on":
             return self.pool.create_predictor
-        refining, fixed = refiner.config if refiner is not None else None, skips_experts(model.pos_embed.device)
+        refining, fixed = refiner.config if refiner is not None else None, skips_experts(model.pos_start.device)
         request = Request(settings, model.config, refining, captured=True, fixed_experts=fixed)
         sequences_K = tuple(images * count for count in count_sequences(*schedule_parts(settings, model.pyramid)))
         if max(sequences_K) > MOST_SEQUENCES or find_refusal(request):

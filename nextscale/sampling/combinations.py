@@ -53,6 +53,11 @@ REFUSED: tuple[tuple[Callable[[Request], bool], str], ...] = (
         "your own; sample without prune",
     ),
     (
+        lambda r: bool(r.settings.prune) and r.model.positions.kind == "rotary",
+        "prune cannot work with rotary positions: attention would rotate the tokens that are left by the positions of "
+        "others; sample without prune",
+    ),
+    (
         _prunes_scored_tokens,
         "prune cannot work with MoE++'s gating residual: a router uses the scores of the block before, and blocks "
         "compute different tokens; sample without prune, or train with experts.gating_residual false",

@@ -71,7 +71,7 @@ class PrunedPredictor(ModelPredictor):
         for i, (block, adaln_B3SD) in enumerate(zip(model.blocks, self.conditioning.blocks_B3SD, strict=True)):
             states = self.conditioning.join_states(i, self.cache[i]) or []
             span = self.plan.span(k, block.index)
-            context = ScaleContext(model.pyramid, span, k=k, thresholds=self.thresholds)
+            context = model.locate(span, k, self.thresholds)
             previous, record = records[-1] if records else None, None
             for s in range(len(block.layers)):
                 run = partial(run_branch, block, s, adaln_B3SD, context, states, previous)

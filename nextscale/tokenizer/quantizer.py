@@ -72,8 +72,19 @@ class Quantizer(nn.Module):
         num_phi = config.num_phi if config.phi_ratio > 0 else 0
         self.phi = nn.ModuleList(Phi(config.code_width, config.phi_ratio) for _ in range(num_phi))
         self.phi_of_scale = pyramid.phi_index(num_phi) if num_phi else ()
+        self.tables = pyramid
+        """The pyramid of `usage_KV`; `at` gives the quantiser at another one."""
         # How often each code was used lately, per scale; the official checkpoints carry it, inference ignores it.
         self.register_buffer("usage_KV", torch.zeros(len(pyramid), config.vocab_size))
+
+    def at(self, pyramid: Pyramid) -> Quantizer:
+        """The quantiser at another pyramid, with the same codebook and convolutions; the usage of codes stays that of
+        `tables`."""
+        from nextscale.common.modules import share_parameters
+
+        view = share_parameters(self)
+        view.pyramid, view.phi_of_scale = pyramid, pyramid.phi_index(len(self.phi)) if self.phi else ()
+        return view
 
     def codes(self, tokens_BN: Tensor) -> Tensor:
         """Token indices (B, N) to codes (B, N, c)."""

@@ -48,6 +48,16 @@ class Tokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_width, config.code_width, kernel, padding=kernel // 2)
         self.quantizer = Quantizer(config, pyramid)
 
+    def at(self, pyramid: Pyramid) -> Tokenizer:
+        """The tokenizer at another pyramid: the same weights, for images and canvases of its last side."""
+        if pyramid == self.pyramid:
+            return self
+        from nextscale.common.modules import share_parameters
+
+        view = share_parameters(self, quantizer=self.quantizer.at(pyramid))
+        view.pyramid = pyramid
+        return view
+
     def set_compute_dtype(self, dtype: torch.dtype) -> Tokenizer:
         """Convert the decoder to `dtype`; what chooses tokens stays in float32, where rounding would change them."""
         self.float()

@@ -51,6 +51,7 @@ class Attention(Mixer):
         # Log of what multiplies normalised queries, per head; the softmax then needs no scale of its own.
         self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4.0))) if config.qk_norm else None
         self.softmax_scale = 1.0 if config.qk_norm else 0.25 / math.sqrt(self.head_width)
+        self.rotary = config.positions if config.positions.kind == "rotary" else None
 
     @property
     def output_layers(self) -> list[nn.Linear]:
@@ -79,9 +80,21 @@ class Attention(Mixer):
         q, k, v = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
         if self.log_scale is not None:
             q, k = scale_to_length(q, self.query_length()), scale_to_length(k)
+        if self.rotary is not None:
+            q, k = self.rotate(q, k, context)
         if state is not None:
             k, v = state.update(context.span, k, v)
         return self.attend(q, k, v, context).transpose(1, 2).flatten(2)
+
+    def rotate(self, q: Tensor, k: Tensor, context: ScaleContext) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the tokens at hand, rotated by their positions. Rotated keys are cached."""
+        from nextscale.transformer.positions import compute_rotation, rotate  # most models have a table
+
+        assert self.rotary is not None, "only with rotary positions"
+        start, end = context.span
+        cos_Lf, sin_Lf = compute_rotation(context.pyramid, self.rotary, self.head_width, q.device)
+        rotation = cos_Lf[start:end], sin_Lf[start:end]
+        return rotate(q, rotation), rotate(k, rotation)
 
     def query_length(self) -> Tensor:
         """The length that queries are scaled to, (1, H, 1, 1)."""

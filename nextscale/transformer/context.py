@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.config.transformer import TransformerConfig
-from nextscale.pyramid import Pyramid
+from nextscale.pyramid import Pyramid, match_scales
 
 if TYPE_CHECKING:
     from nextscale.transformer.condition import EmbeddedCondition
@@ -36,14 +36,16 @@ class ScaleContext:
     """The finest scale at hand."""
     thresholds: Thresholds | None = None
     """Thresholds of dynamic experts; None: all experts work."""
+    tables: Pyramid | None = None
+    """The pyramid whose scales have embeddings, where the model runs at another one."""
 
     def index_scales(self, device: torch.device) -> Tensor:
-        """Which scale each token at hand belongs to, int64: (N,), or (1,) when all are of one."""
+        """Which row of a table of scales each token at hand has, int64: (N,), or (1,) when all are of one scale."""
         start, end = self.span
         if not self.teacher_forced:  # with token pruning the span counts computed tokens
             start = self.pyramid.spans[self.k][0]
             end = start + 1
-        return index_scales(self.pyramid, device)[start:end]
+        return index_rows(self.pyramid, self.tables, device)[start:end]
 
     def mask(self, device: torch.device) -> Tensor | None:
         """True where a token may look, (N, N); None when it may see all."""
@@ -61,6 +63,18 @@ def index_scales(pyramid: Pyramid, device: torch.device) -> Tensor:
     """Which scale each position belongs to, int64 (L,). Copied to the device once: a captured graph may not wait."""
     with torch.inference_mode(False):  # it may be used in training later
         return torch.tensor(pyramid.scale_of_L, device=device)
+
+
+def index_rows(pyramid: Pyramid, tables: Pyramid | None, device: torch.device) -> Tensor:
+    """As `index_scales`, of the scales of `tables` that are at the same relative place; None: of the pyramid."""
+    return index_scales(pyramid, device) if tables is None else _index_others(pyramid, tables, device)
+
+
+@lru_cache(maxsize=32)
+def _index_others(pyramid: Pyramid, tables: Pyramid, device: torch.device) -> Tensor:
+    rows = match_scales(tables, pyramid)
+    with torch.inference_mode(False):
+        return torch.tensor([rows[k] for k in pyramid.scale_of_L], device=device)
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ def initialize_transformer(model: VAR, config: InitConfig, generator: torch.Gene
     """Initialise every parameter of `model` in place from `generator`."""
     D, depth = model.config.width, model.config.depth
     initialize_weights(model, D, generator)
-    for position in (model.pos_start, model.pos_embed):
+    for position in (model.pos_start, *([] if model.pos_embed is None else [model.pos_embed])):
         nn.init.trunc_normal_(position, std=compute_spread(D), generator=generator)
     model.head.weight.mul_(config.head)  # first predictions near uniform
     model.head_adaln.weight.mul_(config.adaln)

@@ -21,7 +21,7 @@ from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.block import AdaLayerNorm, Block
 from nextscale.transformer.condition import Condition
-from nextscale.transformer.context import ScaleContext, index_scales
+from nextscale.transformer.context import ScaleContext, index_rows
 from nextscale.transformer.feed_forward import Record
 
 if TYPE_CHECKING:
@@ -79,12 +79,15 @@ class VAR(nn.Module):
     def __init__(self, config: TransformerConfig, pyramid: Pyramid, vocab_size: int, code_width: int):
         super().__init__()
         self.config, self.pyramid = config, pyramid
+        self.tables = pyramid
+        """The pyramid that the embeddings of positions and scales belong to; `at` gives the model at another one."""
         D = config.width
         self.silu = nn.SiLU()
         self.condition: Condition = CONDITIONS.get(config.condition.kind)(config.condition, D)
         self.word_embed = nn.Linear(code_width, D)
         self.pos_start = nn.Parameter(torch.empty(1, pyramid.counts[0], D))
-        self.pos_embed = nn.Parameter(torch.empty(1, pyramid.length, D))
+        tabled = config.positions.kind == "table"
+        self.pos_embed = nn.Parameter(torch.empty(1, pyramid.length, D)) if tabled else None
         self.level_embed = create_embedding(len(pyramid), D)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             Block(config, i, len(pyramid)) for i in range(config.depth)
@@ -93,34 +96,60 @@ class VAR(nn.Module):
         self.head_norm = AdaLayerNorm(config.norm_eps)
         self.head_adaln = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, vocab_size)
+        self.size_embed = None
+        if config.positions.size_embedding:
+            from nextscale.transformer.positions import SizeEmbedding  # models of one size need none
+
+            self.size_embed = SizeEmbedding(D)
         self.projector = None
         if config.alignment.width:
             from nextscale.transformer.projector import Projector  # training alone uses it
 
             self.projector = Projector(config)
 
+    def at(self, pyramid: Pyramid) -> VAR:
+        """The model at another pyramid: the same weights, with positions resampled or computed for its sides, and for
+        each scale the embeddings of the scale at the same relative place. UserError for dynamic experts, whose routers
+        and thresholds belong to the scales that they were made for."""
+        if pyramid == self.pyramid:
+            return self
+        if self.config.dynamic.on:
+            raise UserError(
+                "dynamic experts were made for the scales of their model: use it at its own, or `nextscale adapt` the "
+                "dense model and sparsify that"
+            )
+        from nextscale.common.modules import share_parameters
+
+        view = share_parameters(self)
+        view.pyramid = pyramid
+        return view
+
+    @property
+    def other_tables(self) -> Pyramid | None:
+        """The pyramid of the embeddings, where it is not the one that the model runs at."""
+        return None if self.tables == self.pyramid else self.tables
+
     def forward(
         self, values: Any, x_BLC: Tensor, *, drop_path: Tensor | None = None, aligned_scales: int = 0,
-        hidden_block: int = 0, thresholds: Thresholds | None = None,
+        hidden_block: int = 0, thresholds: Thresholds | None = None, scales: int = 0,
     ) -> Output:  # fmt: skip
-        """Logits (B, L, V) of all scales at once (teacher forcing).
+        """Logits (B, L, V) of all scales at once (teacher forcing), or of the first `scales` alone.
 
         `values`: the condition, such as labels, int64 (B,). `x_BLC`: the tokenizer's teacher inputs of scales 1 to K-1,
-        (B, L - N of scale 0, C). `drop_path`: stochastic depth, (blocks, S, B), 0 or 1 / keep probability.
-        `aligned_scales`: how many scales the alignment head projects, for semantic guidance. `hidden_block`: the
-        block, counted from 1, whose output is returned too. `thresholds`: of dynamic experts.
+        (B, L - N of scale 0, C), or of those that are computed. `drop_path`: stochastic depth, (blocks, S, B), 0 or 1 /
+        keep probability. `aligned_scales`: how many scales the alignment head projects, for semantic guidance.
+        `hidden_block`: the block, counted from 1, whose output is returned too. `thresholds`: of dynamic experts.
         """
-        expected = self.pyramid.length - self.pyramid.counts[0]
+        last = (scales or len(self.pyramid)) - 1
+        (_, length), first = self.pyramid.spans[last], self.pyramid.counts[0]
+        expected = length - first
         if x_BLC.ndim != 3 or x_BLC.shape[1] != expected:
             raise UserError(f"teacher inputs must be (B, {expected}, {self.word_embed.in_features}); got {x_BLC.shape}")
         conditioning = self.embed_condition(values)
         x_BND = self.embed_start(conditioning)
         if expected:
-            span = (self.pyramid.counts[0], self.pyramid.length)
-            x_BND = torch.cat([x_BND, self.embed_inputs(x_BLC, span)], dim=1)
-        context = ScaleContext(
-            self.pyramid, (0, self.pyramid.length), True, k=len(self.pyramid) - 1, thresholds=thresholds
-        )
+            x_BND = torch.cat([x_BND, self.embed_inputs(x_BLC, (first, length))], dim=1)
+        context = self.locate((0, length), last, thresholds, teacher_forced=True)
         records: list[Record | None] = []
         projected_BNE = hidden_BND = None
         for i, block in enumerate(self.blocks):
@@ -141,7 +170,7 @@ class VAR(nn.Module):
         thresholds: Thresholds | None = None,
     ) -> Output:  # fmt: skip
         """Logits (B, N, V) of scale k. `x_BNC` is the tokenizer's next input, None at scale 0."""
-        context = ScaleContext(self.pyramid, self.pyramid.spans[k], k=k, thresholds=thresholds)
+        context = self.locate(self.pyramid.spans[k], k, thresholds)
         return self._run_cached(self.embed_scale(conditioning, x_BNC, k), conditioning, context, cache)
 
     def prefill(
@@ -153,8 +182,14 @@ class VAR(nn.Module):
         """
         first, (start, end) = self.pyramid.counts[0], self.pyramid.spans[k]
         x_BND = torch.cat([self.embed_start(conditioning), self.embed_inputs(x_BLC, (first, end))], dim=1)
-        context = ScaleContext(self.pyramid, (0, end), True, k=k, thresholds=thresholds)
+        context = self.locate((0, end), k, thresholds, teacher_forced=True)
         return self._run_cached(x_BND, conditioning, context, cache, start)
+
+    def locate(
+        self, span: tuple[int, int], k: int, thresholds: Thresholds | None, *, teacher_forced: bool = False
+    ) -> ScaleContext:
+        """What the blocks are told of tokens at these positions; `k` is the finest scale among them."""
+        return ScaleContext(self.pyramid, span, teacher_forced, k, thresholds, self.other_tables)
 
     def _run_cached(
         self, x_BND: Tensor, conditioning: Conditioning, context: ScaleContext, cache: Cache, first_predicted: int = 0
@@ -182,10 +217,13 @@ class VAR(nn.Module):
     def embed_condition(self, values: Any) -> Conditioning:
         """Everything derived from a batch of condition values, such as labels."""
         given = self.condition(values)
-        active_BD = self.silu(given.vector_BD)
+        vector_BD = given.vector_BD
+        if self.size_embed is not None:
+            vector_BD = vector_BD + self.size_embed(self.pyramid)
+        active_BD = self.silu(vector_BD)
         shared_BW = self.shared_adaln(active_BD) if self.shared_adaln is not None else None
         return Conditioning(
-            given.vector_BD,
+            vector_BD,
             [block.adaln(active_BD, shared_BW) for block in self.blocks],
             self.head_adaln(active_BD).view(len(active_BD), 2, -1),
             [block.read_condition(given) for block in self.blocks],
@@ -199,17 +237,30 @@ class VAR(nn.Module):
 
     def embed_start(self, conditioning: Conditioning) -> Tensor:
         """Embedding of scale 0 (B, N, D): the condition itself, plus positions."""
-        return conditioning.cond_BD.unsqueeze(1) + self.pos_start + self._embed_positions(self.pyramid.spans[0])
+        start_1ND: Tensor = self.pos_start
+        if self.tables.sides[0] != self.pyramid.sides[0]:
+            from nextscale.transformer.positions import resample_map
+
+            start_1ND = resample_map(start_1ND, self.tables.sides[0], self.pyramid.sides[0])
+        return conditioning.cond_BD.unsqueeze(1) + start_1ND + self._embed_positions(self.pyramid.spans[0])
 
     def embed_inputs(self, x_BNC: Tensor, span: tuple[int, int]) -> Tensor:
         """Embedding of the tokenizer's inputs at the positions of a span, (B, N, D)."""
         return self.word_embed(cast_for(self.word_embed, x_BNC)) + self._embed_positions(span)
 
     def _embed_positions(self, span: tuple[int, int]) -> Tensor:
-        """Level and position embeddings of a span, (1, N, D)."""
+        """Level and position embeddings of a span, (1, N, D); with rotary positions those of the level alone."""
         start, end = span
-        scales_L = index_scales(self.pyramid, self.pos_embed.device)
-        return self.level_embed(scales_L[start:end]) + self.pos_embed[:, start:end]
+        rows_L = index_rows(self.pyramid, self.other_tables, self.pos_start.device)
+        level_1ND: Tensor = self.level_embed(rows_L[start:end])[None]
+        table_1LD: Tensor | None = self.pos_embed
+        if table_1LD is None:
+            return level_1ND
+        if self.other_tables is not None:
+            from nextscale.transformer.positions import resample_table
+
+            table_1LD = resample_table(table_1LD, self.tables, self.pyramid)
+        return level_1ND + table_1LD[:, start:end]
 
     def predict_logits(self, x_BND: Tensor, conditioning: Conditioning) -> Tensor:
         """Logits (B, N, V), float32, from the last block's output."""

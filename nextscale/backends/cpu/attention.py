@@ -77,6 +77,8 @@ class CpuAttention(Attention):
         return super().project(x_BND)
 
     def mix(self, qkv_BN3Hd: Tensor, context: ScaleContext, state: KVCache | None) -> Tensor:
+        if self.rotary is not None:  # the kernels do not rotate
+            return super().mix(qkv_BN3Hd, context, state)
         mix = self.mix_scales if context.teacher_forced and state is None else self.mix_by_kernel
         y_BND = mix(qkv_BN3Hd, context, state)
         return y_BND if y_BND is not None else super().mix(qkv_BN3Hd, context, state)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nextscale.transformer.context import index_scales
+from nextscale.transformer.context import index_rows
+from nextscale.transformer.positions import compute_rotation
 from nextscale.transformer.var import VAR, Conditioning, Output
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class FixedSteps:
         width, self.device = model.word_embed.in_features, self.conditioning.cond_BD.device
         for sequences, tokens in zip(self.sequences_K[1:], model.pyramid.counts[1:], strict=True):
             self.inputs_BNC.append(torch.zeros(sequences, tokens, width, device=self.device))
-        # steps read it from a cache: made now, outside of any graph, and held as long as the graphs have its address
-        self.scales_L = index_scales(model.pyramid, model.pos_embed.device)
+        # steps read them from caches: made now, outside of any graph, and held while the graphs have their addresses
+        self.constants = list_constants(model)
         self.graphs: list[tuple[Any, Tensor]] = []
         self.done: Any = None
         """An event after the last replay, which may be on another stream than the next batch."""
@@ -99,6 +100,15 @@ class FixedSteps:
             result = logits.clone()  # the next replay overwrites it
             self.done.record()
         return result
+
+
+def list_constants(model: VAR) -> list[Tensor]:
+    """Tensors of the pyramid that steps read from caches: a captured graph has their addresses."""
+    device, config = model.pos_start.device, model.config
+    rows_L = index_rows(model.pyramid, model.other_tables, device)
+    if config.positions.kind != "rotary":
+        return [rows_L]
+    return [rows_L, *compute_rotation(model.pyramid, config.positions, config.width // config.heads, device)]
 
 
 def _tensors(conditioning: Conditioning) -> list[Tensor]:
