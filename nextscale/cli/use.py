@@ -218,7 +218,7 @@ class Edit:
     overwrite: Overwrite = False
 
     main_options: ClassVar[tuple[str, ...]] = (
-        "model", "image", "mask", "out", "label", "prompt", "control", "negative-prompt", "cfg", "top-k", "top-p",
+        "model", "mask", "out", "label", "prompt", "control", "negative-prompt", "cfg", "top-k", "top-p",
         "seed", "config", "profile", "lora", "scales", "size", "dtype", "device", "show",
     )  # fmt: skip
 
