@@ -203,7 +203,6 @@ class Edit:
     """YAML or JSON file with sampling settings; options on the command line override it."""
     profile: ProfileName = ""
     lora: Adapters = ()
-    scales: Scales = ""
     size: ImageSize = "0"
     tokens_out: Path | None = None
     """Also write a safetensors file with `tokens` and `images`, as `nextscale sample` does."""
@@ -216,11 +215,6 @@ class Edit:
     """auto: the fast modules of the device. plain: plain PyTorch."""
     show: Show = False
     overwrite: Overwrite = False
-
-    main_options: ClassVar[tuple[str, ...]] = (
-        "model", "mask", "out", "label", "prompt", "control", "negative-prompt", "cfg", "top-k", "top-p",
-        "seed", "config", "profile", "lora", "scales", "size", "dtype", "device", "show",
-    )  # fmt: skip
 
     def list_needs(self) -> dict[str, str]:
         return list_terminal_needs(self.show)
@@ -304,7 +298,7 @@ def _load_pipeline(command: Sample | Reconstruct | Edit, capture: Capture = "aut
     note = describe_sampling_dtype(command.dtype, pipeline.dtype, pipeline.device, fast=command.backend != "plain")
     if note:
         print(f"note: {note}")
-    return pipeline.at(command.scales, parse_size("--size", command.size))
+    return pipeline.at(getattr(command, "scales", ""), parse_size("--size", command.size))
 
 
 def _parse_labels(pipeline: Pipeline, labels: str) -> Any:
