@@ -2,12 +2,17 @@
 
     python -m examples.letterforms /usr/share/fonts --out letters        # letters-train.parquet, letters-test.parquet
 
-    python -m examples.letterforms /usr/share/fonts --out letters --captions --hold-out "red on blue" "bold, italic, R"
+    python -m examples.letterforms /usr/share/fonts --out letters --captions --known-face --hold-out-share 0.05
 
-With --captions the letters are coloured, and a third column describes each: "a bold italic serif R, red on blue". Words
-on the style are what the font's own tables say: its weight class, italic bit, fixed pitch, PANOSE or family name.
-Letters whose caption has all parts of a combination of --hold-out go to letters-held-out.parquet: no caption of the
-other files has these parts together. A part is a word, a letter, "red on" (ink), "on blue" (paper) or "red on blue".
+With --captions the letters are coloured, and each has a caption: "a bold italic serif capital R, red on blue". Words on
+the style are what the font's own tables say; `examples/letter_captions.py` says how. The further columns are what the
+picture shows (ink, paper, weight, slant, face), the caption, and its words in alphabetical order (bag).
+
+Letters in held-out combinations go to letters-held-out.parquet, where captions have all words that are known. The other
+files have no picture with such a combination.
+--hold-out-share holds out this share of the combinations of letter, ink and paper, and of letter and style.
+--hold-out "bold, italic, R" "red on blue" holds out what you name, in parts that commas separate: a word of style, a
+letter, "red on" (ink), "on blue" (paper) or "red on blue".
 
 Fonts are split by family, so that no family is in both files. Left out are fonts that lack a letter, draw two of the
 capitals alike (fonts of symbols), or are equal to an earlier one. Each letter is black on white, drawn in four times
@@ -29,41 +34,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from examples.letter_captions import COLOURS, STYLE, Description, describe, read_style
+
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 SIDE, SCALE = 32, 4
-COLOURS = {
-    "black": (16, 16, 16), "white": (245, 245, 245), "red": (214, 32, 32), "green": (24, 150, 56),
-    "blue": (28, 60, 214), "yellow": (248, 214, 24), "purple": (140, 36, 170), "cyan": (40, 200, 220),
-}  # fmt: skip
 CAPITAL, BASELINE, MARGIN = 21, 25, 1
 """Height of an H, height of the line on which letters stand, and smallest margin, in pixels."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A picture with its class, and with captions its words."""
+    """A picture with its class and, with captions, a description."""
 
     picture: np.ndarray
     label: int
-    words: tuple[str, ...] = ()
-    """On the style: light or bold, italic, and serif, sans or monospaced, as far as they are known."""
-    colours: tuple[str, str] | None = None
-    """Ink and paper."""
-
-    @property
-    def caption(self) -> str:
-        """The words in a sentence; empty without colours."""
-        if self.colours is None:
-            return ""
-        words = self.words or ("letter",)
-        article = "an" if words[0][0] in "aeiou" else "a"
-        return f"{article} {' '.join(words)} {LETTERS[self.label]}, {' on '.join(self.colours)}"
-
-    def has(self, combination: str) -> bool:
-        """Whether the caption has all parts of a combination, which commas separate."""
-        ink, paper = self.colours or ("", "")
-        parts = {*self.words, LETTERS[self.label], f"{ink} on", f"on {paper}", f"{ink} on {paper}"}
-        return {part.strip() for part in combination.split(",")} <= parts
+    description: Description | None = None
 
 
 def find_fonts(folders: list[Path]) -> Iterator[tuple[str, Path]]:
@@ -109,46 +94,64 @@ def draw_letter(path: Path, size: float, letter: str) -> np.ndarray:
     return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-def read_words(path: Path) -> tuple[str, ...]:
-    """The words on the style of a font, from its own tables."""
-    from fontTools.ttLib import TTFont
-
-    with TTFont(path, lazy=True) as font:
-        style, post, family = font["OS/2"], font["post"], font["name"].getBestFamilyName() or ""
-        weight = "bold" if style.usWeightClass >= 600 else "light" if style.usWeightClass <= 300 else ""
-        slant = "italic" if style.fsSelection & 1 or post.italicAngle else ""
-        panose = style.panose if style.panose.bFamilyType == 2 else None  # of Latin text
-        if post.isFixedPitch or (panose and panose.bProportion == 9) or "Mono" in family.split():
-            kind = "monospaced"
-        elif panose and panose.bSerifStyle >= 2:
-            kind = "serif" if panose.bSerifStyle <= 10 else "sans"
-        else:
-            kind = next((word.lower() for word in ("Serif", "Sans") if word in family.split()), "")
-    return tuple(filter(None, (weight, slant, kind)))
-
-
-def choose_colours(seed: int, name: str, letter: str, number: int) -> tuple[str, str]:
-    """Ink and paper, different ones, of a picture of a font's letter: new fonts change those of no other."""
-    names = list(COLOURS)
-    draw = zlib.crc32(f"{seed} {name} {letter} {number}".encode())
-    ink, other = draw % len(names), draw // len(names) % (len(names) - 1)
-    return names[ink], [name for i, name in enumerate(names) if i != ink][other]
-
-
-def colour(picture: np.ndarray, colours: tuple[str, str]) -> np.ndarray:
+def colour(picture: np.ndarray, *colours: str) -> np.ndarray:
     """A grey picture (H, W) in ink and paper, uint8 (H, W, 3)."""
     ink, paper = (np.array(COLOURS[name], np.float64) for name in colours)
     share = picture[..., None] / 255
     return np.rint(share * paper + (1 - share) * ink).astype(np.uint8)
 
 
-def describe_letters(pictures: np.ndarray, path: Path, seed: int, per_letter: int) -> Iterator[Row]:
+def describe_letters(pictures: np.ndarray, name: str, style: dict[str, str], options: argparse.Namespace) -> list[Row]:
     """The letters of a font in colours, with captions."""
-    words = read_words(path)
+    rows = []
     for label, picture in enumerate(pictures):
-        for number in range(per_letter):
-            colours = choose_colours(seed, path.name, LETTERS[label], number)
-            yield Row(colour(picture, colours), label, words, colours)
+        for number in range(options.per_letter):
+            words = LETTERS[label], style, f"{options.seed} {name} {LETTERS[label]} {number}"  # no other font's choice
+            shown = describe(*words)
+            if is_combination_held_out(shown, options):
+                shown = describe(*words, say_all=True)
+            rows.append(Row(colour(picture, shown.ink, shown.paper), label, shown))
+    return rows
+
+
+def draw_font(path: Path, seen: set[bytes], options: argparse.Namespace) -> list[Row]:
+    """The letters of a font; none, with a note where its file is at fault, if it is left out."""
+    try:
+        style = read_style(path) if options.captions else {}
+    except Exception as error:  # as in find_fonts: a table may be damaged
+        print(f"note: {path} is left out: its style cannot be read: {type(error).__name__}: {error}")
+        return []
+    if options.known_face and not style["face"]:
+        return []
+    try:
+        pictures = draw_letters(path)
+    except OSError as error:
+        print(f"note: {path} is left out: {error}")
+        return []
+    if pictures is None or pictures.tobytes() in seen:
+        return []
+    seen.add(pictures.tobytes())
+    if options.captions:
+        return describe_letters(pictures, path.name, style, options)
+    return [Row(picture, label) for label, picture in enumerate(pictures)]
+
+
+def is_combination_held_out(shown: Description, options: argparse.Namespace) -> bool:
+    """Whether what a picture shows is a held-out combination."""
+    return shown.is_held_out(options.hold_out_share) or any(map(shown.has, options.hold_out))
+
+
+def choose_part(row: Row, family: str, options: argparse.Namespace) -> str:
+    """The file that a row goes to."""
+    if row.description and is_combination_held_out(row.description, options):
+        return "held-out"
+    return "test" if is_held_out(family, options.test_share) else "train"
+
+
+def list_unseen_words(rows: dict[str, list[Row]]) -> list[str]:
+    """The words of held-out captions that no caption of the training file has."""
+    words = {part: {w for row in rows[part] for w in row.description.bag.split()} for part in ("train", "held-out")}
+    return sorted(words["held-out"] - words["train"])
 
 
 def is_held_out(family: str, share: float) -> bool:
@@ -157,7 +160,7 @@ def is_held_out(family: str, share: float) -> bool:
 
 
 def write_table(rows: Sequence[Row], path: Path) -> None:
-    """A parquet file in the hub's layout: `image`, `label` with the names of the classes and, if any, `caption`."""
+    """A parquet file in the hub's layout: `image`, `label` with the names of the classes, and the descriptions."""
     import pyarrow
     import pyarrow.parquet
 
@@ -168,48 +171,42 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
         images.append({"bytes": buffer.getvalue(), "path": None})
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     columns = {"image": pyarrow.array(images, kind), "label": pyarrow.array([row.label for row in rows])}
-    if any(row.colours for row in rows):
-        columns["caption"] = pyarrow.array([row.caption for row in rows])
+    shown = [row.description for row in rows if row.description]
+    for name in ("ink", "paper", *STYLE, "caption", "bag") if shown else ():
+        columns[name] = pyarrow.array([getattr(description, name) or None for description in shown], pyarrow.string())
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(LETTERS)}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(metadata), path)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--out", required=True, type=Path, help="beginning of the two files' names")
+    parser.add_argument("--out", required=True, type=Path, help="beginning of the files' names")
     parser.add_argument("--test-share", type=float, default=0.05, help="share of the families in the test file")
     parser.add_argument("--captions", action="store_true", help="colour the letters, and describe each in a caption")
-    parser.add_argument("--hold-out", nargs="+", default=[], help="combinations for the file of held-out captions")
+    parser.add_argument("--known-face", action="store_true", help="leave out fonts that do not say what face they are")
+    parser.add_argument("--hold-out-share", type=float, default=0.0, help="share of the combinations to hold out")
+    parser.add_argument("--hold-out", nargs="+", default=[], help="combinations to hold out")
     parser.add_argument("--per-letter", type=int, default=1, help="pictures of a letter in different colours")
-    parser.add_argument("--seed", type=int, default=0, help="of the colours")
+    parser.add_argument("--seed", type=int, default=0, help="of the colours and captions")
     options = parser.parse_args()
-    if not options.captions and (options.hold_out or options.per_letter != 1 or options.seed):
-        parser.error("--hold-out, --per-letter and --seed are for --captions")
-    names = ["train", "test", *(["held-out"] if options.hold_out else [])]
-    rows: dict[str, list[Row]] = {name: [] for name in names}
-    families: dict[str, set[str]] = {name: set() for name in names}
+    ours = ("known_face", "hold_out_share", "hold_out", "per_letter", "seed")
+    if not options.captions and any(getattr(options, name) != parser.get_default(name) for name in ours):
+        parser.error(f"{', '.join('--' + name.replace('_', '-') for name in ours)} are for --captions")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    is_holding = bool(options.hold_out or options.hold_out_share)
+    rows: dict[str, list[Row]] = {name: [] for name in ("train", "test", *(["held-out"] if is_holding else []))}
+    families: dict[str, set[str]] = {name: set() for name in rows}
     seen: set[bytes] = set()
     for family, path in find_fonts(options.folders):
-        try:
-            pictures = draw_letters(path)
-        except OSError as error:
-            print(f"note: {path} is left out: {error}")
-            continue
-        if pictures is None or pictures.tobytes() in seen:
-            continue
-        seen.add(pictures.tobytes())
-        usual = "test" if is_held_out(family, options.test_share) else "train"
-        drawn = [Row(picture, label) for label, picture in enumerate(pictures)]
-        if options.captions:
-            try:
-                drawn = list(describe_letters(pictures, path, options.seed, options.per_letter))
-            except Exception as error:  # as in find_fonts: a table may be damaged
-                print(f"note: {path} is left out: its style cannot be read: {type(error).__name__}: {error}")
-                continue
-        for row in drawn:
-            part = "held-out" if any(map(row.has, options.hold_out)) else usual
+        for row in draw_font(path, seen, options):
+            part = choose_part(row, family, options)
             rows[part].append(row)
             families[part].add(family)
     for part, drawn in rows.items():
@@ -218,6 +215,9 @@ def main() -> None:
         fonts = "" if options.captions else f"{len(drawn) // len(LETTERS)} fonts, "
         print(f"{path}: {len(drawn)} images of {fonts}{len(families[part])} families")
         path.with_suffix(".txt").write_text("\n".join(sorted(families[part])) + "\n", encoding="utf-8")
+    unseen = list_unseen_words(rows) if is_holding else []
+    if unseen:
+        print(f"note: words of held-out captions that no caption of the training file has: {', '.join(unseen)}")
 
 
 if __name__ == "__main__":
