@@ -19,7 +19,7 @@ from nextscale.tokenizer.autoencoder import Decoder, Downsample, MapAttention, U
 from nextscale.tokenizer.int8 import Int8Conv2d, Int8Upsample
 from nextscale.tokenizer.quantizer import Phi, Quantizer
 from nextscale.transformer.attention import Attention
-from nextscale.transformer.block import AdaLayerNorm
+from nextscale.transformer.block import AdaLayerNorm, GatedResidual
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.cross_attention import CrossAttention
 from nextscale.transformer.feed_forward import DenseFeedForward
@@ -107,6 +107,7 @@ CASES = {
     Phi: (lambda: Phi(4, 0.5), lambda m: m(draw(1, 4, 9, 9))),
     Decoder: (lambda: Decoder(CODES), lambda m: m(draw(3, 4, 8, 8))),
     Quantizer: (lambda: Quantizer(CODES, PYRAMID), run_quantizer),
+    GatedResidual: (GatedResidual, lambda m: m(draw(2, 9, 32), draw(2, 9, 32, seed=1), draw(2, 1, 32, seed=2))),
     AdaLayerNorm: (lambda: AdaLayerNorm(1e-6), lambda m: m(draw(2, 9, 32), draw(2, 1, 32), draw(2, 1, 32, seed=1))),
     Attention: (lambda: Attention(CONFIG), run_mixer),
     ScaleAttention: (lambda: ScaleAttention(CONFIG), run_mixer),

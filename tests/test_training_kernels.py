@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.backends.cpu.kernels import training
-from nextscale.backends.cpu.kernels.training import apply_gelu, attend_scales
+from nextscale.backends.cpu.kernels.training import add_gated, apply_gelu, attend_scales, normalise_and_modulate
 from tests.conftest import examples, needs_kernels, threads
 
 
@@ -91,3 +91,51 @@ def test_other_types_and_heads_take_the_plain_way():
     with torch.autocast("cpu", torch.bfloat16):
         assert attend_scales(qkv, spans, lengths, True) is None
         assert apply_gelu(qkv) is None
+
+
+def norm_in_float64(x, scale, shift):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+ROWS = {
+    "adaLN": (lambda x, scale, shift: normalise_and_modulate(x, scale, shift, 1e-6), norm_in_float64),
+    "residual": (lambda x, gamma, y: add_gated(x, y, gamma), lambda x, gamma, y: x + gamma * y),
+}
+
+
+@needs_kernels("training")
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(("count", "thread_count"), [(1, 1), (63, 3), (64, 2), (200, 1)])
+def test_adaln_and_residual_and_their_gradients(kind, count, thread_count):
+    """Rows that are parts of a larger tensor's, other numbers of threads; an image alone; a gradient that is a view."""
+    call, formula = ROWS[kind]
+    projected = drawn(3, 3, 64, seed=1)
+    inputs = [3 * drawn(3, count, 64) + 1, projected[:, 1:2], projected[:, 2:]]
+    if kind == "residual":
+        inputs[2] = drawn(3, count, 64, seed=2)
+    dy = drawn(3, 64, count, seed=3).transpose(1, 2)
+
+    def run(function, inputs, dy):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    exact = run(formula, [t.double() for t in inputs], dy.double())
+    with threads(thread_count):
+        found, alone = run(call, inputs, dy), run(call, [t[2:] for t in inputs], dy[2:])
+    for ours, theirs, last in zip(found, exact, alone, strict=True):
+        assert (ours - theirs).abs().max() <= 3e-6 * theirs.abs().max()
+        assert torch.equal(ours[2:], last), "an image depends on the others"
+
+
+@needs_kernels("training")
+def test_rows_that_fill_no_vector_and_conditions_shared_by_images_take_the_plain_way():
+    x, row = drawn(2, 3, 64).requires_grad_(), drawn(2, 1, 64)
+    assert normalise_and_modulate(x, row, row, 1e-6) is not None
+    assert normalise_and_modulate(x, row[:1], row[:1], 1e-6) is None
+    assert normalise_and_modulate(x[..., :62].contiguous(), row[..., :62], row[..., :62], 1e-6) is None
+    assert add_gated(x, x[:, :1].contiguous(), row) is None, "y is of another shape"
+    with torch.no_grad():
+        assert add_gated(x, x, row) is None, "no gradient is needed"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert add_gated(x, x, row) is None

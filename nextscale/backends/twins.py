@@ -46,6 +46,7 @@ TRAINING_CPU: Twins = {
     "nextscale.tokenizer.int8:Int8Conv2d": f"{_CPU}.int8_decoder:CpuInt8Conv2d",
     "nextscale.tokenizer.int8:Int8Upsample": f"{_CPU}.int8_decoder:CpuInt8Upsample",
     f"{_T}.block:AdaLayerNorm": f"{_CPU}.attention:CpuAdaLayerNorm",
+    f"{_T}.block:GatedResidual": f"{_CPU}.attention:CpuGatedResidual",
     f"{_T}.attention:Attention": f"{_CPU}.attention:CpuAttention",
     f"{_T}.scale_attention:ScaleAttention": f"{_CPU}.attention:CpuScaleAttention",
     f"{_T}.cross_attention:CrossAttention": f"{_CPU}.cross_attention:CpuCrossAttention",

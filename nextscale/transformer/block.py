@@ -31,6 +31,13 @@ class AdaLayerNorm(nn.Module):
         return torch.addcmul(shift_B1D, F.layer_norm(x_BND, x_BND.shape[-1:], eps=self.eps), 1 + scale_B1D)
 
 
+class GatedResidual(nn.Module):
+    """x + gamma y, the residual and a layer's output."""
+
+    def forward(self, x_BND: Tensor, y_BND: Tensor, gamma_B1D: Tensor) -> Tensor:
+        return torch.addcmul(x_BND, y_BND, gamma_B1D)
+
+
 class AdaLN(nn.Module):
     """From the condition to gamma, scale and shift of every layer of a block, (B, 3, S, D).
 
@@ -71,7 +78,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, index: int, scales: int):
         super().__init__()
         self.index = index
-        self.norm = AdaLayerNorm(config.norm_eps)
+        self.norm, self.residual = AdaLayerNorm(config.norm_eps), GatedResidual()
         self.mixers = nn.ModuleList(  # type: ignore[assignment]
             MIXERS.get(name)(config) for name in config.block_mixers(index)
         )
@@ -110,7 +117,7 @@ class Block(nn.Module):
         for s in range(len(self.layers)):
             gamma, scale, shift = adaln_B3SD[:, :, s].unsqueeze(2).unbind(1)  # (B, 1, D) each
             y_BND, record = self.run_layer(s, x_BND, scale, shift, context, states, previous)
-            x_BND = torch.addcmul(x_BND, y_BND, gamma)
+            x_BND = self.residual(x_BND, y_BND, gamma)
         return x_BND, record
 
     def run_layer(

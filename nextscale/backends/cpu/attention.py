@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nextscale.backends.cpu.kernels import build
 from nextscale.backends.cpu.kernels.blocks import attend, modulate
-from nextscale.backends.cpu.kernels.training import attend_scales
+from nextscale.backends.cpu.kernels.training import add_gated, attend_scales, normalise_and_modulate
 from nextscale.backends.cpu.linear import CpuLinear
 from nextscale.backends.segments import attend_segments
 from nextscale.tokenizer.autoencoder import MapAttention
 from nextscale.transformer.attention import Attention, KVCache
-from nextscale.transformer.block import AdaLayerNorm
+from nextscale.transformer.block import AdaLayerNorm, GatedResidual
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.scale_attention import ScaleAttention
 
@@ -134,4 +134,16 @@ class CpuAdaLayerNorm(AdaLayerNorm):
 
     def forward(self, x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:
         y_BND = modulate(x_BND, scale_B1D, shift_B1D, self.eps)
+        if y_BND is None:
+            y_BND = normalise_and_modulate(x_BND, scale_B1D, shift_B1D, self.eps)
         return y_BND if y_BND is not None else super().forward(x_BND, scale_B1D, shift_B1D)
+
+
+class CpuGatedResidual(GatedResidual):
+    """A branch times gamma added to the residual, whose gradients take one pass by a compiled kernel."""
+
+    plain = GatedResidual
+
+    def forward(self, x_BND: Tensor, y_BND: Tensor, gamma_B1D: Tensor) -> Tensor:
+        added_BND = add_gated(x_BND, y_BND, gamma_B1D)
+        return added_BND if added_BND is not None else super().forward(x_BND, y_BND, gamma_B1D)

@@ -8,6 +8,8 @@ Letters: B batch, N tokens at hand, L tokens that a cache has room for, H heads,
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -45,22 +47,27 @@ def attend(
 
 def modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor | None:
     """LN(x) (1 + scale) + shift in one pass, with a LayerNorm that has no weights of its own, (B, N, D)."""
-    B, N, D = x_BND.shape
-    laid_out = x_BND.is_contiguous() and scale_B1D.stride() == shift_B1D.stride() and scale_B1D.stride(2) == 1
-    if (
-        not build.LANES
-        or D % build.LANES
-        or not laid_out
-        or len(scale_B1D) != B
-        or not build.can_use_kernels(x_BND, scale_B1D)
-    ):
+    if not build.can_use_kernels(x_BND, scale_B1D) or not can_walk_rows(x_BND, scale_B1D, shift_B1D):
         return None
     kernels = build.load_kernels("blocks", HEADS[-1])
-    if kernels is None:
-        return None
+    return None if kernels is None else modulate_rows(kernels, x_BND, scale_B1D, shift_B1D, eps)
+
+
+def can_walk_rows(x_BND: Tensor, *of_images_B1D: Tensor) -> bool:
+    """Whether kernels can read these: rows that fill vectors, and for each image a row, laid out alike in all."""
+    first = of_images_B1D[0]
+    if not build.LANES or x_BND.shape[-1] % build.LANES or not x_BND.is_contiguous():
+        return False
+    return all(t.stride() == first.stride() and t.stride(2) == 1 and len(t) == len(x_BND) for t in of_images_B1D)
+
+
+def modulate_rows(
+    kernels: ctypes.CDLL, x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float
+) -> Tensor:  # fmt: skip
+    """`modulate` with inputs that `can_walk_rows` and without a gradient."""
     y_BND = torch.empty_like(x_BND)
     kernels.modulate(
         x_BND.data_ptr(), scale_B1D.data_ptr(), shift_B1D.data_ptr(), y_BND.data_ptr(),
-        B, N, D, scale_B1D.stride(0), eps, torch.get_num_threads(),
+        *x_BND.shape, scale_B1D.stride(0), eps, torch.get_num_threads(),
     )  # fmt: skip
     return y_BND

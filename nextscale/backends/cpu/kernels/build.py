@@ -62,6 +62,7 @@ ARGUMENTS: dict[str, dict[str, list[Any]]] = {
     "training": {
         "attend_gradient": [_POINTER] * 9 + [_NUMBER] * 5 + [_FLAG] * 2 + [_POINTER] * 2,
         "gelu_or_gradient": [_POINTER] * 3 + [_NUMBER] + [_FLAG],
+        "gradient_of_rows": [_POINTER] * 5 + [_NUMBER] * 5 + [_REAL, _FLAG],
     },
     "linear": {"multiply": [_POINTER] * 4 + [_NUMBER] * 4 + [_FLAG] * 3 + [_POINTER]},
     "blocks": {

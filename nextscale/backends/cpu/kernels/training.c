@@ -6,6 +6,8 @@
 
    gelu_or_gradient: tanh-GELU, or its gradient, in one pass.
 
+   gradient_of_rows: that of LayerNorm with adaLN (`modulate`, blocks.c), or of a branch times gamma, in one pass.
+
    A value's sum runs in one order whatever images are beside it and whatever threads there are. */
 
 #include "attention.h"
@@ -205,4 +207,82 @@ void gelu_or_gradient(const float *x, const float *dy, float *to, long count, in
 {
     struct values all = {x, dy, to, count};
     GOMP_parallel(gelu_share, &all, threads, 0);
+}
+
+/* ---- adaLN and residual */
+
+struct rows {
+    const float *x, *dy, *by;
+    float *dx, *sums;
+    long batch, count, width, apart, at_once;
+    float eps;
+};
+
+/* Of one row: dx = d/dx of LN(x) (1 + by) times dy; dscale += LN(x) dy and dshift += dy. */
+static void norm_row(
+    const float *x, const float *dy, const float *by, float *dx, float *dscale, float *dshift, long width, float eps)
+{
+    vec sum = {0}, squares = {0}, mean_of = {0}, along = {0};
+    for (long j = 0; j < width; j += LANES) sum += *(const vec *)(x + j);
+    const float mean = total(sum) / width;
+    for (long j = 0; j < width; j += LANES) {
+        const vec rest = *(const vec *)(x + j) - mean;
+        squares += rest * rest;
+    }
+    const float by_deviation = 1.0f / sqrtf(total(squares) / width + eps);
+    for (long j = 0; j < width; j += LANES) {
+        const vec normal = (*(const vec *)(x + j) - mean) * by_deviation, d = *(const vec *)(dy + j);
+        const vec scaled = d * (1.0f + *(const vec *)(by + j));
+        mean_of += scaled, along += scaled * normal;
+        *(vec *)(dscale + j) += normal * d;
+        *(vec *)(dshift + j) += d;
+    }
+    const float first = total(mean_of) / width, second = total(along) / width;
+    for (long j = 0; j < width; j += LANES) {
+        const vec normal = (*(const vec *)(x + j) - mean) * by_deviation;
+        const vec scaled = *(const vec *)(dy + j) * (1.0f + *(const vec *)(by + j));
+        *(vec *)(dx + j) = (scaled - first - normal * second) * by_deviation;
+    }
+}
+
+/* Of one row: dx = dy by, and dby += dy x. */
+static void gated_row(const float *x, const float *dy, const float *by, float *dx, float *dby, long width)
+{
+    for (long j = 0; j < width; j += LANES) {
+        const vec d = *(const vec *)(dy + j);
+        *(vec *)(dby + j) += d * *(const vec *)(x + j);
+        *(vec *)(dx + j) = d * *(const vec *)(by + j);
+    }
+}
+
+static void rows_share(void *arguments)
+{
+    const struct rows *all = arguments;
+    const long count = all->count, width = all->width, chunks = (count + all->at_once - 1) / all->at_once;
+    const long values = all->eps < 0 ? width : 2 * width;
+    long stop;
+    for (long i = share(all->batch * chunks, &stop); i < stop; i++) {
+        const long b = i / chunks, begin = i % chunks * all->at_once;
+        const long end = begin + all->at_once < count ? begin + all->at_once : count;
+        const float *by = all->by + b * all->apart;
+        float *sums = all->sums + i * values;
+        memset(sums, 0, values * sizeof *sums);
+        for (long n = begin; n < end; n++) {
+            const long at = (b * count + n) * width;
+            if (all->eps < 0) gated_row(all->x + at, all->dy + at, by, all->dx + at, sums, width);
+            else norm_row(all->x + at, all->dy + at, by, all->dx + at, sums, sums + width, width, all->eps);
+        }
+    }
+}
+
+/* The gradients of LN(x) (1 + by) + shift, from dy, that of the result: dx, and the sums of those of `by` and of shift,
+   or, with a negative eps, of x by, without LN: dx, and the sums of that of `by`. x, dy and dx (batch, count, width);
+   `by` (width) of an image `apart` values from that of the next; sums (batch, chunks, 2 or 1, width), each over
+   `at_once` rows of an image. width is a multiple of LANES. */
+void gradient_of_rows(
+    const float *x, const float *dy, const float *by, float *dx, float *sums, long batch, long count, long width,
+    long apart, long at_once, float eps, int threads)
+{
+    struct rows all = {x, dy, by, dx, sums, batch, count, width, apart, at_once, eps};
+    GOMP_parallel(rows_share, &all, threads, 0);
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nextscale.backends.cpu.kernels import build
-from nextscale.backends.cpu.kernels.blocks import AT_ONCE
+from nextscale.backends.cpu.kernels.blocks import AT_ONCE, can_walk_rows, modulate_rows
 from nextscale.backends.cpu.kernels.compilation import HEADS
 
 Spans = tuple[tuple[int, int], ...]
@@ -44,6 +44,29 @@ def apply_gelu(x: Tensor) -> Tensor | None:
     return None if kernels is None else _Gelu.apply(x, kernels)
 
 
+def normalise_and_modulate(x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor | None:
+    """`blocks.modulate` with gradients."""
+    if not (_trains_rows(x_BND, scale_B1D) and can_walk_rows(x_BND, scale_B1D, shift_B1D)):
+        return None
+    kernels = build.load_kernels("blocks", HEADS[-1]), build.load_kernels("training", HEADS[-1])
+    return None if None in kernels else _Modulation.apply(x_BND, scale_B1D, shift_B1D, eps, kernels)
+
+
+def add_gated(x_BND: Tensor, y_BND: Tensor, gamma_B1D: Tensor) -> Tensor | None:
+    """x + gamma y with gradients."""
+    if not (_trains_rows(x_BND, gamma_B1D) and can_walk_rows(y_BND, gamma_B1D) and y_BND.shape == x_BND.shape):
+        return None
+    kernels = build.load_kernels("training", HEADS[-1])
+    return None if kernels is None else _Gated.apply(x_BND, y_BND, gamma_B1D, kernels)
+
+
+def _trains_rows(x_BND: Tensor, of_images_B1D: Tensor) -> bool:
+    """Whether a kernel may give the gradients of these: rows of many tokens, all in float32, of which one is needed."""
+    if not torch.is_grad_enabled() or not (x_BND.requires_grad or of_images_B1D.requires_grad):
+        return False
+    return trains_in_float32(x_BND) and of_images_B1D.dtype == torch.float32
+
+
 def trains_in_float32(x: Tensor) -> bool:
     """Whether these values are float32 on a CPU, outside of autocast and compilation."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -67,6 +90,57 @@ class _Gelu(torch.autograd.Function):
         dx = torch.empty_like(x)
         ctx.kernels.gelu_or_gradient(*build.get_pointers(x, dy, dx), x.numel(), torch.get_num_threads())
         return dx, None
+
+
+_ROWS = 64
+"""Rows of an image whose gradients of scale, shift and gamma are added up together."""
+
+
+def _differentiate_rows(
+    kernels: ctypes.CDLL, x_BND: Tensor, dy_BND: Tensor, by_B1D: Tensor, eps: float = -1.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient of x, and those of what each image has one row of, (B, 2, D), without eps (B, 1, D)."""
+    B, N, D = x_BND.shape
+    dy_BND = dy_BND.contiguous()
+    dx_BND, sums = torch.empty_like(x_BND), x_BND.new_empty(B, -(-N // _ROWS), 1 if eps < 0 else 2, D)
+    kernels.gradient_of_rows(
+        *build.get_pointers(x_BND, dy_BND), by_B1D.data_ptr(), *build.get_pointers(dx_BND, sums),
+        B, N, D, by_B1D.stride(0), _ROWS, eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx_BND, sums.sum(dim=1)
+
+
+class _Modulation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BND: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float,
+        kernels: tuple[ctypes.CDLL, ctypes.CDLL],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x_BND, scale_B1D)
+        ctx.eps, ctx.kernels = eps, kernels[1]
+        return modulate_rows(kernels[0], x_BND, scale_B1D, shift_B1D, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_BND, scale_B1D = ctx.saved_tensors
+        dx_BND, sums_B2D = _differentiate_rows(ctx.kernels, x_BND, gradients[0], scale_B1D, ctx.eps)
+        return dx_BND, sums_B2D[:, :1], sums_B2D[:, 1:], None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BND: Tensor, y_BND: Tensor, gamma_B1D: Tensor, kernels: ctypes.CDLL) -> Tensor:
+        ctx.save_for_backward(y_BND, gamma_B1D)
+        ctx.kernels = kernels
+        return torch.addcmul(x_BND, y_BND, gamma_B1D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        y_BND, gamma_B1D = ctx.saved_tensors
+        dy_BND, dgamma_B1D = _differentiate_rows(ctx.kernels, y_BND, gradients[0], gamma_B1D)
+        return gradients[0], dy_BND, dgamma_B1D, None
 
 
 class _ScaleAttention(torch.autograd.Function):
