@@ -16,12 +16,16 @@ from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
-from nextscale.config.analysis import AnalysisConfig, ErrorsConfig
+from nextscale.config.analysis import AnalysisConfig, CopiesConfig, ErrorsConfig
 from nextscale.config.data import DataConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import ExpertsConfig
 from nextscale.data.cache import TokenCache
+from nextscale.data.datasets import load_images
+from nextscale.evaluation.metrics import neighbours
+from nextscale.evaluation.metrics.neighbours import compute_share_of_copies, find_nearest
 from nextscale.pipeline import Pipeline
+from nextscale.research.analysis.copies import analyse_copies
 from nextscale.research.analysis.errors import analyse_errors
 from nextscale.research.analysis.features import analyse_features, project_principal
 from nextscale.research.analysis.load import analyse_load
@@ -320,6 +324,46 @@ def test_pyramid_says_what_is_left_after_each_scale(place, tmp_path):
             assert left == pytest.approx(rest / squares, rel=1e-4)
 
 
+def test_the_nearest_images_by_brute_force():
+    rng = np.random.default_rng(0)
+    references, images = rng.integers(0, 256, (70, 3, 4, 5), dtype=np.uint8), rng.random((9, 3, 4, 5), dtype=np.float32)
+    images[3] = references[61] / 255
+    exact = np.array([[np.sqrt(np.mean((i - r / 255.0) ** 2)) for r in references] for i in images])
+    for chunk in (1, 16, 8192):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(neighbours, "_CHUNK", chunk)
+            distances, index = find_nearest(torch.from_numpy(images), torch.from_numpy(references), 3)
+        assert (index.numpy() == exact.argsort(axis=1)[:, :3]).all()
+        np.testing.assert_allclose(distances.numpy(), np.sort(exact, axis=1)[:, :3], rtol=1e-5, atol=1e-7)
+    assert distances[3, 0] == 0
+    assert find_nearest(torch.from_numpy(images), torch.from_numpy(references[:2]), 3)[1].shape == (9, 2)
+    assert compute_share_of_copies(torch.tensor([0.0, 0.2, 1.0]), torch.linspace(0.3, 1, 50)) == pytest.approx(2 / 3)
+
+
+def test_a_model_that_gives_its_training_images_is_seen_to_copy(place, tmp_path):
+    """What a model was trained on is, in one case, what it samples; in the other, other pictures."""
+    sampling, config = SampleConfig(cfg=0.0, seed=3), CopiesConfig(num=10, shown=4, batch_size=3)
+    samples = Pipeline.from_pretrained(str(place / "dense")).sample([i % 5 for i in range(10)], sampling)
+    for i, picture in enumerate(samples.pil()):
+        path = tmp_path / "own" / CLASSES[i % 5] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    pictures, out = str(place / "pictures"), tmp_path / "out"
+    report = analyse_copies(str(place / "dense"), str(tmp_path / "own"), pictures, out, config, sampling)
+    assert report == json.loads((out / "copies.json").read_text())
+    assert report["share_of_copies"] == 1
+    assert report["distance"]["samples"]["95 %"] < 0.5 / 255 < 0.1 < report["distance"]["held_out"]["smallest"]
+    own = load_images(str(tmp_path / "own"), 8).images_B3HW
+    for pair in report["nearest_pairs"]:
+        same = (samples.tensor[pair["sample"]] * 255).round().to(torch.uint8)
+        assert torch.equal(own[pair["training_image"]], same)
+    assert Image.open(out / "copies.png").width > 500
+    report = analyse_copies(str(place / "dense"), pictures, str(tmp_path / "own"), out, config, sampling)
+    assert report["distance"]["samples"] == pytest.approx(report["distance"]["held_out"], abs=0.5 / 255)
+    with pytest.raises(UserError, match="have other classes: give images of one data set"):
+        analyse_copies(str(place / "dense"), pictures, "digits", out, config, sampling)
+
+
 def test_every_analysis_through_the_command_line(place, tmp_path, capsys):
     cache, few = ["--data", place / "cache"], ["--num", 3]
     models = [place / "stmoe", place / "smoe"]
@@ -332,6 +376,7 @@ def test_every_analysis_through_the_command_line(place, tmp_path, capsys):
         "features": [place / "dense", *models, *cache, *few, "--points", 5],
         "errors": [place / "dense", *few, "--labels", "a,none", "--scales", 1, 2, "--cfg", 1, "--share", 0.3],
         "convergence": [run],
+        "copies": [place / "dense", "--data", place / "pictures", "--held-out", place / "pictures", *few],
     }
     for name, options in commands.items():
         out = tmp_path / name

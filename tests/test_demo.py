@@ -13,7 +13,7 @@ from nextscale.cli.parser import main, parse
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.demo.growth import MOST_PICTURES, Request, format_flops, grow
-from nextscale.demo.models import Models
+from nextscale.demo.models import DEFAULTS, Models
 from nextscale.demo.recipe import name_labels, write_command, write_python
 from nextscale.evaluation.flops import count_sampled_flops
 from nextscale.pipeline import Pipeline
@@ -161,15 +161,19 @@ def test_without_a_model_those_of_the_repository_and_the_quickstart_are_offered(
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 2
     error = capsys.readouterr().err
-    assert "pip install" in error or "there is no model here (models/var-cifar10 and runs/quickstart" in error
+    assert (
+        "pip install" in error or "there is no model here (models/var-letters and models/var-cifar10 and runs" in error
+    )
     with pytest.raises(UserError, match="`nextscale demo MODEL`, or train a small one in minutes"):
         Models()
     tiny.save_pretrained("runs/quickstart")
-    for expected in (["runs/quickstart"], ["models/var-cifar10", "runs/quickstart"]):
+    for folder in (None, "models/var-cifar10", "models/var-letters"):
+        if folder is not None:
+            tiny.save_pretrained(folder)
         models = Models()
-        assert models.sources == expected
+        assert models.sources == [name for name in DEFAULTS if Path(name).is_dir()]
         models.close()
-        tiny.save_pretrained("models/var-cifar10")
+    assert len(models.sources) == 3
 
 
 def test_work_is_done_in_order_and_errors_reach_the_one_who_asked(tiny_folder):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Overwrite, list_inputs
-from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
+from nextscale.config.analysis import AnalysisConfig, CopiesConfig, DynamicAnalysisConfig, ErrorsConfig
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
@@ -235,6 +235,55 @@ class AnalyseErrors:
             other = model["another_image"]["image_distance"]
             print(f"{model['name']}: RMS distance by scale of the error {distances}; another image: {other:.3f}")
         print(f"see {self.out}/errors.png, distance.png, errors.json")
+
+
+@dataclass
+class AnalyseCopies:
+    """Show samples beside the training images nearest to them, and how near held-out images are to these.
+
+    Distances are the root mean square of the difference of pixels in 0 to 1.
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, or a name on the Hugging Face hub."""
+    data: str
+    """The images that the model was trained on: 'digits', a folder, parquet, owner/name on the hub."""
+    held_out: str
+    """Images of the same kind that it was not trained on, given in the same ways."""
+    out: Path
+    """Folder for copies.json and copies.png."""
+    labels: str = ""
+    """Classes to sample in turn, names or numbers: 3,7; empty = all."""
+    copies: Annotated[CopiesConfig, arg(name="")] = field(default_factory=CopiesConfig)
+    settings: Annotated[SampleConfig, arg(name="")] = field(default_factory=SampleConfig)
+    reading: Annotated[ReadConfig, arg(name="images")] = field(default_factory=ReadConfig)
+    config: Path | None = None
+    """YAML or JSON file with sampling settings; options on the command line take precedence."""
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(
+            models={"MODEL": self.model, "--refiner": self.settings.refiner},
+            images={"--data": self.data, "--held-out": self.held_out}, files={"--config": self.config},
+        )  # fmt: skip
+        return [_describe_folder(self.out, "copies", "copies.png")], inputs
+
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
+
+    def run(self) -> None:
+        from nextscale.research.analysis.copies import analyse_copies
+
+        report = analyse_copies(
+            self.model, self.data, self.held_out, self.out, self.copies, self.settings,
+            labels=self.labels, reading=self.reading,
+        )  # fmt: skip
+        medians = (report["distance"][name]["median"] for name in ("samples", "held_out"))
+        print(
+            "distance to the nearest training image, median: samples {:.4f}, held-out images {:.4f}".format(*medians)
+            + f"\n{report['share_of_copies']:.1%} of the samples are nearer to a training image than 95 % of the "
+            f"held-out images are (of new images 5 % would be)\nsee {self.out}/copies.png, copies.json"
+        )
 
 
 @dataclass

@@ -61,6 +61,7 @@ COMMANDS = Commands(
         "analyse routing": "analysis:AnalyseRouting",
         "analyse features": "analysis:AnalyseFeatures",
         "analyse errors": "analysis:AnalyseErrors",
+        "analyse copies": "analysis:AnalyseCopies",
         "analyse convergence": "analysis:AnalyseConvergence",
         "analyse dynamic": "analysis:AnalyseDynamic",
         "bench": "measuring:Bench",

@@ -21,7 +21,7 @@ class Demo:
 
     models: Positional[tuple[str, ...]] = ()
     """Checkpoint folders, or names on the Hugging Face hub; the page shows the first one and lets you choose another.
-    Without any: models/var-cifar10, else runs/quickstart."""
+    Without any: models/var-letters, models/var-cifar10 and runs/quickstart, if they exist."""
     port: int = 0
     """Port of the page on 127.0.0.1; 0 = the first free one from 7860 on."""
     open: bool = False

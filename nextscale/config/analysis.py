@@ -33,6 +33,28 @@ class AnalysisConfig:
 
 
 @dataclass(frozen=True)
+class CopiesConfig:
+    """Samples that are compared with the training images."""
+
+    num: int = 500
+    """Number of samples, and of held-out images at most."""
+    shown: int = 8
+    """Number of samples in each half of the picture: the first ones, and the ones nearest to a training image."""
+    batch_size: int = 16
+    """Batch size. Results do not depend on it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "num must be 2 or more": self.num >= 2,
+            "shown must be 1 or more": self.shown >= 1,
+            "batch_size must be 1 or more": self.batch_size >= 1,
+        }
+        check_fields("copies", self, rules)
+
+
+@dataclass(frozen=True)
 class ErrorsConfig:
     """Errors that are injected while images are sampled."""
 

@@ -21,8 +21,8 @@ from nextscale.config.model import ModelConfig
 from nextscale.pipeline import Pipeline
 
 T = TypeVar("T")
-DEFAULTS = ("models/var-cifar10", "runs/quickstart")
-"""Where a model is looked for when none is given: that of the repository, and what the quickstart trains."""
+DEFAULTS = ("models/var-letters", "models/var-cifar10", "runs/quickstart")
+"""Where a model is looked for when none is given: those of the repository, and what the quickstart trains."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Models:
         with self._loading:
             if key not in self._loaded:
                 if source not in self.sources and not Path(source).is_dir():
-                    raise UserError(f"there is no folder '{source}': give the folder of a model, as models/var-cifar10")
+                    raise UserError(f"there is no folder '{source}': give the folder of a model, as {DEFAULTS[0]}")
                 self._loaded[key] = self.run(lambda: self._open(*key))
             return self._loaded[key]
 

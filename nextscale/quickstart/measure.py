@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nextscale.common.extras import check_extras
 from nextscale.data.datasets import ImageSet
+from nextscale.evaluation.metrics.neighbours import compute_share_of_copies, find_nearest
 
 _MAX_FIT = 4000
 _TESTED = 500
@@ -32,13 +33,14 @@ def measure_samples(train: ImageSet, held_out: ImageSet, images_B3HW: Tensor, la
     real, other = _flatten_pixels(train.images_B3HW[:_MAX_FIT]), _flatten_pixels(held_out.images_B3HW[:_MAX_FIT])
     asked, labels = labels_B.numpy(), train.labels_B[:_MAX_FIT].numpy()
     answers = held_out.labels_B[:_MAX_FIT].numpy()
-    distances = [_compute_nearest_distances(rows[:_TESTED], real) for rows in (generated, other)]
+    references = torch.from_numpy(real)
+    distances = [find_nearest(torch.from_numpy(rows[:_TESTED]), references)[0][:, 0] for rows in (generated, other)]
     result: dict[str, Any] = {
         "distance_to_nearest_training_image": {
             "generated": float(distances[0].mean()),
             "held_out_real": float(distances[1].mean()),
         },
-        "copies": float((distances[0] < distances[1].quantile(0.05)).float().mean()),
+        "copies": compute_share_of_copies(*distances),
         "generated_images": len(generated),
     }
     if len(set(labels.tolist())) > 1 and len(set(asked.tolist())) > 1:
@@ -67,8 +69,3 @@ def _fit_classifier(rows: np.ndarray, labels: np.ndarray) -> Any:
     from sklearn.svm import SVC
 
     return make_pipeline(PCA(min(_COMPONENTS, *rows.shape), random_state=0), SVC(C=10)).fit(rows, labels)
-
-
-def _compute_nearest_distances(rows: np.ndarray, real: np.ndarray) -> Tensor:
-    """Root-mean-square distance of each row to the nearest of the real ones."""
-    return torch.cdist(torch.from_numpy(rows), torch.from_numpy(real)).amin(dim=1) / rows.shape[1] ** 0.5

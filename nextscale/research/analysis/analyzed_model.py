@@ -17,7 +17,7 @@ from nextscale.config.analysis import AnalysisConfig
 from nextscale.config.transformer import ExpertsConfig
 from nextscale.data.classes import Classes, open_matched_examples
 from nextscale.data.examples import Examples, check_unreadable
-from nextscale.pipeline import Pipeline
+from nextscale.pipeline import Labels, Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import scale_to_unit
 from nextscale.transformer.var import VAR, Output
@@ -149,3 +149,11 @@ def _open_held_out(data: str, pipeline: Pipeline, name: str, config: AnalysisCon
 def describe_analysis(data: str, config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
     """The data, seed and machine, which every report names."""
     return {"data": data, "seed": config.seed, "machine": describe_machine(device)}
+
+
+def choose_labels(pipeline: Pipeline, labels: Labels, count: int) -> list[int | None]:
+    """The class of each of `count` images that a figure draws: these in turn, or all classes in turn."""
+    none_given = isinstance(labels, str | Sequence) and not labels
+    every = range(pipeline.transformer.config.condition.require_classes("this figure draws images"))
+    chosen = pipeline.label_indices(list(every) if none_given else labels)
+    return [chosen[i % len(chosen)] for i in range(count)]

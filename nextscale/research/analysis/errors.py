@@ -25,7 +25,7 @@ from nextscale.config.analysis import ErrorsConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Labels, Pipeline
-from nextscale.research.analysis.analyzed_model import check_distinct, choose_names, name_scales
+from nextscale.research.analysis.analyzed_model import check_distinct, choose_labels, choose_names, name_scales
 from nextscale.research.analysis.figures import Row, plot_error_propagation, plot_image_rows
 from nextscale.sampling import build_sampler
 from nextscale.sampling.editing import Edit
@@ -54,7 +54,7 @@ def analyse_errors(
     for model, name in zip(models, check_distinct(choose_names(models, names)), strict=True):
         pipeline = Pipeline.from_pretrained(model, device=config.device)
         injection = _ErrorInjection(pipeline, config, sampling, _parse_scales(config, pipeline, name))
-        values = _parse_labels(pipeline, labels, config.num)
+        values = pipeline.transformer.condition.parse(choose_labels(pipeline, labels, config.num))
         for start in range(0, config.num, config.batch_size):
             injection.add_batch(values[start : start + config.batch_size], start)
         reports.append({"name": name, **injection.report()})
@@ -77,14 +77,6 @@ def _parse_scales(config: ErrorsConfig, pipeline: Pipeline, name: str) -> list[i
     if wrong := [s for s in config.scales if not 1 <= s <= count]:
         raise UserError(f"{name} has scales 1 to {count}; there is no scale {wrong[0]}")
     return sorted({s - 1 for s in config.scales}) or list(range(max(count - 1, 1)))
-
-
-def _parse_labels(pipeline: Pipeline, labels: Labels, count: int) -> Tensor:
-    """The condition of each image: these labels in turn, or all classes in turn."""
-    none_given = isinstance(labels, str | Sequence) and not labels
-    every = range(pipeline.transformer.config.condition.require_classes("this figure draws images"))
-    chosen = pipeline.label_indices(list(every) if none_given else labels)
-    return pipeline.transformer.condition.parse([chosen[i % len(chosen)] for i in range(count)])
 
 
 @dataclass(frozen=True)
