@@ -11,7 +11,11 @@ _RESPELLED = {"precision": {"fp32": "float32", "bf16": "bfloat16", "fp16": "floa
 _ADDED: dict[str, dict[str, Any]] = {
     "num_classes": {"source": "", "max_tokens": 64, "layers": 2, "embedding_width": 0, "channels": 1, "patch": 4},
     "patch": {"picture_size": [], "control": "", "parts": {}, "encoder": "", "encoder_fingerprint": ""},
-    "norm_eps": {"feed_forward": "auto", "options": {}},  # TransformerConfig
+    "norm_eps": {  # TransformerConfig
+        "feed_forward": "auto",
+        "options": {},
+        "positions": {"kind": "table", "base": 100.0, "extent": 16.0, "size_embedding": False},
+    },
     "smooth": {"cfg_parts": {}, "cfg_scales": 0},  # SampleConfig
     "micro_batch": {"backend": "auto", "patience": 0},  # TrainConfig
     "revive_below": {"scale_dropout": 0.0},  # CodebookConfig
