@@ -23,11 +23,6 @@ static inline float total(vec x)
     return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
-static inline vec larger(vec a, vec b)
-{
-    return choose(a > b, a, b);
-}
-
 /* ---- attention */
 
 /* What gives a vector with this sum of squares this length. */

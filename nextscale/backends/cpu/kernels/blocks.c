@@ -24,7 +24,7 @@ static inline __attribute__((always_inline)) void exponentials(
         vec *top = (vec *)(found->largest + v * LANES), *sum = (vec *)(found->sums + v * LANES);
         float *start = scores + v * LANES;
         vec largest = first ? *(const vec *)start : *top;
-        for (long m = 0; m < many; m++) largest = larger(*(const vec *)(start + m * vectors * LANES), largest);
+        for (long m = 0; m < many; m++) largest = LARGER(*(const vec *)(start + m * vectors * LANES), largest);
         if (first) *top = largest, *sum = (vec){0};
         const vec by = power(*top - largest);
         *(vec *)(found->by + v * LANES) = by;
@@ -38,52 +38,46 @@ static inline __attribute__((always_inline)) void exponentials(
     }
 }
 
-/* A head's values: `old` rows that follow one another, and `new` ones `stride` apart. */
-struct values {
-    const float *cached, *fresh;
-    long old, new, stride;
-};
-
-/* Those from `start` to `stop`. */
-static inline struct values part_of(const struct values *all, long start, long stop)
+/* `count` of a head's values, `apart` from one to the next, as rows `from` on of panels (HEAD / PANEL, many, PANEL): the
+   lines that one panel of a projection's output has are a multiple of 4 KiB apart, and few of them fit the first cache. */
+static void take_values(const float *v, long apart, long count, long from, long many, float *to)
 {
-    const long old = all->old, from = start < old ? start : old, to = stop < old ? stop : old;
-    return (struct values){all->cached + from * HEAD, all->fresh + (start - from) * all->stride, to - from,
-                           stop - start - (to - from), all->stride};
+    for (long n = 0; n < count; n++)
+        for (int j = 0; j < HEAD; j += PANEL)
+            memcpy(to + j * many + (from + n) * PANEL, v + n * apart + j, PANEL * sizeof *v);
 }
 
-/* y[r] = by[r] y[r], unless these are the `first`, + sum over keys of weights[key][r] values[key]; weights have `lanes`
-   columns */
+/* y[r] = by[r] y[r], unless these are the `first`, + sum over `some` keys of weights[key][r] values[key]; weights have
+   `lanes` columns, values are panels of `many` rows. */
 static inline __attribute__((always_inline)) void mixed(
-    const int rows, const float *weights, long lanes, const struct values *values, const float *by, int first,
-    float *y, long stride)
+    const int rows, const float *weights, long lanes, const float *values, long some, long many, const float *by,
+    int first, float *y, long stride)
 {
-    const float *of_cached[ROWS], *of_fresh[ROWS];
+    const float *from[ROWS];
     float *to[ROWS];
-    for (int r = 0; r < rows; r++) of_cached[r] = weights + r, of_fresh[r] = weights + values->old * lanes + r;
+    for (int r = 0; r < rows; r++) from[r] = weights + r;
     for (int j = 0; j < HEAD; j += PANEL) {
         for (int r = 0; r < rows; r++) {
             to[r] = y + r * stride + j;
             for (int v = 0; v < VECTORS && !first; v++) *(vec *)(to[r] + v * LANES) *= by[r];
         }
-        products(rows, VECTORS, 0, !first, of_cached, lanes, values->cached + j, HEAD, values->old, to, 0);
-        products(rows, VECTORS, 0, 1, of_fresh, lanes, values->fresh + j, values->stride, values->new, to, 0);
+        products(rows, VECTORS, 0, !first, from, lanes, values + j * many, PANEL, some, to, 0);
     }
 }
 
-#define CASE(n) case n: mixed(n, scores + j, lanes, &part, found.by + j, !start, to, stride); break;
+#define CASE(n) case n: mixed(n, scores + j, lanes, values + start * PANEL, stop - start, many, found.by + j, \
+                             !start, to, stride); break;
 
 /* `count` <= PANEL queries, `apart` values from one to the next, of one head */
 static inline __attribute__((always_inline)) void some_queries(
     const int vectors, const float *q, long apart, long count, float length, int normalise, const float *const *keys,
-    const struct values *values, long at_once, float *y, long stride, float *queries, float *scores, float *softmax)
+    const float *values, long many, long at_once, float *y, long stride, float *queries, float *scores, float *softmax)
 {
-    const long lanes = vectors * LANES, many = values->old + values->new, blocks = (count + ROWS - 1) / ROWS;
+    const long lanes = vectors * LANES, blocks = (count + ROWS - 1) / ROWS;
     struct softmax found;
     as_columns(vectors, q, apart, count, length, normalise, queries);
     for (long start = 0; start < many; start += at_once) {
         const long stop = start + at_once < many ? start + at_once : many;
-        const struct values part = part_of(values, start, stop);
         all_scores(vectors, keys + start, stop - start, queries, scores);
         exponentials(vectors, scores, stop - start, !start, &found);
         for (long b = 0; b < blocks; b++) {
@@ -117,22 +111,23 @@ static void attend_head(const struct attention *all, long i)
     const long heads = all->heads, count = all->count, start = all->start, length = all->length;
     const long at_once = all->at_once, width = heads * HEAD, many = start + count, b = i / heads, h = i % heads;
     const int me = omp_get_thread_num(), kept = many <= length, normalise = all->normalise;
-    float *queries = all->scratch + me * (HEAD + at_once + count) * HEAD, *scores = queries + HEAD * HEAD;
+    float *queries = all->scratch + me * (HEAD + at_once + count + many) * HEAD, *scores = queries + HEAD * HEAD;
     float *old = all->k_cache + i * length * HEAD, *fresh = kept ? old + start * HEAD : scores + at_once * HEAD;
-    float *v_cache = all->v_cache + i * length * HEAD;
+    float *v_cache = all->v_cache + i * length * HEAD, *values = scores + (at_once + count) * HEAD;
     const float **keys = all->pointers + me * many, by = all->lengths[h] * LOG2E;
     const float *q = all->qkv + b * all->tokens * 3 * width + h * HEAD, *k = q + width, *v = k + width;
     take_keys(k, 3 * width, count, normalise, fresh);
     for (long n = 0; n < count && kept; n++)
         memcpy(v_cache + (start + n) * HEAD, v + n * 3 * width, HEAD * sizeof *v);
     for (long n = 0; n < many; n++) keys[n] = n < start ? old + n * HEAD : fresh + (n - start) * HEAD;
-    const struct values values = {v_cache, v, start, count, 3 * width};
+    take_values(v_cache, HEAD, start, 0, many, values);
+    take_values(v, 3 * width, count, start, many, values);
     for (long n = 0; n < count; n += PANEL) {
         const long some = count - n < PANEL ? count - n : PANEL;
         float *to = all->y + (b * all->tokens + n) * width + h * HEAD;
         float *softmax = all->softmax ? all->softmax + 2 * (i * all->tokens + n) : 0;
-#define CASE(v) case v: some_queries(v, q + n * 3 * width, 3 * width, some, by, normalise, keys, &values, at_once, \
-                                     to, width, queries, scores, softmax); break;
+#define CASE(v) case v: some_queries(v, q + n * 3 * width, 3 * width, some, by, normalise, keys, values, many, \
+                                     at_once, to, width, queries, scores, softmax); break;
         switch ((some + LANES - 1) / LANES) { VECTOR_CASES }
 #undef CASE
     }
@@ -150,7 +145,7 @@ static void attend_share(void *arguments)
    well. lengths (heads): what queries are multiplied by, after normalisation if that is asked for, which is of keys as
    well. y: (batch, count, heads, HEAD). `at_once` keys are scored at once. softmax (batch, heads, count, 2), with
    `tokens` from one head to the next, or none: each query's largest score, in units of log 2, and the sum of the
-   exponentials beside it. Scratch for each thread: (HEAD + at_once + count) * HEAD floats, and start + count pointers. */
+   exponentials beside it. Scratch for each thread: (HEAD + at_once + 2 count + start) * HEAD floats, and start + count pointers. */
 void attend(
     const float *qkv, float *k_cache, float *v_cache, const float *lengths, float *y, long batch, long heads,
     long count, long start, long length, long tokens, long at_once, int normalise, int threads, float *softmax,

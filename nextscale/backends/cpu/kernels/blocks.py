@@ -35,7 +35,7 @@ def attend(
         return None
     k_BHLd, v_BHLd = caches if caches is not None else (qkv_BN3Hd.new_empty(B, H, 0, d),) * 2
     y_BND, threads, seen = qkv_BN3Hd.new_empty(B, N, H * d), torch.get_num_threads(), start + N
-    scratch = torch.empty(threads * (d + AT_ONCE + N) * d)
+    scratch = torch.empty(threads * (d + AT_ONCE + N + seen) * d)
     pointers = torch.empty(threads * seen, dtype=torch.int64)
     kernels.attend(
         *build.get_pointers(qkv_BN3Hd, k_BHLd, v_BHLd, lengths_H.contiguous(), y_BND),

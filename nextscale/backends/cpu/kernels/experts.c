@@ -33,7 +33,7 @@ static inline __attribute__((always_inline)) void block(
         for (int r = 0; r < rows; r++)
             for (int i = 0; i < PANEL; i += LANES) {
                 const vec value = *(const vec *)(to[r] + i) + *(const vec *)(b1 + j + i), zero = {0};
-                *(vec *)(to[r] + i) = relu ? choose(value > zero, value, zero) : gelu(value);
+                *(vec *)(to[r] + i) = relu ? LARGER(value, zero) : gelu(value);
             }
         advance(rows, to);
     }

@@ -32,8 +32,8 @@ static inline void quantise_row(const float *x, long width, int levels, uint8_t 
     vec least = first, most = first, poison = {0};
     for (long j = 0; j < width; j += LANES) {
         const vec value = take(x + j, width - j);
-        least = choose(value < least, value, least);
-        most = choose(value > most, value, most);
+        least = SMALLER(value, least);
+        most = LARGER(value, most);
         poison += value * 0.0f;
     }
     float small = least[0], large = most[0], spoiled = poison[0];
@@ -148,8 +148,8 @@ static inline void quantise_values(const struct map *map, long from, uint8_t *to
         value = *(const vec *)((const float *)map->x + from);
     const vec least = {0}, most = least + 255.0f;
     value = value * map->by + 12582912.0f - 12582912.0f + map->zero;
-    value = choose(value < least, least, value);
-    value = choose(value > most, most, value);
+    value = LARGER(least, value);
+    value = SMALLER(most, value);
     const bytes u = __builtin_convertvector(__builtin_convertvector(value, ints), bytes);
     memcpy(to + from, &u, LANES);
 }

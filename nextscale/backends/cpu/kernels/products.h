@@ -132,12 +132,24 @@ static inline vec choose(ints where, vec a, vec b)
     return (vec)(((ints)a & where) | ((ints)b & ~where));
 }
 
+/* The larger and the smaller of a and b, b where one of them is not a number. x86 has an instruction for that; NEON's
+   gives NaN. */
+#if LANES == 16
+#define LARGER(a, b) ((vec)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define SMALLER(a, b) ((vec)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#elif LANES == 8
+#define LARGER(a, b) ((vec)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define SMALLER(a, b) ((vec)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#else
+#define LARGER(a, b) choose((a) > (b), a, b)
+#define SMALLER(a, b) choose((a) < (b), a, b)
+#endif
+
 /* 2^t by its whole and broken part, for t from -126 to 126; that of the nearer end beyond them */
 static inline vec power(vec t)
 {
     const vec zero = {0};
-    t = choose(t > 126.0f, zero + 126.0f, t);
-    t = choose(t < -126.0f, zero - 126.0f, t);
+    t = LARGER(zero - 126.0f, SMALLER(zero + 126.0f, t));
     const vec whole = (t + 12582912.0f) - 12582912.0f, part = (t - whole) * 0.693147181f;
     const vec broken = 1.0f + part * (1.0f + part * (0.5f + part * (0.166666667f + part * (0.0416666667f
                        + part * (0.00833333333f + part * 0.00138888889f)))));

@@ -155,7 +155,7 @@ class _ScaleAttention(torch.autograd.Function):
         B, L, _, H, d = qkv.shape
         keys, values, softmax = qkv.new_empty(B, H, L, d), qkv.new_empty(B, H, L, d), qkv.new_empty(B, H, L, 2)
         y_BLD, threads = qkv.new_empty(B, L, H * d), torch.get_num_threads()
-        scratch = torch.empty(threads * (d + AT_ONCE + L) * d)
+        scratch = torch.empty(threads * (d + AT_ONCE + 2 * L) * d)
         pointers = torch.empty(threads * L, dtype=torch.int64)
         for start, end in spans:
             kernels[0].attend(
