@@ -14,7 +14,7 @@ from PIL import Image
 
 from nextscale.cli.parser import main
 from nextscale.cli.training import draw_routing
-from nextscale.common.errors import UserError
+from nextscale.common.errors import Interruption, UserError
 from nextscale.config.condition import ConditionConfig
 from nextscale.config.log import read_log
 from nextscale.config.quickstart import QuickstartConfig
@@ -24,7 +24,7 @@ from nextscale.pipeline import Pipeline
 from nextscale.quickstart.few import find_start
 from nextscale.quickstart.measure import measure_samples
 from nextscale.quickstart.run import encode_features, run_quickstart
-from nextscale.training.report import describe_copies, format_quickstart_report
+from nextscale.training.report import describe_copies, format_quickstart_report, report_interruption
 from nextscale.training.transformer import read_run_config
 from tests import forked
 from tests.conftest import randomised, tiny_config
@@ -216,6 +216,14 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(folder, tmp_path):
     step = torch.load(max(states.glob("tokenizer-*.pt")), weights_only=True)["step"]
     assert 0 < step < 4000
     assert f"at step {step} of 4000" in err
+
+
+def test_an_interruption_names_the_states_of_every_folder(tmp_path):
+    (tmp_path / "adapter" / "training").mkdir(parents=True)
+    for folders, said in (([tmp_path], "nothing was trained yet"), ([tmp_path, tmp_path / "adapter"], "step-3.pt")):
+        (tmp_path / "adapter" / "training" / "step-3.pt").touch()
+        with pytest.raises(Interruption, match=f"interrupted; .*{said}; the same"), report_interruption(*folders):
+            raise KeyboardInterrupt
 
 
 def test_few_images_start_from_a_trained_model(folder, tmp_path, capsys):

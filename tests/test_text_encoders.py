@@ -77,7 +77,7 @@ def encoders(tmp_path_factory):
 
 
 def compute_expected(folder, kind, max_tokens):
-    """Outputs (texts, T, E), tokens of each text and pooled vectors, as transformers computes them in one batch."""
+    """Outputs (texts, T, E), and tokens of each text, as transformers computes them in one batch."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = {
         "t5": transformers.T5EncoderModel, "clip": transformers.CLIPTextModel, "siglip": transformers.SiglipTextModel,
@@ -88,15 +88,14 @@ def compute_expected(folder, kind, max_tokens):
     if kind == "siglip":
         inputs = {"input_ids": inputs["input_ids"]}
     with torch.no_grad():
-        output = model(**inputs)
-    return output.last_hidden_state, lengths, getattr(output, "pooler_output", None)
+        return model(**inputs).last_hidden_state, lengths
 
 
 @pytest.mark.parametrize("name", ["t5", "t5-json", "clip", "clip-old", "siglip"])
 def test_embeddings_are_those_of_the_model_itself(encoders, name):
     kind, folder = name.partition("-")[0], encoders / name
     encoder = load_text_encoder(str(folder), POSITIONS)
-    states, lengths, pooled = compute_expected(folder, kind, POSITIONS)
+    states, lengths = compute_expected(folder, kind, POSITIONS)
     batch = encoder.encode_batch(TEXTS)
     assert batch.text_BTE.shape == (4, POSITIONS, encoder.width)
     assert batch.text_BTE.dtype == torch.float16
@@ -106,12 +105,6 @@ def test_embeddings_are_those_of_the_model_itself(encoders, name):
     for row, state, length in zip(batch.text_BTE, states, lengths, strict=True):
         assert torch.allclose(row[:length].float(), state[:length], atol=4e-3)
         assert not row[length:].any()
-    if kind == "t5":
-        assert (batch.pooled_BP, encoder.pooled_width) == (None, 0)
-    else:
-        assert encoder.pooled_width == {"clip": 16, "siglip": 12}[kind] == batch.pooled_BP.shape[1]
-        pooled[TEXTS.index("")] = 0
-        assert torch.allclose(batch.pooled_BP.float(), pooled, atol=4e-3)
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
@@ -120,15 +113,11 @@ def test_an_embedding_does_not_depend_on_its_batch_nor_on_padding(encoders, name
     encoder = load_text_encoder(str(encoders / name), POSITIONS)
     together = encoder.encode(TEXTS)
     for i, text in enumerate(TEXTS):
-        alone = encoder.encode([text])
-        assert torch.equal(alone.sequences[0], together.sequences[i])
-        assert alone.pooled_BP is None or torch.equal(alone.pooled_BP[0], together.pooled_BP[i])
+        assert torch.equal(encoder.encode([text])[0], together[i])
     tokens = encoder.tokenize(TEXTS)  # in one padded batch, as on a GPU
-    states, pooled = encoder(tokens)
+    states = encoder(tokens)
     for i, ids in enumerate(tokens):
-        state, vector = encoder([ids])
-        assert torch.allclose(states[i, : len(ids)], state[0, : len(ids)], atol=1e-5)
-        assert pooled is None or torch.allclose(pooled[i], vector[0], atol=1e-5)
+        assert torch.allclose(states[i, : len(ids)], encoder([ids])[0, : len(ids)], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["t5", "clip", "siglip"])
@@ -139,10 +128,10 @@ def test_long_texts_are_cut_and_counted(encoders, name):
     (cut,), (full,) = (e.tokenize(TEXTS[3:]) for e in (encoder, whole))
     assert len(cut) == 8 < len(full)
     assert cut == [*full[:7], full[-1]], "the end token stays"
-    states, lengths, _ = compute_expected(encoders / name, name, 8)
+    states, lengths = compute_expected(encoders / name, name, 8)
     assert encoder.encode_batch(TEXTS).length_B.tolist() == [n if t else 0 for n, t in zip(lengths, TEXTS, strict=True)]
     if name != "siglip":  # its reference would be padded to another length
-        assert torch.allclose(encoder.encode(TEXTS[3:]).sequences[0].float(), states[3], atol=4e-3)
+        assert torch.allclose(encoder.encode(TEXTS[3:])[0].float(), states[3], atol=4e-3)
 
 
 def test_the_fingerprint_tells_weights_tokenizer_and_length_apart(encoders, tmp_path):
@@ -226,8 +215,6 @@ def test_a_cache_holds_the_embeddings_of_every_caption(encoders, folder, tmp_pat
         assert batch["text"].dtype == torch.float16
         assert torch.equal(batch["text"], expected.text_BTE)
         assert torch.equal(batch["text_length"], expected.length_B)
-        assert ("text_pooled" in batch) == (name == "clip")
-        assert name == "t5" or torch.equal(batch["text_pooled"], expected.pooled_BP)
     letters = train.with_text(TextInput("bytes", 4), seed=4).fetch(rows, None)
     assert bytes(letters["text"][1].tolist()).rstrip(b"\0").decode() == captions[rows[1]][0]
     with pytest.raises(UserError, match=r"holds up to 6 tokens of a caption, not 9: .* --text-max-tokens 9`"):
@@ -252,7 +239,6 @@ def test_a_cache_of_another_text_encoder_is_refused(encoders, folder, tmp_path, 
         ("caption_length", lambda t: t.flip(0) - t),
         ("caption_bytes", lambda t: t | 128),
         ("text_length", lambda t: t * 0),
-        ("text_pooled", lambda t: t[1:]),
     ],
 )
 def test_captions_that_do_not_fit_are_refused(encoders, folder, tmp_path_factory, tmp_path, name, change):

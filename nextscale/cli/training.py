@@ -67,10 +67,11 @@ class Quickstart:
         )
 
     def run(self) -> None:
+        from nextscale.quickstart.few import ADAPTER
         from nextscale.quickstart.run import run_quickstart
         from nextscale.training.report import format_quickstart_report, report_interruption
 
-        with report_interruption(self.out):
+        with report_interruption(self.out, self.out / ADAPTER):
             metrics = run_quickstart(self.settings, self.out, draw_routing, self.device)
         print("\n" + format_quickstart_report(metrics, self.out))
 

@@ -27,15 +27,12 @@ class TextHead:
     """Tokens of a caption that are kept, at most."""
     width: int = 0
     """E, of the embedding of a token."""
-    pooled_width: int = 0
-    """P, of the embedding of the whole caption; 0 = none."""
 
     def __post_init__(self) -> None:
         filled = bool(self.encoder)
         rules = {
             "max_tokens must be 1 to 2^16, and 0 without an encoder": filled <= self.max_tokens <= filled * 2**16,
             "width must be 1 to 2^20, and 0 without an encoder": filled <= self.width <= filled * 2**20,
-            "pooled_width must be 0 to 2^20, and 0 without an encoder": 0 <= self.pooled_width <= filled * 2**20,
         }
         check_fields("text", self, rules)
 

@@ -90,7 +90,7 @@ class CacheWriter:
         encoder = self.text_encoder
         if encoder is None:
             return TextHead()
-        return TextHead(encoder.fingerprint(), encoder.source, encoder.max_tokens, encoder.width, encoder.pooled_width)
+        return TextHead(encoder.fingerprint(), encoder.source, encoder.max_tokens, encoder.width)
 
     def _list_inputs(self) -> dict[str, Any]:
         return {"data": self.splits["train"].inputs}

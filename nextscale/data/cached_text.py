@@ -10,7 +10,6 @@ and with a text encoder, whose embeddings of a caption are as many rows as it ha
 
     text             float16 (tokens of all captions, E)
     text_length      int32 (captions,)                     tokens of each
-    text_pooled      float16 (captions, P)                 where the encoder gives one vector for a whole caption
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from nextscale.data.examples import Batch
 from nextscale.data.sources.captions import Captions
 from nextscale.encoders.text import TextEncoder, pad_sequences
 
-TEXT_TENSORS = ("caption_bytes", "caption_length", "caption_count", "text", "text_length", "text_pooled")
+TEXT_TENSORS = ("caption_bytes", "caption_length", "caption_count", "text", "text_length")
 
 
 def list_text_forms(head: TextHead | None, rows: int) -> dict[str, Form]:
@@ -44,8 +43,6 @@ def list_text_forms(head: TextHead | None, rows: int) -> dict[str, Form]:
     }
     if head.encoder:
         forms |= {"text": ([torch.float16], (None, head.width)), "text_length": ([torch.int32], (None,))}
-    if head.pooled_width:
-        forms["text_pooled"] = ([torch.float16], (None, head.pooled_width))
     return forms
 
 
@@ -62,10 +59,8 @@ def encode_captions(captions: Sequence[Sequence[str]], encoder: TextEncoder | No
     texts = [text for i in range(len(packed)) for text in packed[i]]
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     encoded = encoder.encode(list(number))
-    rows = [encoded.sequences[number[text]] for text in texts]
+    rows = [encoded[number[text]] for text in texts]
     tensors |= {"text": torch.cat(rows), "text_length": torch.tensor([len(row) for row in rows], dtype=torch.int32)}
-    if encoded.pooled_BP is not None:
-        tensors["text_pooled"] = encoded.pooled_BP[[number[text] for text in texts]]
     return tensors
 
 
@@ -81,8 +76,6 @@ def check_text(path: Path, shard: dict[str, Tensor], head: TextHead | None, reme
     if head.encoder:
         fits = len(shard["text_length"]) == captions
         rules["text_length"] = fits and _fits(shard["text_length"], len(shard["text"]), head.max_tokens)
-    if head.pooled_width:
-        rules["text_pooled"] = len(shard["text_pooled"]) == captions
     for name, holds in rules.items():
         if not holds:
             raise UserError(f"{path} is damaged: {name} does not fit the captions; {remedy}")
@@ -116,28 +109,21 @@ class ShardText:
         stop = int(self.stop_C[caption])
         return self.shard["text"][stop - int(self.shard["text_length"][caption]) : stop]
 
-    def read_pooled(self, row: int, n: int) -> Tensor:
-        """The embedding (P,) of caption n of an image as a whole."""
-        return self.shard["text_pooled"][int(self.captions.first_N[row]) + n]
-
 
 def collect_text(
     places: Sequence[tuple[ShardText, int]], text: TextInput, seed: int, positions: Sequence[int] | None
 ) -> Batch:
     """One caption of each image, as `text` says.
 
-    bytes: as `CaptionBytes.fetch`. embeddings: `text` float16 (B, T, E), padded with zeros, `text_length` int64 (B,)
-    and, where the encoder gives it, `text_pooled` float16 (B, P). `places`: the shard of each image, and its row there.
+    bytes: as `CaptionBytes.fetch`. embeddings: `text` float16 (B, T, E), padded with zeros, and `text_length` int64
+    (B,). `places`: the shard of each image, and its row there.
     """
     counts = [int(shard.captions.count_N[row]) for shard, row in places]
     chosen = [(shard, row, n) for (shard, row), n in zip(places, choose_captions(seed, positions, counts), strict=True)]
     if text.kind == "bytes":
         return pack_bytes([shard.captions.encode(row, n) for shard, row, n in chosen], text.max_tokens)
     text_BTE, length_B = pad_sequences([shard.read_sequence(row, n) for shard, row, n in chosen], text.max_tokens)
-    batch: Batch = {"text": text_BTE, "text_length": length_B}
-    if "text_pooled" in chosen[0][0].shard:
-        batch["text_pooled"] = torch.stack([shard.read_pooled(row, n) for shard, row, n in chosen])
-    return batch
+    return {"text": text_BTE, "text_length": length_B}
 
 
 def join_captions(shards: Sequence[ShardText]) -> Captions:

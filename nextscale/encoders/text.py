@@ -3,10 +3,11 @@
 Each is used as it was trained:
 
 - T5: tokens attend to all tokens of the text. Padding is masked.
-- CLIP: tokens attend to earlier ones, so padding behind the text has no effect. The pooled vector is the output at the
-  end token (before CLIP's projection).
-- SigLIP: texts are padded to the model's full length and the padding is not masked. The pooled vector is the output at
-  the last place, after the head. Of the sequence only the places of the text itself are kept.
+- CLIP: tokens attend to earlier ones, so padding behind the text has no effect.
+- SigLIP: texts are padded to the model's full length and the padding is not masked. Of the sequence
+  only the places of the text itself are kept.
+
+The one vector that CLIP and SigLIP have for a whole text is not used: a model projects the mean of the sequence.
 
 On a CPU each text is encoded by itself, so its embedding does not depend on the others, bit for bit. On a GPU texts of
 similar length share a batch, and embeddings are equal up to rounding. Embeddings have 16 bits, in a token cache and for
@@ -47,16 +48,6 @@ _BATCH = 64
 
 
 @dataclass(frozen=True)
-class EncodedTexts:
-    """Embeddings of B texts, float16, on the CPU."""
-
-    sequences: list[Tensor]
-    """(tokens, E) of each text."""
-    pooled_BP: Tensor | None
-    """One vector for each text, where the encoder has one."""
-
-
-@dataclass(frozen=True)
 class TextBatch:
     """Embeddings of B texts, padded with zeros to T tokens."""
 
@@ -64,8 +55,6 @@ class TextBatch:
     """float16."""
     length_B: Tensor
     """int64: tokens of each text."""
-    pooled_BP: Tensor | None
-    """float16, where the encoder has one."""
 
 
 class TextEncoder(nn.Module):
@@ -78,10 +67,8 @@ class TextEncoder(nn.Module):
         self.tokenizer, self.family, self.max_tokens, self.source, self.files = (
             tokenizer, family, max_tokens, source, files
         )  # fmt: skip
-        config = model.config
-        self.width = int(config.hidden_size)
-        self.pooled_width = {"t5": 0, "clip": self.width}.get(family, int(getattr(config, "projection_size", 0) or 0))
-        self.positions = int(config.max_position_embeddings) if family == "siglip" else 0
+        self.width = int(model.config.hidden_size)
+        self.positions = int(model.config.max_position_embeddings) if family == "siglip" else 0
 
     def fingerprint(self) -> str:
         """A checksum of the weights, config.json, the tokenizer's files and the number of tokens."""
@@ -99,38 +86,29 @@ class TextEncoder(nn.Module):
         return [text for text, ids in zip(texts, tokens, strict=True) if len(ids) > self.max_tokens]
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Embeddings of texts. An empty one has no tokens, and zeros as its vector, because it stands for "no text".
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """Embeddings (tokens, E) of each text, float16, on the CPU. An empty text has no tokens: it stands for "no
+        text".
 
         Raises UserError when an embedding is beyond the range of 16 bits.
         """
         tokens = self.tokenize(texts)
         order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(tokens[i]))
         count = 1 if self.model.device.type == "cpu" else _BATCH
-        nothing_0E, nothing_P = (
-            torch.zeros(*size, dtype=torch.float16) for size in ((0, self.width), (self.pooled_width,))
-        )
-        sequences: dict[int, Tensor] = {}
-        pooled: dict[int, Tensor] = {}
+        sequences = [torch.zeros(0, self.width, dtype=torch.float16)] * len(texts)
         for start in range(0, len(order), count):
             rows = order[start : start + count]
-            states_BTE, pooled_BP = self([tokens[i] for i in rows])
+            states_BTE = self([tokens[i] for i in rows])
             for n, i in enumerate(rows):
                 sequences[i] = _narrow(states_BTE[n, : len(tokens[i])], texts[i])
-                if pooled_BP is not None:
-                    pooled[i] = _narrow(pooled_BP[n], texts[i])
-        every = range(len(texts))
-        pooled_BP = torch.stack([pooled.get(i, nothing_P) for i in every]) if self.pooled_width and texts else None
-        return EncodedTexts([sequences.get(i, nothing_0E) for i in every], pooled_BP)
+        return sequences
 
     def encode_batch(self, texts: Sequence[str]) -> TextBatch:
         """As `encode`, padded with zeros to `max_tokens`."""
-        encoded = self.encode(texts)
-        return TextBatch(*pad_sequences(encoded.sequences, self.max_tokens), encoded.pooled_BP)
+        return TextBatch(*pad_sequences(self.encode(texts), self.max_tokens))
 
-    def forward(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-        """Outputs (B, T, E) and pooled vectors (B, P), float32, of tokens that are padded to the longest text, or as
-        SigLIP is."""
+    def forward(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Outputs (B, T, E), float32, of tokens that are padded to the longest text, or as SigLIP is."""
         length = self.positions or max(map(len, tokens))
         pad = self.tokenizer.pad_token_id or 0
         ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in tokens], device=self.model.device)
@@ -138,8 +116,8 @@ class TextEncoder(nn.Module):
         if not self.positions:
             stop_B1 = torch.tensor([[len(ids)] for ids in tokens], device=self.model.device)
             inputs["attention_mask"] = (torch.arange(length, device=self.model.device) < stop_B1).long()
-        output = self.model(**inputs)
-        return output.last_hidden_state, output.pooler_output if self.pooled_width else None
+        states_BTE: Tensor = self.model(**inputs).last_hidden_state
+        return states_BTE
 
 
 def pad_sequences(sequences: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:

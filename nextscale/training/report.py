@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,21 @@ _MANY_COPIES, _FAR_APART = 0.5, 2.0
 
 
 @contextmanager
-def report_interruption(folder: Path) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says which states are in `folder` and how to resume."""
+def report_interruption(*folders: Path) -> Iterator[None]:
+    """Turn Ctrl-C into one line that says which states are in the run's folders and how to resume."""
     try:
         yield
     except Interrupted as stop:
         where = f" while training the {stop.task}, at step {stop.step} of {stop.steps}"
-        raise Interruption(_describe_states(where, folder)) from None
+        raise Interruption(_describe_states(where, folders)) from None
     except KeyboardInterrupt:
-        raise Interruption(_describe_states("", folder)) from None
+        raise Interruption(_describe_states("", folders)) from None
 
 
-def _describe_states(where: str, folder: Path) -> str:
-    states = sorted(p.name for p in (folder / "training").glob("*.pt"))
-    kept = f"kept in {folder / 'training'}: {', '.join(states)}" if states else "nothing was trained yet"
+def _describe_states(where: str, folders: Sequence[Path]) -> str:
+    states = {folder / "training": sorted(p.name for p in (folder / "training").glob("*.pt")) for folder in folders}
+    found = [f"kept in {place}: {', '.join(names)}" for place, names in states.items() if names]
+    kept = "; ".join(found) or "nothing was trained yet"
     return f"interrupted{where}; {kept}; the same command goes on from there"
 
 
