@@ -121,7 +121,8 @@ def test_load_counts_every_choice(place, tmp_path, router):
 def test_load_equals_what_training_measures(place, tmp_path):
     """The same figure that validation logs as expert_load."""
     from nextscale.config.training import TrainConfig
-    from nextscale.training.transformer import TransformerTask, validate
+    from nextscale.training.transformer import TransformerTask
+    from nextscale.training.validation import validate
 
     pipeline = Pipeline.from_pretrained(place / "stmoe")
     held_out = TokenCache(place / "cache").load_examples("held_out")

@@ -9,7 +9,8 @@ from nextscale.config.training import TrainConfig
 from nextscale.data.examples import MemoryExamples
 from nextscale.training.engine.log import StepMetrics
 from nextscale.training.engine.loop import train
-from nextscale.training.transformer import TransformerTask, validate
+from nextscale.training.transformer import TransformerTask
+from nextscale.training.validation import validate
 from tests.conftest import randomised, tiny_config
 
 

@@ -28,7 +28,7 @@ from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.task import Task
 from nextscale.training.tokenizer import TokenizerTask
-from nextscale.training.transformer import validate
+from nextscale.training.validation import validate
 from nextscale.transformer.lora import add_adapters
 from tests.conftest import randomised, tiny_config
 from tests.test_train import SETTINGS, combined_task, mixture_task, tasks

@@ -15,6 +15,7 @@ from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.tokenizer_training import TokenizerRunConfig
 from nextscale.config.transformer_training import RunConfig
+from nextscale.pyramid import Pyramid
 
 if TYPE_CHECKING:
     from nextscale.common.outputs import Input, Output
@@ -190,6 +191,9 @@ class Tokenize:
     """Encode each training image this many times, with another random crop and mirroring each time."""
     encoder: str = ""
     """Store the features of a self-supervised encoder too (DINOv2, DINOv3): its folder, or its name on the hub."""
+    sizes: tuple[str, ...] = ()
+    """Also encode the images at other scales than the tokenizer's, for `nextscale train --sizes.scales`: one or more
+    lists of the sides of token maps, such as 1,2,3,4 1,2x3,4x6. Each image gets the sizes of the nearest shape."""
     captions: bool = False
     """Store the captions of the images too, for a model whose text encoder is trained along."""
     text_encoder: str = ""
@@ -210,6 +214,7 @@ class Tokenize:
 
     def check(self) -> None:
         rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("views", "shard", "batch_size")}
+        [Pyramid.parse(text) for text in self.sizes]
         rules["text_max_tokens must be 4 to 65536"] = 4 <= self.text_max_tokens <= 65536
         check_fields("", self, {**rules, SEED_RULE: is_seed(self.seed)})
 
@@ -236,7 +241,7 @@ class Tokenize:
                 self.data, self.tokenizer, self.out, self.images, self.seed, world,
                 views=self.views, shard=self.shard, batch=self.batch_size, encoder=self.encoder,
                 accept_changes=self.accept_changes, captions=self.captions, text_encoder=self.text_encoder,
-                text_max_tokens=self.text_max_tokens,
+                text_max_tokens=self.text_max_tokens, sizes=[Pyramid.parse(text) for text in self.sizes],
             )  # fmt: skip
 
 

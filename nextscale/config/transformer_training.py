@@ -15,6 +15,7 @@ from nextscale.config.parse import check_fields
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer import TransformerConfig
+from nextscale.pyramid import Pyramid
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,46 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class SizesConfig:
+    """Training one model at several sizes, or on the first scales of one (docs/sizes.md)."""
+
+    scales: tuple[str, ...] = ()
+    """Other sizes to train at, each as the sides of its token maps, coarse to fine: 1,2,3,4 1,2x3,4x6. Every step has
+    images of one size; positions are those of the model's own scales, resampled or rotated."""
+    drop: float = 0.0
+    """Share of the steps that leave out the last scales of their images: cheaper, with more weight on the first ones.
+    Sample such images with --stop-at."""
+    lengths: tuple[int, ...] = ()
+    """With drop: how many scales such a step may keep; one is drawn for each. Empty = from 2 to all but one."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "drop must lie in 0 to below 1": 0 <= self.drop < 1,
+            "lengths must be different numbers of 2 to 256": all(2 <= length <= 256 for length in self.lengths)
+            and len({*self.lengths}) == len(self.lengths),
+        }
+        check_fields("sizes", self, rules)
+        pyramids = [Pyramid.parse(text) for text in self.scales]
+        if len({*pyramids}) < len(pyramids) or any(len(pyramid) < 2 for pyramid in pyramids):
+            raise UserError("sizes.scales must be different, of two scales each or more")
+
+    def list_idle(self) -> Idle:
+        """Settings without effect, see `nextscale.config.idle`."""
+        return {} if self.drop else {"no scale is left out ({at}drop is 0)": ("lengths",)}
+
+    def list_pyramids(self, own: Pyramid) -> tuple[Pyramid, ...]:
+        """All pyramids, that of the model and the others, the longest first. UserError where one is the model's."""
+        others = [Pyramid.parse(text) for text in self.scales]
+        if own in others:
+            raise UserError(f"sizes.scales: {own} are the model's own scales: list the others alone")
+        return tuple(sorted([own, *others], key=lambda pyramid: -pyramid.length))
+
+    def list_lengths(self, scales: int) -> tuple[int, ...]:
+        """How many of so many scales a step with left-out ones may keep."""
+        return tuple(n for n in self.lengths or range(2, scales) if n < scales)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run of `nextscale train`."""
 
@@ -66,6 +107,7 @@ class RunConfig:
     init: InitConfig = field(default_factory=InitConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sizes: SizesConfig = field(default_factory=SizesConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters to train in place of the model of --start; the run then holds the adapter alone."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
@@ -97,6 +139,8 @@ class RunConfig:
             raise UserError("give either --tokenizer DIR (to train from scratch) or --start DIR (to fine-tune)")
         if self.lora.on and not self.start:
             raise UserError("--lora.rank trains adapters of a model: give that model with --start DIR")
+        if self.lora.on and self.sizes.scales:
+            raise UserError("adapters are trained at their model's own size: leave out --sizes.scales")
         if self.lora.on and self.loss.encoder:
             raise UserError(
                 "adapters are trained without semantic guidance, whose head would not be theirs: leave out "

@@ -34,7 +34,7 @@ from nextscale.data.cache_head import TextHead, read_cache_head
 from nextscale.data.cache_shards import REMEDY, ShardLimits, name_shard
 from nextscale.data.cached_text import TEXT_TENSORS, ShardText, collect_text, join_captions
 from nextscale.data.captions import CaptionBytes, TextInput, list_caption_notes
-from nextscale.data.datasets import open_dataset
+from nextscale.data.datasets import Keep, open_dataset
 from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch, Examples
 from nextscale.data.inputs import describe_cache
@@ -250,11 +250,18 @@ class CachedExamples:
 
 
 def open_examples(
-    data: str, model: ModelConfig, tokenizer: Tokenizer, config: DataConfig, seed: int, text: TextInput | None = None
+    data: str,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    seed: int,
+    text: TextInput | None = None,
+    keep: Keep | None = None,
 ) -> tuple[Examples, Examples, tuple[str, ...]]:
     """(training, held-out) examples of a token cache or of a data set of images, and the names of their classes.
 
-    Images of a data set get the model's size. `text`: what batches hold of the captions; None: nothing. Prints the
+    Images of a data set get the model's size. `text`: what batches hold of the captions; None: nothing. `keep`: which
+    images of a data set are used, see `open_dataset`. Prints the
     classes with their counts, and what is not used. Raises UserError when a cache was made by another tokenizer than
     the model's, when it lacks what `text` asks for, and in the same cases as `open_dataset`.
     """
@@ -274,7 +281,7 @@ def open_examples(
             f"{data} is a data set of images: embeddings of its captions come from a token cache, which `nextscale "
             f"tokenize {data} --tokenizer TOKENIZER --text-encoder FOLDER --out CACHE` makes"
         )
-    train, held_out, source = open_dataset(data, model.image_size, config, seed, captioned=text is not None)
+    train, held_out, source = open_dataset(data, model.image_size, config, seed, captioned=text is not None, keep=keep)
     notes = list(train.notes)
     if train.captions is not None and held_out.captions is not None and text is not None:
         lengths = [torch.from_numpy(captions.length_C) for captions in (train.captions, held_out.captions)]

@@ -21,17 +21,19 @@ from tqdm import tqdm
 
 from nextscale.common.errors import UserError
 from nextscale.common.rng import make_generator
-from nextscale.common.sizes import Size, expand_size
+from nextscale.common.sizes import Size, expand_size, format_size
 from nextscale.config.classes import list_names
 from nextscale.config.data import DataConfig, ReadConfig
 from nextscale.data.captions import TextBatches, fetch_text
 from nextscale.data.describe import print_data_set
 from nextscale.data.examples import Batch
-from nextscale.data.images import crop_randomly, load_image, resize_and_crop
+from nextscale.data.images import crop_randomly, load_image, read_size, resize_and_crop
 from nextscale.data.inputs import describe_data
 from nextscale.data.sources import Parquet, Source, open_source
 from nextscale.data.sources.captions import Captions
 
+Keep = Callable[[Tensor], Tensor]
+"""From the widths and heights of images, int64 (B, 2), to which are used, bool (B,)."""
 _MAX_ENLARGED = 0.5
 _MEMORY_LIMIT = 2**31
 """Bytes of uint8 images up to which a set is held in memory."""
@@ -62,6 +64,8 @@ class ImageSet:
     """What of the data set is not used, and how it was understood, a line each."""
     captions: Captions | None = None
     """None where they were not asked for."""
+    shapes_B2: Tensor | None = None
+    """Width and height of the images before they were resized, int64; None where nothing was read."""
 
     def __len__(self) -> int:
         return len(self.images_B3HW)
@@ -81,7 +85,18 @@ class ImageSet:
         is_held_out_B = None if self.is_held_out_B is None else self.is_held_out_B[index]
         images_B3HW, labels_B = self.images_B3HW[index], self.labels_B[index]
         captions = None if self.captions is None else self.captions.select(index.numpy())
-        return replace(self, images_B3HW=images_B3HW, labels_B=labels_B, is_held_out_B=is_held_out_B, captions=captions)
+        shapes_B2 = None if self.shapes_B2 is None else self.shapes_B2[index]
+        return replace(
+            self, images_B3HW=images_B3HW, labels_B=labels_B, is_held_out_B=is_held_out_B, captions=captions,
+            shapes_B2=shapes_B2,
+        )  # fmt: skip
+
+    def keep(self, keep: Keep | None) -> ImageSet:
+        """The set with the images of the shapes that `keep` takes."""
+        if keep is None:
+            return self
+        assert self.shapes_B2 is not None, "read_images gives the shapes"
+        return self.select(keep(self.shapes_B2).nonzero().flatten())
 
     def crop_centre(self, side: int) -> ImageSet:
         """The set with the central squares of this side of its images."""
@@ -131,7 +146,7 @@ def read_images(
     """Like `load_images`, from a source. `max_unreadable`: the largest accepted share of unreadable images."""
     height, width = expand_size(size)
     rows, is_held_out_B = choose_rows(source, limit, seed)
-    images, readable, unreadable, enlarged = [], [], [], []
+    images, shapes, readable, unreadable, enlarged = [], [], [], [], []
     for i, row in enumerate(tqdm(rows.tolist(), desc="reading images", unit="image", disable=len(rows) < 500)):
         try:
             pixels, original = decode_image(source, row, (height, width))
@@ -139,6 +154,7 @@ def read_images(
             unreadable.append(str(error))
             continue
         images.append(torch.from_numpy(pixels))
+        shapes.append(original)
         readable.append(i)
         if original[0] < width or original[1] < height:
             name, _ = source.read(row)
@@ -161,7 +177,7 @@ def read_images(
     captions = None if source.captions is None else source.captions.select(rows[readable].numpy())
     return ImageSet(
         stacked, all_labels_B[readable], source.class_names, tuple(unreadable), tuple(enlarged), is_held_out_B,
-        describe_data(source), tuple(source.unused.format_lines()), captions,
+        describe_data(source), tuple(source.unused.format_lines()), captions, torch.tensor(shapes),
     )  # fmt: skip
 
 
@@ -226,6 +242,15 @@ def decode_image(
         raise UserError(f"{name} ({error})" if isinstance(picture, bytes) else str(error)) from error
     cropped = crop(image) if crop else resize_and_crop(image, size) if size else image
     return np.array(cropped), image.size
+
+
+def read_shapes(source: Source, rows: Tensor) -> Tensor:
+    """Width and height of the images of these rows, int64 (B, 2), from their headers; (1, 1) of unreadable ones."""
+    shapes = []
+    for row in tqdm(rows.tolist(), desc="reading shapes", unit="image", disable=len(rows) < 5000):
+        _, picture = source.read(row)
+        shapes.append(read_size(picture) if picture is not None else (1, 1))
+    return torch.tensor(shapes, dtype=torch.int64).view(-1, 2)
 
 
 @dataclass
@@ -303,11 +328,14 @@ class ImageExamples:
 
 
 def open_dataset(
-    data: str, size: Size, config: DataConfig, seed: int, *, captioned: bool = False
+    data: str, size: Size, config: DataConfig, seed: int, *, captioned: bool = False, keep: Keep | None = None
 ) -> tuple[ImageExamples, ImageExamples, Source]:
     """(training, held-out) examples of `data` in this size, and the source with its class names.
 
-    `captioned`: the examples have captions, and need no labels. A set that fits into memory is read at once; images of
+    `captioned`: the examples have captions, and need no labels. `keep`: which images are used, by their shapes; the
+    parts are drawn before, so that an image is held out in every size or in none.
+
+    A set that fits into memory is read at once; images of
     others are decoded when they are fetched. Raises UserError in the same cases as `load_images`.
     """
     source = open_source(data, size, config, captioned=captioned)
@@ -318,7 +346,7 @@ def open_dataset(
         images = read_images(
             source, size, config.limit, seed, config.max_unreadable, allow_empty_classes=config.allow_empty_classes
         )
-        train_images, held_out_images = images.split(config.held_out, seed)
+        train_images, held_out_images = (part.keep(keep) for part in images.split(config.held_out, seed))
         train, held_out = train_images.to_examples(config.flip, seed), held_out_images.to_examples()
         train.skipped = images.unreadable
         notes = images.list_notes()
@@ -326,6 +354,8 @@ def open_dataset(
         rows, is_held_out_B = choose_rows(source, config.limit, seed)
         labels_B = torch.tensor(source.labels)[rows]
         a, b = split_rows(labels_B, is_held_out_B, config.held_out, seed)
+        if keep is not None:
+            a, b = (part[keep(read_shapes(source, rows[part]))] for part in (a, b))
         train = ImageExamples(labels_B[a], config.flip, seed, None, source, rows[a], size, config.random_crop)
         held_out = ImageExamples(labels_B[b], source=source, rows_B=rows[b], size=size)
         if source.captions is not None:
@@ -334,6 +364,11 @@ def open_dataset(
         if not config.allow_empty_classes:
             check_readable(source, rows)
         notes = source.unused.format_lines()
+    if keep is not None and not (len(train) and len(held_out)):
+        raise UserError(
+            f"{data}: the shape of {format_size(size)} pixels is nearest to {len(train)} training and {len(held_out)} "
+            "held-out images, and each part needs one: leave this size out"
+        )
     if not len(train) or not len(held_out):
         raise UserError(f"{data} has too few images for held_out={config.held_out}: one part would be empty")
     train.notes = notes

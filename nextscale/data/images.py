@@ -18,6 +18,8 @@ from nextscale.common.sizes import Size, expand_size
 from nextscale.data.depth import convert_to_8_bits, read_depth
 
 ImageLike = str | Path | bytes | Image.Image
+_ORIENTATION = 0x0112
+"""EXIF's number of how a picture is to be turned; 5 to 8 exchange width and height."""
 
 
 def load_image(source: ImageLike, size: tuple[int, int] | None = None) -> Image.Image:
@@ -40,6 +42,20 @@ def load_image(source: ImageLike, size: tuple[int, int] | None = None) -> Image.
         reason = "it is empty" if _is_empty(source) else str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"cannot read image {name}: {reason}") from error
     return resize_and_crop(image, size) if size else image
+
+
+def read_size(source: ImageLike) -> tuple[int, int]:
+    """Width and height of an image as `load_image` gives it, from its header; (1, 1) where that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if isinstance(source, Image.Image):
+                return source.size
+            with _open(source) as image:
+                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (image.height, image.width) if turned else image.size
+    except Exception:  # decoders raise nearly every type on damaged files
+        return 1, 1
 
 
 def _open(source: ImageLike) -> Image.Image:

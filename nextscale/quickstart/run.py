@@ -48,7 +48,8 @@ from nextscale.training.engine.log import Values, check_loggers
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.open_run import list_points
 from nextscale.training.tokenizer import TokenizerTask
-from nextscale.training.transformer import TransformerTask, validate
+from nextscale.training.transformer import TransformerTask
+from nextscale.training.validation import validate
 
 _SAMPLES_PER_CLASS, _SHOWN_CLASSES = 8, 10
 _BATCH, _VALIDATED = 250, 500

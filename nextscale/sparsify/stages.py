@@ -42,7 +42,7 @@ from nextscale.training.engine.log import Values
 from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
 from nextscale.training.open_run import Run
-from nextscale.training.transformer import validate
+from nextscale.training.validation import validate
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 

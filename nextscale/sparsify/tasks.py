@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nextscale.config.training import TrainConfig
 from nextscale.data.examples import Batch, Examples
+from nextscale.pyramid import Pyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.engine.task import Task
 from nextscale.training.transformer import FrozenNetworks, TransformerTask, read_batch
@@ -37,8 +38,10 @@ class TuneTask(TransformerTask):
         self.hoyer, self.thresholds = hoyer, Thresholds((1.0,) * len(model.pyramid), record="sparsity")
         _freeze_other_parameters(model)
 
-    def add_losses(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, scalars = super().add_losses(loss, output, batch)
+    def add_losses(
+        self, loss: Tensor, output: Output, batch: Batch, pyramid: Pyramid
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, scalars = super().add_losses(loss, output, batch, pyramid)
         sparsities = collect(output.records, "sparsity")
         hoyer = torch.stack([sparsity.hoyer for sparsity in sparsities]).mean()
         zeros = torch.stack([sparsity.zeros for sparsity in sparsities]).mean().detach()

@@ -22,9 +22,10 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.parse import reset_derived, to_dict
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
-from nextscale.data.cache import CachedExamples, TokenCache, fingerprint_tokenizer, is_token_cache, open_examples
+from nextscale.data.cache import CachedExamples, TokenCache, fingerprint_tokenizer, is_token_cache
 from nextscale.data.classes import Classes, ClassMatch, match_classes, read_trained_classes, relabel
 from nextscale.data.examples import Examples
+from nextscale.data.sizes import join_sizes, open_sizes
 from nextscale.encoders.load import load_encoder
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.pyramid import Pyramid
@@ -88,16 +89,21 @@ def load_components(config: RunConfig, world: World, folder: Path | None = None)
         checkpoint.config = dataclasses.replace(checkpoint.config, pyramid=Pyramid.parse(config.scales))
     tokenizer = load_tokenizer(checkpoint, checkpoint.config)
     weights = checkpoint.tokenizer | {"quantizer.usage_KV": tokenizer.quantizer.usage_KV}
-    examples, held_out, names = open_examples(
-        config.data, checkpoint.config, tokenizer, config.images, config.train.seed, choose_text(config, checkpoint)
-    )
+    pyramids = config.sizes.list_pyramids(checkpoint.config.pyramid)
+    opened = open_sizes(
+        config.data, checkpoint.config, pyramids, tokenizer, config.images, config.train.seed,
+        choose_text(config, checkpoint),
+    )  # fmt: skip
+    names = opened[0][2]
     adapters, match = _match_classes(config, checkpoint, folder, names)
     if world.main:
         match.print_note()
-    examples, held_out = relabel(examples, match), relabel(held_out, match)
-    encoder, width = _load_guidance(config, examples, world)
+    parts = [relabel(examples, match) for examples, _, _ in opened]
+    held_parts = [relabel(held_out, match) for _, held_out, _ in opened]
+    encoder, width = _load_guidance(config, parts[0], world)
     model = _build_config(config, checkpoint, match.names, width) if adapters is None else adapters.model
-    model = read_text_encoder(model, config, examples)
+    model = read_text_encoder(model, config, parts[0])
+    examples, held_out = join_sizes(parts, held_parts, pyramids, checkpoint.config.pyramid, config.train.batch_size)
     if adapters is None:
         transformer = _build_transformer(config, model, checkpoint.transformer)
     else:
@@ -210,12 +216,16 @@ def _build_transformer(config: RunConfig, model: ModelConfig, weights: dict[str,
 def _build_config(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, ...], width: int) -> ModelConfig:
     """The generator's config: the start checkpoint's, or the run's with the data's classes; with an alignment head for
     features of this width, if there are any."""
+    own = checkpoint.config.pyramid
+    sizes = tuple(pyramid for pyramid in config.sizes.list_pyramids(own) if pyramid != own)
     if not config.start:
         transformer: TransformerConfig | None = config.fit(len(names), checkpoint.config.image_size, width)
-        return dataclasses.replace(checkpoint.config, transformer=transformer, class_names=names)
+        _check_sizes(config, config.transformer)
+        return dataclasses.replace(checkpoint.config, transformer=transformer, class_names=names, sizes=sizes)
     transformer = checkpoint.config.transformer
     assert transformer is not None, "_match_classes has checked it"
-    start = dataclasses.replace(checkpoint.config, class_names=names)
+    _check_sizes(config, transformer)
+    start = dataclasses.replace(checkpoint.config, class_names=names, sizes=sizes)
     if width and transformer.alignment.width != width:
         if transformer.alignment.width:
             raise UserError(
@@ -225,3 +235,13 @@ def _build_config(config: RunConfig, checkpoint: Checkpoint, names: tuple[str, .
         head = dataclasses.replace(config.transformer.alignment, width=width)
         return dataclasses.replace(start, transformer=dataclasses.replace(transformer, alignment=head))
     return start
+
+
+def _check_sizes(config: RunConfig, transformer: TransformerConfig) -> None:
+    """UserError for what is made for one size: control pictures, and dynamic FFNs."""
+    if not config.sizes.scales:
+        return
+    if any(part.kind == "picture" for part in transformer.condition.list_parts().values()):
+        raise UserError("control pictures have one size: leave out --sizes.scales, or train without them")
+    if transformer.dynamic.on:
+        raise UserError("dynamic experts belong to the scales of one size: leave out --sizes.scales")

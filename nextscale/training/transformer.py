@@ -22,15 +22,16 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
-from nextscale.common.precision import compute_exactly, widen
+from nextscale.common.precision import compute_exactly
 from nextscale.common.reading import read_json
 from nextscale.config.condition import OTHERS
 from nextscale.config.migrate import rename_settings
 from nextscale.config.parse import parse_record, to_dict
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer_training import LossConfig, RunConfig
+from nextscale.config.transformer_training import LossConfig, RunConfig, SizesConfig
 from nextscale.data.cache import CachedExamples
 from nextscale.data.examples import Batch, Examples
+from nextscale.data.sizes import name_pyramids
 from nextscale.encoders.patches import PatchEncoder
 from nextscale.evaluation.metrics.frequencies import frequency_loss
 from nextscale.pipeline import Pipeline
@@ -44,6 +45,7 @@ from nextscale.training.engine.log import Values
 from nextscale.training.engine.loop import Callbacks
 from nextscale.training.engine.task import Task
 from nextscale.training.inputs import read_batch
+from nextscale.training.lengths import LENGTH, average_lengths, average_scales, check_lengths, choose_length
 from nextscale.training.open_run import (
     LogName,
     Run,
@@ -52,13 +54,14 @@ from nextscale.training.open_run import (
     plot_log,
     resolve_precision,
 )
+from nextscale.training.validation import validate
 from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.projector import compute_alignment_loss, parse_scale_group
 from nextscale.transformer.var import VAR, Output
 
-_SAMPLES_PER_CLASS, _SHOWN_CLASSES, _BATCH = 8, 10, 64
+_SAMPLES_PER_CLASS, _SHOWN_CLASSES = 8, 10
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class TransformerTask(Task):
 
     Batches hold the condition's values (`Condition.from_batch`), such as `label`, and either `tokens` (B, L), from a
     cache, or `image` (uint8), which is encoded first. The targets of guidance are the batch's `features` (B, h, w, E),
-    or else those of `frozen.encoder`.
+    or else those of `frozen.encoder`. Batches of `SizedExamples` say their size under `size`.
     """
 
     name = "transformer"
@@ -96,53 +99,76 @@ class TransformerTask(Task):
         loss: LossConfig | None = None,
         encoder: PatchEncoder | None = None,
         saves_frozen: bool = True,
+        sizes: SizesConfig | None = None,
     ):
         super().__init__()
         self.model, self.config, self.loss = model, config, loss or LossConfig()
         self.frozen = FrozenNetworks(tokenizer, encoder)
         self.examples, self.trained, self.saves_frozen = examples, model, saves_frozen
-        self.tokens_per_example = model.pyramid.length
-        scales = parse_scale_group(self.loss.group, len(model.pyramid))
-        self.guided_scales = scales if self.loss.encoder else ()
-        self.leaves_parameters_unused = model.projector is not None and not self.guided_scales
+        self.sizes = sizes or SizesConfig()
+        self.pyramids = self.sizes.list_pyramids(model.pyramid)
+        self.names = name_pyramids(self.pyramids)
+        self.tokens_per_example = sum(pyramid.length for pyramid in self.pyramids) // len(self.pyramids)
+        self.leaves_parameters_unused = model.projector is not None and not self.loss.encoder
+        if self.sizes.drop:
+            check_lengths(self.sizes, {pyramid: self.list_guided(pyramid) for pyramid in self.pyramids})
 
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         drop_B = self.model.condition.draw_drop(count, self.config.label_drop, rng)
         drop_path = draw_drop_path(self.model, count, self.config.drop_path, rng)
-        return {"drop": drop_B} if drop_path is None else {"drop": drop_B, "drop_path": drop_path}
+        noise = {"drop": drop_B} if drop_path is None else {"drop": drop_B, "drop_path": drop_path}
+        return noise | ({LENGTH: torch.rand((), generator=rng).expand(count)} if self.sizes.drop else {})
+
+    def list_guided(self, pyramid: Pyramid) -> tuple[int, ...]:
+        """The scales of semantic guidance."""
+        return parse_scale_group(self.loss.group, len(pyramid)) if self.loss.encoder else ()
 
     def check_batch(self, batch: Batch) -> None:
         if "tokens" in batch:
-            self.frozen.tokenizer.check_tokens(batch["tokens"])
+            pyramid = self.pyramids[int(batch["size"][0])] if "size" in batch else self.model.pyramid
+            self.frozen.tokenizer.at(pyramid).check_tokens(batch["tokens"])
 
     def forward(self, batch: Batch, noise: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens_BL, inputs_BLC = read_batch(batch, self.frozen.tokenizer)
-        values = self.model.condition.from_batch(batch)
-        values = self.model.condition.drop(noise["drop"], values) if noise else values
+        several, kept = "size" in batch, noise.get(LENGTH)  # a GPU waits once for each
+        pyramid = self.pyramids[int(batch["size"][0])] if several else self.model.pyramid
+        scales = len(pyramid) if kept is None else choose_length(self.sizes, len(pyramid), float(kept[0]))
+        part = Pyramid(pyramid.sides[:scales]) if scales < len(pyramid) else pyramid
+        model, length = self.model.at(pyramid), pyramid.spans[scales - 1][1]
+        tokens_BL, inputs_BLC = read_batch(batch, self.frozen.tokenizer.at(pyramid))
+        tokens_BL, inputs_BLC = tokens_BL[:, :length], inputs_BLC[:, : length - pyramid.counts[0]]
+        values = model.condition.from_batch(batch)
+        values = model.condition.drop(noise["drop"], values) if noise else values
         drop_path = noise["drop_path"].permute(1, 2, 0) if "drop_path" in noise else None
-        guided = max(self.guided_scales, default=-1) + 1
-        output = self.model(values, inputs_BLC, drop_path=drop_path, aligned_scales=guided, thresholds=self.thresholds)
+        guided = max(self.list_guided(pyramid), default=-1) + 1
+        output = model(
+            values, inputs_BLC, drop_path=drop_path, aligned_scales=guided, thresholds=self.thresholds, scales=scales
+        )
         smoothing = self.config.label_smoothing if noise else 0.0
         nats_R = F.cross_entropy(
             output.logits_BNV.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing
         )
         nats_BL, correct_BL = nats_R.view_as(tokens_BL), output.logits_BNV.detach().argmax(-1) == tokens_BL
-        loss, others = self.add_losses(nats_BL.mean(), output, batch)
+        loss, others = self.add_losses(nats_BL.mean(), output, batch, pyramid)
         scalars = {
             "cross_entropy": nats_BL.detach().mean(),
             "accuracy": correct_BL.float().mean(),
-            "loss_per_scale": self._average_scales(nats_BL.detach()),
-            "accuracy_per_scale": self._average_scales(correct_BL.float()),
+            "loss_per_scale": average_scales(nats_BL.detach(), part),
+            "accuracy_per_scale": average_scales(correct_BL.float(), part),
         }
+        if several and noise:
+            scalars[f"cross_entropy_at_{self.names[int(batch['size'][0])]}"] = scalars["cross_entropy"]
+        if self.sizes.drop:
+            scalars |= average_lengths(nats_BL.detach(), pyramid, self.sizes, scales, trained=bool(noise))
         return loss if noise else nats_BL.mean(), scalars | others
 
-    def add_losses(self, loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def add_losses(
+        self, loss: Tensor, output: Output, batch: Batch, pyramid: Pyramid
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross-entropy `loss` with the other losses added, and each of these by name."""
         others: dict[str, Tensor] = {}
         if output.projected_BNE is not None:
-            guidance = compute_alignment_loss(
-                output.projected_BNE, self._get_features(batch), self.model.pyramid, self.guided_scales
-            )
+            features_BghE = self._get_features(batch, pyramid)
+            guidance = compute_alignment_loss(output.projected_BNE, features_BghE, pyramid, self.list_guided(pyramid))
             loss = guidance + self.loss.cross_entropy * loss
             others["guidance"] = guidance.detach()
         routings = collect(output.records, "routing")
@@ -156,17 +182,14 @@ class TransformerTask(Task):
         return loss, others
 
     @torch.no_grad()
-    def _get_features(self, batch: Batch) -> Tensor:
+    def _get_features(self, batch: Batch, pyramid: Pyramid) -> Tensor:
         """The targets of guidance, (B, h, w, E)."""
         if "features" in batch:
             return batch["features"]
         encoder = self.frozen.encoder
         assert encoder is not None, "load_components gives an encoder where a cache has no features"
         with compute_exactly(batch["image"]):
-            return encoder(scale_to_unit(batch["image"]), self.model.pyramid.last)
-
-    def _average_scales(self, values_BL: Tensor) -> Tensor:
-        return torch.stack([values_BL[:, start:end].mean() for start, end in self.model.pyramid.spans])
+            return encoder(scale_to_unit(batch["image"]), pyramid.last)
 
     def fast_modules(self) -> list[nn.Module]:
         return [self.model]
@@ -181,6 +204,8 @@ class TransformerTask(Task):
 
     def describe_faulty_scales(self, scalars: dict[str, Any]) -> str:
         finite = scalars["loss_per_scale"].isfinite().tolist()
+        if len(finite) != len(self.model.pyramid) or len(self.pyramids) > 1:
+            return f"scales {', '.join(str(k) for k, good in enumerate(finite, 1) if not good)} of its size"
         sides = [f"{h}x{w}" for (h, w), good in zip(self.model.pyramid.sides, finite, strict=True) if not good]
         return "all scales" if not any(finite) else f"scale {', '.join(sides)}" if sides else ""
 
@@ -220,7 +245,7 @@ def train_transformer(
     components = components.add_model_samples(config, folder, world)
     task = TransformerTask(
         components.transformer, tokenizer, components.examples, config.train, config.loss, components.encoder,
-        saves_frozen=components.adapters is None,
+        saves_frozen=components.adapters is None, sizes=config.sizes,
     )  # fmt: skip
     run.train(task, config.train, _Callbacks(config, components, task, run), config.images.max_unreadable)
     if not world.main:
@@ -303,31 +328,6 @@ class _Callbacks(Callbacks):
             names = f"samples/step-{step:08d}.png", "samples.png"
             paths = [self.run.folder / name for name in names]
             draw_samples(pipeline, config, paths, self.components.held_out)
-
-
-@torch.no_grad()
-def validate(task: Task, held_out: Examples, limit: int, world: World) -> Values:
-    """Averages of a task's loss and scalars over at most `limit` held-out examples.
-
-    The processes share the work; all must call it.
-    """
-    count = min(len(held_out), limit)
-    starts = list(range(0, count, _BATCH))
-    sums: dict[str, Tensor] = {}
-    unreadable: list[str] = []
-    for turn in range(0, len(starts), world.size):
-        index = turn + world.rank
-        start = starts[min(index, len(starts) - 1)]  # all processes compute in every turn: sharded models need it
-        rows = range(start, min(start + _BATCH, count))
-        weight = len(rows) / count if index < len(starts) else 0.0
-        batch = held_out.fetch(rows, None)
-        unreadable += batch.pop("unreadable", [])
-        task.check_batch(batch)
-        loss, scalars = task({name: copy_to(tensor, world.device) for name, tensor in batch.items()}, {}, 0)
-        for name, value in {"loss": loss, **scalars}.items():
-            sums[name] = sums.get(name, 0) + widen(value) * weight
-    values: Values = {f"validation_{name}": world.sum(value).tolist() for name, value in sums.items()}
-    return values | {"unreadable": unreadable} if unreadable else values
 
 
 def draw_samples(pipeline: Pipeline, config: RunConfig, paths: Sequence[Path], held_out: Examples) -> None:

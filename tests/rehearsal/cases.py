@@ -39,7 +39,8 @@ from nextscale.training.encoder import EncoderTask, encode_images
 from nextscale.training.engine.loop import Callbacks, train
 from nextscale.training.engine.task import Task
 from nextscale.training.tokenizer import TokenizerTask, evaluate_tokenizer
-from nextscale.training.transformer import TransformerTask, validate
+from nextscale.training.transformer import TransformerTask
+from nextscale.training.validation import validate
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import tiny_config
 from tests.rehearsal.watch import rehearse

@@ -218,6 +218,7 @@ def _fetch_inputs(
     batch = task.examples.fetch([i % len(task.examples) for i in range(count)], range(count))
     batch.pop("unreadable", None)
     noise = task.draw_noise(count, make_generator(config.seed, task.name, "memory"))
+    noise.pop("length", None)  # of steps that leave out scales: all of them need the most memory
     return (
         {name: tensor.to(device) for name, tensor in batch.items()},
         {name: tensor.to(device) for name, tensor in noise.items()},
