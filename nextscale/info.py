@@ -22,7 +22,7 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.parse import suggest_name
 from nextscale.config.presets import PRESETS, preset
 from nextscale.config.profile import explain_profile, list_profiles
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import SampleConfig, count_scales
 from nextscale.config.transformer import TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.guidance import count_sequences, schedule_parts
@@ -158,7 +158,7 @@ def sample_flops(config: ModelConfig, settings: SampleConfig, refiner: ModelConf
         switch = settings.draft_scales
         taken_in = sum(scale_flops(refiner, k, head=False) for k in range(switch))
         total += sequences_K[switch] * (condition_flops(refiner.transformer) + taken_in)
-    for k, sequences in enumerate(sequences_K):
+    for k, sequences in enumerate(sequences_K[: count_scales(settings, len(sequences_K))]):
         total += sequences * scale_flops(config if k < switch or refiner is None else refiner, k, pruning)
     return total
 

@@ -29,6 +29,8 @@ EQUAL = {
     "full, moe++": "1 sharding=full router=moe++",
     "experts, stmoe": "1 sharding=experts router=stmoe ema=0.9 activation_checkpointing=1",
     "experts, moe++": "1 sharding=experts router=moe++ frozen=experts.fc1",
+    "none, sizes": "1 sharding=none sizes=1 ema=0.9",
+    "full, sizes": "1 sharding=full sizes=1 activation_checkpointing=1",
     "none, adapters": "1 sharding=none router=stmoe lora=2",
     "full, adapters": "1 sharding=full router=stmoe lora=2 ema=0.9",
     "experts, adapters": "1 sharding=experts router=stmoe lora=2",

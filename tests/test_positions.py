@@ -15,6 +15,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import DynamicConfig, ExpertsConfig, MambaConfig, PositionConfig, TransformerConfig
 from nextscale.derived import choose_pyramid
 from nextscale.evaluation.images import open_images
+from nextscale.info import sample_flops
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
 from nextscale.sampling.combinations import Request, find_refusal
@@ -198,6 +199,29 @@ def test_commands_at_another_size(tiny_folder, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="either scales or a size"):
         Pipeline.from_pretrained(tiny_folder).at("1,2", size=4)
+
+
+@torch.no_grad()
+def test_sampling_that_stops_gives_the_first_tokens_and_shrinks_the_image_to_their_size(pipeline):
+    whole, part = (pipeline.sample([1, 2], seed=5, stop_at=count) for count in (0, 3))
+    assert torch.equal(part.tokens, whole.tokens[:, :14])
+    assert torch.equal(pipeline.sample([1, 2], seed=5, stop_at=4).tensor, whole.tensor)
+    *_, canvas = list(pipeline.tokenizer.build_canvases(whole.tokens))[:3]
+    decoded = (pipeline.tokenizer.decode_features(canvas).clamp(-1, 1) + 1) / 2
+    expected = nn.functional.adaptive_avg_pool2d(decoded, 6)
+    torch.testing.assert_close(part.tensor, expected, atol=1e-5, rtol=1e-5)
+    grown = pipeline.sample([1], seed=5, stop_at=2, growth=True)
+    assert [tuple(image.shape) for image in grown.growth] == [(1, 3, 4, 4)] * 2
+    first, *others = (sample_flops(pipeline.config, SampleConfig(stop_at=n)) for n in (0, 4, 3, 2, 1))
+    assert first == others[0] > others[1] > others[2] > others[3] > 0
+    with pytest.raises(UserError, match="stop_at is 5, but the model has 4 scales"):
+        pipeline.sample([1], stop_at=5)
+
+
+def test_measured_images_that_stop_have_their_own_size(tiny_folder):
+    images = open_images(str(tiny_folder), 2, 0, SampleConfig(stop_at=2), 2)
+    assert images.size == (4, 4)
+    assert images.fetch(0, 2).shape == (2, 3, 4, 4)
 
 
 def test_what_does_not_combine_is_refused(tmp_path):

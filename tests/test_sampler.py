@@ -13,7 +13,7 @@ from nextscale.cli.parser import main, parse
 from nextscale.common.errors import UserError
 from nextscale.config.parse import from_dict, to_dict
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import MVAR_MIXERS, ExpertsConfig, MambaConfig
+from nextscale.config.transformer import MVAR_MIXERS, ExpertsConfig, MambaConfig, PositionConfig
 from nextscale.pipeline import Pipeline
 from nextscale.sampling import build_sampler
 from nextscale.sampling.combinations import REFUSED, Request, check_combinations
@@ -200,6 +200,7 @@ DENSE = tiny_config().transformer
 PRUNE = SampleConfig(prune=(0.5,), prune_first_block=0)
 COMBINATIONS = {
     "prune cannot work with mamba": {"settings": PRUNE, "model": MAMBA},
+    "prune cannot work with rotary": {"settings": PRUNE, "model": replace(DENSE, positions=PositionConfig("rotary"))},
     "prune cannot work with MoE": {"settings": PRUNE, "model": mixture(residual=True)},
     "draft_scales and prune": {"settings": PRUNE, "refiner": DENSE},
     "draft_scales needs a refiner": {"settings": SampleConfig(draft_scales=1)},

@@ -17,9 +17,10 @@ from nextscale.config.condition import ConditionConfig
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.config.log import read_log
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import AlignmentConfig, ExpertsConfig
-from nextscale.config.transformer_training import LossConfig
+from nextscale.config.transformer import AlignmentConfig, ExpertsConfig, PositionConfig
+from nextscale.config.transformer_training import LossConfig, SizesConfig
 from nextscale.data.examples import BatchDataset, MemoryExamples
+from nextscale.data.sizes import join_sizes
 from nextscale.encoders.self_supervised import SmallEncoder
 from nextscale.training.encoder import EncoderTask
 from nextscale.training.engine.checks import Interrupted
@@ -76,6 +77,22 @@ def combined_task():
         control=torch.randint(0, 256, (20, 1, 8, 8), generator=rng, dtype=torch.uint8),
     )
     return TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, SETTINGS)
+
+
+def sized_task():
+    """Tokens at two sizes, by tables of positions that are resampled, in some steps of the first scales alone."""
+    pipeline = randomised(tiny_config(positions=PositionConfig(size_embedding=True)))
+    rng, sizes = torch.Generator().manual_seed(0), SizesConfig(("1,2x3,3x4",), drop=0.4)
+    pyramids = sizes.list_pyramids(pipeline.config.pyramid)
+    parts = [
+        MemoryExamples(
+            tokens=torch.randint(0, 32, (10 + i, pyramid.length), generator=rng),
+            label=torch.randint(0, 5, (10 + i,), generator=rng),
+        )
+        for i, pyramid in enumerate(pyramids)
+    ]
+    examples, _ = join_sizes(parts, parts, pyramids, pipeline.config.pyramid, SETTINGS.batch_size)
+    return TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, SETTINGS, sizes=sizes)
 
 
 def encoder_task(images):

@@ -4,9 +4,9 @@ Alone or under torchrun. `python -m tests.train_worker SESSIONS.json` reads [[pr
 does each by so many new processes, which it forks: torch is imported once.
 
 Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with mixers=mvar an M-VAR,
-with condition=combined one of captions and pictures) or 2 (encoder) of tests/test_train.py, with lora=RANK adapters of
-it and a new class, one case after the other, and writes FOLDER/final.pt and, for each process, FOLDER/held-RANK.json:
-which share of each parameter it holds.
+with condition=combined one of captions and pictures, with sizes=1 at two sizes) or 2 (encoder) of tests/test_train.py,
+with lora=RANK adapters of it and a new class, one case after the other, and writes FOLDER/final.pt and, for each
+process, FOLDER/held-RANK.json: which share of each parameter it holds.
 """
 
 import json
@@ -31,7 +31,7 @@ from nextscale.training.tokenizer import TokenizerTask
 from nextscale.training.validation import validate
 from nextscale.transformer.lora import add_adapters
 from tests.conftest import randomised, tiny_config
-from tests.test_train import SETTINGS, combined_task, mixture_task, tasks
+from tests.test_train import SETTINGS, combined_task, mixture_task, sized_task, tasks
 
 MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
 
@@ -102,6 +102,8 @@ def build(which: int, changes: dict) -> Task:
     mixers = MVAR if changes.pop("mixers", "") == "mvar" else {}
     if changes.pop("condition", "") == "combined":
         return combined_task()
+    if changes.pop("sizes", 0):
+        return sized_task()
     task = mixture_task(router) if router else tasks(randomised(tiny_config(**mixers)))[which]
     if rank := changes.pop("lora", 0):
         add_adapters(task.model, LoraConfig(rank=rank), torch.ones(1, 32), torch.Generator().manual_seed(0))

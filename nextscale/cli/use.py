@@ -216,6 +216,11 @@ class Edit:
     show: Show = False
     overwrite: Overwrite = False
 
+    main_options: ClassVar[tuple[str, ...]] = (
+        "model", "image", "mask", "out", "label", "prompt", "control", "negative-prompt", "cfg", "top-k", "top-p",
+        "seed", "config", "profile", "lora", "size", "dtype", "device", "show",
+    )  # fmt: skip
+
     def list_needs(self) -> dict[str, str]:
         return list_terminal_needs(self.show)
 

@@ -16,11 +16,12 @@ _ADDED: dict[str, dict[str, Any]] = {
         "options": {},
         "positions": {"kind": "table", "base": 100.0, "extent": 16.0, "size_embedding": False},
     },
-    "smooth": {"cfg_parts": {}, "cfg_scales": 0},  # SampleConfig
+    "smooth": {"cfg_parts": {}, "cfg_scales": 0, "stop_at": 0},  # SampleConfig
     "micro_batch": {"backend": "auto", "patience": 0},  # TrainConfig
     "revive_below": {"scale_dropout": 0.0},  # CodebookConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
     "init": {  # RunConfig
+        "sizes": {"scales": [], "drop": 0.0, "lengths": []},
         "lora": {
             "rank": 0,
             "alpha": 0.0,

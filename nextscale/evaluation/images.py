@@ -24,7 +24,7 @@ from nextscale.common.precision import get_name
 from nextscale.common.sizes import Size, expand_size
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import to_dict
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import SampleConfig, count_scales
 from nextscale.data.classes import Classes, match_classes
 from nextscale.data.datasets import decode_image
 from nextscale.data.describe import print_data_set
@@ -69,7 +69,9 @@ class ModelImages:
             raise UserError("official_seeding makes an image depend on its batch; it cannot be measured in shards")
         self.pipeline, self.where, self.count, self.settings, self.batch = pipeline, where, count, settings, batch
         self.order = self.list_classes()
-        self.size = pipeline.config.image_size
+        last = count_scales(settings, len(pipeline.config.pyramid)) - 1
+        height, width = (side * pipeline.config.tokenizer.downsampling for side in pipeline.config.pyramid.sides[last])
+        self.size = height, width
 
     def __len__(self) -> int:
         return self.count

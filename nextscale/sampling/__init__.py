@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nextscale.config.sampling import SampleConfig
+from nextscale.config.sampling import SampleConfig, count_scales
 from nextscale.sampling.draw import PerImageRandom, RandomSource
 from nextscale.sampling.filters import build_filters
 from nextscale.sampling.guidance import GuidedPredictor, count_sequences, schedule_parts, stack_copies
@@ -76,7 +76,8 @@ def build_sampler(
     embed = _build_embedding(tokenizer, settings, random)
     if edit is not None:
         draw, embed = edit.wrap_draw(draw, model.pyramid), edit.wrap_embed(embed, tokenizer)
-    return Sampler(tokenizer, batch, predict, [*logits_processors, *filters], draw, embed)
+    scales = count_scales(settings, len(model.pyramid))
+    return Sampler(tokenizer, batch, predict, [*logits_processors, *filters], draw, embed, scales)
 
 
 def _build_predictor(

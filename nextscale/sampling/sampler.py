@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nextscale.common.errors import UserError
+from nextscale.tokenizer.quantizer import downsample
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.transformer.feed_forward import Record
 from nextscale.transformer.var import VAR, Output
@@ -73,6 +74,13 @@ class Sampler:
     """Applied in order, after guidance."""
     draw: DrawTokens
     embed: EmbedTokens
+    scales: int = 0
+    """How many scales are generated; 0: all."""
+
+    @property
+    def count(self) -> int:
+        """The number of scales that are generated."""
+        return self.scales or len(self.tokenizer.pyramid)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def sample_scales(sampler: Sampler) -> Iterator[ScaleStep]:
     """Sample a batch, scale by scale, coarse to fine (VAR, arXiv 2404.02905)."""
     tokenizer = sampler.tokenizer
     canvas, x_BNC = tokenizer.new_canvas(sampler.batch), None
-    for k in range(len(tokenizer.pyramid)):
+    for k in range(sampler.count):
         if k > 0:
             x_BNC = tokenizer.next_input(canvas, k)
         prediction = sampler.predict(x_BNC, k)  # logits, after guidance
@@ -112,7 +120,7 @@ class SampledImages:
     """Generated images."""
 
     tokens_BL: Tensor
-    """int64, all scales, coarse to fine."""
+    """int64, all scales that were generated, coarse to fine."""
     images_B3HW: Tensor
     """float32 in [0, 1]."""
     growth: tuple[Tensor, ...]
@@ -126,12 +134,15 @@ def sample_images(sampler: Sampler, *, growth: bool = False) -> SampledImages:
     `growth`: decode the canvas after each scale, not only after the last one.
     """
     tokenizer = sampler.tokenizer
-    tokens, canvases, last = [], [], len(tokenizer.pyramid) - 1
+    tokens, canvases, last = [], [], sampler.count - 1
     for step in check_finite(sample_scales(sampler)):
         tokens.append(step.tokens_BN)
         if growth or step.k == last:
             canvases.append(step.canvas_BChw)
     images = [(tokenizer.decode_canvas(canvas) + 1) / 2 for canvas in canvases]
+    if sampler.scales:  # a decoder makes more of the whole canvas than of one at the side of the last scale
+        height, width = (side * tokenizer.config.downsampling for side in tokenizer.pyramid.sides[last])
+        images = [downsample(image, (height, width)) for image in images]
     return SampledImages(torch.cat(tokens, dim=1), images[-1], tuple(images) if growth else ())
 
 

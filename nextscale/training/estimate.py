@@ -82,6 +82,8 @@ def _build_config(config: RunConfig) -> tuple[ModelConfig, list[str]]:
         notes.append("assumed the official tokenizer: give --tokenizer or --start")
     if config.scales:
         base = dataclasses.replace(base, pyramid=Pyramid.parse(config.scales))
+    if config.sizes.scales:
+        notes.append("arithmetic and memory are those of the model's own scales; other sizes differ with their tokens")
     width = _find_feature_width(config, notes)
     if config.start and base.transformer:
         if width and not base.transformer.alignment.width:  # training gives it a new head

@@ -103,6 +103,13 @@ def format_training_report(values: dict[str, Any], folder: Path, start: str = ""
         loss, accuracy = values["validation_loss"], values["validation_accuracy"]
         lines.append(f"held-out cross-entropy {loss:.3f} nats per token, accuracy {accuracy:.1%}; per scale:")
         lines.append("  " + " ".join(f"{v:.2f}" for v in values["validation_loss_per_scale"]))
+    start_of_sizes = "validation_loss_at_"
+    sizes = {
+        name.removeprefix(start_of_sizes): value for name, value in values.items() if name.startswith(start_of_sizes)
+    }
+    measured = [f"{size} {value:.3f}" for size, value in sizes.items() if not isinstance(value, list)]
+    if measured:
+        lines.append(f"by size, of which the first figure is the mean: {', '.join(measured)} nats per token")
     if "frequency_loss" in values:
         lines.append(
             f"token frequencies of each class and position alone: {values['frequency_loss']:.3f} nats per token"

@@ -110,8 +110,9 @@ class TransformerTask(Task):
         self.names = name_pyramids(self.pyramids)
         self.tokens_per_example = sum(pyramid.length for pyramid in self.pyramids) // len(self.pyramids)
         self.leaves_parameters_unused = model.projector is not None and not self.loss.encoder
+        guided = {pyramid: self.list_guided(pyramid) for pyramid in self.pyramids}
         if self.sizes.drop:
-            check_lengths(self.sizes, {pyramid: self.list_guided(pyramid) for pyramid in self.pyramids})
+            check_lengths(self.sizes, guided)
 
     def draw_noise(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         drop_B = self.model.condition.draw_drop(count, self.config.label_drop, rng)
