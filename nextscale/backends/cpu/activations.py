@@ -25,12 +25,13 @@ def compute_gelu(x: Tensor) -> Tensor:
     """tanh-GELU of contiguous rows, by a compiled kernel in their own place.
 
     Without one, or in 16 bits, as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), in half of torch's time; where
-    threads may divide the rows within a vector, as x / (1 + exp(-2u)), which takes 1.3 times as long. One thread and two
-    take the same way.
+    threads may divide the rows within a vector, as x / (1 + exp(-2u)), which takes 1.3 times as long. One thread and
+    two take the same way.
     """
     kernels = build.load_kernels("training", HEADS[-1]) if x.dtype == torch.float32 else None
     if kernels is not None:
-        kernels.gelu_or_gradient(*build.get_pointers(x), None, *build.get_pointers(x), x.numel(), torch.get_num_threads())
+        (values,) = build.get_pointers(x)
+        kernels.gelu_or_gradient(values, None, values, x.numel(), torch.get_num_threads())
         return x
     whole = all(x.shape[-1] % (_LANES * n) == 0 for n in range(1, max(torch.get_num_threads(), 2) + 1))
     factor = _FACTOR if whole else -_FACTOR
