@@ -12,10 +12,13 @@ capital R, red on blue".
 
 from __future__ import annotations
 
+import hashlib
+import math
 import random
 import re
-import zlib
 from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +73,21 @@ class Description:
         return {part.strip() for part in combination.split(",")} <= parts
 
     def is_held_out(self, share: float) -> bool:
-        """Whether the letter is held out with these colours, or with this style: this share of both combinations, by a
-        checksum, so that new fonts move no picture."""
-        colours = f"{self.letter}, {self.ink} on {self.paper}"
-        style = f"{self.letter}, {self.weight} {self.slant} {self.face}"
-        return any(zlib.crc32(text.encode()) / 2**32 < share for text in (colours, style))
+        """Whether the letter is held out with these colours, or with this style."""
+        held_out = choose_held_out(self.letter, share)
+        return (self.ink, self.paper) in held_out or (self.weight, self.slant, self.face) in held_out
+
+
+@cache
+def choose_held_out(letter: str, share: float) -> frozenset[tuple[str, ...]]:
+    """The pairs of colours and the styles that are held out with a letter: this share of each, rounded up. They are
+    those of the smallest checksums, so that no font changes them."""
+    styles = product(STYLE["weight"], STYLE["slant"], (*STYLE["face"], ""))
+    held_out: set[tuple[str, ...]] = set()
+    for combinations in ([*permutations(COLOURS, 2)], [*styles]):
+        keys = {words: hashlib.sha256(" ".join((letter, *words)).encode()).digest() for words in combinations}
+        held_out |= {*sorted(combinations, key=keys.__getitem__)[: math.ceil(share * len(combinations))]}
+    return frozenset(held_out)
 
 
 def read_style(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ picture shows (ink, paper, weight, slant, face), the caption, and its words in a
 
 Letters in held-out combinations go to letters-held-out.parquet, where captions have all words that are known. The other
 files have no picture with such a combination.
---hold-out-share holds out this share of the combinations of letter, ink and paper, and of letter and style.
+--hold-out-share holds out, for every letter, this share of the pairs of ink and paper, and of the styles.
 --hold-out "bold, italic, R" "red on blue" holds out what you name, in parts that commas separate: a word of style, a
 letter, "red on" (ink), "on blue" (paper) or "red on blue".
 
@@ -187,7 +187,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--test-share", type=float, default=0.05, help="share of the families in the test file")
     parser.add_argument("--captions", action="store_true", help="colour the letters, and describe each in a caption")
     parser.add_argument("--known-face", action="store_true", help="leave out fonts that do not say what face they are")
-    parser.add_argument("--hold-out-share", type=float, default=0.0, help="share of the combinations to hold out")
+    parser.add_argument(
+        "--hold-out-share", type=float, default=0.0, help="share of each letter's combinations to hold out"
+    )
     parser.add_argument("--hold-out", nargs="+", default=[], help="combinations to hold out")
     parser.add_argument("--per-letter", type=int, default=1, help="pictures of a letter in different colours")
     parser.add_argument("--seed", type=int, default=0, help="of the colours and captions")

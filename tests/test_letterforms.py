@@ -188,6 +188,7 @@ def test_a_share_of_the_combinations_is_held_out_and_each_of_their_words_is_seen
     train, held_out = (parquet.read_table(tmp_path / f"x-{part}.parquet").to_pylist() for part in ("train", "held-out"))
     assert len(train) + len(held_out) == 3 * 52 * 10, "STIXGeneral does not say its face"
     assert 0.1 < len(held_out) / 1560 < 0.28, "about 0.1 + 0.9 * 0.1"
+    assert {row["label"] for row in held_out} == {*range(52)}
     groups = ("label", "ink", "paper"), ("label", "weight", "slant", "face")
     seen = [{tuple(row[name] for name in names) for row in train} for names in groups]
     for row in held_out:
