@@ -36,7 +36,7 @@ WAITS = {
     "training/engine/distributed.py:gather_weights": "a state for the disk",
     "training/engine/optimizer.py:Ema.state_dict": "a state for the disk",
     # validation, once for each batch or more rarely
-    "training/transformer.py:validate": "what held-out batches gave",
+    "training/validation.py:validate": "what held-out batches gave",
     "training/tokenizer.py:evaluate_tokenizer": "what held-out batches gave",
     "training/classifier.py:measure_classifier": "what held-out batches gave",
     "training/encoder.py:encode_images": "features for the nearest neighbours",
