@@ -9,20 +9,29 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.checkpoints.native import read_config
+from nextscale.checkpoints.native import read_checkpoint, read_config
+from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.log import read_log
 from nextscale.config.lora import LoraConfig
 from nextscale.config.training import TrainConfig
-from nextscale.config.transformer import ConditionConfig, PositionConfig, TransformerConfig
+from nextscale.config.transformer import (
+    MVAR_MIXERS,
+    ConditionConfig,
+    ExpertsConfig,
+    MambaConfig,
+    PositionConfig,
+    TransformerConfig,
+)
 from nextscale.config.transformer_training import LossConfig, RunConfig, SizesConfig
 from nextscale.data.examples import BatchDataset, MemoryExamples
 from nextscale.data.images import load_image, read_size
 from nextscale.data.sizes import SizedExamples, join_sizes, keep_nearest, name_pyramids
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
+from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.training.components import _check_sizes
 from nextscale.training.lengths import LENGTH, choose_length
 from nextscale.training.transformer import TransformerTask
@@ -116,11 +125,20 @@ def create_task(pyramids, sizes, **settings):
     ), held_out  # fmt: skip
 
 
-@pytest.mark.parametrize("positions", [PositionConfig(), PositionConfig("rotary", size_embedding=True)])
+FAMILIES = {
+    "table": {},
+    "rotary": {"positions": PositionConfig("rotary", size_embedding=True)},
+    "mixture": {"experts": ExpertsConfig(router="stmoe", count=4, active=2)},
+    "expert-choice": {"experts": ExpertsConfig(router="expert-choice", count=4, active=2)},
+    "mvar": {"mixers": MVAR_MIXERS, "mamba": MambaConfig(head_width=16)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_validation_measures_every_size_as_a_model_of_that_size_would(positions):
+def test_validation_measures_every_size_as_a_model_of_that_size_would(family):
     pyramids = (WIDE, OWN, SMALL)
-    task, held_out = create_task(pyramids, SizesConfig(("1,2", "1,2x3,4x6")), positions=positions)
+    task, held_out = create_task(pyramids, SizesConfig(("1,2", "1,2x3,4x6")), **FAMILIES[family])
     assert task.pyramids == pyramids
     measured, means = validate(task, held_out, 100, World()), []
     for pyramid, name in zip(pyramids, ("4x6", "4x4", "2x2"), strict=True):
@@ -213,7 +231,7 @@ def run_train(folder, out, *options):
     return main([str(a) for a in arguments])
 
 
-def test_a_run_at_several_sizes_resumes_to_the_same_weights_and_samples_between_them(cached, tmp_path):
+def test_a_run_at_several_sizes_resumes_to_the_same_weights_and_samples_between_them(cached, tmp_path, capsys):
     heads = [
         json.loads((cached / "cache" / name / "cache.json").read_text())
         for name in (".", "sizes/1_2", "sizes/1_2x3_4x6")
@@ -242,6 +260,28 @@ def test_a_run_at_several_sizes_resumes_to_the_same_weights_and_samples_between_
     for size in ((8, 8), (4, 4), (8, 12), (6, 6)):
         assert whole.at(size=size).sample(["cat"]).tensor.shape == (1, 3, *size)
     assert read_config(tmp_path / "whole")[0].sizes == (WIDE, SMALL)
+    tokens = whole.at("1,2").sample(["cat"]).tokens
+    inputs = whole.at("1,2").tokenizer.teacher_inputs(tokens)
+    logits = whole.at("1,2").transformer(torch.tensor([0]), inputs).logits_BNV.log_softmax(-1)
+    nats = compute_log_likelihood(whole.at("1,2").tokenizer, whole.at("1,2").transformer, tokens, torch.tensor([0]))
+    torch.testing.assert_close(nats.sum(), logits.gather(-1, tokens[..., None]).sum(), atol=1e-4, rtol=1e-4)
+    assert "by size (the figure above is their mean): 4x6" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "whole")]) == 0
+    assert "also trained at      scales 1,2x3,4x6 and 1,2" in capsys.readouterr().out
+
+
+def test_a_model_is_fine_tuned_on_images_of_several_sizes_and_exported(cached, tmp_path):
+    (cached / "empty.yaml").write_text("{}\n")
+    train = ["--train.batch-size", "4", "--train.steps", "2", "--images.held-out", "0.3", "--images.random-crop"]
+    adapted = ["adapt", cached / "model", "--classes", "cat,dog", "--out", tmp_path / "adapted"]
+    assert main([str(a) for a in adapted]) == 0
+    arguments = ["train", cached / "empty.yaml", "--start", tmp_path / "adapted", "--data", cached / "photos"]
+    arguments = [*arguments, *train, "--sizes.scales", "1,2x3,4x6", "--out", tmp_path / "run"]
+    assert main([str(a) for a in arguments]) == 0
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint.config.sizes == (WIDE,)
+    notes = export_official(checkpoint, None, tmp_path / "var.pth")
+    assert any("other scales that it was trained at are left out: 1,2x3,4x6" in note for note in notes)
 
 
 def test_a_cache_without_the_size_is_named(cached, tmp_path, capsys):

@@ -109,7 +109,7 @@ def format_training_report(values: dict[str, Any], folder: Path, start: str = ""
     }
     measured = [f"{size} {value:.3f}" for size, value in sizes.items() if not isinstance(value, list)]
     if measured:
-        lines.append(f"by size, of which the first figure is the mean: {', '.join(measured)} nats per token")
+        lines.append(f"by size (the figure above is their mean): {', '.join(measured)} nats per token")
     if "frequency_loss" in values:
         lines.append(
             f"token frequencies of each class and position alone: {values['frequency_loss']:.3f} nats per token"
