@@ -21,9 +21,11 @@ from nextscale.config.quickstart import QuickstartConfig
 from nextscale.data.datasets import ImageSet, load_images
 from nextscale.encoders.load import load_encoder
 from nextscale.pipeline import Pipeline
+from nextscale.quickstart.conditions import AskedCaptions
 from nextscale.quickstart.few import find_start
 from nextscale.quickstart.measure import measure_samples
-from nextscale.quickstart.run import encode_features, run_quickstart
+from nextscale.quickstart.run import encode_features, encode_tokens, run_quickstart
+from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.training.report import describe_copies, format_quickstart_report, report_interruption
 from nextscale.training.transformer import read_run_config
 from tests import forked
@@ -246,6 +248,52 @@ def test_few_images_start_from_a_trained_model(folder, tmp_path, capsys):
     assert "of the samples are nearer to a training image than 95 % of the held-out images are" in report
     assert f"nextscale sample {tmp_path / 'run'} --labels day,night" in report
     assert run_quickstart(settings, tmp_path / "run", draw_routing) == metrics, "it is finished"
+
+
+def write_captioned(folder: Path) -> Path:
+    """Twelve light and twelve dark pictures with a caption in a file beside each, but two without one."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(24):
+        picture(i % 2, rng).save(folder / f"{i}.png")
+        if i not in (3, 10):
+            (folder / f"{i}.txt").write_text(f"{'dark' if i % 2 else 'light'}\na picture, number {i}\n")
+    return folder
+
+
+def test_captions_in_place_of_classes(tmp_path, capsys):
+    data = write_captioned(tmp_path / "photos")
+    with pytest.raises(UserError, match="captions trains a new model, and start an adapter"):
+        tiny_settings(captions=True, start="models/var-cifar10")
+    with pytest.raises(UserError, match="condition.kind is text: the quickstart trains on classes, or with --captions"):
+        tiny_settings(transformer={"condition": {"kind": "text"}})
+    words = {"condition": {"max_tokens": 16}}
+    settings = tiny_settings(data=str(data), captions=True, transformer={**TINY["transformer"], **words})
+    metrics = run_quickstart(settings, tmp_path / "run", draw_routing)
+    said = capsys.readouterr().out
+    assert "note: 44 captions of 24 images" in said
+    assert "note: 22 of 44 captions have more than 15 bytes, up to 20: they are cut" in said
+    assert "time on this machine: about" in said
+    pipeline = Pipeline.from_pretrained(tmp_path / "run")
+    transformer = pipeline.config.transformer
+    assert (transformer.condition.kind, transformer.mixers) == ("text", ("attention", "cross-attention"))
+    assert set(metrics["prompts"]) <= {"light", "dark"}
+    _, held_out = load_images(str(data), 8, captioned=True).split(0.2, 0)
+    asked = AskedCaptions.create("photos", held_out)
+    expected = [held_out.captions[i][0] for i in range(len(held_out)) if held_out.captions[i] != ("",)]
+    assert list(asked.prompts) == expected
+    assert asked.measure(12)[0]["prompts"] == [expected[i % len(expected)] for i in range(12)]
+    tokens_BL = encode_tokens(pipeline, held_out.images_B3HW)
+    prompts = [held_out.captions[i][0] for i in range(len(held_out))]
+    values = pipeline.transformer.condition.parse(prompts)
+    scores = compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL, values)
+    entropy = metrics["cross_entropy_nats_per_token"]["held_out"]
+    assert entropy == pytest.approx(float(-scores.sum() / tokens_BL.numel()), rel=1e-5)
+    report = format_quickstart_report(metrics, tmp_path / "run")
+    assert f"nextscale sample {tmp_path / 'run'} --prompt {' '.join(metrics['prompts'])} --out" in report
+    assert (tmp_path / "run" / "README.md").exists()
+    assert not (tmp_path / "run" / "routing.png").exists()
+    assert run_quickstart(settings, tmp_path / "run") == metrics, "it is finished"
 
 
 def test_a_model_to_start_from_is_found_where_it_fits(capsys):

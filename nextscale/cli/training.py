@@ -45,6 +45,7 @@ class Quickstart:
 
     main_options: ClassVar[tuple[str, ...]] = (
         "data",
+        "captions",
         "out",
         "start",
         "config",

@@ -33,6 +33,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     },
     "measure_images": {  # QuickstartConfig; a run on the digits is the same without max_epochs
         "max_epochs": 30.0,
+        "captions": False,
         "start": "",
         "few_images": 300,
         "images": {"label_column": "", "image_column": "", "allow_empty_classes": False},

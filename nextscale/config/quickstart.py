@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from nextscale.common.errors import UserError
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.data import ReadConfig
 from nextscale.config.encoder import EncoderConfig, MocoConfig, ViewConfig
 from nextscale.config.idle import Idle
@@ -74,6 +75,9 @@ class QuickstartConfig:
     """Sides of the token maps, coarse to fine, such as 1,2,3,4, or height x width for images that are not square, such
     as 1,2,3x4,6x8; empty derives them from the image size."""
     images: ReadConfig = field(default_factory=ReadConfig)
+    captions: bool = False
+    """Generate images from captions in place of classes (docs/data.md). A text encoder is trained with the transformer;
+    transformer.condition.max_tokens limits their length."""
     start: str = ""
     """Trained model to start from: an adapter of it is trained (docs/adapters.md). Empty: with fewer than `few_images`
     images models/var-cifar10, where its size fits; else a new model is trained."""
@@ -125,6 +129,16 @@ class QuickstartConfig:
         check_fields("quickstart", self, rules)
         if self.loss.encoder not in ("own", ""):
             raise UserError(f"quickstart: loss.encoder is '{self.loss.encoder}'; give own, or nothing for no guidance")
+        if self.captions and self.start:
+            raise UserError(
+                "quickstart: captions trains a new model, and start an adapter of one: give one of them. An adapter of "
+                f"a model with captions is trained by `nextscale train lora --start {self.start} --lora.keep 0`"
+            )
+        if self.transformer.condition.kind not in (("class", "text") if self.captions else ("class",)):
+            raise UserError(
+                f"quickstart: transformer.condition.kind is {self.transformer.condition.kind}: the quickstart trains "
+                "on classes, or with --captions on texts; other conditions are for `nextscale train`"
+            )
         if not 0 <= self.max_epochs < math.inf:
             raise UserError(f"quickstart: max_epochs must be 0 (no bound) or more; got {self.max_epochs}")
         check_trainable(self.transformer)
@@ -164,6 +178,18 @@ class QuickstartConfig:
             train_encoder=_bound(self.train_encoder, images, self.max_epochs),
             train_transformer=_bound(self.train_transformer, images, self.max_epochs),
         )
+
+    def choose_transformer(self, classes: int) -> TransformerConfig:
+        """The transformer to train, for data with so many classes."""
+        width = self.encoder.widths[-1] if self.loss.encoder else 0
+        given, head = self.transformer, replace(self.transformer.alignment, width=width)
+        if not self.captions:
+            return replace(given, condition=ConditionConfig(num_classes=classes), alignment=head)
+        reads = () if "cross-attention" in given.mixers else ("cross-attention",)
+        condition = given.condition if given.condition.kind == "text" else ConditionConfig(
+            kind="text", max_tokens=given.condition.max_tokens, layers=given.condition.layers
+        )  # fmt: skip
+        return replace(given, mixers=(*given.mixers, *reads), condition=condition, alignment=head)
 
     def geometry(self) -> tuple[tuple[int, int], Pyramid]:
         """(height, width) of the images in pixels, and the pyramid."""

@@ -14,7 +14,7 @@ from nextscale.common.rng import make_generator
 from nextscale.common.text import cut_text
 from nextscale.config.condition import ConditionConfig
 from nextscale.config.parse import check_fields
-from nextscale.data.examples import Batch
+from nextscale.data.examples import Batch, MemoryExamples
 from nextscale.data.sources.captions import Captions
 
 
@@ -82,6 +82,17 @@ class CaptionBytes:
         chosen = choose_captions(self.seed, positions, counts)
         texts = [self.captions.encode(i, n) for i, n in zip(indices, chosen, strict=True)]
         return pack_bytes(texts, self.max_bytes)
+
+
+class CaptionedExamples(MemoryExamples):
+    """Examples in memory, as rows of tensors and what `texts` reads of the captions."""
+
+    def __init__(self, texts: TextBatches, **tensors: Tensor):
+        super().__init__(**tensors)
+        self.texts = texts
+
+    def fetch(self, indices: Sequence[int], positions: Sequence[int] | None) -> Batch:
+        return super().fetch(indices, positions) | fetch_text(self.texts, indices, positions)
 
 
 @dataclass(frozen=True)

@@ -126,18 +126,22 @@ def split_rows(labels_B: Tensor, is_held_out_B: Tensor | None, held_out: float, 
     return order[~is_held_out_B[order]], order[is_held_out_B[order]]
 
 
-def load_images(data: str, size: Size, limit: int = 10**9, seed: int = 0, config: ReadConfig | None = None) -> ImageSet:
+def load_images(
+    data: str, size: Size, limit: int = 10**9, seed: int = 0, config: ReadConfig | None = None, captioned: bool = False
+) -> ImageSet:
     """Read the images of `data` (see `open_source`) into memory, resized and centre-cropped to `size`.
 
     At most `limit` images, drawn with `seed`. The result names unreadable files, which are skipped, and enlarged ones.
+    `captioned`: with captions; labels may be missing.
     Raises UserError when more than a tenth of the files are unreadable, when more than half are smaller than `size`,
     when no image is left, when all images of a class are unreadable and `config` does not allow that, or when `data`
     cannot be opened.
     """
     config = config or ReadConfig()
     return read_images(
-        open_source(data, size, config), size, limit, seed, allow_empty_classes=config.allow_empty_classes
-    )
+        open_source(data, size, config, captioned=captioned), size, limit, seed,
+        allow_empty_classes=config.allow_empty_classes,
+    )  # fmt: skip
 
 
 def read_images(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from nextscale.common.rng import make_generator
 from nextscale.config.quickstart import QuickstartConfig
 from nextscale.config.training import TrainConfig
 from nextscale.data.datasets import ImageSet
-from nextscale.data.examples import MemoryExamples
 from nextscale.pipeline import Pipeline
+from nextscale.quickstart.conditions import create_examples
 from nextscale.training.encoder import create_encoder_task
 from nextscale.training.engine.distributed import DistributedModel
 from nextscale.training.engine.progress import format_duration
@@ -34,15 +35,14 @@ def estimate_time(config: QuickstartConfig, pipeline: Pipeline, images: ImageSet
     tasks: dict[str, tuple[Task, TrainConfig]] = {}
     tasks["tokenizer"] = TokenizerTask(pipeline.tokenizer, images.to_examples()), config.train_tokenizer
     count, pyramid = len(images), pipeline.config.pyramid
-    examples = {"tokens": torch.zeros(count, pyramid.length, dtype=torch.int64), "label": images.labels_B}
+    tensors = {"tokens": torch.zeros(count, pyramid.length, dtype=torch.int64)}
     if config.loss.encoder:
         settings = replace(config.encoder, image_size=encoder_size)
         encoder = create_encoder_task(settings, images.to_examples(), config.moco, config.views, config.seed)
         tasks["encoder"] = encoder, config.train_encoder
-        examples["features"] = torch.zeros(count, *pyramid.last, config.encoder.widths[-1])
-    model = TransformerTask(
-        pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), config.train_transformer, config.loss
-    )
+        tensors["features"] = torch.zeros(count, *pyramid.last, config.encoder.widths[-1])
+    examples = create_examples(pipeline.transformer.config.condition, images, tensors, config.seed)
+    model = TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config.train_transformer, config.loss)
     tasks["transformer"] = model, config.train_transformer
     seconds = {name: time_training(task, train, pipeline.device) for name, (task, train) in tasks.items()}
     steps = {name: train.schedule_steps(count)[0] for name, (_, train) in tasks.items()}
@@ -74,8 +74,8 @@ def time_training(task: Task, config: TrainConfig, device: torch.device) -> floa
 
 def time_sampling(config: QuickstartConfig, pipeline: Pipeline) -> float:
     """Seconds that sampling the images to measure will take, from a few of them."""
-    classes = len(pipeline.config.class_names)
+    asked: dict[str, Any] = {"prompts": [""]} if config.captions else {"labels": [0]}
     pipeline = copy.deepcopy(pipeline)  # fast modules keep what they prepare of the weights, which training changes
     start = time.monotonic()
-    pipeline.sample([i % classes for i in range(_SAMPLES)], config.sampling, batch_size=_SAMPLES)
+    pipeline.sample(config=config.sampling, batch_size=_SAMPLES, **{n: v * _SAMPLES for n, v in asked.items()})
     return (time.monotonic() - start) * config.measure_images / _SAMPLES

@@ -32,9 +32,15 @@ def find_start(config: QuickstartConfig, images: int) -> str:
     """The model that a quickstart with so many images starts from; empty where it trains its own.
 
     That of `config.start`, or with fewer than `config.few_images` images the one that comes with the repository, if the
-    settings do not ask for another model. Prints a note where it does not fit.
+    settings do not ask for another model, or for captions. Prints a note where it does not fit.
     """
-    if config.start or config.data == "digits" or images >= config.few_images or not config.has_default_models:
+    if (
+        config.start
+        or config.data == "digits"
+        or config.captions
+        or images >= config.few_images
+        or not config.has_default_models
+    ):
         return config.start
     folders = [folder / _MODEL for folder in (Path(), Path(nextscale.__file__).parents[1])]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)

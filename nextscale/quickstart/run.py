@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,22 @@ from nextscale.common.files import write_json
 from nextscale.common.pictures import save_grid
 from nextscale.common.plots import plot_curves
 from nextscale.common.reading import read_json
-from nextscale.config.condition import ConditionConfig
 from nextscale.config.files import record_settings
 from nextscale.config.initialization import InitConfig
 from nextscale.config.log import read_log
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.quickstart import QuickstartConfig
-from nextscale.data.classes import Classes, match_classes, relabel
+from nextscale.data.captions import TextInput, list_caption_notes
 from nextscale.data.datasets import ImageSet, load_images
-from nextscale.data.examples import Examples, MemoryExamples
+from nextscale.data.examples import Examples
 from nextscale.data.inputs import describe_data
 from nextscale.data.sources import open_source
 from nextscale.encoders.self_supervised import SmallEncoder, load_small_encoder
 from nextscale.evaluation.metrics.reconstruction import psnr
 from nextscale.pipeline import Pipeline
 from nextscale.pyramid import Pyramid
+from nextscale.quickstart.conditions import Asked, AskedCaptions, AskedClasses, create_examples
 from nextscale.quickstart.estimate import estimate_time
 from nextscale.quickstart.few import find_start, train_adapter
 from nextscale.quickstart.measure import check_available, measure_samples
@@ -79,7 +79,7 @@ def run_quickstart(
     size, pyramid = config.geometry()
     if config.start:
         size = read_config(Path(config.start))[0].image_size
-    data = load_images(config.data, size, config.limit, config.seed, config.images)
+    data = load_images(config.data, size, config.limit, config.seed, config.images, config.captions)
     train_images, held_out = data.split(config.held_out, config.seed)
     check_data(config, data, train_images, held_out, size)
     record_settings(folder / "quickstart.json", to_dict(config), {"data": data.inputs})
@@ -94,21 +94,23 @@ def run_quickstart(
     train(TokenizerTask(pipeline.tokenizer, train_images.to_examples()), config.train_tokenizer, folder, world=world)
     pipeline.tokenizer.eval()
     tokens_BL = encode_tokens(pipeline, train_images.images_B3HW)
-    examples = {"tokens": tokens_BL, "label": train_images.labels_B}
+    tensors = {"tokens": tokens_BL}
     validated = held_out.select(torch.arange(min(len(held_out), _VALIDATED)))
-    held_examples = {"tokens": encode_tokens(pipeline, validated.images_B3HW), "label": validated.labels_B}
+    held_tensors = {"tokens": encode_tokens(pipeline, validated.images_B3HW)}
     if config.loss.encoder:
         encoder = train_encoder(config, train_images, held_out, min(size), folder, world)
-        examples["features"] = encode_features(train_images, encoder, pyramid.last)
-        held_examples["features"] = encode_features(validated, encoder, pyramid.last)
-    task = TransformerTask(
-        pipeline.transformer, pipeline.tokenizer, MemoryExamples(**examples), config.train_transformer, config.loss
-    )
-    callbacks = _Callbacks(task, MemoryExamples(**held_examples), pipeline, folder, world)
+        tensors["features"] = encode_features(train_images, encoder, pyramid.last)
+        held_tensors["features"] = encode_features(validated, encoder, pyramid.last)
+    condition = pipeline.transformer.config.condition
+    examples = create_examples(condition, train_images, tensors, config.seed)
+    task = TransformerTask(pipeline.transformer, pipeline.tokenizer, examples, config.train_transformer, config.loss)
+    held_examples = create_examples(condition, validated, held_tensors, config.seed)
+    callbacks = _Callbacks(task, held_examples, pipeline, folder, world)
     train(task, config.train_transformer, folder, callbacks, world=world)
     write_checkpoint(folder, pipeline.to_checkpoint())
 
-    if draw_routing is not None and pipeline.transformer.config.experts.router != "none":
+    by_class = not config.captions  # which expert works where is counted by class
+    if draw_routing is not None and by_class and pipeline.transformer.config.experts.router != "none":
         draw_routing(pipeline, held_out, config, folder)
     return finish(pipeline, config, data, (train_images, held_out), folder, start, tokens_BL)
 
@@ -123,18 +125,20 @@ def finish(
     images, of which the used codes are counted.
     """
     train_images, held_out = parts
-    match = match_classes(
-        Classes.of_data(config.data, data.class_names), Classes.of_model(str(folder), pipeline.config), subset=True
-    )
-    reconstruction = draw_pictures(pipeline, config, held_out, folder, match.index)
-    metrics = sample_and_measure(pipeline, config, train_images, held_out, match.index) | reconstruction
+    asked: Asked
+    if config.captions:
+        asked = AskedCaptions.create(config.data, held_out)
+    else:
+        asked = AskedClasses.create(config.data, data, str(folder), pipeline.config)
+    reconstruction = draw_pictures(pipeline, config, held_out, asked, folder)
+    metrics = sample_and_measure(pipeline, config, train_images, held_out, asked) | reconstruction
     metrics["cross_entropy_nats_per_token"] = {
-        name: compute_cross_entropy(pipeline, relabel(images.select(torch.arange(min(len(images), 500))), match))
+        name: compute_cross_entropy(pipeline, images.select(torch.arange(min(len(images), 500))), asked)
         for name, images in (("training", train_images), ("held_out", held_out))
     }
     if tokens_BL is not None:
         metrics["codes_used"] = len(tokens_BL.unique()) / config.tokenizer.vocab_size
-    metrics["labels"] = [pipeline.caption(label) for label in match.index[:2]]
+    metrics |= asked.list_examples()
     metrics["unreadable_images"] = list(data.unreadable)
     metrics["seconds"] = round(time.monotonic() - start, 1)
     metrics["model_weights"] = list_digests(folder)
@@ -152,8 +156,14 @@ def check_data(
         f"{len(train_images)} to train on, {len(held_out)} held out"
     )
     data.print_notes()
+    if data.captions is not None:
+        text = TextInput.of_condition(config.choose_transformer(len(data.class_names)).condition)
+        for note in list_caption_notes([torch.from_numpy(data.captions.length_C)], len(data), text):
+            print(f"note: {note}")
     if len(held_out) == 0 or len(train_images) == 0:
         raise UserError(f"{config.data} has too few images for held_out={config.held_out}: one part would be empty")
+    if config.captions:
+        AskedCaptions.create(config.data, held_out)  # UserError now, and not after the training, where there are none
 
 
 class _Callbacks(Callbacks):
@@ -182,7 +192,8 @@ def find_finished(config: QuickstartConfig, folder: Path) -> dict[str, Any] | No
         return None
     if not (folder / "metrics.json").exists():
         return None
-    inputs = {"data": describe_data(open_source(config.data, config.geometry()[0], config.images))}
+    source = open_source(config.data, config.geometry()[0], config.images, captioned=config.captions)
+    inputs = {"data": describe_data(source)}
     record_settings(folder / "quickstart.json", to_dict(config), inputs)
     metrics = read_json(folder / "metrics.json")
     return metrics if isinstance(metrics, dict) else None
@@ -201,11 +212,8 @@ def fit_trainings(config: QuickstartConfig, images: int) -> QuickstartConfig:
 
 def create_pipeline(config: QuickstartConfig, pyramid: Pyramid, class_names: tuple[str, ...]) -> Pipeline:
     """The models to train, with new weights."""
-    condition = ConditionConfig(num_classes=len(class_names))
-    width = config.encoder.widths[-1] if config.loss.encoder else 0
-    head = dataclasses.replace(config.transformer.alignment, width=width)
-    transformer = dataclasses.replace(config.transformer, condition=condition, alignment=head)
-    model = ModelConfig(pyramid, config.tokenizer, transformer, class_names)
+    transformer = config.choose_transformer(len(class_names))
+    model = ModelConfig(pyramid, config.tokenizer, transformer, () if config.captions else class_names)
     return Pipeline.from_config(model, config.seed, InitConfig(adaln_gamma=0.1))
 
 
@@ -238,24 +246,25 @@ def encode_tokens(pipeline: Pipeline, images_B3HW: Tensor) -> Tensor:
     return torch.cat([encode(scale_to_unit(images.to(pipeline.device))).cpu() for images in batches])
 
 
-def compute_cross_entropy(pipeline: Pipeline, data: ImageSet) -> float:
-    """Mean cross-entropy per token, in nats, of images given their labels. Far lower in training means memorising."""
+def compute_cross_entropy(pipeline: Pipeline, data: ImageSet, asked: Asked) -> float:
+    """Mean cross-entropy per token, in nats, of images given their labels or captions. Far lower in training means
+    memorising."""
     tokens_BL = encode_tokens(pipeline, data.images_B3HW)
-    inputs = (tensor.to(pipeline.device) for tensor in (tokens_BL, data.labels_B))
-    scores_BK = compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, *inputs)
+    values = asked.read(data, pipeline)
+    scores_BK = compute_log_likelihood(pipeline.tokenizer, pipeline.transformer, tokens_BL.to(pipeline.device), values)
     return float(-scores_BK.sum() / tokens_BL.numel())
 
 
 def draw_pictures(
-    pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, folder: Path, classes: Sequence[int]
+    pipeline: Pipeline, config: QuickstartConfig, held_out: ImageSet, asked: Asked, folder: Path
 ) -> dict[str, Any]:
-    """Write the pictures of these classes of the model; return how well held-out images are reconstructed (mean of the
-    per-image PSNR, in dB)."""
-    labels = [label for label in classes[:_SHOWN_CLASSES] for _ in range(_SAMPLES_PER_CLASS)]
-    samples = pipeline.sample(labels, config.sampling, batch_size=_BATCH)
+    """Write the pictures of the first classes or captions; return how well held-out images are reconstructed: the mean
+    of the per-image PSNR, in dB."""
+    samples = pipeline.sample(config=config.sampling, batch_size=_BATCH, **asked.show(_SAMPLES_PER_CLASS))
     save_grid(samples.tensor, samples.captions, folder / "samples.png", columns=_SAMPLES_PER_CLASS)
 
-    steps = pipeline.sample_scales([classes[0]], config.sampling)
+    first = {keyword: values[:1] for keyword, values in asked.show(1).items()}
+    steps = pipeline.sample_scales(config=config.sampling, **first)
     images_K3HW = torch.cat([pipeline.tokenizer.decode_canvas(step.canvas_BChw) for step in steps])
     captions = [f"{h}x{w}" for h, w in pipeline.config.pyramid.sides]
     save_grid((images_K3HW.cpu() + 1) / 2, captions, folder / "scales.png", columns=len(captions))
@@ -282,15 +291,10 @@ def draw_pictures(
 
 
 def sample_and_measure(
-    pipeline: Pipeline, config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet, classes: Sequence[int]
+    pipeline: Pipeline, config: QuickstartConfig, train_images: ImageSet, held_out: ImageSet, asked: Asked
 ) -> dict[str, Any]:
-    """Generate images of all classes of the data in turn, other than those shown, and measure them.
-
-    `classes`: for each class of the data that of the model.
-    """
-    labels_B = torch.arange(config.measure_images) % len(classes)
+    """Generate images of all classes or held-out captions in turn, other than those shown, and measure them."""
+    given, labels_B = asked.measure(config.measure_images)
     shown = _SAMPLES_PER_CLASS * _SHOWN_CLASSES
-    images = pipeline.sample(
-        torch.tensor(classes)[labels_B], config.sampling, batch_size=_BATCH, first_image=shown, progress=True
-    )
+    images = pipeline.sample(config=config.sampling, batch_size=_BATCH, first_image=shown, progress=True, **given)
     return measure_samples(train_images, held_out, images.tensor, labels_B)

@@ -49,7 +49,10 @@ def format_quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
             f"held-out real images read right by a classifier fitted on {metrics['generated_images']} generated ones: "
             f"{metrics['held_out_read_by_generated_fit']:.1%}",
         ]
-    labels = shlex.quote(",".join(map(quote_name, metrics["labels"]))) if metrics.get("labels") else "0"
+    if "prompts" in metrics:
+        asked = "--prompt " + " ".join(map(shlex.quote, metrics["prompts"]))
+    else:
+        asked = "--labels " + shlex.quote(",".join(map(quote_name, metrics.get("labels") or ["0"])))
     pictures = "samples.png, scales.png, reconstructions.png, curves.png"
     pictures += ", routing.png (which expert works where)" if (folder / "routing.png").exists() else ""
     lines += [
@@ -57,7 +60,7 @@ def format_quickstart_report(metrics: dict[str, Any], folder: Path) -> str:
         f"held-out real {distance['held_out_real']:.4f}",
         *([describe_copies(metrics["copies"], metrics["cross_entropy_nats_per_token"])] if "copies" in metrics else []),
         f"done in {metrics['seconds']:.0f} s; see {folder}/{pictures}",
-        f"more: nextscale sample {folder} --labels {labels} --out grid.png",
+        f"more: nextscale sample {folder} {asked} --out grid.png",
     ]
     return "\n".join(lines)
 
