@@ -41,21 +41,21 @@ class Images:
 
         return to_pil(self.tensor)
 
-    def grid(self) -> Image:
-        """All images as one captioned grid."""
+    def grid(self, columns: int = 0) -> Image:
+        """All images as one captioned grid of so many columns; 0: about as many as rows."""
         from nextscale.common.pictures import tile_images
 
-        return tile_images(self.pil(), self.captions)
+        return tile_images(self.pil(), self.captions, columns)
 
-    def animate(self) -> Animation:
-        """How the images grow scale by scale, as an animated grid. UserError unless they were sampled with growth."""
+    def animate(self, columns: int = 0) -> Animation:
+        """How the images grow scale by scale, as an animated `grid`. UserError unless they were sampled with growth."""
         from nextscale.common.animation import Animation
         from nextscale.common.errors import UserError
         from nextscale.common.pictures import tile_images, to_pil
 
         if not self.growth:
             raise UserError("only images that were sampled with growth=True can be animated")
-        return Animation(tuple(tile_images(to_pil(images), self.captions) for images in self.growth))
+        return Animation(tuple(tile_images(to_pil(images), self.captions, columns) for images in self.growth))
 
     def save(self, path: str | Path) -> None:
         """Write all images as one captioned grid; as an animation where they have `growth` and the suffix is .gif or

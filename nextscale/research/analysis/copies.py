@@ -64,8 +64,8 @@ def analyse_copies(
     }  # fmt: skip
     write_json(out / "copies.json", report)
     chosen = {
-        "the first samples": list(range(min(config.shown, config.num))),
-        "the samples nearest to a training image": order[: config.shown].tolist(),
+        "first samples, and the distance to the nearest training image": list(range(min(config.shown, config.num))),
+        "samples nearest to a training image": order[: config.shown].tolist(),
     }
     panels = {
         title: ([f"{distances_NK[i, 0]:.3f}" for i in rows], _draw_rows(samples.tensor[rows], train, nearest_NK[rows]))
