@@ -83,5 +83,8 @@ def test_the_generator_of_letters():
     pipeline = Pipeline.from_pretrained(folder, dtype="float32")
     classifier = load_feature_network(str(ROOT / "models" / "classifier-letters"))
     letters = pipeline.sample("A,B,E,K,R,a,g,h,r,t", cfg=2.0, top_p=0.95, top_k=0, seed=0)
-    read = [classifier.class_names[i] for i in classifier((letters.tensor * 255).round().to(torch.uint8)).logits_BC.argmax(dim=1)]
+    read = [
+        classifier.class_names[i]
+        for i in classifier((letters.tensor * 255).round().to(torch.uint8)).logits_BC.argmax(dim=1)
+    ]
     assert sum(a == b for a, b in zip(read, letters.captions, strict=True)) >= 8
