@@ -241,6 +241,26 @@ def test_dry_run_of_every_recipe(place, capsys):
     assert "133,186,960 parameters" in capsys.readouterr().out, "width and heads follow the depth"
 
 
+def test_dry_run_of_adapters(place, capsys):
+    from torch.nn import Linear
+
+    start = randomised(tiny_config())
+    start.save_pretrained(place / "start")
+    for i in range(10):
+        (place / "few" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(place / "few" / "cat" / f"{i}.png")
+    assert run("train lora --start start --data few --out none --dry-run --lora.rank 2") == 0
+    said = capsys.readouterr().out
+    layers = [
+        m for b in start.transformer.blocks for m in (*b.mixers.modules(), *b.ffn.modules()) if isinstance(m, Linear)
+    ]
+    trained = sum(2 * (layer.in_features + layer.out_features) for layer in layers)
+    assert f"parameters, {trained:,} of them trained (adapters)" in said
+    assert "epochs of 8)" in said
+    assert "GiB of weights that stay as they are" in said
+    assert "assumed" not in said
+
+
 def test_dry_run_of_divided_experts(place, capsys):
     """Weights, gradients and two moments in float32: those of the experts are divided, all others are not."""
     command = "train mepa-d12 --out none --dry-run --train.sharding experts"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from nextscale.checkpoints import build_on_meta
@@ -13,12 +14,16 @@ from nextscale.config.model import ModelConfig
 from nextscale.config.training import TrainConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache, is_token_cache
+from nextscale.data.captions import list_caption_parts
+from nextscale.data.datasets import choose_rows, split_rows
+from nextscale.data.sources import open_source
 from nextscale.encoders.load import load_encoder
 from nextscale.info import condition_flops, count_parameters, depends_on_tokens, scale_flops
 from nextscale.pyramid import Pyramid
 from nextscale.training.activations import count_activations
 from nextscale.training.engine.expert_parallel import find_mixtures
 from nextscale.training.engine.memory import RESERVE, Activations, choose_micro_batch, count_state_bytes
+from nextscale.transformer.lora import add_adapters
 from nextscale.transformer.projector import parse_scale_group
 from nextscale.transformer.var import VAR
 
@@ -33,7 +38,7 @@ _VIT_B_WIDTH = 768  # features of the papers' encoders
 
 
 def estimate_cost(config: RunConfig) -> str:
-    """Parameters, memory per device, arithmetic and time of a run, as text.
+    """Parameters, memory per device, arithmetic and time of a run, as text; with adapters of their training.
 
     Reads the tokenizer's config, the cache's size and the encoder where they exist; else it assumes the official
     tokenizer, 1,000 classes, ImageNet's 1,281,167 images and features of a ViT-B, and says so.
@@ -42,10 +47,11 @@ def estimate_cost(config: RunConfig) -> str:
     examples = IMAGENET
     if config.data and is_token_cache(Path(config.data)):
         examples = TokenCache(Path(config.data)).head["examples"]["train"]
+    elif config.lora.on and config.data:
+        examples = _count_training_images(config, model)
     else:
         notes.append(f"assumed {IMAGENET:,} training images (ImageNet): --data names no token cache")
-    _, transformer = build_on_meta(model)
-    assert transformer is not None, "a generator has a transformer"
+    transformer = _build_trained(config, model)
     assert model.transformer is not None, "a generator has a transformer"
     if depends_on_tokens(model.transformer):
         notes.append("the arithmetic is the most that may be executed: how much it is depends on the tokens")
@@ -54,10 +60,16 @@ def estimate_cost(config: RunConfig) -> str:
     guided = _count_guided(config, model)
     forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
     forward += count_head_flops(transformer, guided)
-    per_image = forward * (4 if config.train.activation_checkpointing else 3)  # the backward pass costs two forwards
+    # the backward pass costs a forward for the inputs of layers, and one for their weights, if those are trained
+    backward = 1 if config.lora.on else 2
+    per_image = forward * (1 + backward + config.train.activation_checkpointing)
+    if config.lora.on:
+        notes.append("neither embeddings of new classes nor the samples of the model (lora.keep) are counted")
     epoch = per_image * examples
+    trained, _ = _count_trained(transformer)
+    share = f", {trained:,} of them trained (adapters)" if config.lora.on else ""
     lines = [
-        f"model       {parameters:,} parameters; {model.summarize()}",
+        f"model       {parameters:,} parameters{share}; {model.summarize()}",
         f"steps       {steps:,} of {config.train.batch_size} images ({steps * config.train.batch_size / examples:,.1f} "
         f"epochs of {examples:,}), {warmup:,} of them warm-up",
         f"arithmetic  {per_image / 1e12:,.3f} TFLOP per image, {epoch / 1e15:,.1f} PFLOP per epoch, "
@@ -71,6 +83,31 @@ def estimate_cost(config: RunConfig) -> str:
         )
     lines += _describe_memory(config.train, transformer, parameters, guided)
     return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+def _build_trained(config: RunConfig, model: ModelConfig) -> VAR:
+    """The transformer on device meta, with its adapters where those are trained."""
+    _, transformer = build_on_meta(model)
+    assert transformer is not None, "a generator has a transformer"
+    if config.lora.on:
+        with torch.device("meta"):
+            add_adapters(transformer, config.lora, None, None)
+    return transformer
+
+
+def _count_training_images(config: RunConfig, model: ModelConfig) -> int:
+    """Training images of a data set of images."""
+    captioned = model.transformer is not None and bool(list_caption_parts(model.transformer.condition))
+    source = open_source(config.data, model.image_size, config.images, captioned=captioned)
+    rows, is_held_out_B = choose_rows(source, config.images.limit, config.train.seed)
+    labels_B = torch.tensor(source.labels)[rows]
+    return len(split_rows(labels_B, is_held_out_B, config.images.held_out, config.train.seed)[0])
+
+
+def _count_trained(transformer: VAR) -> tuple[int, int]:
+    """Parameters that are trained, and those that are not."""
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    return trained, count_parameters(transformer) - trained
 
 
 def _build_config(config: RunConfig) -> tuple[ModelConfig, list[str]]:
@@ -125,9 +162,11 @@ def _describe_memory(train: TrainConfig, transformer: VAR, parameters: int, guid
     """Lines on the memory of one device: what it holds, the activations, and on which GPUs that fits."""
     divided = _count_divided(train, transformer)
     tensors = "weights, gradients, optimizer" + (", averages" if train.ema else "")
-    parts = (("divided by the number of devices", divided), ("per device", parameters - divided))
+    frozen = _count_trained(transformer)[1]
+    parts = (("divided by the number of devices", divided), ("per device", parameters - frozen - divided))
     copies = 4 + (1 if train.ema else 0)
     sizes = [f"{4 * copies * count / _GIB:.2f} GiB {where}" for where, count in parts if count]
+    sizes += [f"{4 * frozen / _GIB:.2f} GiB of weights that stay as they are"] if frozen else []
     recomputed = ", recomputed block by block" if train.activation_checkpointing else ""
     activations = count_activations(transformer, train, guided)
     all_at_once = activations.count(train.batch_size) / _GIB
@@ -161,8 +200,8 @@ def count_fitting(train: TrainConfig, transformer: VAR, activations: Activations
     """
     if train.batch_size % devices:
         return 0
-    parameters = count_parameters(transformer)
-    held = count_state_bytes(train, parameters, 0, _count_divided(train, transformer), devices)
+    trained, frozen = _count_trained(transformer)
+    held = count_state_bytes(train, trained, frozen, _count_divided(train, transformer), devices)
     free = (1 - RESERVE) * size * _GIB - held
     share = train.batch_size // devices
     given = 0 if train.micro_batch == "auto" else min(train.micro_batch or share, share)
@@ -189,7 +228,7 @@ def _count_guided(config: RunConfig, model: ModelConfig) -> int:
 def _count_divided(train: TrainConfig, transformer: VAR) -> int:
     """Parameters that the processes share."""
     if train.sharding == "full":
-        return count_parameters(transformer)
+        return _count_trained(transformer)[0]
     return _count_expert_parameters(train, transformer)
 
 

@@ -80,7 +80,7 @@ def list_adapted_layers(model: VAR, groups: Collection[str]) -> Iterator[str]:
                     yield name
 
 
-def add_adapters(model: VAR, config: LoraConfig, new_rows_ND: Tensor | None, generator: torch.Generator) -> None:
+def add_adapters(model: VAR, config: LoraConfig, new_rows_ND: Tensor | None, generator: torch.Generator | None) -> None:
     """Freeze a model, in place, and give it adapters and embeddings of new classes to train.
 
     `new_rows_ND`: initial embeddings of the new classes, which follow those of the model. A is drawn as in the code of
@@ -109,7 +109,7 @@ def _become(kind: type[nn.Module], module: nn.Module) -> Any:
     return new
 
 
-def adapt_layer(layer: nn.Module, config: LoraConfig, generator: torch.Generator) -> AdaptedWeight:
+def adapt_layer(layer: nn.Module, config: LoraConfig, generator: torch.Generator | None) -> AdaptedWeight:
     """The layer with an adapter, which is 0."""
     new: AdaptedWeight = _become(_ADAPTED[find_plain_class(layer)], layer)
     *experts, rows, columns = new.base_weight.shape
