@@ -4,6 +4,7 @@ A few models here; `make soak` draws more (NEXTSCALE_SOAK=24). A fault shows at 
 divide an image's values, and where one image is too little work for all threads.
 """
 
+import copy
 import math
 import os
 import random
@@ -12,10 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nextscale.backends import optimize
 from nextscale.backends.cpu.activations import CpuSiLU, CpuTokenizerSiLU, compute_gelu
 from nextscale.backends.cpu.kernels import build
 from nextscale.config.tokenizer import TokenizerConfig
 from nextscale.config.transformer import DynamicConfig, ExpertsConfig, MambaConfig
+from nextscale.tokenizer.autoencoder import MapAttention
 from tests.conftest import randomised, tiny_config
 
 MODELS = int(os.environ.get("NEXTSCALE_SOAK", 1))
@@ -97,3 +100,21 @@ def test_activations_of_equal_values_are_equal_wherever_they_stand(count, compil
         torch.testing.assert_close(whole, torch.nn.functional.silu(x))
         for i in range(5):
             assert torch.equal(silu(x[i : i + 1].clone())[0], whole[i])
+
+
+@pytest.mark.parametrize("channels", [8, 24, 32, 40, 64, 160])
+@torch.no_grad()
+def test_attention_over_a_map_of_odd_sides_does_not_depend_on_the_batch(channels, threads_set):
+    """Where images begin at no multiple of 64 bytes."""
+    layer = MapAttention(channels, 4)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    fast = optimize(torch.nn.Sequential(copy.deepcopy(layer)), "auto")
+    for count in (1, 2, 3):
+        threads_set(count)
+        for h, w in ((5, 5), (3, 5), (7, 7), (9, 13)):
+            x = torch.randn(4, channels, h, w, generator=torch.Generator().manual_seed(h * w))
+            whole = fast(x)
+            torch.testing.assert_close(whole, layer(x), rtol=1e-4, atol=1e-4)
+            for i in range(4):
+                assert torch.equal(fast(x[i : i + 1].clone())[0], whole[i]), f"{h}x{w}, {count} threads, image {i}"

@@ -22,6 +22,9 @@ from nextscale.transformer.scale_attention import ScaleAttention
 
 _SCORES = 2**23
 """Attention scores that are written out together in inference; they should stay in the cache."""
+_ALIGNED = 16
+"""Channels, or a multiple, with which every image of a batch begins at a multiple of 64 bytes. Where it does not, a
+transposed map of an odd number of cells is rounded by where it lies."""
 
 
 def compute_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -124,6 +127,8 @@ class CpuMapAttention(MapAttention):
     plain = MapAttention
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[-1] % _ALIGNED:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return _attend_by_image(q, k, v, None, None)
 
 
