@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:")
-WAIT = 240_000
+WAIT = 120_000
 """Milliseconds; on a busy machine pictures take their time."""
 
 
@@ -76,13 +76,22 @@ class Visitor:
             self.problems.append(f"request to another machine: {request.url}")
 
     def tab(self, name: str) -> None:
-        """Turn to a tab; on a narrow screen the last ones are in a menu."""
-        shown = self.page.get_by_role("tab", name=name, exact=True).locator("visible=true")
-        if shown.count():
-            shown.click()
-        else:
-            self.page.locator(".overflow-menu > button").click()
-            self.page.locator(".overflow-dropdown button", has_text=name).click()
+        """Turn to a tab; on a narrow screen the last ones are in a menu.
+
+        The page moves tabs into the menu some time after the window has changed: a click may find its tab gone.
+        """
+        from playwright.sync_api import TimeoutError as TooLate
+
+        chosen = self.page.get_by_role("tab", name=name, exact=True)
+        for _ in range(WAIT // 2_000):
+            with suppress(TooLate):
+                if chosen.locator("visible=true").count():
+                    chosen.locator("visible=true").click(timeout=1_000)
+                else:
+                    self.page.locator(".overflow-menu > button").click(timeout=1_000)
+                    self.page.locator(".overflow-dropdown button", has_text=name).click(timeout=1_000)
+                return
+        raise AssertionError(f"the page has no tab {name}")
 
     def button(self, name: str) -> Any:
         """The visible button of this name."""

@@ -1,6 +1,8 @@
 """What the page of `nextscale demo` shows, without gradio: it equals what the pipeline and the commands give."""
 
 import shlex
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +15,7 @@ from nextscale.cli.parser import main, parse
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.demo.growth import MOST_PICTURES, Request, format_flops, grow
-from nextscale.demo.models import DEFAULTS, Models
+from nextscale.demo.models import DEFAULTS, Models, Stopped
 from nextscale.demo.recipe import name_labels, write_command, write_python
 from nextscale.evaluation.flops import count_sampled_flops
 from nextscale.pipeline import Pipeline
@@ -187,6 +189,31 @@ def test_work_is_done_in_order_and_errors_reach_the_one_who_asked(tiny_folder):
     assert folder.is_dir()
     models.close()
     assert not folder.exists()
+
+
+def test_what_is_stopped_ends_before_its_next_piece_and_others_go_on(models, model):
+    clicked = threading.Event()
+    one = models.until(clicked.is_set)
+    request = Request((0, 1), SampleConfig(seed=3))
+    steps, others = one.iterate(grow(model, request)), models.iterate(grow(model, request))
+    assert [len(next(each).scales) for each in (steps, others, steps)] == [1, 1, 2]
+    clicked.set()
+    with pytest.raises(Stopped):
+        next(steps)
+    assert [len(growth.scales) for growth in others] == [2, 3, 4]
+
+
+def test_work_that_waits_is_stopped_at_once_and_not_begun(models):
+    clicked, done, begun = threading.Event(), threading.Event(), []
+    with ThreadPoolExecutor() as visitors:
+        busy = visitors.submit(models.run, done.wait)
+        waiting = visitors.submit(models.until(clicked.is_set).run, lambda: begun.append(True))
+        clicked.set()
+        assert isinstance(waiting.exception(timeout=60), Stopped)
+        assert not busy.done()
+        done.set()
+        assert busy.result()
+    assert models.run(lambda: begun) == []
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ one pass. Two requests may take turns, because what a request needs from one pie
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,12 @@ from nextscale.pipeline import Pipeline
 T = TypeVar("T")
 DEFAULTS = ("models/var-letters", "models/var-cifar10", "runs/quickstart")
 """Where a model is looked for when none is given: those of the repository, and what the quickstart trains."""
+_SECONDS_BETWEEN_LOOKS = 0.1
+"""How often one who waits for the thread looks whether it was stopped."""
+
+
+class Stopped(Exception):
+    """Who asked does not want the rest any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +70,14 @@ class Models:
         self._loading = threading.Lock()
         self._temporary = tempfile.TemporaryDirectory(prefix="nextscale-demo-")
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._stopped: Callable[[], bool] = lambda: False
+
+    def until(self, stopped: Callable[[], bool]) -> Models:
+        """The same models and thread, for work that ends with `Stopped` once `stopped` is true: work that waits is not
+        begun, and what has begun ends with its present piece."""
+        one = copy.copy(self)
+        one._stopped = stopped
+        return one
 
     def load(self, source: str, dtype: str = "") -> Model:
         """A model by its folder or name, in `dtype` (default: that of the page).
@@ -87,8 +102,18 @@ class Models:
         return Model(source, folder, Pipeline.from_pretrained(folder, dtype=dtype, device=self._device), origin)
 
     def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns, or its exception; done after the work that others asked for before."""
-        return self._worker.submit(work).result()
+        """What `work` returns, or its exception; done after the work that others asked for before. See `until`."""
+
+        def begin() -> T:
+            if self._stopped():
+                raise Stopped
+            return work()
+
+        piece = self._worker.submit(begin)
+        while not wait([piece], timeout=_SECONDS_BETWEEN_LOOKS).done:
+            if self._stopped() and piece.cancel():
+                raise Stopped
+        return piece.result()
 
     def iterate(self, values: Iterator[T]) -> Iterator[T]:
         """The same values, each computed as `run` does: between them others have their turn."""

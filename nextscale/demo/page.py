@@ -16,6 +16,9 @@ from nextscale.common.errors import UserError
 from nextscale.demo.models import Model, Models
 
 ADDRESS = "127.0.0.1"
+_AT_ONCE = 8
+"""Requests that are begun: they take turns on the models' thread. Further ones wait until one has ended, and are not
+stopped before."""
 _FONTS = ("system-ui", "sans-serif")
 _FIXED_FONTS = ("ui-monospace", "Consolas", "monospace")
 _CSS = """
@@ -87,7 +90,7 @@ def serve(page: Any, port: int = 0, folder: str | None = None) -> Iterator[str]:
         block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400"
     )
     try:
-        _, address, _ = page.queue(default_concurrency_limit=1, api_open=False).launch(
+        _, address, _ = page.queue(default_concurrency_limit=_AT_ONCE, api_open=False).launch(
             server_name=ADDRESS, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
             show_error=True, footer_links=[], enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
             theme=theme, css=_CSS, allowed_paths=[folder] if folder else None,

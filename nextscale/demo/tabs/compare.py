@@ -9,11 +9,12 @@ import gradio as gr
 
 from nextscale.demo.comparing import Side, compare_sides, draw_sides
 from nextscale.demo.editing import enlarge
-from nextscale.demo.models import Model
+from nextscale.demo.models import Model, Models
 from nextscale.demo.tabs.controls import (
     Refresh,
     Settings,
     Shared,
+    StopButton,
     choose_classes,
     choose_each,
     choose_seed,
@@ -21,7 +22,6 @@ from nextscale.demo.tabs.controls import (
     read_labels,
     read_seed,
     show_gallery,
-    tell_errors,
     update_classes,
 )
 
@@ -66,22 +66,22 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     width = len(sides[0])
 
     def compare(
-        shown_source: str, classes: list[int], each: float, seed: float, *values: Any
+        models: Models, shown_source: str, classes: list[int], each: float, seed: float, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
         labels, number = read_labels(classes, each), read_seed(seed)
         asked = [values[:width], values[width:]]
         a, b = (Side(source, dtype, Settings.read(rest, number)) for source, dtype, *rest in asked)
-        for grown in compare_sides(shared.models, shown_source, a, b, labels):
+        for grown in compare_sides(models, shown_source, a, b, labels):
             shown = [fill_gallery(g.pictures, g.captions) if g else gr.skip() for g in grown]
             done = grown[1] is not None and grown[1].done
             yield (*shown, draw_sides(grown), grown if done else None, _pair(grown, 0) if done else gr.skip())
 
     outputs = [*galleries, table, pairs, slider]
-    running = start.click(
-        tell_errors(compare), [shared.source, classes, each, seed, *sides[0], *sides[1]], outputs,
-        concurrency_id="model", api_visibility="private",
+    stopping = StopButton(shared.models)
+    stopping.start(
+        start.click, compare, [shared.source, classes, each, seed, *sides[0], *sides[1]], outputs,
     )  # fmt: skip
-    stop.click(None, None, None, cancels=[running], api_visibility="private")
+    stopping.bind(stop)
     galleries[0].select(_select, [pairs], [slider], queue=False, show_progress="hidden", api_visibility="private")
 
     def refresh(model: Model) -> list[Any]:

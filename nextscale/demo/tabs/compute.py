@@ -21,18 +21,18 @@ from nextscale.demo.cheaper import (
 )
 from nextscale.demo.growth import Request
 from nextscale.demo.html import Cell, colour_map, draw_legend, draw_table
-from nextscale.demo.models import Model
+from nextscale.demo.models import Model, Models
 from nextscale.demo.tabs.controls import (
     Refresh,
     Settings,
     Shared,
+    StopButton,
     choose_classes,
     choose_each,
     choose_seed,
     fill_gallery,
     read_labels,
     show_gallery,
-    tell_errors,
     update_classes,
 )
 
@@ -58,21 +58,22 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     maps = gr.HTML(elem_id="compute-maps")
 
     def compute(
-        source: str, way: str, tau: float, budget: float, prune: float, guided: float, classes: list[int], each: float,
-        seed: float, *values: Any,
+        models: Models, source: str, way: str, tau: float, budget: float, prune: float, guided: float,
+        classes: list[int], each: float, seed: float, *values: Any,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         request = Request(read_labels(classes, each), Settings.read(values, seed))
         amounts = Amounts(float(tau), float(budget), float(prune), int(guided))
-        for found in compare_cost(shared.models, source, way, request, amounts):
+        for found in compare_cost(models, source, way, request, amounts):
             shown = [fill_gallery(g.pictures, g.captions) if g else [] for g in (found.full, found.reduced)]
             yield (*shown, draw_cost(found, way), draw_maps(found))
 
-    running = start.click(
-        tell_errors(compute),
+    stopping = StopButton(shared.models)
+    stopping.start(
+        start.click, compute,
         [shared.source, way, *sliders.values(), classes, each, seed, *settings.components],
-        [full, reduced, table, maps], concurrency_id="model", api_visibility="private",
+        [full, reduced, table, maps],
     )  # fmt: skip
-    stop.click(None, None, None, cancels=[running], api_visibility="private")
+    stopping.bind(stop)
     way.change(
         lambda way: [gr.update(visible=way == name) for name in sliders], [way], list(sliders.values()), queue=False,
         show_progress="hidden", api_visibility="private",

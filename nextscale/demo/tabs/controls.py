@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,12 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.demo.growth import MOST_PICTURES, Request
-from nextscale.demo.models import Model, Models
+from nextscale.demo.models import Model, Models, Stopped
 
 NO_LABEL = -1
 """What stands for no label among the numbers of the classes."""
+_TELL_TIME = "(clock, ...values) => [Date.now(), ...values]"
+"""Puts the time of the click, in milliseconds, in the place of the first input."""
 _LARGEST_SEED = 2**31 - 1
 _ERROR_SECONDS = 20
 _CHOSEN = 4
@@ -60,6 +63,51 @@ def tell_errors(work: Callable[..., Any]) -> Callable[..., Any]:
             raise _show(error) from error
 
     return iterate if inspect.isgeneratorfunction(work) else call
+
+
+class StopButton:
+    """What a visitor started with a tab's buttons ends when the visitor clicks Stop.
+
+    It ends by itself, between two of its pieces: gradio's own way (`cancels`) now and then writes "Error" over the
+    outputs of what it cancelled. Which click came first is told by the browser's clock, because the server may begin a
+    request after it was stopped.
+    """
+
+    def __init__(self, models: Models):
+        self._models = models
+        self._clock = gr.Number(visible=False)
+        self._stops: defaultdict[str, float] = defaultdict(float)
+        """When each visitor clicked Stop last; milliseconds."""
+
+    def start(self, event: Callable[..., Any], work: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+        """Have an event, such as a button's click, start `work`, a generator whose first argument is the models, for
+        this visitor and until Stop is clicked."""
+
+        def iterate(visitor: gr.Request, clicked: float, *arguments: Any) -> Iterator[Any]:
+            models = self._models.until(lambda: self._stops[str(visitor.session_hash)] >= clicked)
+            try:
+                yield from tell_errors(work)(models, *arguments)
+            except Stopped:
+                return
+
+        event(
+            iterate, [self._clock, *inputs], outputs, js=_TELL_TIME,
+            concurrency_id="model", api_visibility="private",
+        )  # fmt: skip
+
+    def bind(
+        self, button: Any, describe: Callable[..., Any] = lambda: None, inputs: Sequence[Any] = (), output: Any = None
+    ) -> None:
+        """Give the button its click; what `describe` says of the inputs is written in the output at once."""
+
+        def stop(visitor: gr.Request, clicked: float, *arguments: Any) -> Any:
+            self._stops[str(visitor.session_hash)] = clicked
+            return describe(*arguments)
+
+        button.click(
+            stop, [self._clock, *inputs], output, js=_TELL_TIME, queue=False,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
 
 
 def _show(error: UserError) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -9,17 +10,17 @@ from PIL import Image
 
 from nextscale.common.errors import UserError
 from nextscale.demo.editing import AREAS, DRAWN, build_mask, enlarge, fit_image, repaint
-from nextscale.demo.models import Model
+from nextscale.demo.models import Model, Models
 from nextscale.demo.tabs.controls import (
     Refresh,
     Settings,
     Shared,
+    StopButton,
     choose_classes,
     choose_seed,
     fill_gallery,
     read_label,
     show_gallery,
-    tell_errors,
     update_classes,
 )
 from nextscale.demo.tabs.pictures import PictureChoice
@@ -60,25 +61,26 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         return ({"background": enlarge(picture), "layers": [], "composite": None},)
 
     def start_edit(
-        source: str, picture: Image.Image | None, drawn: dict[str, Any] | None, area: str, label: int, seed: float,
-        *values: Any,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        models: Models, source: str, picture: Image.Image | None, drawn: dict[str, Any] | None, area: str, label: int,
+        seed: float, *values: Any,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         if picture is None:
             raise UserError("choose a picture first: upload one, or take the generated one")
-        model, settings = shared.models.load(source), Settings.read(values, seed)
+        model, settings = models.load(source), Settings.read(values, seed)
         mask = build_mask(model.config.image_size, area, _find_drawing(drawn))
         fitted, wanted = fit_image(model, picture), read_label(label)
-        edited = shared.models.run(lambda: repaint(model, fitted, mask, wanted, settings))
+        edited = models.run(lambda: repaint(model, fitted, mask, wanted, settings))
         text = f"Repainted {edited.repainted:.0%} of the picture as {model.pipeline.caption(wanted)}, seed {int(seed)}."
         pictures = edited.before, edited.after
-        return tuple(map(enlarge, pictures)), fill_gallery(pictures, ["before", "after"]), text
+        yield tuple(map(enlarge, pictures)), fill_gallery(pictures, ["before", "after"]), text
 
     choice.bind(show, label, [], [editor])
-    running = start.click(
-        tell_errors(start_edit), [shared.source, choice.picture, editor, area, label, seed, *settings.components],
-        [slider, pair, status], concurrency_id="model", api_visibility="private",
+    stopping = StopButton(shared.models)
+    stopping.start(
+        start.click, start_edit, [shared.source, choice.picture, editor, area, label, seed, *settings.components],
+        [slider, pair, status],
     )  # fmt: skip
-    stop.click(None, None, None, cancels=[running], api_visibility="private")
+    stopping.bind(stop)
 
     def refresh(model: Model) -> list[Any]:
         return [update_classes(model, several=False), *Settings.refresh(model)]

@@ -11,12 +11,13 @@ from typing import Any
 import gradio as gr
 
 from nextscale.demo.growth import Growth, Request, grow
-from nextscale.demo.models import Model
+from nextscale.demo.models import Model, Models, Stopped
 from nextscale.demo.recipe import write_command, write_python
 from nextscale.demo.tabs.controls import (
     Refresh,
     Settings,
     Shared,
+    StopButton,
     choose_classes,
     choose_each,
     choose_seed,
@@ -52,23 +53,22 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     outputs = [seed, gallery, scale, status, shared.generated, shared.selected, *again]
 
     def generate(
-        source: str, classes: list[int], each: float, seed: float, keep: bool, *settings: Any
+        models: Models, source: str, classes: list[int], each: float, seed: float, keep: bool, *settings: Any
     ) -> Iterator[tuple[Any, ...]]:
-        model = shared.models.load(source)
+        model = models.load(source)
         request = Request(read_labels(classes, each), Settings.read(settings, seed if keep else draw_seed()))
-        yield from _show_growth(shared, model, request)
+        yield from _show_growth(models, model, request)
 
     def choose_surprise(source: str) -> list[int]:
         numbers = range(shared.models.load(source).classes)
         return sorted(random.SystemRandom().sample(numbers, min(_SURPRISES, len(numbers))))
 
     asked = [shared.source, classes, each, seed, keep, *settings.components]
-    running = [start.click(tell_errors(generate), asked, outputs, concurrency_id="model", api_visibility="private")]
+    stopping = StopButton(shared.models)
+    stopping.start(start.click, generate, asked, outputs)
     chosen = surprise.click(tell_errors(choose_surprise), [shared.source], [classes], api_visibility="private")
-    running.append(
-        chosen.success(tell_errors(generate), asked, outputs, concurrency_id="model", api_visibility="private")
-    )
-    stop.click(_describe_stop, [shared.generated], [status], cancels=running, queue=False, api_visibility="private")
+    stopping.start(chosen.success, generate, asked, outputs)
+    stopping.bind(stop, _describe_stop, [shared.generated], [status])
     scale.input(
         _show_scale, [shared.generated, scale], [gallery], queue=False, show_progress="hidden",
         api_visibility="private",
@@ -99,26 +99,21 @@ def _lay_out_results(scales: int) -> tuple[Any, ...]:
     return gallery, scale, status, download, command, python
 
 
-def _show_growth(shared: Shared, model: Model, request: Request) -> Iterator[tuple[Any, ...]]:
-    """The values of the outputs after each scale."""
-    command, python = write_command(model, request), write_python(model, request)
+def _show_growth(models: Models, model: Model, request: Request) -> Iterator[tuple[Any, ...]]:
+    """The values of the outputs after each scale, and once more when it is stopped."""
+    growth, again = None, (write_command(model, request), write_python(model, request))
     last = len(model.config.pyramid)
-    for growth in shared.models.iterate(grow(model, request)):
-        at, file = len(growth.scales), gr.update(interactive=False)
-        if growth.done:
-            path = Path(tempfile.mkdtemp(dir=shared.models.folder)) / "grid.png"
-            file = gr.update(value=str(growth.write(path)), interactive=True)
-        yield (
-            request.settings.seed,
-            fill_gallery(growth.pictures, growth.captions),
-            gr.update(value=at, maximum=last),
-            growth.describe(),
-            growth,
-            0,
-            file,
-            command,
-            python,
-        )
+    try:
+        for growth in models.iterate(grow(model, request)):
+            file = gr.update(interactive=False)
+            if growth.done:
+                path = Path(tempfile.mkdtemp(dir=models.folder)) / "grid.png"
+                file = gr.update(value=str(growth.write(path)), interactive=True)
+            at = gr.update(value=len(growth.scales), maximum=last)
+            shown = fill_gallery(growth.pictures, growth.captions)
+            yield request.settings.seed, shown, at, growth.describe(), growth, 0, file, *again
+    except Stopped:
+        yield *3 * (gr.skip(),), _describe_stop(growth), *5 * (gr.skip(),)
 
 
 def _show_scale(growth: Growth | None, scale: float) -> Any:
