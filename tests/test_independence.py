@@ -38,7 +38,8 @@ def draw_model(family, rng):
     settings = {"top_k": rng.choice([0, 8]), "top_p": rng.choice([0.0, 0.9]), "smooth": rng.random() < 0.3}
     if family == "mixture":
         router = rng.choice(["stmoe", "smoe", "expert-choice", "moe++"])
-        fields["experts"] = ExpertsConfig(router=router, count=4, active=2, renormalise=rng.random() < 0.5)
+        more = {"renormalise": rng.random() < 0.5, "capacity_factor": 0.7 * (rng.random() < 0.5)}
+        fields["experts"] = ExpertsConfig(router=router, count=4, active=2, **more)
     if family == "dynamic":
         width, activation = rng.choice([8, 24, 100]), rng.choice(["gelu", "relu"])
         made = {"activation": activation, "router_width": width, "router_fingerprint": "trained"}

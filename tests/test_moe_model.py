@@ -25,18 +25,22 @@ from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.routers import Routing
 from nextscale.transformer.initialization import initialize_transformer
 from tests.conftest import check_flops, randomised, tiny_config
-from tests.test_routers import chosen_by_loops
+from tests.test_routers import admitted_by_loops, chosen_by_loops, gates_by_loops
 from tests.test_transformer import gelu, reference_forward, softmax
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 HEAD = AlignmentConfig(width=6, hidden=8)
+FAMILIES = (*ROUTERS.names, "capacity")
+"""The routers, and MoE++ with experts that drop tokens."""
 
 
 def moe_config(router, scales="1,2,3,4", *, count=6, active=2, renormalise=False, residual=True, **transformer):
+    more = {"capacity_factor": 0.7, "exclude_zero": True} if router == "capacity" else {}
     experts = ExpertsConfig(
-        router=router, count=count, active=active, renormalise=renormalise, gating_residual=residual, constant=1
-    )
+        router="moe++" if more else router, count=count, active=active, renormalise=renormalise,
+        gating_residual=residual, constant=1, **more,
+    )  # fmt: skip
     return tiny_config(scales, **{"experts": experts, "alignment": HEAD, **transformer})
 
 
@@ -64,9 +68,9 @@ class MixtureByHand:
         if config.router == "moe++" and config.gating_residual and before is not None:
             self.logits = self.logits + before @ q["ffn.router.residual.weight"].T
         scores = softmax(self.logits)
-        gates = np.where(chosen_by_loops(config, scores[None], self.pyramid)[0], scores, 0)
-        if config.renormalise:
-            gates = gates / np.maximum(gates.sum(-1, keepdims=True), 1e-9)
+        chosen = chosen_by_loops(config, scores[None], self.pyramid)
+        admitted = admitted_by_loops(config, chosen, self.pyramid)
+        gates = gates_by_loops(config, scores[None], chosen, admitted)[0]
         out = np.zeros_like(y)
         for j in range(M):
             h = gelu(y @ q["ffn.experts.fc1.weight"][j].T + q["ffn.experts.fc1.bias"][j])
@@ -80,7 +84,7 @@ class MixtureByHand:
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 @torch.no_grad()
 def test_forward_against_the_formula(router, renormalise):
     """The whole model, in NumPy, image by image."""
@@ -97,7 +101,7 @@ def test_forward_against_the_formula(router, renormalise):
 # ---- in parts
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 @pytest.mark.parametrize("scales", ["1,2,3,4", "4", "2x1,3x2,4x3", "1,1,2,4"])
 @torch.no_grad()
 def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
@@ -123,7 +127,7 @@ def test_cached_steps_and_catching_up_equal_the_full_forward(scales, router):
                 assert torch.equal(ours.routing.selected_BNM, whole.routing.selected_BNM[:, at:end])
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 @torch.no_grad()
 def test_no_scale_sees_a_finer_one(router):
     """Nor do a token's experts depend on what comes later."""
@@ -139,7 +143,7 @@ def test_no_scale_sees_a_finer_one(router):
             assert torch.equal(a.routing.selected_BNM[:, :end], b.routing.selected_BNM[:, :end])
 
 
-@pytest.mark.parametrize("router", ["none", *ROUTERS.names])
+@pytest.mark.parametrize("router", ["none", *FAMILIES])
 @torch.no_grad()
 def test_records_come_back_per_block(router):
     config = moe_config(router, depth=3)
@@ -154,7 +158,9 @@ def test_records_come_back_per_block(router):
         routing = record.routing
         assert isinstance(routing, Routing)
         shape = (2, 30, experts.count + experts.zero_computation)
-        assert {tuple(getattr(routing, f.name).shape) for f in dataclasses.fields(routing)} == {shape}
+        tensors = [getattr(routing, f.name) for f in dataclasses.fields(routing)]
+        assert {tuple(t.shape) for t in tensors if t is not None} == {shape}
+        assert (routing.requested_BNM is not None) == (router == "capacity")
     cache, conditioning = model.new_cache(2), model.embed_condition(torch.tensor([1, 2]))
     first = model.step(conditioning, None, 0, cache)
     assert first.projected_BNE is None
@@ -162,7 +168,7 @@ def test_records_come_back_per_block(router):
         assert first.records[2].routing.gates_BNM.shape == (2, 1, experts.count + experts.zero_computation)
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 def test_fast_and_plain_gradients_are_equal(router):
     """A whole model, forward and backward; recomputed blocks too."""
     values, x = torch.tensor([0, 1]), torch.randn(2, 84, 4)
@@ -240,6 +246,7 @@ COSTS = [
     {"count": 6, "active": 2},
     {"count": 5, "active": 4, "scale_embedding": False, "gating_residual": False},
     {"count": 3, "active": 3, "constant": 0},
+    {"count": 6, "active": 2, "capacity_factor": 0.6},
 ]
 
 

@@ -15,7 +15,7 @@ from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
 from nextscale.transformer.feed_forward.experts import Experts, StackedLinear
 from tests.conftest import randomised, tiny_config
-from tests.test_moe_model import moe_config, saved
+from tests.test_moe_model import FAMILIES, moe_config, saved
 from tests.test_packed import DTYPES, needs_onednn
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 ROADS = [(False, "float32"), (True, "float32"), (False, "bfloat16"), (True, "bfloat16")]
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 def test_an_image_does_not_depend_on_its_batch(router, threads_set, tmp_path):
     """Bit for bit, alone or beside others, packed or not, in both precisions."""
     threads_set(1)
@@ -44,7 +44,7 @@ def test_an_image_does_not_depend_on_its_batch(router, threads_set, tmp_path):
 
 
 @pytest.mark.parametrize(("threads", "packed"), [(1, False), (1, True), (2, False), (2, True)])
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 @torch.no_grad()
 def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set, tmp_path):
     """The transformer by itself, step by step, bit for bit, at widths at which kernels change how they go."""
@@ -67,7 +67,7 @@ def test_logits_do_not_depend_on_the_batch(router, packed, threads, threads_set,
             assert torch.equal(run(images), together[images]), f"{images} in {dtype}"
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path):
     folder = saved(moe_config(router, "1,2,4,8"), tmp_path / "model")
     packed = Pipeline.from_pretrained(folder)
@@ -82,7 +82,7 @@ def test_packed_models_sample_and_save_as_the_plain_ones(router, tmp_path):
     assert (a.tensor - b.tensor).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 def test_captured_steps_edits_and_other_precisions(router):
     plain = randomised(moe_config(router))
     checkpoint = plain.to_checkpoint()
@@ -106,12 +106,12 @@ def test_likelihoods_of_a_batch_are_those_of_its_images(router):
 
 
 @pytest.mark.parametrize("first_block", [0, 1, 2])
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", FAMILIES)
 def test_token_pruning(router, first_block):
     """Works, but where a router wants what the block before scored of the same tokens; sharing a batch or not."""
     settings_ = SampleConfig(prune=(0.4, 0.5), prune_first_block=first_block, seed=2)
     pipeline = randomised(moe_config(router, depth=3))
-    if router == "moe++":
+    if router in ("moe++", "capacity"):
         with pytest.raises(UserError, match="prune cannot work with MoE\\+\\+'s gating residual"):
             pipeline.sample([1], settings_)
         pipeline = randomised(moe_config(router, depth=3, residual=False))

@@ -34,7 +34,7 @@ FAMILIES = {
     "dense": {},
     "shared": {"shared_adaln": True, "qk_norm": False},
     "mixture": {"experts": ExpertsConfig(router="stmoe", count=4, active=2)},
-    "zero-computation": {"experts": ExpertsConfig(router="moe++", count=4, active=2, constant=1)},
+    "zero-computation": {"experts": ExpertsConfig("moe++", 4, 2, constant=1, capacity_factor=0.8)},
     "dynamic": {"dynamic": DynamicConfig(experts=4, scales=2, router_width=8)},
     "late": {"dynamic": DynamicConfig(experts=4, scales=2, router_width=8, late_ffn=True, activation="relu")},
     "mvar": {"mixers": MVAR_MIXERS, "mamba": MambaConfig(head_width=8, state_width=16)},

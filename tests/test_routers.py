@@ -23,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 D = 8
 PYRAMID = Pyramid.parse("1,2x3,3,4x5")
+FULL = ExpertsConfig("moe++", count=3, active=2, renormalise=True, capacity_factor=0.6, exclude_zero=True)
+"""Experts that drop tokens."""
 PYRAMIDS = st.sampled_from(["1,2,3", "4", "1", "2x1,3x2,3x5", "1,1,2,4", "1,2x3,3,4x5"]).map(Pyramid.parse)
 
 
@@ -93,6 +95,35 @@ def chosen_by_loops(config, scores, pyramid):
     return chosen
 
 
+def admitted_by_loops(config, chosen, pyramid):
+    """What is left when each expert serves tokens of an image and scale in turn until it is full (Eq. 8)."""
+    if config.router != "moe++" or not config.capacity_factor:
+        return chosen
+    tau, idle = config.capacity_ratio, config.zero + config.copy + config.constant
+    left = np.zeros_like(chosen)
+    for b in range(len(chosen)):
+        for start, end in pyramid.spans:
+            share = (end - start) * config.active / (tau * config.count + idle)
+            for j in range(chosen.shape[2]):
+                places = max(1, math.ceil((tau if j < config.count else 1) * (config.capacity_factor * share)))
+                for i in range(start, end):
+                    if chosen[b, i, j] and places:
+                        left[b, i, j], places = True, places - 1
+    return left
+
+
+def gates_by_loops(config, scores, chosen, admitted):
+    """Eq. 7, or divided by the sum of a token's gates; each token and expert by itself."""
+    gates = np.zeros(scores.shape)
+    for b, i in np.ndindex(*scores.shape[:2]):
+        own = [scores[b, i, j] if chosen[b, i, j] else 0.0 for j in range(scores.shape[2])]
+        if config.renormalise and config.router == "moe++" and config.exclude_zero:
+            own[config.count : config.count + config.zero] = [0.0] * config.zero
+        total = sum(own) if config.renormalise and sum(own) else 1
+        gates[b, i] = [gate / total if kept else 0 for gate, kept in zip(own, admitted[b, i], strict=True)]
+    return gates
+
+
 def check(router, x_BND, pyramid, previous=None):
     routing = router(x_BND, whole(pyramid), previous and Record(routing=previous))
     logits, scores = reference(router, x_BND, pyramid, previous.logits_BNM if previous else None)
@@ -100,11 +131,13 @@ def check(router, x_BND, pyramid, previous=None):
     np.testing.assert_allclose(routing.scores_BNM.detach().numpy(), scores, atol=2e-5)
     ours = routing.scores_BNM.detach().numpy()
     chosen = chosen_by_loops(router.config, ours, pyramid)
-    np.testing.assert_array_equal(routing.selected_BNM.numpy(), chosen)
-    gates = np.where(chosen, ours, 0)
-    if router.config.renormalise:
-        total = gates.sum(-1, keepdims=True)
-        gates = np.where(total > 0, gates / np.where(total > 0, total, 1), 0)
+    admitted = admitted_by_loops(router.config, chosen, pyramid)
+    np.testing.assert_array_equal(routing.selected_BNM.numpy(), admitted)
+    if routing.requested_BNM is None:
+        assert (chosen == admitted).all()
+    else:
+        np.testing.assert_array_equal(routing.requested_BNM.numpy(), chosen)
+    gates = gates_by_loops(router.config, ours, chosen, admitted)
     np.testing.assert_allclose(routing.gates_BNM.detach().numpy(), gates, atol=1e-6)
     assert routing.selected_BNM.dtype == torch.bool
     assert {t.dtype for t in (routing.logits_BNM, routing.scores_BNM, routing.gates_BNM)} == {torch.float32}
@@ -119,7 +152,9 @@ def experts(draw):
     most = count + (sum(idle.values()) if router == "moe++" else 0)
     return ExpertsConfig(
         router=router, count=count, active=draw(st.integers(1, most)), renormalise=draw(st.booleans()),
-        scale_embedding=draw(st.booleans()), gating_residual=draw(st.booleans()), **idle,
+        scale_embedding=draw(st.booleans()), gating_residual=draw(st.booleans()), exclude_zero=draw(st.booleans()),
+        capacity_factor=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0, 1.1, 3.0])),
+        capacity_ratio=draw(st.sampled_from([0.25, 0.75, 1.0])), **idle,
     )  # fmt: skip
 
 
@@ -193,17 +228,17 @@ def test_smoe_gives_all_tokens_of_a_scale_the_same_experts():
     assert len(sets) > 1, "random embeddings of scales differ"
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("config", [*map(ExpertsConfig, ROUTERS.names), FULL], ids=[*ROUTERS.names, "capacity"])
 @torch.no_grad()
-def test_a_scale_alone_is_routed_as_within_the_sequence(router):
+def test_a_scale_alone_is_routed_as_within_the_sequence(config):
     """The contexts of `step` and of `prefill` know their scales."""
-    config = ExpertsConfig(router=router)
     made_router, x_BND = made(config, PYRAMID), torch.randn(2, PYRAMID.length, D)
     first = made(config, PYRAMID, block=0, seed=1)(x_BND, whole(PYRAMID))
     together = made_router(x_BND, whole(PYRAMID), Record(routing=first))
 
     def part(routing, start, end):
-        return Routing(*(getattr(routing, f)[:, start:end] for f in Routing.__dataclass_fields__))
+        tensors = (getattr(routing, f) for f in Routing.__dataclass_fields__)
+        return Routing(*(t if t is None else t[:, start:end] for t in tensors))
 
     for k, (start, end) in enumerate(PYRAMID.spans):
         step = ScaleContext(PYRAMID, (start, end), k=k)
@@ -356,6 +391,8 @@ def test_expert_load_is_normalised():
         ({"router": "stmoe", "active": 0}, "active must be 1 to the number of experts; got active=0"),
         ({"router": "stmoe", "count": 0, "active": 1}, "count must be 1 to 4096"),
         ({"router": "moe++", "copy": -1}, "zero, copy and constant must be 0 to 4096"),
+        ({"router": "moe++", "capacity_factor": -0.5}, "capacity_factor must be 0 to 4096"),
+        ({"router": "moe++", "capacity_ratio": 0.0}, "capacity_ratio must be above 0, up to 1"),
     ],
 )
 def test_impossible_mixtures_are_named(settings_, message):

@@ -16,6 +16,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "options": {},
         "positions": {"kind": "table", "base": 100.0, "extent": 16.0, "size_embedding": False},
     },
+    "gating_residual": {"capacity_factor": 0.0, "capacity_ratio": 0.75, "exclude_zero": False},  # ExpertsConfig
     "smooth": {"cfg_parts": {}, "cfg_scales": 0, "stop_at": 0},  # SampleConfig
     "micro_batch": {"backend": "auto", "patience": 0},  # TrainConfig
     "revive_below": {"scale_dropout": 0.0},  # CodebookConfig

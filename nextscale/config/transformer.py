@@ -43,6 +43,13 @@ class ExpertsConfig:
     """moe++: zero-computation experts that output a mix of their input and a learned vector."""
     gating_residual: bool = True
     """moe++: the router also sees the scores of the previous block."""
+    capacity_factor: float = 0.0
+    """moe++: an expert takes at most this many times an even share of the tokens of an image and scale, and drops later
+    ones; 0 = no limit. The paper has 1.1."""
+    capacity_ratio: float = 0.75
+    """moe++: tokens that an FFN expert takes over those that a zero-computation expert takes (tau)."""
+    exclude_zero: bool = False
+    """moe++: renormalise without zero experts, as the published code: the gates of the others sum to 1."""
 
     def __post_init__(self) -> None:
         ROUTERS.check(self.router, "experts.router")
@@ -52,12 +59,15 @@ class ExpertsConfig:
             "zero, copy and constant must be 0 to 4096": all(
                 0 <= n <= 4096 for n in (self.zero, self.copy, self.constant)
             ),
+            "capacity_factor must be 0 to 4096": 0 <= self.capacity_factor <= 4096,
+            "capacity_ratio must be above 0, up to 1": 0 < self.capacity_ratio <= 1,
         }
         check_fields("experts", self, rules)
 
     def list_idle(self) -> Idle:
         """Settings without effect, see `nextscale.config.idle`."""
-        moe_plus_plus = ("zero", "copy", "constant", "gating_residual")
+        capacity = ("capacity_factor", "capacity_ratio")
+        moe_plus_plus = ("zero", "copy", "constant", "gating_residual", *capacity, "exclude_zero")
         if self.router == "none":
             names = ("count", "active", "renormalise", "scale_embedding", *moe_plus_plus)
             return {"there is no mixture of experts ({at}router is none)": names}
@@ -66,6 +76,10 @@ class ExpertsConfig:
             idle["it belongs to the router moe++"] = moe_plus_plus
         if self.router in ("smoe", "expert-choice", "moe++"):
             idle["it belongs to the router stmoe"] = ("scale_embedding",)
+        if self.router == "moe++" and not self.capacity_factor:
+            idle["experts take any number of tokens ({at}capacity_factor is 0)"] = ("capacity_ratio",)
+        if self.router == "moe++" and not (self.renormalise and self.zero):
+            idle["no zero expert is part of a renormalisation ({at}renormalise, {at}zero)"] = ("exclude_zero",)
         return idle
 
     def list_doubts(self) -> list[str]:

@@ -13,11 +13,13 @@ from nextscale.transformer.feed_forward.routers import Routing
 
 def compute_balance_loss(routing: Routing, zero_computation: int = 0, zero_weight: float = 0.75) -> Tensor:
     """L_b of Eq. 10, M sum_j f_j P_j, a scalar: f_j the share of an image's tokens that chose j, P_j j's mean score.
+    Tokens that a full expert dropped did choose it.
 
     The mean over images, each by itself: an image's loss then depends on no other. With even use it is m, the number of
     experts for each token. The last `zero_computation` experts count `zero_weight` (MoE++, arXiv 2410.07348, Eq. 7).
     """
-    share_BM = routing.selected_BNM.float().mean(dim=1)
+    chosen_BNM = routing.selected_BNM if routing.requested_BNM is None else routing.requested_BNM
+    share_BM = chosen_BNM.float().mean(dim=1)
     score_BM = routing.scores_BNM.mean(dim=1)
     M = score_BM.shape[1]
     weight_M = torch.ones(M, device=score_BM.device)

@@ -6,6 +6,7 @@ zero-computation ones).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class Routing:
     """bool: which experts work on which tokens."""
     gates_BNM: Tensor
     """float32: the factors of the experts' outputs, G of Eq. 7; 0 where an expert was not selected."""
+    requested_BNM: Tensor | None = None
+    """bool: the selection before full experts dropped tokens; None where experts have no capacity."""
 
 
 def select_largest(scores: Tensor, count: int, dim: int) -> Tensor:
@@ -70,7 +73,7 @@ class Router(nn.Module):
             selected_BNM = self.select(scores_BNM.detach(), context)
             gates_BNM = torch.where(selected_BNM, scores_BNM, 0)
             if self.config.renormalise:
-                gates_BNM = gates_BNM / gates_BNM.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+                gates_BNM = self.renormalise(gates_BNM)
         return Routing(logits_BNM, scores_BNM, selected_BNM, gates_BNM)
 
     def score_tokens(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
@@ -84,6 +87,10 @@ class Router(nn.Module):
     def select(self, scores_BNM: Tensor, context: ScaleContext) -> Tensor:
         """Which experts work on which tokens, bool (B, N, M): the m best of each token (Eq. 7)."""
         return select_largest(scores_BNM, self.config.active, dim=-1)
+
+    def renormalise(self, gates_BNM: Tensor) -> Tensor:
+        """The gates divided by their sum; those of a token without any stay 0."""
+        return gates_BNM / gates_BNM.sum(dim=-1, keepdim=True).clamp_min(1e-9)
 
     def count_pairs(self, shape: tuple[int, int], context: ScaleContext) -> int:
         """Largest possible number of pairs of a token and an FFN expert for `shape` (B, N) tokens."""
@@ -168,7 +175,12 @@ def compute_capacity(config: ExpertsConfig, tokens: int) -> int:
 
 class ZeroComputationRouter(Router):
     """MoE++ (arXiv 2410.07348): zero-computation experts can be selected too, and a router adds the logits of the block
-    before (gating residual)."""
+    before (gating residual).
+
+    With a capacity factor an expert serves the first tokens of a scale, in raster order, that select it, up to its
+    capacity (Eq. 8), and drops the others. The published layer counts the tokens of a batch; here they are those of one
+    image and scale, so that no image depends on another and no scale on a later one.
+    """
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__(config, scales, block)
@@ -180,9 +192,57 @@ class ZeroComputationRouter(Router):
             return logits_BNM
         return logits_BNM + self.residual(previous.routing.logits_BNM)
 
+    def forward(self, x_BND: Tensor, context: ScaleContext, previous: Record | None = None) -> Routing:
+        routing = super().forward(x_BND, context, previous)
+        if not self.config.capacity_factor:
+            return routing
+        requested_BNM = routing.selected_BNM
+        selected_BNM = requested_BNM & self.find_admitted(requested_BNM, context)
+        gates_BNM = torch.where(selected_BNM, routing.gates_BNM, 0)
+        return Routing(routing.logits_BNM, routing.scores_BNM, selected_BNM, gates_BNM, requested_BNM)
+
+    def find_admitted(self, requested_BNM: Tensor, context: ScaleContext) -> Tensor:
+        """Where an expert is not full yet, bool (B, N, M)."""
+        parts = []
+        for start, end in context.list_spans(requested_BNM.shape[1]):
+            limits = compute_capacities(self.config, end - start)
+            count_BnM = requested_BNM[:, start:end].cumsum(dim=1)
+            kinds = count_BnM.split((self.config.count, self.config.zero_computation), dim=-1)
+            parts.append(torch.cat([count <= limit for count, limit in zip(kinds, limits, strict=True)], dim=-1))
+        return torch.cat(parts, dim=1)
+
+    def renormalise(self, gates_BNM: Tensor) -> Tensor:
+        if self.config.exclude_zero:
+            first = self.config.count
+            gates_BNM = gates_BNM.clone()
+            gates_BNM[..., first : first + self.config.zero] = 0
+        return super().renormalise(gates_BNM)
+
+    def count_pairs(self, shape: tuple[int, int], context: ScaleContext) -> int:
+        batch, count = shape
+        return batch * sum(self.count_expert_calls(self.config, j - i) for i, j in context.list_spans(count))
+
+    @classmethod
+    def count_expert_calls(cls, config: ExpertsConfig, tokens: int) -> int:
+        calls = super().count_expert_calls(config, tokens)
+        if not config.capacity_factor:
+            return calls
+        return min(calls, config.count * min(tokens, compute_capacities(config, tokens)[0]))
+
     @classmethod
     def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
         total = super().count_multiply_adds(config, scales, tokens, block)
         if config.experts.gating_residual and block > 0:
             total += tokens * (config.experts.count + config.experts.zero_computation) ** 2
         return total
+
+
+def compute_capacities(config: ExpertsConfig, tokens: int) -> tuple[int, int]:
+    """How many of `tokens` tokens an FFN expert and a zero-computation expert take at most (MoE++, Eq. 8).
+
+    Of the m selections of each token an even share is m tokens / (tau FFN experts + zero-computation experts), which an
+    FFN expert takes tau times. At least 1.
+    """
+    share = tokens * config.active / (config.capacity_ratio * config.count + config.zero_computation)
+    zero_computation = config.capacity_factor * share
+    return max(1, math.ceil(config.capacity_ratio * zero_computation)), max(1, math.ceil(zero_computation))
