@@ -18,6 +18,7 @@ from nextscale.checkpoints.adapt import NewClass, adapt
 from nextscale.checkpoints.official import export_official
 from nextscale.common.errors import UserError
 from nextscale.conditions import read_condition
+from nextscale.config.analysis import AnalysisConfig
 from nextscale.config.condition import ConditionConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.training import TrainConfig
@@ -25,6 +26,7 @@ from nextscale.config.transformer import DynamicConfig, ExpertsConfig, MambaConf
 from nextscale.data.examples import MemoryExamples
 from nextscale.evaluation.images import open_images
 from nextscale.pipeline import Pipeline
+from nextscale.research.analysis.analyzed_model import AnalyzedModel
 from nextscale.training.transformer import TransformerTask
 from tests.conftest import randomised, tiny_config
 
@@ -148,16 +150,24 @@ def train(kind: str) -> None:
 
 
 def measure(kind: str) -> None:
-    """By classes, or by the captions of the reference set."""
+    """By classes, or by what the images of the reference set give."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        create(kind).save_pretrained(folder / "model")
+        create(kind).save_pretrained(folder / "MODEL")
         (folder / "data").mkdir()
         for i, text in enumerate(("a cat", "dog")):
             Image.new("RGB", (6, 6)).save(folder / "data" / f"{i}.png")
             (folder / "data" / f"{i}.txt").write_text(text)
-        images = open_images(str(folder / "model"), 3, 0, SampleConfig(), 3, captions_of=str(folder / "data"))
+        images = open_images(str(folder / "MODEL"), 3, 0, SampleConfig(), 3, given_by=str(folder / "data"))
         assert len(images.fetch(0, 3)) == 3
+
+
+def analyse(kind: str) -> None:
+    """The forward pass of `analyse load`, `routing` and `features` on held-out images."""
+    rows = range(2)
+    analyzed = AnalyzedModel("model", create(kind), MemoryExamples(**BATCH), rows, AnalysisConfig())
+    (output,) = analyzed.run_batches()
+    assert output.logits_BNV.shape[0] == 2
 
 
 def adapt_classes(kind: str) -> None:
@@ -182,6 +192,7 @@ USES = {
     "bfloat16": use_bfloat16,
     "training": train,
     "measuring (`evaluate`)": measure,
+    "analysing (`analyse load`, `features`)": analyse,
     "other classes (`adapt`)": adapt_classes,
     "official files": export,
 }
@@ -194,7 +205,7 @@ def find_reason(use: str, kind: str) -> str:
         USES[use](kind)
     except UserError as error:
         reason = str(error).replace(KINDS[kind].describe(), "...")
-        return re.sub(r"/\S+/FILE", "FILE", reason)
+        return re.sub(r"/\S+/(FILE|MODEL)", r"\1", reason)
     return ""
 
 

@@ -54,7 +54,8 @@ class Classes:
     def of_model(where: str, config: ModelConfig) -> Classes:
         """Those of a generator."""
         assert config.transformer is not None, "a tokenizer alone has no classes"
-        return Classes(where, config.class_names, config.transformer.condition.num_classes)
+        condition = config.transformer.condition
+        return Classes(where, config.class_names, condition.count_of_classes or condition.num_classes)
 
     @property
     def unnamed(self) -> bool:

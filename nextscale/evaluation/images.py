@@ -22,15 +22,17 @@ from nextscale.common.notes import print_note
 from nextscale.common.pictures import to_uint8
 from nextscale.common.precision import get_name
 from nextscale.common.sizes import Size, expand_size
+from nextscale.config.condition import OTHERS
 from nextscale.config.data import ReadConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig, count_scales
 from nextscale.data.classes import Classes, match_classes
 from nextscale.data.datasets import decode_image
 from nextscale.data.describe import print_data_set
+from nextscale.data.given import ImageConditions
 from nextscale.data.inputs import describe_data
 from nextscale.data.parts import choose_part
-from nextscale.data.sources import open_optional, open_source
+from nextscale.data.sources import open_optional
 from nextscale.evaluation.sizes import choose_size
 from nextscale.pipeline import Pipeline
 from nextscale.tokenizer.tokenizer import scale_to_unit
@@ -123,41 +125,42 @@ def _name_scales(pipeline: Pipeline) -> dict[str, str]:
     return {} if pyramid == pipeline.tokenizer.quantizer.tables else {"scales": str(pyramid)}
 
 
-class PromptedImages(ModelImages):
-    """Samples of a model that reads captions: image i has the first caption of image i of a data set, in turn, and its
-    own random stream of the seed. Images without a caption are passed over."""
+class ConditionedImages(ModelImages):
+    """Samples of a model that draws from more than a class: image i has what image i of a data set gives, in turn, and
+    its own random stream of the seed. See `ImageConditions`."""
 
     def __init__(
-        self, pipeline: Pipeline, where: str, count: int, settings: SampleConfig, batch: int, captions_of: str,
+        self, pipeline: Pipeline, where: str, count: int, settings: SampleConfig, batch: int, given_by: str,
         reading: ReadConfig | None = None,
     ):  # fmt: skip
-        """`captions_of`: the data set; UserError when it is empty or has no captions."""
+        """`given_by`: the data set; UserError when it is empty or does not give what the model reads."""
         super().__init__(pipeline, where, count, settings, batch)
-        if not captions_of:
-            raise UserError(f"{where} draws images from captions: give a --reference that has some (docs/data.md)")
-        captions = open_source(captions_of, 8, reading, captioned=True).captions
-        assert captions is not None, "it was asked for captions"
-        self.prompts = [text for i in range(len(captions)) for text in captions[i][:1] if text]
-        self.captions_of = captions_of
+        if not given_by:
+            described = pipeline.transformer.config.condition.describe()
+            raise UserError(f"{where} draws images from {described}: give images to take them from, as --reference")
+        self.given = ImageConditions(given_by, where, pipeline.config, reading)
 
     def list_classes(self) -> tuple[int, ...]:
         return (0,)
 
     def fetch(self, start: int, stop: int) -> Tensor:
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(start, stop)]
-        images = self.pipeline.sample(prompts=prompts, config=self.settings, batch_size=self.batch, first_image=start)
+        given = self.given.read(range(start, stop))
+        images = self.pipeline.sample(config=self.settings, batch_size=self.batch, first_image=start, **given)
         return to_uint8(images.tensor)
 
-    def labels(self) -> None:
-        return None
+    def labels(self) -> Tensor | None:
+        labels_N = self.given.labels_N
+        return None if labels_N is None else labels_N[torch.arange(self.count) % len(labels_N)]
 
-    def classes(self) -> None:
-        return None
+    def classes(self) -> Classes | None:
+        return None if self.given.labels_N is None else super().classes()
+
+    def match_order(self, other: ModelImages) -> str:
+        return ""
 
     def identity(self) -> dict[str, Any]:
-        digest = fingerprint_bytes("\0".join(self.prompts).encode())
         known = {name: value for name, value in super().identity().items() if name != "samples_per_class"}
-        return known | {"prompts": {"where": self.captions_of, "content": digest}}
+        return known | {"given by": self.given.identity()}
 
 
 class StoredImages:
@@ -356,14 +359,14 @@ def compare_pairs(images: MeasuredImages, partner: MeasuredImages) -> str:
 
 def open_images(
     source: str, count: int, size: Size, settings: SampleConfig, batch: int, reconstruct: str = "",
-    reading: ReadConfig | None = None, captions_of: str = "", scales: str = "", **load: Any,
+    reading: ReadConfig | None = None, given_by: str = "", scales: str = "", **load: Any,
 ) -> MeasuredImages:  # fmt: skip
     """The images of a checkpoint folder, an .npz of samples, or a data set (folder, table, name on the hub).
 
     `count`: number of images, 0 for all (50,000 of a model). `size`: resize and crop a data set's images, 0 for
     unchanged. `reading`: how a data set is read. `reconstruct`: images that the model's tokenizer reconstructs, in
-    place of samples. `captions_of`: the data set whose captions are the prompts of a model that reads texts. `scales`:
-    of a model, in place of its own. `load`: dtype and device of a model.
+    place of samples. `given_by`: the data set whose captions, edges or labels a model draws from that takes more than a
+    class. `scales`: of a model, in place of its own. `load`: dtype and device of a model.
     """
     path = Path(source)
     if path.suffix == ".npz":
@@ -373,7 +376,7 @@ def open_images(
         return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.image_size, count, reading))
     if (path / "config.json").is_file():
         pipeline = Pipeline.from_pretrained(source, **load).at(scales)
-        if pipeline.transformer.config.condition.kind == "text":
-            return PromptedImages(pipeline, source, count or 50_000, settings, batch, captions_of, reading)
+        if pipeline.transformer.config.condition.kind in OTHERS:
+            return ConditionedImages(pipeline, source, count or 50_000, settings, batch, given_by, reading)
         return ModelImages(pipeline, source, count or 50_000, settings, batch)
     return StoredImages(source, size, count, reading)

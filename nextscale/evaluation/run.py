@@ -96,11 +96,11 @@ def evaluate(
         check_columns(opened)
         measured = _ImageFeatures({npz.network: sort_rows(npz.features())}, {npz.network: npz.read_text("fingerprint")})
     else:
-        captions_of = next((name for name in references if not name.endswith(".npz")), "")
-        images = _open_images(source, config, world, config.reconstruct, captions_of)
+        given_by = next((name for name in references if not name.endswith(".npz")), "")
+        images = _open_images(source, config, world, config.reconstruct, given_by)
         if not (loaded or lpips or against or images_out):
             raise UserError("nothing to measure: give --features (a feature network) or --against with --lpips")
-        partner = _open_partner(against, images, config, world, captions_of) if against else None
+        partner = _open_partner(against, images, config, world, given_by) if against else None
         opened = _open_references(references, loaded, replace(config, size=config.size or images.size))
         check_columns([images, *([partner] if partner else ()), *opened])
         extraction = _plan_extraction(loaded, config, world, partner, lpips, images_out)
@@ -198,11 +198,11 @@ def _read_feature_file(source: str) -> NpzFile | None:
 
 
 def _open_images(
-    source: str, config: EvaluationConfig, world: World, reconstruct: str = "", captions_of: str = ""
+    source: str, config: EvaluationConfig, world: World, reconstruct: str = "", given_by: str = ""
 ) -> MeasuredImages:
     images = open_images(
         source, config.count, config.size, config.sampling, config.batch, reconstruct, reading=config.images,
-        captions_of=captions_of, scales=config.scales, dtype=config.dtype, device=world.device, capture=config.capture,
+        given_by=given_by, scales=config.scales, dtype=config.dtype, device=world.device, capture=config.capture,
         lora=config.lora,
     )  # fmt: skip
     if (config.lora or config.scales) and not isinstance(images, ModelImages):
@@ -214,11 +214,11 @@ def _open_images(
 
 
 def _open_partner(
-    against: str, images: MeasuredImages, config: EvaluationConfig, world: World, captions_of: str
+    against: str, images: MeasuredImages, config: EvaluationConfig, world: World, given_by: str
 ) -> MeasuredImages:
     """The images to compare with `images` one by one: a model's have the same classes, by name."""
     config = replace(config, size=config.size or images.size, lora=(), scales="")
-    partner = _open_images(against, config, world, captions_of=captions_of)
+    partner = _open_images(against, config, world, given_by=given_by)
     notes = []
     if isinstance(partner, ModelImages) and isinstance(images, ModelImages):
         notes.append(partner.match_order(images))

@@ -19,7 +19,7 @@ from nextscale.data.classes import Classes, open_matched_examples
 from nextscale.data.examples import Examples, check_unreadable
 from nextscale.pipeline import Labels, Pipeline
 from nextscale.pyramid import Pyramid
-from nextscale.tokenizer.tokenizer import scale_to_unit
+from nextscale.training.inputs import read_tokens
 from nextscale.transformer.var import VAR, Output
 
 _MIN_PROGRESS = 20
@@ -52,14 +52,14 @@ class AnalyzedModel:
             raise UserError(f"there is no image {number}: held-out images are numbered 0 to {len(self.held_out) - 1}")
         return replace(self, rows=range(number, number + 1))
 
-    def load_tokens(self, rows: range) -> tuple[Tensor, Tensor]:
-        """Labels (B,) and tokens (B, L) of these held-out images, int64, on the model's device."""
+    def load_tokens(self, rows: range) -> tuple[Any, Tensor]:
+        """Values of the condition, such as labels (B,), and tokens (B, L), int64, of these held-out images, on the
+        model's device."""
         batch = self.held_out.fetch(rows, None)
         check_unreadable(batch.get("unreadable", ()), len(self.rows), self.config.images.max_unreadable)
         device = self.pipeline.device
-        if "tokens" in batch:
-            return batch["label"].to(device), batch["tokens"].to(device).long()
-        return batch["label"].to(device), self.pipeline.tokenizer.encode(scale_to_unit(batch["image"].to(device)))
+        batch = {name: values.to(device) if isinstance(values, Tensor) else values for name, values in batch.items()}
+        return self.model.condition.from_batch(batch), read_tokens(batch, self.pipeline.tokenizer)
 
     @torch.no_grad()
     def run_batches(self, hidden: int = 0) -> Iterator[Output]:
@@ -67,8 +67,8 @@ class AnalyzedModel:
         size = self.config.batch_size
         batches = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
         for rows in tqdm(batches, desc=self.name, unit="batch", disable=len(batches) < _MIN_PROGRESS):
-            labels_B, tokens_BL = self.load_tokens(rows)
-            yield self.model(labels_B, self.pipeline.tokenizer.teacher_inputs(tokens_BL), hidden_block=hidden)
+            values, tokens_BL = self.load_tokens(rows)
+            yield self.model(values, self.pipeline.tokenizer.teacher_inputs(tokens_BL), hidden_block=hidden)
 
     def check_block(self, number: int, default: int) -> int:
         """The number of a block, counted from 1; `default` for 0. UserError when the model has no such block."""
@@ -153,7 +153,11 @@ def describe_analysis(data: str, config: AnalysisConfig, device: torch.device) -
 
 def choose_labels(pipeline: Pipeline, labels: Labels, count: int) -> list[int | None]:
     """The class of each of `count` images that a figure draws: these in turn, or all classes in turn."""
-    none_given = isinstance(labels, str | Sequence) and not labels
     every = range(pipeline.transformer.config.condition.require_classes("this figure draws images"))
-    chosen = pipeline.label_indices(list(every) if none_given else labels)
+    chosen = pipeline.label_indices(list(every) if is_empty(labels) else labels)
     return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def is_empty(labels: Labels) -> bool:
+    """Whether no labels are given, which stands for all classes; None is "no label"."""
+    return isinstance(labels, str | Sequence) and not labels
