@@ -147,7 +147,7 @@ def test_training_batches_have_the_values_of_all_parts(pipelines):
     assert torch.equal(rows["caption"], condition.parts["caption"].parse(["ab", "c"]))
     edges = compute_control(image, "edges")
     assert torch.equal(rows["edges"]["picture"], edges / 255)
-    assert torch.equal(condition.from_batch({"control": edges, **text})["edges"]["picture"], edges / 255)
+    assert torch.equal(condition.from_batch({"edges": edges, **text})["edges"]["picture"], edges / 255)
     drop = condition.drop(torch.tensor([[True, False], [False, True]]), rows)
     assert drop["edges"]["given"].tolist() == [False, True]
     assert torch.equal(drop["caption"], condition.parts["caption"].parse(["ab", ""]))

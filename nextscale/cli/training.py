@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -202,6 +202,8 @@ class Tokenize:
     on the hub."""
     text_max_tokens: int = 64
     """Tokens of a caption that --text-encoder is given; longer captions are cut."""
+    control: tuple[Literal["edges", "low-resolution"], ...] = ()
+    """Store control pictures of the images too, for a model that reads them."""
     shard: int = 8192
     """Images per file of the cache; an interrupted call repeats at most this many."""
     batch_size: int = 64
@@ -216,6 +218,7 @@ class Tokenize:
     def check(self) -> None:
         rules = {f"{name} must be 1 or more": getattr(self, name) >= 1 for name in ("views", "shard", "batch_size")}
         [Pyramid.parse(text) for text in self.sizes]
+        rules["control must not name a kind twice"] = len({*self.control}) == len(self.control)
         rules["text_max_tokens must be 4 to 65536"] = 4 <= self.text_max_tokens <= 65536
         check_fields("", self, {**rules, SEED_RULE: is_seed(self.seed)})
 
@@ -243,6 +246,7 @@ class Tokenize:
                 views=self.views, shard=self.shard, batch=self.batch_size, encoder=self.encoder,
                 accept_changes=self.accept_changes, captions=self.captions, text_encoder=self.text_encoder,
                 text_max_tokens=self.text_max_tokens, sizes=[Pyramid.parse(text) for text in self.sizes],
+                control=self.control,
             )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class ConditionConfig:
     num_classes: int = 1000
     """class: number of classes. Training takes it from the data."""
     source: str = ""
-    """Field of a training batch with the values; empty: label, text, vector or control, by the kind."""
+    """Field of a training batch with the values; empty: label, text, vector, control or the name of `control`."""
     max_tokens: int = 64
     """text: length of the sequence. Longer captions are cut. Our own encoder has a token for each byte of UTF-8."""
     layers: int = 2
@@ -40,7 +40,7 @@ class ConditionConfig:
     picture_size: tuple[int, ...] = ()
     """picture: height and width in pixels. Training takes the size of the images."""
     control: Literal["", "edges", "low-resolution"] = ""
-    """picture: what training computes from the images as control pictures; empty: those of the data (`source`)."""
+    """picture: what is computed from the training images as control pictures; empty: those of the data (`source`)."""
     channels: int = 1
     """picture of the data: 1 for a mask, 3 for colours."""
     patch: int = 4
@@ -82,7 +82,7 @@ class ConditionConfig:
     @property
     def batch_field(self) -> str:
         """The field of a training batch with the values."""
-        return self.source or _SOURCES.get(self.kind, "label")
+        return self.source or (self.control if self.kind == "picture" else "") or _SOURCES.get(self.kind, "label")
 
     @property
     def count_of_classes(self) -> int | None:

@@ -3,8 +3,9 @@
     cache.json                          its settings: data, crop, tokenizer, scales, classes; written first
     inputs.json                         fingerprint of the data
     train-00000.safetensors ...         the examples of one shard: tokens (n, views, L), labels (n), with an encoder
-                                        its features (n, views, h, w, C), float16, and captions, see
-                                        `nextscale.data.cached_text`
+                                        its features (n, views, h, w, C), float16, captions, see
+                                        `nextscale.data.cached_text`, and control pictures, see
+                                        `nextscale.data.cached_control`
     held_out-00000.safetensors ...
 
 Shards are memory-mapped when read. Each is written atomically, so an interrupted run continues with the first missing
@@ -30,8 +31,9 @@ from nextscale.common.fingerprint import compute_fingerprint
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict
-from nextscale.data.cache_head import TextHead, read_cache_head
+from nextscale.data.cache_head import ControlHead, TextHead, read_cache_head
 from nextscale.data.cache_shards import REMEDY, ShardLimits, name_shard
+from nextscale.data.cached_control import unpack_control
 from nextscale.data.cached_text import TEXT_TENSORS, ShardText, collect_text, join_captions
 from nextscale.data.captions import CaptionBytes, TextInput, list_caption_notes
 from nextscale.data.datasets import Keep, open_dataset
@@ -84,6 +86,12 @@ class TokenCache:
         head = self.head.get("text")
         return None if head is None else from_dict(TextHead, head)
 
+    @property
+    def control(self) -> ControlHead | None:
+        """Which control pictures are stored; None without any."""
+        head = self.head.get("control")
+        return None if head is None else from_dict(ControlHead, head)
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise UserError unless this tokenizer made the cache."""
         if fingerprint_tokenizer(tokenizer) != self.head["tokenizer"]:
@@ -104,7 +112,7 @@ class TokenCache:
         views, length = self.head["views"] if split == "train" else 1, Pyramid.parse(self.head["scales"]).length
         limits = ShardLimits(
             str(self.head.get("digest", "")), views, length, self.head["vocab_size"], len(self.class_names),
-            bool(self.head.get("encoder")), self.text,
+            bool(self.head.get("encoder")), self.text, self.control,
         )  # fmt: skip
         examples = CachedExamples(shards, count, size, limits)
         examples.inputs = describe_cache(self.folder)
@@ -237,7 +245,8 @@ class CachedExamples:
             view = (epoch + i) % shard["tokens"].shape[1] if positions is not None else 0
             for name in shard.keys() - TEXT_TENSORS:
                 rows.setdefault(name, []).append(shard[name][row] if name == "labels" else shard[name][row, view])
-        batch = {name: torch.stack(tensors) for name, tensors in sorted(rows.items())}
+        batch: Batch = {name: torch.stack(tensors) for name, tensors in sorted(rows.items())}
+        batch |= unpack_control(batch, self.limits.control)
         if self._text is not None:
             text, seed = self._text
             places = [(self._use_text(i // self.size), i % self.size) for i in map(int, indices)]

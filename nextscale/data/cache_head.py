@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nextscale.common.errors import UserError
 from nextscale.common.reading import read_json
@@ -38,6 +38,22 @@ class TextHead:
 
 
 @dataclass(frozen=True)
+class ControlHead:
+    """The control pictures of a cache."""
+
+    kinds: tuple[Literal["edges", "low-resolution"], ...]
+    size: tuple[int, int]
+    """Height and width of the images."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "kinds must be different, one at least": 1 <= len(self.kinds) == len({*self.kinds}),
+            "size must be 1 to 2^16 by 1 to 2^16": all(1 <= side <= 2**16 for side in self.size),
+        }
+        check_fields("control", self, rules)
+
+
+@dataclass(frozen=True)
 class CacheHead:
     """The fields of cache.json that a reader depends on."""
 
@@ -57,6 +73,8 @@ class CacheHead:
     """Fingerprint of the encoder whose features are stored; empty = none."""
     text: TextHead | None = None
     """None = no captions are stored."""
+    control: ControlHead | None = None
+    """None = no control pictures are stored."""
     other: dict[str, Any] = field(default_factory=dict)
     """What decided the content besides: the data, their crop and split."""
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nextscale.checkpoints.shards import Form, check_range
-from nextscale.data.cache_head import TextHead
+from nextscale.data.cache_head import ControlHead, TextHead
+from nextscale.data.cached_control import list_control_forms
 from nextscale.data.cached_text import check_text, list_text_forms
 
 REMEDY = "delete it and run `nextscale tokenize` again"
@@ -28,6 +29,7 @@ class ShardLimits:
     classes: int
     features: bool
     text: TextHead | None = None
+    control: ControlHead | None = None
 
     def list_forms(self, rows: int) -> dict[str, Form]:
         """Dtype and shape of each tensor of a shard with so many examples."""
@@ -36,7 +38,8 @@ class ShardLimits:
             "labels": ([torch.int64], (rows,)),
         }
         features: Form = ([torch.float16], (rows, self.views, None, None, None))
-        return forms | ({"features": features} if self.features else {}) | list_text_forms(self.text, rows)
+        forms |= ({"features": features} if self.features else {}) | list_text_forms(self.text, rows)
+        return forms | list_control_forms(self.control, rows, self.views)
 
     def check_values(self, path: Path, shard: dict[str, Tensor]) -> None:
         """Raise UserError when a token is beyond the codebook, a label beyond the classes, or captions do not fit."""

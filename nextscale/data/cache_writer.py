@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nextscale.config.migrate import migrate_record
 from nextscale.data.cache import fingerprint_tokenizer
 from nextscale.data.cache_head import FORMAT, SPLITS, VERSION, TextHead, read_cache_head
 from nextscale.data.cache_shards import choose_token_dtype, name_shard
+from nextscale.data.cached_control import pack_control
 from nextscale.data.cached_text import encode_captions
 from nextscale.data.captions import AllCaptions
 from nextscale.data.datasets import ImageExamples
@@ -34,15 +36,18 @@ class CacheWriter:
     `views`: how often each training image is encoded, each time with another random crop and flip; held-out images are
     encoded once, without either. `encoder`: stores its features of the same views, on the grid of the last scale.
     Captions are stored where the splits are images that have them, and with `text_encoder` its embeddings of them.
+    `control`: the kinds of control pictures that are computed from the same views and stored.
     """
 
     def __init__(
         self, folder: Path, tokenizer: Tokenizer, splits: dict[str, Examples], views: int, shard: int,
         max_unreadable: float = 0.1, encoder: PatchEncoder | None = None, text_encoder: TextEncoder | None = None,
+        control: Sequence[str] = (),
     ):  # fmt: skip
         self.folder, self.tokenizer, self.views, self.shard = folder, tokenizer, views, shard
         self.splits = {name: _show_captions(examples) for name, examples in splits.items()}
         self.max_unreadable, self.encoder, self.text_encoder = max_unreadable, encoder, text_encoder
+        self.control = control
         self.unreadable: dict[str, None] = {}
 
     def record_settings(
@@ -67,10 +72,12 @@ class CacheWriter:
         }
         text = self._describe_text()
         head |= {} if text is None else {"text": asdict(text)}
+        size = [side * self.tokenizer.config.downsampling for side in self.tokenizer.pyramid.last]
+        head |= {"control": {"kinds": list(self.control), "size": size}} if self.control else {}
         path = self.folder / "cache.json"
         if path.exists():
             before = migrate_record(read_cache_head(path))
-            names = dict.fromkeys([*head, *(["text"] if "text" in before else [])])
+            names = dict.fromkeys([*head, *(name for name in ("text", "control") if name in before)])
             changed = [f"{k} was {before.get(k)}, now {head.get(k)}" for k in names if before.get(k) != head.get(k)]
             if changed:
                 raise UserError(
@@ -157,13 +164,13 @@ class CacheWriter:
         return tensors | {"labels": views[0]["labels"]} | text
 
     def _encode_batch(self, images: Batch) -> dict[str, Tensor]:
-        """Tokens, labels and, with an encoder, features."""
+        """Tokens, labels and, where they are asked for, features and control pictures."""
         dtype = choose_token_dtype(self.tokenizer.config.vocab_size)
         image_B3HW = scale_to_unit(images["image"].to(self.tokenizer.quantizer.codebook.weight.device))
         encoded = {"tokens": self.tokenizer.encode(image_B3HW).to(dtype), "labels": images["label"]}
         if self.encoder is not None:
             encoded["features"] = self.encoder(image_B3HW, self.tokenizer.pyramid.last).half()
-        return encoded
+        return encoded | pack_control(images["image"], self.control)
 
 
 def _show_captions(examples: Examples) -> Examples:

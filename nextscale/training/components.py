@@ -23,6 +23,7 @@ from nextscale.config.parse import reset_derived, to_dict
 from nextscale.config.transformer import TransformerConfig
 from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import CachedExamples, TokenCache, fingerprint_tokenizer, is_token_cache
+from nextscale.data.cached_control import check_control
 from nextscale.data.classes import Classes, ClassMatch, match_classes, read_trained_classes, relabel
 from nextscale.data.examples import Examples
 from nextscale.data.sizes import join_sizes, open_sizes
@@ -103,6 +104,8 @@ def load_components(config: RunConfig, world: World, folder: Path | None = None)
     encoder, width = _load_guidance(config, parts[0], world)
     model = _build_config(config, checkpoint, match.names, width) if adapters is None else adapters.model
     model = read_text_encoder(model, config, parts[0])
+    if isinstance(parts[0], CachedExamples) and model.transformer is not None:
+        check_control(model.transformer.condition, parts[0].limits.control, config.data)
     examples, held_out = join_sizes(parts, held_parts, pyramids, checkpoint.config.pyramid, config.train.batch_size)
     if adapters is None:
         transformer = _build_transformer(config, model, checkpoint.transformer)

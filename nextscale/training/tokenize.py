@@ -33,10 +33,12 @@ def tokenize(
     data: str, tokenizer_folder: Path, out: Path, images: DataConfig, seed: int, world: World,
     *, views: int = 1, shard: int = 8192, batch: int = 64, encoder: str = "", accept_changes: bool = False,
     captions: bool = False, text_encoder: str = "", text_max_tokens: int = 64, sizes: Sequence[Pyramid] = (),
+    control: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Encode training and held-out images of `data` into the cache `out`; resumes what an earlier call began.
 
     `captions`: store them, too. `text_encoder`: store them and its embeddings of up to `text_max_tokens` tokens.
+    `control`: the kinds of control pictures to store, edges or low-resolution, of the same crops as the tokens.
     `sizes`: other pyramids than the tokenizer's, which get caches inside of `out` (`find_size_folder`).
     Names of unreadable images go to unreadable.txt. Raises UserError when `out` holds a cache with other settings or of
     data that have changed (unless `accept_changes`), when more images are unreadable than `images` allows, or when
@@ -62,7 +64,15 @@ def tokenize(
         folder = out if pyramid == config.pyramid else find_size_folder(out, pyramid)
         splits: dict[str, Examples] = {"train": train, "held_out": held_out}
         writer = CacheWriter(
-            folder, tokenizer.at(pyramid), splits, views, shard, images.max_unreadable, feature_encoder, frozen_text
+            folder,
+            tokenizer.at(pyramid),
+            splits,
+            views,
+            shard,
+            images.max_unreadable,
+            feature_encoder,
+            frozen_text,
+            control,
         )
         settings = {"data": data, "images": to_dict(images), "seed": seed}
         _write(writer, source.class_names, settings, batch, world, accept_changes=accept_changes)

@@ -71,8 +71,8 @@ class PictureCondition(Condition):
         return stack_rows("picture", values, self.shape, self.start.weight.device)
 
     def from_batch(self, batch: Mapping[str, Any]) -> Rows:
-        """Control pictures uint8 (B, C, H, W) of the data; or computed from images uint8 (B, 3, H, W), where those are
-        at hand."""
+        """Control pictures uint8 (B, C, H, W) of the data or a token cache; or computed from images uint8 (B, 3, H, W),
+        where those are at hand."""
         if self.control and self.batch_field not in batch and "image" in batch:
             picture = compute_control(batch["image"], self.control)
         else:
@@ -103,18 +103,26 @@ def compute_control(image_B3HW: Tensor, kind: str) -> Tensor:
     Edges are 255 where the gradient of the brightness (Sobel's operator) is large, and 0 elsewhere. A low resolution is
     the mean over 4x4 pixels, in the size of the image. UserError for another kind.
     """
-    x_B3HW = image_B3HW.float() / 255
     if kind == "low-resolution":
-        height, width = x_B3HW.shape[2:]
-        side = -(-height // LOW_RESOLUTION), -(-width // LOW_RESOLUTION)
-        small = F.adaptive_avg_pool2d(x_B3HW, side)
-        return (F.interpolate(small, (height, width), mode="nearest") * 255).round().to(torch.uint8)
+        return enlarge(reduce_resolution(image_B3HW), (image_B3HW.shape[2], image_B3HW.shape[3]))
     if kind != "edges":
         raise UserError(f"there is no control picture '{kind}'; use edges or low-resolution")
-    red, green, blue = x_B3HW.unbind(1)
+    red, green, blue = (image_B3HW.float() / 255).unbind(1)
     grey = F.pad((0.299 * red + 0.587 * green + 0.114 * blue)[:, None], (1, 1, 1, 1), mode="replicate")
     across = grey[..., 2:] - grey[..., :-2]
     along = grey[..., 2:, :] - grey[..., :-2, :]
     across = (across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]) / 4
     along = (along[..., :-2] + 2 * along[..., 1:-1] + along[..., 2:]) / 4
     return torch.where((across.square() + along.square()).sqrt() > _EDGE, 255, 0).to(torch.uint8)
+
+
+def reduce_resolution(image_B3HW: Tensor) -> Tensor:
+    """The mean over each 4x4 pixels of images uint8 (B, 3, H, W): uint8 (B, 3, H / 4, W / 4), rounded up."""
+    sides = [-(-side // LOW_RESOLUTION) for side in image_B3HW.shape[2:]]
+    small_B3hw = F.adaptive_avg_pool2d(image_B3HW.float() / 255, (sides[0], sides[1]))
+    return (small_B3hw * 255).round().to(torch.uint8)
+
+
+def enlarge(small_B3hw: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures uint8 (B, 3, h, w) in this size, height and width: each pixel is repeated."""
+    return F.interpolate(small_B3hw, size, mode="nearest")
