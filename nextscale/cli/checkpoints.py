@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
 from nextscale.cli.files import Adapters, Overwrite, Paths, list_folders, list_inputs
 from nextscale.common.errors import UserError
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.config.transformer import ExpertsConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Adapt:
-    """Adapt a trained model to other classes, another image size or aspect. Fine-tune it afterwards."""
+    """Adapt a trained model to other classes, sizes, or a further condition. Fine-tune it afterwards."""
 
     model: Positional[Path]
     """Checkpoint folder."""
@@ -31,8 +32,13 @@ class Adapt:
     """Number of new classes (5), or their names. NAME=OLD starts from an old class: cat=281,dog,koi=goldfish."""
     scales: str | None = None
     """New sides of the token maps, coarse to fine: 1,2,3,4 or, for another aspect, 1x1,2x3,4x6."""
+    control: Literal["", "edges", "low-resolution", "mask", "colours"] = ""
+    """Also read a control picture: edges or a low resolution, which training computes; or, of the data, a mask (1
+    channel) or colours (3)."""
+    text: bool = False
+    """Also read a caption, with a small text encoder that is trained along."""
     seed: int = 0
-    """Seed of the new class embeddings."""
+    """Seed of new class embeddings and of what reads a further condition."""
     overwrite: Overwrite = False
 
     def check(self) -> None:
@@ -45,6 +51,7 @@ class Adapt:
 
     def run(self) -> None:
         from nextscale.checkpoints.adapt import adapt, parse_classes
+        from nextscale.checkpoints.add_conditions import add_conditions
         from nextscale.checkpoints.native import read_checkpoint
         from nextscale.checkpoints.saving import write_checkpoint
 
@@ -52,8 +59,21 @@ class Adapt:
         classes = parse_classes(self.classes, checkpoint.config) if self.classes else None
         pyramid = Pyramid.parse(self.scales) if self.scales else None
         adapted = adapt(checkpoint, classes, pyramid, self.seed)
+        if parts := self._list_parts(adapted.config.image_size):
+            adapted = add_conditions(adapted, parts, self.seed)
         write_checkpoint(self.out, adapted)
         print(f"wrote {self.out}: {adapted.config.summarize()}")
+
+    def _list_parts(self, image_size: tuple[int, int]) -> dict[str, ConditionConfig]:
+        """The further parts of the condition, by name."""
+        parts = {"text": ConditionConfig(kind="text")} if self.text else {}
+        if self.control:
+            computed = self.control if self.control in ("edges", "low-resolution") else ""
+            channels = 3 if self.control == "colours" else 1
+            parts["control"] = ConditionConfig(
+                kind="picture", control=computed, channels=channels, picture_size=image_size
+            )
+        return parts
 
 
 @dataclass
