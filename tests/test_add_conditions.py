@@ -60,7 +60,7 @@ def test_trained_it_follows_the_new_condition(tmp_path):
     data = {
         "tokens": torch.randint(0, 32, (2, 14), generator=torch.Generator().manual_seed(0)),
         "label": torch.tensor([1, 1]),
-        "control": (255 * CONTROL).to(torch.uint8),
+        "edges": (255 * CONTROL).to(torch.uint8),
     }
     config = TrainConfig(steps=30, batch_size=2, learning_rate=1e-2, warmup_steps=5, label_drop=0.0, log_every=1)
     losses = {}

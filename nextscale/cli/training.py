@@ -186,7 +186,7 @@ class Tokenize:
     tokenizer: Path
     """Checkpoint folder whose tokenizer is used."""
     out: Path
-    """Folder of the cache to write, for `nextscale train --data`."""
+    """Folder of the cache to write, which `nextscale train` reads."""
     images: DataConfig = field(default_factory=DataConfig)
     views: int = 1
     """Encode each training image this many times, with another random crop and mirroring each time."""
