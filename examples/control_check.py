@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.checking import add_sample_options, choose_settings, run_check
 from nextscale.common.errors import UserError
 from nextscale.common.files import write_json
 from nextscale.common.pictures import save_image, tile_images, to_pil, to_uint8
@@ -80,8 +80,7 @@ def measure(images_B3HW: Tensor, control_BCHW: Tensor, kind: str) -> dict[str, f
 
 def draw(pipeline: Pipeline, labels: list[int] | None, control: Tensor | None, options: argparse.Namespace) -> Tensor:
     """Samples, uint8 (B, 3, H, W); sample i has the same random numbers whatever it is drawn from."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("cfg", "top_p") if getattr(options, name)}
-    settings = dataclasses.replace(pipeline.sampling, seed=options.seed, top_k=0, **given)
+    settings = dataclasses.replace(choose_settings(pipeline, options), top_k=0)
     values: dict[str, Any] = {} if control is None else {"control": control.float() / 255}
     return to_uint8(pipeline.sample(labels, config=settings, batch_size=options.batch_size, **values).tensor)
 
@@ -121,15 +120,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for report.json and control.png")
     parser.add_argument("--limit", type=int, default=500, help="images to use at most")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--cfg", type=float, help="strength of guidance")
-    parser.add_argument("--top-p", type=float, help="probability of the codes that are drawn from")
-    parser.add_argument("--batch-size", type=int, default=50, help="samples at once; they do not depend on it")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    try:
-        report = check(options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    add_sample_options(parser)
+    report = run_check(parser, check)
     for name, figures in report["figures"].items():
         print(f"{name:>14}", *(f"{figure} {value:.3f}" for figure, value in figures.items()), sep="  ")
 

@@ -29,11 +29,9 @@ prompts.png shows prompts with a sample, the second model's and the picture of t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import math
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from examples.checking import add_sample_options, choose_settings, run_check
 from examples.letter_captions import COLOURS, STYLE
 from examples.letterforms import LETTERS
 from nextscale.common.errors import UserError
@@ -159,8 +158,7 @@ def guess(asked: Words, parts: Sequence[str]) -> dict[str, float]:
 def draw(model: str, prompts: list[str], options: argparse.Namespace) -> np.ndarray:
     """Samples of a model, uint8 (B, H, W, 3); sample i has the same random numbers whatever the prompt."""
     pipeline = Pipeline.from_pretrained(model, device=options.device)
-    given = {name: getattr(options, name) for name in ("cfg", "top_p") if getattr(options, name) is not None}
-    settings = dataclasses.replace(pipeline.sampling, seed=options.seed, **given)
+    settings = choose_settings(pipeline, options)
     images = pipeline.sample(prompts=prompts, config=settings, batch_size=options.batch_size)
     return to_uint8(images.tensor).permute(0, 2, 3, 1).numpy()
 
@@ -210,15 +208,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for report.json and prompts.png")
     parser.add_argument("--limit", type=int, default=1000, help="prompts to use at most, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the choice of prompts")
-    parser.add_argument("--cfg", type=float, help="strength of guidance")
-    parser.add_argument("--top-p", type=float, help="probability of the codes that are drawn from")
-    parser.add_argument("--batch-size", type=int, default=50, help="samples at once; they do not depend on it")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    try:
-        report = check(options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    add_sample_options(parser)
+    report = run_check(parser, check)
     names = list(report["shares"]["samples"])
     print(f"{report['prompts']} prompts; share read right of", *names, sep="  ")
     for condition, shares in report["shares"].items():

@@ -87,6 +87,13 @@ def test_what_cannot_be_added_says_why(kind, parts, message):
         add_conditions(create(kind).to_checkpoint(), parts)
 
 
+def test_a_quantised_model_is_refused():
+    before = create("class").to_checkpoint()
+    quantised = {**before.transformer, "blocks.0.ffn.fc1.weight": torch.zeros(4, 4, dtype=torch.int8)}
+    with pytest.raises(UserError, match="adapt the model that it was made from"):
+        add_conditions(replace(before, transformer=quantised), {"control": EDGES})
+
+
 def test_the_command_writes_a_model_that_is_sampled_with_a_control_picture(tiny_folder, tmp_path):
     assert main(["adapt", str(tiny_folder), "--control", "edges", "--text", "--out", str(tmp_path / "new")]) == 0
     config = read_checkpoint(tmp_path / "new").config

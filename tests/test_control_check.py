@@ -52,7 +52,18 @@ def test_a_model_is_checked(tiny_folder, tmp_path, monkeypatch, capsys):
         for i in range(3):
             Image.effect_noise((8, 8), 100).save(tmp_path / "data" / name / f"{i}.png")
     main(["adapt", str(tiny_folder), "--control", "edges", "--out", str(tmp_path / "edges")])
-    options = ["--data", tmp_path / "data", "--without", tiny_folder, "--limit", "4", "--out", tmp_path / "check"]
+    options = [
+        "--cfg",
+        "0",
+        "--data",
+        tmp_path / "data",
+        "--without",
+        tiny_folder,
+        "--limit",
+        "4",
+        "--out",
+        tmp_path / "check",
+    ]
     monkeypatch.setattr(sys, "argv", ["control_check", *map(str, [tmp_path / "edges", *options])])
     control_check.main()
     report = json.loads((tmp_path / "check" / "report.json").read_text())

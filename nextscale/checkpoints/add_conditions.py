@@ -45,7 +45,9 @@ def add_conditions(checkpoint: Checkpoint, parts: Mapping[str, ConditionConfig],
     dtype = checkpoint.transformer["head.weight"].dtype
     weights = {key: value.to(dtype) for key, value in transformer.state_dict().items()}
     for key, value in checkpoint.transformer.items():
-        new = key if model.condition.parts else key.replace("condition.", f"condition.parts.{model.condition.kind}.", 1)
+        new = key
+        if key.startswith("condition.") and not model.condition.parts:
+            new = f"condition.parts.{model.condition.kind}.{key.removeprefix('condition.')}"
         weights[new] = value if value.shape == weights[new].shape else _insert_layer(value, weights[new])
     return Checkpoint(config, dict(checkpoint.tokenizer), weights, dict(checkpoint.origin))
 

@@ -33,8 +33,8 @@ class Adapt:
     scales: str | None = None
     """New sides of the token maps, coarse to fine: 1,2,3,4 or, for another aspect, 1x1,2x3,4x6."""
     control: Literal["", "edges", "low-resolution", "mask", "colours"] = ""
-    """Also read a control picture: edges or a low resolution, which training computes; or, of the data, a mask (1
-    channel) or colours (3)."""
+    """Also read a control picture: edges or a low resolution, which training computes; or a mask (1 channel) or colours
+    (3), which examples made in Python give."""
     text: bool = False
     """Also read a caption, with a small text encoder that is trained along."""
     seed: int = 0
