@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from nextscale.config.condition import ConditionConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.demo import editing
 from nextscale.demo.growth import Request, grow
 from nextscale.demo.recipe import write_command
 from tests.browser import Visitor, explain_missing, open_browser, serve_models
+from tests.conftest import randomised, tiny_config
 from tests.screenshots import draw
 
 if explain_missing():
@@ -254,3 +256,25 @@ def test_the_command_serves_the_page_until_it_is_interrupted(tiny_folder, tmp_pa
         assert process.stdout.read() == "the page has ended\n"
     assert process.returncode == 0
     assert not list(tmp_path.glob("nextscale-demo-*"))
+
+
+def test_texts_are_asked_for_where_the_model_reads_them(tmp_path, tiny_folder):
+    """A page of two models: the box of the texts takes the place of the classes."""
+    condition = ConditionConfig("text", max_tokens=8, layers=1)
+    randomised(tiny_config(condition=condition, mixers=("attention", "cross-attention"))).save_pretrained(tmp_path)
+    with serve_models(str(tmp_path), str(tiny_folder)) as (models, address), open_browser() as browser:
+        visitor = Visitor(browser, address)
+        visitor.button("Generate").click()
+        visitor.page.get_by_text("write at least one text").wait_for()
+        visitor.page.get_by_label("Texts").locator("visible=true").fill("a cat\n\n two dogs ")
+        ask(visitor, 7)
+        visitor.generate()
+        expected = sample(models, ("a cat", "two dogs"), SampleConfig(top_k=32, seed=7))
+        assert read_all(visitor) == list(expected.pictures)
+        assert visitor.page.locator("#pictures .caption-label").all_inner_texts() == ["a cat", "two dogs"]
+        visitor.tab("Inside")
+        visitor.button("Take the generated one").click()
+        visitor.wait_for_text("inside-scales", "The picture in 4 scales; 32 codes")
+        assert visitor.page.get_by_label("Text", exact=True).locator("visible=true").input_value() == "a cat"
+        assert visitor.problems == []
+        visitor.close()

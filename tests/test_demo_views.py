@@ -168,7 +168,7 @@ def test_full_and_reduced_are_those_of_the_pipeline_with_equal_seeds(models, kin
     assert [row[0] for row in rows] == ["full", "reduced"]
     assert rows[1][heads.index("share of the FLOPs")] == f"{found.reduced.flops / found.full.flops:.0%}"
     if way == cheaper.THRESHOLD:
-        maps = map_experts(model.pipeline, 1, replace(SETTINGS, **changes))
+        maps = map_experts(model.pipeline, {"labels": [1]}, replace(SETTINGS, **changes))
         assert (found.maps.scales, found.maps.maps) == (maps.scales, maps.maps)
     else:
         assert found.maps is None
@@ -219,7 +219,7 @@ def test_two_sides_are_those_of_their_pipelines_and_classes_are_matched_by_name(
     table = comparing.draw_sides(grown)
     assert table.count("<tr>") == 3
     with pytest.raises(UserError, match="there is no class named 'z'"):
-        comparing.match_labels(models.load(a), models.load(c), (4,))
+        comparing.match_asked(models.load(a), models.load(c), (4,))
     models.close()
 
 

@@ -1,5 +1,7 @@
 """Models of captions, edges and several conditions are measured and analysed with what the images of a set give."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from nextscale.cli.parser import main
 from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.common.pictures import to_uint8
+from nextscale.common.rng import make_generator
 from nextscale.config.analysis import AnalysisConfig, CopiesConfig
 from nextscale.config.classifier import ClassifierConfig
 from nextscale.config.condition import ConditionConfig
@@ -17,8 +21,11 @@ from nextscale.config.data import DataConfig
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.transformer import ExpertsConfig
+from nextscale.config.tune import TuneConfig
 from nextscale.data.datasets import load_images, open_dataset
+from nextscale.data.given import ImageConditions
 from nextscale.encoders.classifier import Classifier
+from nextscale.encoders.load import load_feature_network
 from nextscale.evaluation.images import ConditionedImages, open_images
 from nextscale.evaluation.run import evaluate
 from nextscale.pipeline import Pipeline
@@ -29,6 +36,8 @@ from nextscale.research.analysis.load import analyse_load
 from nextscale.sampling import build_sampler
 from nextscale.sampling.sampler import sample_images
 from nextscale.tokenizer.tokenizer import scale_to_unit
+from nextscale.tune.measure import ModelMeasurer
+from nextscale.tune.options import DENSE
 from tests.conftest import randomised, tiny_config
 from tests.test_cli import fails
 
@@ -137,6 +146,44 @@ def test_what_the_reference_does_not_give_is_refused(folder, tmp_path):
     (tmp_path / "d" / "0.txt").write_text("a cat")
     with pytest.raises(UserError, match="do not have the same classes"):
         open_images(str(folder / "all"), 4, 0, SampleConfig(), 4, given_by=str(tmp_path / "d"))
+
+
+# ---- tuning
+
+
+def test_candidates_are_measured_on_the_conditions_of_the_reference(folder, tmp_path):
+    """Features of the first samples, whose captions are those of random images of the reference."""
+    pipeline, real = Pipeline.from_pretrained(folder / "m", device="cpu"), str(folder / "real")
+    network, settings = load_feature_network(str(folder / "classifier")), SampleConfig(seed=3)
+    reference = open_images(real, 0, 8, settings, 4)
+    given = ImageConditions(real, "m", pipeline.config)
+    config = TuneConfig(batch=2, shard=4)
+    measurer = ModelMeasurer(
+        str(folder / "m"), network, reference, settings, config, tmp_path, torch.device("cpu"), given
+    )
+    features = measurer.extract(DENSE, 4, held_out=False)
+    order = torch.randperm(9, generator=make_generator(0, "classes")).tolist()
+    captions = [f"{i}.0" for i in range(12) if i % 4]
+    drawn = pipeline.sample(prompts=[captions[i] for i in order[:4]], config=settings)
+    expected = network(to_uint8(drawn.tensor)).to_dict()["pool"]
+    assert torch.allclose(features, expected.float(), atol=1e-5)
+    assert torch.equal(measurer.extract(DENSE, 8, held_out=False)[:4], features), "the first ones stay valid"
+    assert measurer.measure_speed(DENSE, 1) > 0
+
+
+def test_the_command_tunes_a_model_of_edges_and_refuses_vectors(folder, tmp_path, capsys):
+    shutil.copytree(folder / "edges", tmp_path / "edges")
+    options = ["--features", folder / "classifier", "--time", "1s", "--shard", "6", "--batch-size", "2"]
+    options += ["--reference", folder / "real", "--device", "cpu"]
+    assert main(list(map(str, ["tune", tmp_path / "edges", *options]))) == 0
+    found = tmp_path / "edges.tune"
+    assert json.loads((found / "results.json").read_text())["rows"]
+    assert json.loads((found / "inputs.json").read_text())["given by"]["where"] == str(folder / "real")
+    assert Image.open(found / "samples.png").width > 8 * 8
+    capsys.readouterr()
+    config = tiny_config(condition=ConditionConfig("vector", embedding_width=4))
+    randomised(config).save_pretrained(tmp_path / "vector")
+    assert "images of a data set give no vectors" in fails(capsys, "tune", tmp_path / "vector", *options)
 
 
 # ---- analyses

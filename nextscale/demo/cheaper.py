@@ -124,7 +124,7 @@ def compare_cost(models: Models, source: str, way: str, request: Request, amount
             yield found
     if has_experts(model) and way in (THRESHOLD, BUDGET):
         with suppress(UserError):  # all experts work everywhere
-            maps = models.run(lambda: map_experts(cheaper.pipeline, reduced.labels[0], reduced.settings))
+            maps = models.run(lambda: map_experts(cheaper.pipeline, cheaper.give(reduced.asked[:1]), reduced.settings))
             found = replace(found, maps=maps)
     yield found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.data.images import ImageLike, load_image
-from nextscale.demo.models import Model
+from nextscale.demo.models import Asked, Model
 
 DRAWN, ALL = "What I draw", "Everything"
 _PARTS = {
@@ -66,7 +67,11 @@ def build_mask(size: tuple[int, int], area: str, drawing: Image.Image | None = N
     return Image.fromarray(np.where(np.asarray(opacity) >= 128, 0, 255).astype(np.uint8))
 
 
-def repaint(model: Model, picture: Image.Image, mask: Image.Image, label: int | None, settings: SampleConfig) -> Edited:
-    """Generate the black part of the mask anew, as `Pipeline.edit`. `picture` and `mask` are of the model's size."""
-    after = model.pipeline.edit(picture, mask, label, settings).pil()[0]
+def repaint(model: Model, picture: Image.Image, mask: Image.Image, asked: Asked, settings: SampleConfig) -> Edited:
+    """Generate the black part of the mask anew, as `Pipeline.edit`. `picture` and `mask` are of the model's size.
+
+    `asked`: the class or the text of what is generated.
+    """
+    given: dict[str, Any] = model.give([asked]) if model.reads_text else {"label": asked}
+    after = model.pipeline.edit(picture, mask, config=settings, **given).pil()[0]
     return Edited(picture, after, float((np.asarray(mask) < 128).mean()))

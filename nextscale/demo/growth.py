@@ -14,7 +14,7 @@ from nextscale.common.devices import synchronize
 from nextscale.common.errors import UserError
 from nextscale.common.pictures import save_image, tile_images, to_pil
 from nextscale.config.sampling import SampleConfig
-from nextscale.demo.models import Model
+from nextscale.demo.models import Asked, Model
 from nextscale.evaluation.flops import FlopCounter, count_dense_flops
 from nextscale.research.analysis.analyzed_model import name_scales
 from nextscale.sampling.sampler import check_finite
@@ -27,15 +27,15 @@ MOST_PICTURES = 32
 class Request:
     """What a visitor asks for."""
 
-    labels: tuple[int | None, ...]
-    """The class of each picture, None for no label."""
+    asked: tuple[Asked, ...]
+    """The class or the text of each picture, None for neither."""
     settings: SampleConfig
 
     def __post_init__(self) -> None:
-        if not self.labels:
-            raise UserError("choose at least one class")
-        if len(self.labels) > MOST_PICTURES:
-            raise UserError(f"at most {MOST_PICTURES} pictures at once; this asks for {len(self.labels)}")
+        if not self.asked:
+            raise UserError("choose at least one class, or write at least one text")
+        if len(self.asked) > MOST_PICTURES:
+            raise UserError(f"at most {MOST_PICTURES} pictures at once; this asks for {len(self.asked)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class Growth:
 
     @property
     def captions(self) -> list[str]:
-        """The class of each picture."""
-        return [self.model.pipeline.caption(label) for label in self.request.labels]
+        """The class or the text of each picture."""
+        return [self.model.caption(value) for value in self.request.asked]
 
     @property
     def pictures(self) -> tuple[Image.Image, ...]:
@@ -68,7 +68,7 @@ class Growth:
 
     @property
     def images_per_second(self) -> float:
-        return len(self.request.labels) / max(self.seconds, 1e-9)
+        return len(self.request.asked) / max(self.seconds, 1e-9)
 
     def describe(self) -> str:
         """What it cost so far, in words."""
@@ -78,7 +78,7 @@ class Growth:
             return f"{at} ... {format_seconds(self.seconds)}"
         share = self.flops / count_dense_flops(self.model.config, self.request.settings)
         parts = [
-            f"{format_seconds(self.seconds)} for {count_pictures(len(self.request.labels))}",
+            f"{format_seconds(self.seconds)} for {count_pictures(len(self.request.asked))}",
             f"{self.images_per_second:.3g} images a second",
             f"{format_flops(self.flops)} an image" + (f", {share:.0%} of the full model's" if share < 0.995 else ""),
         ]
@@ -96,9 +96,9 @@ def grow(model: Model, request: Request) -> Iterator[Growth]:
 
     UserError when the settings do not fit the model, and when its logits are not finite.
     """
-    pipeline, labels, settings = model.pipeline, list(request.labels), request.settings
-    counter = FlopCounter(pipeline, settings, len(labels))
-    steps = check_finite(pipeline.sample_scales(labels, settings))
+    pipeline, count, settings = model.pipeline, len(request.asked), request.settings
+    counter = FlopCounter(pipeline, settings, count)
+    steps = check_finite(pipeline.sample_scales(config=settings, **model.give(request.asked)))
     scales: tuple[tuple[Image.Image, ...], ...] = ()
     transformer, last = 0.0, len(pipeline.config.pyramid) - 1
     while True:
@@ -114,7 +114,7 @@ def grow(model: Model, request: Request) -> Iterator[Growth]:
         decoder = time.perf_counter() - start
         counter.add(step)
         scales = (*scales, tuple(to_pil(images_B3HW)))
-        yield Growth(model, request, scales, transformer + decoder * (step.k == last), counter.flops / len(labels))
+        yield Growth(model, request, scales, transformer + decoder * (step.k == last), counter.flops / count)
 
 
 def count_pictures(count: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextscale.common.pictures import to_pil
 from nextscale.data.arrays import load_batch
-from nextscale.demo.models import Model
+from nextscale.demo.models import Asked, Model
 from nextscale.evaluation.metrics.reconstruction import psnr
 from nextscale.pyramid import Pyramid
 from nextscale.research.analysis.analyzed_model import name_experts, name_scales
@@ -77,14 +77,16 @@ class InsideView:
 
 
 @torch.no_grad()
-def look_inside(model: Model, picture: Image.Image, label: int | None) -> InsideView:
-    """Encode a picture (of any size, cropped to the model's) and predict each scale from the true ones before it."""
+def look_inside(model: Model, picture: Image.Image, asked: Asked) -> InsideView:
+    """Encode a picture (of any size, cropped to the model's) and predict each scale from the true ones before it.
+
+    `asked`: the class or the text that the model is told.
+    """
     pipeline = model.pipeline
     tokenizer, transformer, pyramid = pipeline.tokenizer, pipeline.transformer, pipeline.config.pyramid
     image_13HW, _ = load_batch(picture, pipeline.config.image_size)
     tokens_1L = pipeline.encode(picture).to(pipeline.device)
-    values = transformer.condition.parse(pipeline.label_indices([label]))
-    output = transformer(values, tokenizer.teacher_inputs(tokens_1L))
+    output = transformer(model.read_condition(asked), tokenizer.teacher_inputs(tokens_1L))
     check_finite_logits(output.logits_BNV.isfinite().all())
     log_LV = output.logits_BNV[0].log_softmax(dim=-1)
     entropy_L = -(log_LV.exp() * log_LV).sum(dim=-1)

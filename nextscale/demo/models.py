@@ -18,10 +18,13 @@ from typing import Any, TypeVar
 from nextscale.checkpoints.native import find_folder, read_config
 from nextscale.common.errors import UserError
 from nextscale.common.precision import get_name
+from nextscale.conditions import read_condition
 from nextscale.config.model import ModelConfig
 from nextscale.pipeline import Pipeline
 
 T = TypeVar("T")
+Asked = int | str | None
+"""What a picture is asked for with: a class, or a text where the model reads texts; None for neither."""
 DEFAULTS = ("models/var-letters", "models/var-cifar10", "runs/quickstart")
 """Where a model is looked for when none is given: those of the repository, and what the quickstart trains."""
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -57,6 +60,24 @@ class Model:
         """The number of classes."""
         return self.config.count_of_classes or 0
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether pictures are asked for with texts in place of classes."""
+        return not self.classes
+
+    def give(self, asked: Sequence[Asked]) -> dict[str, Any]:
+        """Keywords of `Pipeline.sample` for these classes or texts."""
+        return {"prompts" if self.reads_text else "labels": list(asked)}
+
+    def caption(self, asked: Asked) -> str:
+        """What stands under a picture, as in `Images.captions`."""
+        return str(asked or "") if self.reads_text else self.pipeline.caption(asked)  # type: ignore[arg-type]
+
+    def read_condition(self, asked: Asked) -> Any:
+        """The value of the model's condition for one picture."""
+        given = self.give([asked])
+        return read_condition(self.pipeline, given.pop("labels", None), given, None)[0]
+
 
 class Models:
     """Loads each model at its first use and keeps it."""
@@ -83,7 +104,8 @@ class Models:
         """A model by its folder or name, in `dtype` (default: that of the page).
 
         UserError as `Pipeline.from_pretrained` raises it, for a name that was not given at the start and is no folder,
-        and for a model without classes. Not for work that `run` does: it would wait for itself."""
+        and for a model that takes neither classes nor a text. Not for work that `run` does: it would wait for itself.
+        """
         source, key = source.strip(), (source.strip(), dtype or self._dtype)
         with self._loading:
             if key not in self._loaded:
@@ -97,8 +119,12 @@ class Models:
         config, origin = read_config(folder)
         if config.transformer is None:
             raise UserError(f"{source} is a tokenizer alone, which cannot sample: give a model with a transformer")
-        if config.count_of_classes is None:
-            raise UserError(f"{source} is not conditioned on classes, and the page can only ask for classes")
+        condition = config.transformer.condition
+        texts = sum(part.kind == "text" for part in condition.list_parts().values())
+        if config.count_of_classes is None and texts != 1:
+            raise UserError(
+                f"{source} draws images from {condition.describe()}, and the page asks for classes or for one text"
+            )
         return Model(source, folder, Pipeline.from_pretrained(folder, dtype=dtype, device=self._device), origin)
 
     def run(self, work: Callable[[], T]) -> T:

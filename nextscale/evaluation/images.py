@@ -90,6 +90,10 @@ class ModelImages:
         )
 
     def labels(self) -> Tensor | None:
+        return self._choose_in_turn()
+
+    def _choose_in_turn(self) -> Tensor:
+        """The number in `order` that each image has, int64."""
         return torch.tensor(self.order)[torch.arange(self.count) % len(self.order)]
 
     def classes(self) -> Classes | None:
@@ -127,30 +131,24 @@ def _name_scales(pipeline: Pipeline) -> dict[str, str]:
 
 class ConditionedImages(ModelImages):
     """Samples of a model that draws from more than a class: image i has what image i of a data set gives, in turn, and
-    its own random stream of the seed. See `ImageConditions`."""
+    its own random stream of the seed. `order` may hold the numbers of the data set's images in another order."""
 
     def __init__(
-        self, pipeline: Pipeline, where: str, count: int, settings: SampleConfig, batch: int, given_by: str,
-        reading: ReadConfig | None = None,
-    ):  # fmt: skip
-        """`given_by`: the data set; UserError when it is empty or does not give what the model reads."""
+        self, pipeline: Pipeline, where: str, count: int, settings: SampleConfig, batch: int, given: ImageConditions
+    ):
+        self.given = given
         super().__init__(pipeline, where, count, settings, batch)
-        if not given_by:
-            described = pipeline.transformer.config.condition.describe()
-            raise UserError(f"{where} draws images from {described}: give images to take them from, as --reference")
-        self.given = ImageConditions(given_by, where, pipeline.config, reading)
-
-    def list_classes(self) -> tuple[int, ...]:
-        return (0,)
 
     def fetch(self, start: int, stop: int) -> Tensor:
-        given = self.given.read(range(start, stop))
+        given = self.given.read([self.order[i % len(self.order)] for i in range(start, stop)])
         images = self.pipeline.sample(config=self.settings, batch_size=self.batch, first_image=start, **given)
         return to_uint8(images.tensor)
 
+    def list_classes(self) -> tuple[int, ...]:
+        return tuple(range(len(self.given)))
+
     def labels(self) -> Tensor | None:
-        labels_N = self.given.labels_N
-        return None if labels_N is None else labels_N[torch.arange(self.count) % len(labels_N)]
+        return None if self.given.labels_N is None else self.given.labels_N[self._choose_in_turn()]
 
     def classes(self) -> Classes | None:
         return None if self.given.labels_N is None else super().classes()
@@ -159,8 +157,11 @@ class ConditionedImages(ModelImages):
         return ""
 
     def identity(self) -> dict[str, Any]:
-        known = {name: value for name, value in super().identity().items() if name != "samples_per_class"}
-        return known | {"given by": self.given.identity()}
+        known = super().identity()
+        order = known.pop("order of classes", None)
+        del known["samples_per_class"]
+        digest = {} if order is None else {"order": fingerprint_bytes(repr(order).encode())}
+        return known | {"given by": self.given.identity(), **digest}
 
 
 class StoredImages:
@@ -376,7 +377,12 @@ def open_images(
         return Reconstructions(pipeline, source, StoredImages(reconstruct, pipeline.config.image_size, count, reading))
     if (path / "config.json").is_file():
         pipeline = Pipeline.from_pretrained(source, **load).at(scales)
-        if pipeline.transformer.config.condition.kind in OTHERS:
-            return ConditionedImages(pipeline, source, count or 50_000, settings, batch, given_by, reading)
+        condition = pipeline.transformer.config.condition
+        if condition.kind in OTHERS and not given_by:
+            described = condition.describe()
+            raise UserError(f"{source} draws images from {described}: give images to take them from, as --reference")
+        if condition.kind in OTHERS:
+            given = ImageConditions(given_by, source, pipeline.config, reading)
+            return ConditionedImages(pipeline, source, count or 50_000, settings, batch, given)
         return ModelImages(pipeline, source, count or 50_000, settings, batch)
     return StoredImages(source, size, count, reading)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -95,17 +95,18 @@ def compare_models(
 
 
 def time_batch(
-    pipeline: Pipeline, batch: int, settings: SampleConfig, counter: FlopCounter | None = None, clock: str = "wall"
-) -> tuple[list[float], float]:
-    """Seconds of each scale and of the decoder for one batch, whose images have the classes in turn.
+    pipeline: Pipeline, batch: int, settings: SampleConfig, counter: FlopCounter | None = None, clock: str = "wall",
+    given: Mapping[str, Any] | None = None,
+) -> tuple[list[float], float]:  # fmt: skip
+    """Seconds of each scale and of the decoder for one batch.
 
-    `counter` counts the FLOPs of its steps, which takes time: for a round that is not timed. `clock`: one of `CLOCKS`.
+    `given`: keywords of `Pipeline.sample` for its images; without them they have the classes in turn. `counter` counts
+    the FLOPs of its steps, which takes time: for a round that is not timed. `clock`: one of `CLOCKS`.
     """
-    assert pipeline.config.transformer is not None, "a generator has a transformer"
-    classes = pipeline.config.transformer.condition.require_classes("measuring time draws images")
-    labels, times = [i % classes for i in range(batch)], [_read_clock(pipeline.device, clock)]
+    given = given or give_classes(pipeline, batch, "measuring time draws images")
+    times = [_read_clock(pipeline.device, clock)]
     canvas = None
-    for step in pipeline.sample_scales(labels, settings, records=counter is not None):
+    for step in pipeline.sample_scales(config=settings, records=counter is not None, **given):
         canvas = step.canvas_BChw
         times.append(_read_clock(pipeline.device, clock))
         if counter is not None:
@@ -115,6 +116,12 @@ def time_batch(
         pipeline.tokenizer.decode_canvas(canvas)
     scales = [b - a for a, b in pairwise(times)]
     return scales, _read_clock(pipeline.device, clock) - times[-1]
+
+
+def give_classes(pipeline: Pipeline, count: int, purpose: str) -> dict[str, Any]:
+    """Keywords of `Pipeline.sample` for so many images of all classes in turn. UserError where there are none."""
+    classes = pipeline.transformer.config.condition.require_classes(purpose)
+    return {"labels": [i % classes for i in range(count)]}
 
 
 def _read_clock(device: torch.device, clock: str) -> float:

@@ -26,11 +26,12 @@ from nextscale.common.rng import make_generator
 from nextscale.config.parse import read_record, to_dict
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.tune import TuneConfig
+from nextscale.data.given import ImageConditions
 from nextscale.data.parts import choose_part
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.evaluation.extract import Extraction, extract_features, read_features, record_extraction
-from nextscale.evaluation.images import MeasuredImages, ModelImages
-from nextscale.evaluation.latency import time_batch
+from nextscale.evaluation.images import ConditionedImages, MeasuredImages, ModelImages
+from nextscale.evaluation.latency import give_classes, time_batch
 from nextscale.evaluation.metrics.paired import PairedLoss, compare_distances
 from nextscale.pipeline import Pipeline
 from nextscale.tune.options import DENSE, Candidate
@@ -69,14 +70,22 @@ class GrowingSamples(ModelImages):
         return {name: value for name, value in known.items() if name not in ("images", "samples_per_class")}
 
 
+class GrowingConditioned(ConditionedImages):
+    """The same of a model that draws from more than a class."""
+
+    def identity(self) -> dict[str, Any]:
+        return {name: value for name, value in super().identity().items() if name != "images"}
+
+
 class ModelMeasurer:
     """Measures candidates on a model. `seconds` counts the measurements that were asked for, made now or stored."""
 
     def __init__(
         self, model: str, network: FeatureNetwork, reference: MeasuredImages, base: SampleConfig, config: TuneConfig,
-        folder: Path, device: torch.device,
+        folder: Path, device: torch.device, given: ImageConditions | None = None,
     ):  # fmt: skip
-        """`base`: the settings of the dense model."""
+        """`base`: the settings of the dense model. `given`: what images are drawn from; None: all classes in turn."""
+        self.given = given
         self.model, self.network, self.base, self.config = model, network, base, config
         self.folder, self.device, self.shard, self.seconds = folder, device, config.shard, 0.0
         path = folder / JOURNAL
@@ -93,7 +102,8 @@ class ModelMeasurer:
         """See `nextscale.tune.search.Measurer`."""
         measured = f"speed {self._identify(candidate)} "
         if not any(key.startswith(measured) for key in self.journal):
-            self.load(candidate.dtype).sample([None] * self.config.batch, candidate.change(self.base))
+            pipeline = self.load(candidate.dtype)
+            pipeline.sample(config=candidate.change(self.base), **self.give(pipeline, self.config.batch))
 
     def measure_speed(self, candidate: Candidate, rounds: int, held_out: bool = False) -> float:
         """See `nextscale.tune.search.Measurer`."""
@@ -129,13 +139,20 @@ class ModelMeasurer:
             self._pipelines[dtype] = Pipeline.from_pretrained(self.model, dtype=dtype, device=self.device)
         return self._pipelines[dtype]
 
+    def give(self, pipeline: Pipeline, count: int) -> dict[str, Any]:
+        """Keywords of `Pipeline.sample` for so many images."""
+        if self.given is None:
+            return give_classes(pipeline, count, "tuning draws images")
+        return self.given.read(range(count))
+
     def extract(self, candidate: Candidate, images: int, held_out: bool) -> Tensor:
         """Features (images, D) of the candidate's first samples, of which only missing ones are made."""
         settings = candidate.change(self.base)
         settings = replace(settings, seed=(settings.seed + held_out) % 2**63)
-        samples = GrowingSamples(self.load(candidate.dtype), self.model, images, settings, self.config.batch)
+        about = self.load(candidate.dtype), self.model, images, settings, self.config.batch
+        samples = GrowingSamples(*about) if self.given is None else GrowingConditioned(*about, self.given)
         classes = len(samples.order)
-        if classes > self.shard:  # so that the first images are of random classes
+        if classes > self.shard or self.given is not None:  # so that the first images are of random classes
             samples.order = tuple(torch.randperm(classes, generator=make_generator(0, "classes")).tolist())
         name = f"{'held-out-' * held_out}{self._identify(candidate)}"
         return self._extract(samples, self.folder / "features" / name, self.shard)
@@ -149,7 +166,8 @@ class ModelMeasurer:
         for turn in range(-cold, rounds):
             took = []
             for pipeline, settings in pairs:
-                scales, decode = time_batch(pipeline, self.config.batch, settings, clock=self.config.clock)
+                batch, given = self.config.batch, self.give(pipeline, self.config.batch)
+                scales, decode = time_batch(pipeline, batch, settings, clock=self.config.clock, given=given)
                 took.append(sum(scales) + decode)
             if turn >= 0:
                 timed.append((took[0], took[1]))

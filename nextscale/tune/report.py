@@ -186,13 +186,12 @@ def _find_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, floa
 
 
 def draw_samples(measurer: ModelMeasurer, finalists: Sequence[Result], path: Path) -> None:
-    """Samples with equal seeds and labels: a row of the dense model, then one of each finalist."""
+    """Samples with equal seeds and labels or other conditions: a row of the dense model, then one of each finalist."""
     tensors, captions = [], []
     for letter, candidate in _name_rows([result.candidate for result in finalists]):
         pipeline = measurer.load(candidate.dtype)
-        classes = pipeline.transformer.config.condition.require_classes("tuning draws images")
-        labels = [i % classes for i in range(_COLUMNS)]
-        images = pipeline.sample(labels, candidate.change(measurer.base), batch_size=measurer.config.batch)
+        given = measurer.give(pipeline, _COLUMNS)
+        images = pipeline.sample(config=candidate.change(measurer.base), batch_size=measurer.config.batch, **given)
         tensors.append(images.tensor)
         captions += [f"{letter} {caption}" for caption in images.captions]
     save_grid(torch.cat(tensors), captions, path, columns=_COLUMNS)

@@ -16,12 +16,14 @@ from nextscale.common.dtypes import SamplingDtype
 from nextscale.common.errors import Interruption, UserError
 from nextscale.common.fingerprint import fingerprint_path
 from nextscale.common.machine import describe_machine
+from nextscale.config.condition import OTHERS
 from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.files import record_settings
 from nextscale.config.parse import to_dict
 from nextscale.config.profile import Measured, make_profile, write_profile
 from nextscale.config.sampling import SampleConfig
 from nextscale.config.tune import TuneConfig, check_base
+from nextscale.data.given import ImageConditions
 from nextscale.encoders.load import load_feature_network
 from nextscale.evaluation.compute import name_metric
 from nextscale.evaluation.images import MeasuredImages, ModelImages, check_columns, open_images
@@ -59,18 +61,20 @@ def tune(
     eye = load_feature_network(network)
     eye = eye.to(device) if isinstance(eye, torch.nn.Module) else eye
     images = _open_reference(reference, architecture.image_size, config)
+    given = None
+    if architecture.transformer.condition.kind in OTHERS:
+        given = ImageConditions(reference, str(model), architecture, config.images)
     machine = describe_machine(device)
     features = {"where": network, "weights": eye.fingerprint()}
-    _record(
-        out, config, {"model": fingerprint_path(model), "features": features, "reference": images.identity()}, machine
-    )
+    inputs = {"model": fingerprint_path(model), "features": features, "reference": images.identity()}
+    _record(out, config, inputs | ({"given by": given.identity()} if given else {}), machine)
     strengths = schedule_guidance(settings, architecture.pyramid)
     budgets = [row.share for row in read_budgets(origin) if _LEAST_BUDGET <= row.share < 1]
     options = list_options(architecture, strengths, config.sampling, budgets)
     combinations = combine_options(options, settings)
     tqdm.write(f"{len(options)} options, {len(combinations)} combinations; measured for {_format_time(config.seconds)}")
     with _report_interruption(out):
-        measurer = ModelMeasurer(str(model), eye, images, settings, config, out, device)
+        measurer = ModelMeasurer(str(model), eye, images, settings, config, out, device, given)
         search = Search(measurer, config.max_loss, config.seconds, _Progress(measurer, config.seconds))
         found = search.run(options, combinations)
         if not found.results:

@@ -1,4 +1,4 @@
-"""The tab Compare: two models or two settings side by side, with equal classes and seeds."""
+"""The tab Compare: two models or two settings side by side, with equal classes or texts, and seeds."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from nextscale.demo.comparing import Side, compare_sides, draw_sides
 from nextscale.demo.editing import enlarge
 from nextscale.demo.models import Model, Models
 from nextscale.demo.tabs.controls import (
+    AskedFields,
     Refresh,
     Settings,
     Shared,
     StopButton,
-    choose_classes,
     choose_each,
     choose_seed,
     fill_gallery,
-    read_labels,
+    read_asked,
     read_seed,
     show_gallery,
-    update_classes,
 )
 
-_HELP = """The same classes and seeds, so that each picture has its counterpart. A folder of another model can be typed
-in."""
+_HELP = """The same classes or texts, and the same seeds, so that each picture has its counterpart. A folder of another
+model can be typed in."""
 _TYPES = [("that of the page", ""), "float32", "bfloat16", "float16", "int8"]
 
 
@@ -35,7 +34,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     gr.Markdown(_HELP)
     with gr.Row():
         with gr.Column(min_width=260):
-            classes = choose_classes(shared.model)
+            asked = AskedFields(shared.model)
         with gr.Column(min_width=260):
             each = choose_each()
             seed = choose_seed()
@@ -66,12 +65,12 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     width = len(sides[0])
 
     def compare(
-        models: Models, shown_source: str, classes: list[int], each: float, seed: float, *values: Any
+        models: Models, shown_source: str, classes: list[int], texts: str, each: float, seed: float, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        labels, number = read_labels(classes, each), read_seed(seed)
-        asked = [values[:width], values[width:]]
-        a, b = (Side(source, dtype, Settings.read(rest, number)) for source, dtype, *rest in asked)
-        for grown in compare_sides(models, shown_source, a, b, labels):
+        wanted, number = read_asked(models.load(shown_source), classes, texts, each), read_seed(seed)
+        fields = [values[:width], values[width:]]
+        a, b = (Side(source, dtype, Settings.read(rest, number)) for source, dtype, *rest in fields)
+        for grown in compare_sides(models, shown_source, a, b, wanted):
             shown = [fill_gallery(g.pictures, g.captions) if g else gr.skip() for g in grown]
             done = grown[1] is not None and grown[1].done
             yield (*shown, draw_sides(grown), grown if done else None, _pair(grown, 0) if done else gr.skip())
@@ -79,15 +78,15 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     outputs = [*galleries, table, pairs, slider]
     stopping = StopButton(shared.models)
     stopping.start(
-        start.click, compare, [shared.source, classes, each, seed, *sides[0], *sides[1]], outputs,
+        start.click, compare, [shared.source, *asked.components, each, seed, *sides[0], *sides[1]], outputs,
     )  # fmt: skip
     stopping.bind(stop)
     galleries[0].select(_select, [pairs], [slider], queue=False, show_progress="hidden", api_visibility="private")
 
     def refresh(model: Model) -> list[Any]:
-        return [update_classes(model), *(2 * [gr.update(value=model.source), *Settings.refresh(model)])]
+        return [*asked.refresh(model), *(2 * [gr.update(value=model.source), *Settings.refresh(model)])]
 
-    return [classes, *changing], refresh
+    return [*asked.components, *changing], refresh
 
 
 def _select(grown: Any, event: gr.SelectData) -> Any:

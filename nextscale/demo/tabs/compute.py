@@ -23,17 +23,16 @@ from nextscale.demo.growth import Request
 from nextscale.demo.html import Cell, colour_map, draw_legend, draw_table
 from nextscale.demo.models import Model, Models
 from nextscale.demo.tabs.controls import (
+    AskedFields,
     Refresh,
     Settings,
     Shared,
     StopButton,
-    choose_classes,
     choose_each,
     choose_seed,
     fill_gallery,
-    read_labels,
+    read_asked,
     show_gallery,
-    update_classes,
 )
 
 
@@ -44,7 +43,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         with gr.Column(scale=1, min_width=300):
             way = _choose_way(shared.model)
             sliders = _build_sliders(shared.model)
-            classes = choose_classes(shared.model)
+            asked = AskedFields(shared.model)
             each = choose_each()
             seed = choose_seed()
             settings = Settings(shared.model)
@@ -59,9 +58,9 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
 
     def compute(
         models: Models, source: str, way: str, tau: float, budget: float, prune: float, guided: float,
-        classes: list[int], each: float, seed: float, *values: Any,
+        classes: list[int], texts: str, each: float, seed: float, *values: Any,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        request = Request(read_labels(classes, each), Settings.read(values, seed))
+        request = Request(read_asked(models.load(source), classes, texts, each), Settings.read(values, seed))
         amounts = Amounts(float(tau), float(budget), float(prune), int(guided))
         for found in compare_cost(models, source, way, request, amounts):
             shown = [fill_gallery(g.pictures, g.captions) if g else [] for g in (found.full, found.reduced)]
@@ -70,7 +69,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     stopping = StopButton(shared.models)
     stopping.start(
         start.click, compute,
-        [shared.source, way, *sliders.values(), classes, each, seed, *settings.components],
+        [shared.source, way, *sliders.values(), *asked.components, each, seed, *settings.components],
         [full, reduced, table, maps],
     )  # fmt: skip
     stopping.bind(stop)
@@ -85,11 +84,11 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         return [
             explain_ways(model), gr.update(choices=ways, value=ways[0]),
             gr.update(minimum=_round_up(low), maximum=1, value=min(0.8, high)),
-            gr.update(maximum=len(model.config.pyramid), value=_choose_guided(model)), update_classes(model),
+            gr.update(maximum=len(model.config.pyramid), value=_choose_guided(model)), *asked.refresh(model),
             *Settings.refresh(model),
         ]  # fmt: skip
 
-    changing = [explanation, way, sliders[BUDGET], sliders[GUIDE], classes, *settings.changing]
+    changing = [explanation, way, sliders[BUDGET], sliders[GUIDE], *asked.components, *settings.changing]
     return changing, refresh
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
 from nextscale.demo.growth import MOST_PICTURES, Request
-from nextscale.demo.models import Model, Models, Stopped
+from nextscale.demo.models import Asked, Model, Models, Stopped
 
 NO_LABEL = -1
 """What stands for no label among the numbers of the classes."""
@@ -123,38 +123,57 @@ def list_classes(model: Model) -> list[tuple[str, int]]:
     return [*zip(shown, range(model.classes), strict=True), ("no label", NO_LABEL)]
 
 
-def choose_classes(model: Model, several: bool = True) -> Any:
-    """The dropdown of the classes."""
-    info = "Type to search; several at once." if several else "Type to search."
-    return gr.Dropdown(
-        list_classes(model), value=_choose_first(model, several), multiselect=several, filterable=True,
-        label="Classes" if several else "Class", info=info,
-    )  # fmt: skip
+class AskedFields:
+    """The fields for what pictures show: classes, or texts where the model reads those. One of the two is visible."""
+
+    def __init__(self, model: Model, several: bool = True, start: int = 0, info: str = ""):
+        """`several`: classes, and a text on each line. `start`: the class at the start, of a single one."""
+        self._several, self._start = several, start
+        info = info or ("Type to search; several at once." if several else "Type to search.")
+        self.classes = gr.Dropdown(
+            list_classes(model), value=self._choose_first(model), multiselect=several, filterable=True,
+            label="Classes" if several else "Class", info=info, visible=not model.reads_text,
+        )  # fmt: skip
+        self.texts = gr.Textbox(
+            label="Texts" if several else "Text", lines=4 if several else 1, visible=model.reads_text,
+            info="What the pictures show, a text on each line." if several else "What the picture shows.",
+        )  # fmt: skip
+        self.components = [self.classes, self.texts]
+
+    def refresh(self, model: Model) -> list[Any]:
+        """Their values for another model."""
+        classes, text = list_classes(model), model.reads_text
+        return [
+            gr.update(choices=classes, value=self._choose_first(model), visible=not text), gr.update(visible=text)
+        ]  # fmt: skip
+
+    def _choose_first(self, model: Model) -> Any:
+        first = list(range(min(_CHOSEN, model.classes)))
+        return first if self._several else self._start if first else NO_LABEL
 
 
-def update_classes(model: Model, several: bool = True) -> Any:
-    """The dropdown for another model."""
-    return gr.update(choices=list_classes(model), value=_choose_first(model, several))
+def read_one(model: Model, label: int | None, text: str | None) -> Asked:
+    """What one picture is asked for with: the class that a dropdown holds, or the text; None for neither."""
+    if model.reads_text:
+        return (text or "").strip() or None
+    return None if label is None or label == NO_LABEL else int(label)
 
 
-def _choose_first(model: Model, several: bool) -> Any:
-    return list(range(min(_CHOSEN, model.classes))) if several else 0
-
-
-def read_label(value: int | None) -> int | None:
-    """The class that a dropdown holds, None for no label."""
-    return None if value is None or value == NO_LABEL else int(value)
-
-
-def read_labels(values: Sequence[int], each: float) -> tuple[int | None, ...]:
-    """The classes of all pictures: each chosen class so many times. UserError for none and for too many."""
-    labels = tuple(read_label(value) for value in values or () for _ in range(int(each)))
-    return Request(labels, SampleConfig()).labels
+def read_asked(model: Model, labels: Sequence[int], texts: str | None, each: float) -> tuple[Asked, ...]:
+    """What all pictures are asked for with: each chosen class, or each line's text, so many times. UserError for none
+    and for too many."""
+    if model.reads_text:
+        chosen: list[Asked] = [line.strip() for line in (texts or "").splitlines() if line.strip()]
+    else:
+        chosen = [read_one(model, label, None) for label in labels or ()]
+    return Request(tuple(value for value in chosen for _ in range(int(each))), SampleConfig()).asked
 
 
 def choose_each() -> Any:
-    """How many pictures a class gets."""
-    return gr.Slider(1, 8, value=1, step=1, label="Pictures of each class", info=f"Up to {MOST_PICTURES} in all.")
+    """How many pictures a class or a text gets."""
+    return gr.Slider(
+        1, 8, value=1, step=1, label="Pictures of each class or text", info=f"Up to {MOST_PICTURES} in all."
+    )
 
 
 def choose_seed() -> Any:
@@ -183,7 +202,7 @@ class Settings:
         with gr.Accordion("Settings", open=open_at_start):
             cfg = gr.Slider(
                 0, 10, value=default.cfg, step=0.1, label="Guidance",
-                info="How strongly the class is followed; 0 halves the work.",
+                info="How strongly the class or the text is followed; 0 halves the work.",
             )  # fmt: skip
             top_k = self._choose_top_k(model)
             top_p = gr.Slider(

@@ -12,21 +12,20 @@ from nextscale.common.errors import UserError
 from nextscale.demo.editing import AREAS, DRAWN, build_mask, enlarge, fit_image, repaint
 from nextscale.demo.models import Model, Models
 from nextscale.demo.tabs.controls import (
+    AskedFields,
     Refresh,
     Settings,
     Shared,
     StopButton,
-    choose_classes,
     choose_seed,
     fill_gallery,
-    read_label,
+    read_one,
     show_gallery,
-    update_classes,
 )
 from nextscale.demo.tabs.pictures import PictureChoice
 
-_HELP = """Choose a picture, mark what to repaint, choose a class, then Repaint. The rest stays, up to what the
-tokenizer changes when it encodes and decodes a picture."""
+_HELP = """Choose a picture, mark what to repaint, choose a class or write a text, then Repaint. The rest stays, up to
+what the tokenizer changes when it encodes and decodes a picture."""
 _BRUSH = "#e6007e"
 """A colour that few pictures have."""
 
@@ -44,7 +43,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
             )  # fmt: skip
             area = gr.Radio(list(AREAS), value=DRAWN, label="Repaint", info="What the brush covers, or a fixed part.")
         with gr.Column(min_width=300):
-            label = choose_classes(shared.model, several=False)
+            asked = AskedFields(shared.model, several=False)
             seed = choose_seed()
             settings = Settings(shared.model)
             with gr.Row():
@@ -57,35 +56,37 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
             pair = show_gallery("Before and after", "edited-pair")
             status = gr.Markdown(elem_id="edit-status")
 
-    def show(source: str, picture: Image.Image, label: int) -> tuple[Any, ...]:
+    def show(source: str, picture: Image.Image, label: int, text: str) -> tuple[Any, ...]:
         return ({"background": enlarge(picture), "layers": [], "composite": None},)
 
     def start_edit(
         models: Models, source: str, picture: Image.Image | None, drawn: dict[str, Any] | None, area: str, label: int,
-        seed: float, *values: Any,
+        text: str, seed: float, *values: Any,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         if picture is None:
             raise UserError("choose a picture first: upload one, or take the generated one")
         model, settings = models.load(source), Settings.read(values, seed)
         mask = build_mask(model.config.image_size, area, _find_drawing(drawn))
-        fitted, wanted = fit_image(model, picture), read_label(label)
+        fitted, wanted = fit_image(model, picture), read_one(model, label, text)
         edited = models.run(lambda: repaint(model, fitted, mask, wanted, settings))
-        text = f"Repainted {edited.repainted:.0%} of the picture as {model.pipeline.caption(wanted)}, seed {int(seed)}."
+        what = model.caption(wanted) or "no text"
+        told = f"Repainted {edited.repainted:.0%} of the picture as {what}, seed {int(seed)}."
         pictures = edited.before, edited.after
-        yield tuple(map(enlarge, pictures)), fill_gallery(pictures, ["before", "after"]), text
+        yield tuple(map(enlarge, pictures)), fill_gallery(pictures, ["before", "after"]), told
 
-    choice.bind(show, label, [], [editor])
+    choice.bind(show, asked, [], [editor])
     stopping = StopButton(shared.models)
     stopping.start(
-        start.click, start_edit, [shared.source, choice.picture, editor, area, label, seed, *settings.components],
+        start.click, start_edit,
+        [shared.source, choice.picture, editor, area, *asked.components, seed, *settings.components],
         [slider, pair, status],
     )  # fmt: skip
     stopping.bind(stop)
 
     def refresh(model: Model) -> list[Any]:
-        return [update_classes(model, several=False), *Settings.refresh(model)]
+        return [*asked.refresh(model), *Settings.refresh(model)]
 
-    return [label, *settings.changing], refresh
+    return [*asked.components, *settings.changing], refresh
 
 
 def _find_drawing(drawn: dict[str, Any] | None) -> Image.Image | None:

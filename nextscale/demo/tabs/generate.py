@@ -1,4 +1,4 @@
-"""The tab Generate: pictures of classes, growing scale by scale."""
+"""The tab Generate: pictures of classes or texts, growing scale by scale."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from nextscale.demo.growth import Growth, Request, grow
 from nextscale.demo.models import Model, Models, Stopped
 from nextscale.demo.recipe import write_command, write_python
 from nextscale.demo.tabs.controls import (
+    AskedFields,
     Refresh,
     Settings,
     Shared,
     StopButton,
-    choose_classes,
     choose_each,
     choose_seed,
     draw_seed,
     fill_gallery,
-    read_labels,
+    read_asked,
     show_gallery,
     tell_errors,
-    update_classes,
 )
 
-_HINT = "Choose classes, then Generate."
+_HINTS = {False: "Choose classes, then Generate.", True: "Write a text on each line, then Generate."}
+"""Whether the model reads texts, and what to do."""
 _SURPRISES = 4
 """Classes that "Surprise me" chooses."""
 
@@ -38,7 +38,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     """Lay out the tab; its components that depend on the model, and their values for another one."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            classes = choose_classes(shared.model)
+            asked = AskedFields(shared.model)
             each = choose_each()
             with gr.Row():
                 seed = choose_seed()
@@ -46,28 +46,31 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
             settings = Settings(shared.model)
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Row():
-                surprise = gr.Button("Surprise me", min_width=120)
+                surprise = gr.Button("Surprise me", min_width=120, visible=not shared.model.reads_text)
                 stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
         with gr.Column(scale=2, min_width=300):
-            gallery, scale, status, *again = _lay_out_results(len(shared.model.config.pyramid))
+            gallery, scale, status, *again = _lay_out_results(shared.model)
     outputs = [seed, gallery, scale, status, shared.generated, shared.selected, *again]
 
     def generate(
-        models: Models, source: str, classes: list[int], each: float, seed: float, keep: bool, *settings: Any
-    ) -> Iterator[tuple[Any, ...]]:
+        models: Models, source: str, classes: list[int], texts: str, each: float, seed: float, keep: bool,
+        *settings: Any,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         model = models.load(source)
-        request = Request(read_labels(classes, each), Settings.read(settings, seed if keep else draw_seed()))
+        request = Request(
+            read_asked(model, classes, texts, each), Settings.read(settings, seed if keep else draw_seed())
+        )
         yield from _show_growth(models, model, request)
 
     def choose_surprise(source: str) -> list[int]:
         numbers = range(shared.models.load(source).classes)
         return sorted(random.SystemRandom().sample(numbers, min(_SURPRISES, len(numbers))))
 
-    asked = [shared.source, classes, each, seed, keep, *settings.components]
+    inputs = [shared.source, *asked.components, each, seed, keep, *settings.components]
     stopping = StopButton(shared.models)
-    stopping.start(start.click, generate, asked, outputs)
-    chosen = surprise.click(tell_errors(choose_surprise), [shared.source], [classes], api_visibility="private")
-    stopping.start(chosen.success, generate, asked, outputs)
+    stopping.start(start.click, generate, inputs, outputs)
+    chosen = surprise.click(tell_errors(choose_surprise), [shared.source], [asked.classes], api_visibility="private")
+    stopping.start(chosen.success, generate, inputs, outputs)
     stopping.bind(stop, _describe_stop, [shared.generated], [status])
     scale.input(
         _show_scale, [shared.generated, scale], [gallery], queue=False, show_progress="hidden",
@@ -78,19 +81,21 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     def refresh(model: Model) -> list[Any]:
         scales = len(model.config.pyramid)
         slider, file = gr.update(maximum=scales, value=scales), gr.update(value=None, interactive=False)
-        return [update_classes(model), slider, *Settings.refresh(model), [], _HINT, file, "", ""]
+        hint, surprising = _HINTS[model.reads_text], gr.update(visible=not model.reads_text)
+        return [*asked.refresh(model), surprising, slider, *Settings.refresh(model), [], hint, file, "", ""]
 
-    return [classes, scale, *settings.changing, gallery, status, *again], refresh
+    return [*asked.components, surprise, scale, *settings.changing, gallery, status, *again], refresh
 
 
-def _lay_out_results(scales: int) -> tuple[Any, ...]:
+def _lay_out_results(model: Model) -> tuple[Any, ...]:
     """The gallery, the slider, the status, the button of the download, the command line and the Python lines."""
+    scales = len(model.config.pyramid)
     gallery = show_gallery("Pictures", "pictures")
     scale = gr.Slider(
         1, scales, value=scales, step=1, label="Scale", elem_id="scale",
         info="The pictures after so many scales, from coarse to fine.",
     )  # fmt: skip
-    status = gr.Markdown(_HINT, elem_id="status")
+    status = gr.Markdown(_HINTS[model.reads_text], elem_id="status")
     download = gr.DownloadButton("Download the pictures (PNG)", interactive=False, elem_id="download")
     lines: dict[str, Any] = {"interactive": False, "wrap_lines": True, "lines": 1, "show_line_numbers": False}
     with gr.Accordion("The same pictures without this page", open=False):

@@ -12,10 +12,10 @@ from nextscale.demo.inside import InsideView, look_inside
 from nextscale.demo.models import Model
 from nextscale.demo.tabs.controls import (
     NO_LABEL,
+    AskedFields,
     Refresh,
     Shared,
-    list_classes,
-    read_label,
+    read_one,
     tell_errors,
 )
 from nextscale.demo.tabs.pictures import PictureChoice
@@ -38,12 +38,7 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
         with gr.Column(min_width=300):
             choice = PictureChoice(shared, "inside")
         with gr.Column(min_width=300):
-            label = gr.Dropdown(
-                list_classes(shared.model),
-                value=NO_LABEL,
-                label="Class",
-                info="What the model is told to be in it.",
-            )
+            asked = AskedFields(shared.model, several=False, start=NO_LABEL, info="What the model is told to be in it.")
     scales = gr.HTML(elem_id="inside-scales")
     gr.Markdown(_COLUMNS)
     block = gr.Slider(
@@ -53,23 +48,22 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     experts = gr.HTML(_explain_experts(shared.model), elem_id="inside-experts")
     view = gr.State(None)
 
-    def show(source: str, picture: Image.Image, label: int, block: float) -> tuple[Any, ...]:
+    def show(source: str, picture: Image.Image, label: int, text: str, block: float) -> tuple[Any, ...]:
         model = shared.models.load(source)
-        found = shared.models.run(lambda: look_inside(model, picture, read_label(label)))
+        found = shared.models.run(lambda: look_inside(model, picture, read_one(model, label, text)))
         return found, draw_scales(found, model.config.tokenizer.vocab_size), _draw_block(found, block, model)
 
-    def show_again(source: str, picture: Image.Image | None, label: int, block: float) -> tuple[Any, ...]:
-        return show(source, picture, label, block) if picture is not None else (gr.skip(),) * 3
+    def show_again(source: str, picture: Image.Image | None, label: int, text: str, block: float) -> tuple[Any, ...]:
+        return show(source, picture, label, text, block) if picture is not None else (gr.skip(),) * 3
 
     def show_block(source: str, found: InsideView | None, block: float) -> Any:
         return gr.skip() if found is None else _draw_block(found, block, shared.models.load(source))
 
     outputs = [view, scales, experts]
-    choice.bind(show, label, [block], outputs)
-    label.input(
-        tell_errors(show_again), [shared.source, choice.picture, label, block], outputs, concurrency_id="model",
-        api_visibility="private",
-    )  # fmt: skip
+    choice.bind(show, asked, [block], outputs)
+    told = [shared.source, choice.picture, *asked.components, block]
+    for event in (asked.classes.input, asked.texts.submit):
+        event(tell_errors(show_again), told, outputs, concurrency_id="model", api_visibility="private")
     block.input(
         tell_errors(show_block), [shared.source, view, block], [experts], show_progress="hidden",
         api_visibility="private",
@@ -77,12 +71,12 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
 
     def refresh(model: Model) -> list[Any]:
         return [
-            gr.update(choices=list_classes(model), value=NO_LABEL),
+            *asked.refresh(model),
             gr.update(maximum=_count_blocks(model), value=_choose_block(model), visible=_is_mixture(model)),
             _explain_experts(model), "", None, None,
         ]  # fmt: skip
 
-    return [label, block, experts, scales, view, choice.picture], refresh
+    return [*asked.components, block, experts, scales, view, choice.picture], refresh
 
 
 def draw_scales(view: InsideView, codes: int) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from nextscale.common.errors import UserError
 from nextscale.demo.editing import fit_image
 from nextscale.demo.growth import Growth
-from nextscale.demo.tabs.controls import NO_LABEL, Shared, tell_errors
+from nextscale.demo.tabs.controls import NO_LABEL, AskedFields, Shared, tell_errors
 
 
 class PictureChoice:
@@ -34,23 +34,26 @@ class PictureChoice:
         gr.Markdown("The generated one is the picture that you clicked last in the tab Generate, else the first.")
         self.picture = gr.State(None)
 
-    def bind(self, show: Callable[..., Any], label: Any, inputs: list[Any], outputs: list[Any]) -> None:
-        """Show a picture when it is chosen: `show(source, picture, label, *inputs)` gives the values of the outputs.
+    def bind(self, show: Callable[..., Any], asked: AskedFields, inputs: list[Any], outputs: list[Any]) -> None:
+        """Show a picture when it is chosen: `show(source, picture, label, text, *inputs)` gives the values of the
+        outputs.
 
-        `label`: the component of the class, which becomes that of a generated picture."""
+        `asked`: the fields of the class and the text, which become those of a generated picture."""
         shared = self._shared
 
-        def read_upload(source: str, file: str, label: int, *values: Any) -> tuple[Any, ...]:
+        def read_upload(source: str, file: str, label: int, text: str, *values: Any) -> tuple[Any, ...]:
             picture = load_upload(shared, source, file)
-            return picture, label, *show(source, picture, label, *values)
+            return picture, label, text, *show(source, picture, label, text, *values)
 
         def take(source: str, growth: Growth | None, number: int, *values: Any) -> tuple[Any, ...]:
-            picture, label = take_generated(shared, source, growth, number)
-            return picture, label, *show(source, picture, label, *values)
+            picture, label, text = take_generated(shared, source, growth, number)
+            return picture, label, text, *show(source, picture, label, text, *values)
 
         options = {"concurrency_id": "model", "api_visibility": "private"}
-        shown = [self.picture, label, *outputs]
-        self._upload.upload(tell_errors(read_upload), [shared.source, self._upload, label, *inputs], shown, **options)
+        shown = [self.picture, *asked.components, *outputs]
+        self._upload.upload(
+            tell_errors(read_upload), [shared.source, self._upload, *asked.components, *inputs], shown, **options
+        )
         self._take.click(
             tell_errors(take), [shared.source, shared.generated, shared.selected, *inputs], shown, **options
         )
@@ -65,10 +68,12 @@ def load_upload(shared: Shared, source: str, file: str) -> Image.Image:
         raise UserError(str(error).replace(file, Path(file).name)) from error
 
 
-def take_generated(shared: Shared, source: str, growth: Growth | None, number: int) -> tuple[Image.Image, int]:
-    """The generated picture of this number and its class, as a dropdown holds it. UserError when there is none yet."""
+def take_generated(shared: Shared, source: str, growth: Growth | None, number: int) -> tuple[Image.Image, int, str]:
+    """The generated picture of this number, its class as a dropdown holds it, and its text. UserError when there is
+    none yet."""
     if growth is None or not growth.done:
         raise UserError("there is no generated picture yet: make one in the tab Generate")
     at = number if number < len(growth.pictures) else 0
-    label = growth.request.labels[at]
-    return fit_image(shared.models.load(source), growth.pictures[at]), NO_LABEL if label is None else label
+    asked = growth.request.asked[at]
+    label, text = (asked, "") if isinstance(asked, int) else (NO_LABEL, asked or "")
+    return fit_image(shared.models.load(source), growth.pictures[at]), label, text

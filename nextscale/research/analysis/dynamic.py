@@ -5,7 +5,7 @@ Letters: B images, N tokens of a scale, K scales, h w sides of a map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,18 @@ class ExpertMaps:
     """The canvas so far, decoded."""
 
 
-def map_experts(pipeline: Pipeline, label: int | None, settings: SampleConfig, first_image: int = 0) -> ExpertMaps:
-    """Sample one image, and map how many experts each token used. UserError for a model without experts."""
+def map_experts(
+    pipeline: Pipeline, given: Mapping[str, Any], settings: SampleConfig, first_image: int = 0
+) -> ExpertMaps:
+    """Sample one image, and map how many experts each token used. UserError for a model without experts.
+
+    `given`: keywords of `Pipeline.sample`, such as `labels` or `prompts`, for one image.
+    """
     _require_experts(pipeline)
     result = ExpertMaps([], [], [])
     pyramid, width = pipeline.config.pyramid, pipeline.transformer.config.ffn_width
     names = name_scales(pyramid)
-    for step in pipeline.sample_scales([label], settings, first_image=first_image):
+    for step in pipeline.sample_scales(config=settings, first_image=first_image, **given):
         activities = collect(step.records, "activity")
         if not activities:
             continue
@@ -94,7 +99,7 @@ def analyse_dynamic(source: str, out: Path, shown: DynamicAnalysisConfig, settin
         sparse = {"as given": settings, **sparse}
     panels: dict[str, Any] = {}
     for name, setting in sparse.items():
-        shares = map_experts(pipeline, labels[0], setting)
+        shares = map_experts(pipeline, {"labels": labels[:1]}, setting)
         panels[name] = (["experts"], shares.scales, [[share_hw] for share_hw in shares.maps], shares.pictures)
     pictures, captions, rows = list[Image.Image](), list[str](), list[dict[str, Any]]()
     for name, setting in {"all experts": replace(settings, tau=(1.0,), budget=0.0), **sparse}.items():
