@@ -15,8 +15,11 @@ from PIL import Image
 
 from nextscale.cli.parser import main
 from nextscale.common.errors import UserError
+from nextscale.config.sparsify import SparsifyConfig
+from nextscale.research.experiments.dynamic import _list_key_settings
 from nextscale.research.experiments.entry import SCALES, list_experiments, load_experiment
 from nextscale.research.experiments.figures import GROUPS, Point, describe_column, draw_results, list_panels
+from nextscale.research.experiments.keys import compute_key
 from nextscale.research.experiments.report import format_table, group_lines
 from nextscale.research.experiments.run import resolve_inputs
 from nextscale.research.experiments.show import format_experiment
@@ -239,6 +242,13 @@ def test_rows_of_dynamic_experts_are_sparsified_once_and_counted(out):
     assert everything["figures"]["flops_share"]["mean"] == 1
     assert budget["figures"]["flops_share"]["mean"] == pytest.approx(0.8, abs=0.05)
     assert all((folder / f"{name}.png").exists() for name in ("experts", "samples", "figure"))
+
+
+def test_folders_of_models_that_were_tuned_whole_keep_their_names():
+    """Earlier versions left out `tune all`, their default: such a folder is not taken for one of `tune late`."""
+    names = {tune: compute_key(_list_key_settings(SparsifyConfig(tune=tune, hoyer=0.2))) for tune in ("late", "all")}
+    assert names["all"] == compute_key({"hoyer": 0.2})
+    assert names["late"] == compute_key({"hoyer": 0.2, "tune": "late"})
 
 
 def test_figures_over_another_are_lines_by_kind():

@@ -60,7 +60,7 @@ def weights(folder):
 def made(tiny_folder, tmp_path_factory):
     """A dense model and what the command makes of it, late FFNs tuned."""
     out = tmp_path_factory.mktemp("sparsify") / "late"
-    assert run(f"sparsify {tiny_folder} --out {out} --tune late {FAST}") == 0
+    assert run(f"sparsify {tiny_folder} --out {out} {FAST}") == 0
     return tiny_folder, out
 
 
@@ -92,6 +92,24 @@ def test_the_result_is_an_ordinary_checkpoint_of_which_only_late_ffns_are_new(ma
     assert rows[1]["share"] < 1
     assert all((tmp_path / "looks" / f"{name}.png").exists() for name in ("experts", "samples"))
     assert run(f"info {out}") == 0
+
+
+def test_early_scales_stay_those_of_the_dense_model(made):
+    """By default, as in DMoE-VAR; the last two scales are tuned."""
+    labels, inputs = torch.tensor([0, 3]), torch.randn(2, 29, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (Pipeline.from_pretrained(f).transformer(labels, inputs).logits_BNV for f in made)
+    early = Pipeline.from_pretrained(made[0]).config.pyramid.spans[-2][0]
+    torch.testing.assert_close(b[:, :early], a[:, :early], rtol=1e-5, atol=1e-5)
+    assert (a - b)[:, early:].abs().max() > 1e-2
+
+
+def test_a_run_that_tuned_the_whole_model_is_not_continued_as_another(made, tmp_path, capsys):
+    """As one of an earlier version, whose default it was."""
+    dense, _ = made
+    command = f"sparsify {dense} --out {tmp_path}/out {FAST} --stages tune"
+    assert run(f"{command} --tune all") == 0
+    assert "tune was all, now late" in fails(command, capsys)
 
 
 def test_finished_stages_are_not_done_again(made, capsys):

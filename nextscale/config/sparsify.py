@@ -49,9 +49,10 @@ class SparsifyConfig:
     """Settings of that sampling."""
     images: DataConfig = field(default_factory=DataConfig)
     """How images are cropped and split into training and held-out ones. A token cache needs neither."""
-    tune: Literal["all", "late", "none"] = "all"
-    """What is tuned with ReLU. all: the whole model (as the paper). late: only FFNs for the sparse scales, which are
-    stored beside the unchanged dense ones. none: nothing; the FFNs are divided as they are."""
+    tune: Literal["late", "all", "none"] = "late"
+    """What is tuned with ReLU. late: only FFNs for the sparse scales, stored beside the dense ones; earlier scales stay
+    those of the dense model, as in the paper. all: the whole model, which changes every scale. none: nothing; the FFNs
+    are divided as they are."""
     hoyer: float = 0.1
     """Weight of the Hoyer penalty, a mean over blocks and tokens, in the loss with the cross-entropy (Eq. 1)."""
     scales: int = 3

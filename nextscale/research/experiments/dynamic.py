@@ -50,7 +50,7 @@ def sparsify_once(config: SparsifyConfig, source: Path, data: str, parent: Path,
 def _run_stages(config: SparsifyConfig, source: Path, parent: Path, world: World) -> Path:
     """Sparsify, unless that is finished; finished.json has the figures of these stages and of those before."""
     name = compute_key if config.data else compute_key_of_samples
-    folder = parent / f"sparse-{name(str(source), list_changed_settings(config))}"
+    folder = parent / f"sparse-{name(str(source), _list_key_settings(config))}"
     if not (folder / "finished.json").exists():
         report = sparsify(source, folder, config, world)
         if world.main:
@@ -59,6 +59,14 @@ def _run_stages(config: SparsifyConfig, source: Path, parent: Path, world: World
             write_json(folder / "finished.json", add_digest({"stages": stages}))
     world.wait()
     return folder
+
+
+def _list_key_settings(config: SparsifyConfig) -> dict[str, Any]:
+    """The settings that name a folder. `tune all` was the default of earlier versions, and is still left out: else a
+    folder of theirs would be taken for one of `tune late`."""
+    changed = list_changed_settings(config)
+    changed.pop("tune", None)
+    return changed if config.tune == "all" else {**changed, "tune": config.tune}
 
 
 def match_flops(folder: Path, sampling: SampleConfig, share: float, file: Path, world: World) -> SampleConfig:
