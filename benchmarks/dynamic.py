@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--variants", nargs="*", default=["one tau", "oracle", "top-k", "pruned", "tau at all scales"],
-                        help="quality: besides the calibrated one and all experts")  # fmt: skip
+                        help="quality: besides the calibrated one and all experts; or another selection")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/dynamic"))
     options = parser.parse_args()
     options.batches = options.batches or ([1, 8] if options.what == "sampling" else [1, 8, 32])
@@ -233,9 +233,10 @@ def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"all experts": dataclasses.replace(base, tau=(1.0,)),
                 "calibrated": dataclasses.replace(base, budget=options.budget)}  # fmt: skip
     K = len(pipeline.config.pyramid)
-    for name, selection, scales in (("one tau", "threshold", 1), ("oracle", "oracle", 1), ("top-k", "top-k", 1),
-                                    ("pruned", "pruned", 1), ("tau at all scales", "threshold", K)):  # fmt: skip
-        if name not in options.variants or (scales > 1 and pipeline.transformer.config.dynamic.late_ffn):
+    kinds = {"one tau": "threshold", "tau at all scales": "threshold"}
+    for name in options.variants:
+        selection, scales = kinds.get(name, name), K if name == "tau at all scales" else 1
+        if scales > 1 and pipeline.transformer.config.dynamic.late_ffn:
             continue
         tau = find_threshold(pipeline, labels, dataclasses.replace(base, selection=selection), scales, target)
         settings[name] = dataclasses.replace(base, selection=selection, tau=(tau,) * scales)

@@ -26,11 +26,11 @@ from nextscale.transformer.feed_forward import collect
 from nextscale.transformer.feed_forward.dynamic import compute_expert_norms
 from nextscale.transformer.feed_forward.experts import Dispatch
 from nextscale.transformer.feed_forward.records import Norms, Sparsity, UnitContribution
-from nextscale.transformer.feed_forward.selection import select_experts, select_units
+from nextscale.transformer.feed_forward.selection import select_experts, select_random_experts, select_units
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from tests.conftest import examples, randomised, tiny_config
 
-KINDS = ("threshold", "oracle", "top-k")
+KINDS = ("threshold", "oracle", "top-k", "cumulative")
 
 
 def dynamic_pipeline(seed=0, depth=2, backend="auto", **settings_):
@@ -86,6 +86,55 @@ def test_the_published_convention_and_the_share_of_top_k():
     assert select_experts(p, 0.5, "top-k").tolist() == [[True, True, False, False]]
     assert select_units(torch.tensor([0.1, 3.0, 2.0, 0.2]), 0.5).tolist() == [1, 2]
     assert select_units(torch.tensor([0.1, 3.0]), 0.0).tolist() == [1]
+    with pytest.raises(UserError, match="was not measured for this model.*--stages routers"):
+        select_units(torch.zeros(4), 0.5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 999), st.floats(0.01, 0.99))
+def test_cumulative_selection_is_that_of_a_loop(rows, experts, seed, tau):
+    """The largest norms one by one until they have the share tau of the sum, as the official code's dynk."""
+    rng = np.random.default_rng(seed)
+    p = (rng.integers(0, 50, (rows, experts)) / 64).astype(np.float32)  # exact sums, zeros and equal norms
+    expected = np.zeros((rows, experts), dtype=bool)
+    for row, norms in enumerate(p):
+        reached = np.float32(0)
+        for expert in sorted(range(experts), key=lambda e: (-norms[e], e)):
+            if expected[row].any() and reached >= np.float32(tau) * norms.sum():
+                break
+            expected[row, expert] = True
+            reached += norms[expert]
+    found = select_experts(torch.from_numpy(p), float(np.float32(tau)), "cumulative")
+    assert found.tolist() == expected.tolist()
+
+
+def test_random_experts_depend_on_seed_block_and_position_alone():
+    whole = select_random_experts(3, 1, range(200), 8, 0.4, torch.device("cpu"))
+    assert (whole.sum(dim=1) == 3).all()
+    assert torch.equal(select_random_experts(3, 1, range(50, 80), 8, 0.4, torch.device("cpu")), whole[50:80])
+    for seed, block in ((4, 1), (3, 2)):
+        assert not torch.equal(select_random_experts(seed, block, range(200), 8, 0.4, torch.device("cpu")), whole)
+    share_E = whole.float().mean(dim=0)
+    assert (share_E - 3 / 8).abs().max() < 0.15, "every expert alike"
+    assert (select_random_experts(3, 1, range(9), 8, 0.01, torch.device("cpu")).sum(dim=1) == 1).all()
+
+
+def test_steps_and_the_whole_sequence_take_the_same_random_experts():
+    pipeline = dynamic_pipeline(router_fingerprint="")  # needs no trained routers
+    model, (values, x) = pipeline.transformer, inputs()
+    thresholds = Thresholds((1.0, 1.0, 0.7, 0.4), "random", seed=5)
+    whole, cache = run(pipeline, thresholds), model.new_cache(3)
+    for record in collect(whole.records, "activity"):
+        assert (record.units_BN[:, 14:] == 3 * 16).all()
+        assert not record.routed_BN.any()
+    with torch.no_grad():
+        conditioning = model.embed_condition(values)
+        for k, (start, end) in enumerate(model.pyramid.spans):
+            step = model.step(conditioning, x[:, start - 1 : end - 1] if k else None, k, cache, thresholds=thresholds)
+            assert difference(step.logits_BNV, whole.logits_BNV[:, start:end]) <= 1e-4
+    a, b = (pipeline.sample([0, 1], tau=(0.3,), selection="random", seed=seed) for seed in (1, 2))
+    assert not torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.tokens, pipeline.sample([0, 1], tau=(0.3,), selection="random", seed=1).tokens)
 
 
 # ---- execution
@@ -250,6 +299,46 @@ def test_what_thresholds_record_is_what_the_formulas_say():
     assert isinstance(contribution, UnitContribution)
     columns = np.linalg.norm(layer.fc2.weight.detach().numpy(), axis=0)
     np.testing.assert_allclose(contribution.contribution_F.numpy(), a.sum((0, 1)) * columns, rtol=1e-4)
+    np.testing.assert_allclose(contribution.activation_F.numpy(), a.sum((0, 1)), rtol=1e-4)
+
+
+def test_pruning_by_activation_is_that_of_a_loop():
+    """DMoE-VAR's Pruned-FFN, unit by unit: mean GELU activation at the sparse scales, with its sign; the lowest go."""
+    pipeline = dynamic_pipeline(router_fingerprint="")
+    layer, pyramid = pipeline.transformer.blocks[0].ffn, pipeline.config.pyramid
+    thresholds = Thresholds((1.0,) * len(pyramid), record="contribution")
+    context = ScaleContext(pyramid, (0, pyramid.length), True, k=len(pyramid) - 1, thresholds=thresholds)
+    x = torch.randn(2, pyramid.length, 32)
+    with torch.no_grad():
+        found = layer(x, context)[1].contribution
+    w1, b1, w2, b2 = (p.detach().double().numpy() for layer_ in (layer.fc1, layer.fc2) for p in layer_.parameters())
+    u = x.double().numpy()
+    units, late = 128, range(pyramid.spans[-2][0], pyramid.length)
+    mean, reach = np.zeros(units), np.zeros(units)
+    for j in range(units):
+        for image in range(2):
+            for token in late:
+                h = w1[j] @ u[image, token] + b1[j]
+                a = 0.5 * h * (1 + math.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+                mean[j] += a / (2 * len(late))
+                reach[j] += abs(a) * np.linalg.norm(w2[:, j]) / (2 * len(late))
+    np.testing.assert_allclose(found.activation_F.numpy() / (2 * len(late)), mean, rtol=1e-4, atol=1e-5)
+    layer.activation_F.copy_(found.activation_F)
+    layer.importance_F.copy_(found.contribution_F)
+    outputs = {}
+    for selection, order in ("pruned-activation", mean), ("pruned", reach):
+        kept = sorted(range(units), key=lambda j: -order[j])[:96]
+        with torch.no_grad():
+            y, record = layer(x[:, -16:], make_context(pipeline, 3, Thresholds((1.0, 1.0, 1.0, 0.75), selection)))
+        expected = np.tile(b2, (2, 16, 1))
+        for j in kept:
+            h = u[:, -16:] @ w1[j] + b1[j]
+            a = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+            expected += a[..., None] * w2[:, j]
+        np.testing.assert_allclose(y.numpy(), expected, rtol=1e-4, atol=1e-4)
+        assert (record.activity.units_BN == 96).all()
+        outputs[selection] = set(kept)
+    assert outputs["pruned"] != outputs["pruned-activation"]
 
 
 def test_every_token_counts_alike_in_the_penalty():
@@ -270,7 +359,7 @@ def test_every_token_counts_alike_in_the_penalty():
     assert record.sparsity.hoyer.item() == pytest.approx((a.sum(-1) ** 2 / a.square().sum(-1)).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "pruned"])
+@pytest.mark.parametrize("kind", [*KINDS, "random", "pruned", "pruned-activation"])
 @pytest.mark.parametrize("own", [False, True])
 def test_an_image_does_not_depend_on_its_batch_and_tau_1_is_the_dense_model(kind, own):
     pipeline = dynamic_pipeline(activation="relu", late_ffn=own).optimize()

@@ -22,7 +22,7 @@ def counting():
     )
 
 
-@pytest.mark.parametrize("selection", ["threshold", "top-k", "pruned"])
+@pytest.mark.parametrize("selection", ["threshold", "top-k", "random", "pruned"])
 @pytest.mark.parametrize("own", [False, True])
 @torch.no_grad()
 def test_count_equals_torch_s_counter_for_every_scale(monkeypatch, selection, own):

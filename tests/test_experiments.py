@@ -242,6 +242,15 @@ def test_rows_of_dynamic_experts_are_sparsified_once_and_counted(out):
     assert everything["figures"]["flops_share"]["mean"] == 1
     assert budget["figures"]["flops_share"]["mean"] == pytest.approx(0.8, abs=0.05)
     assert all((folder / f"{name}.png").exists() for name in ("experts", "samples", "figure"))
+    assert run("dmoe-times", out) == 0
+    assert len(list((out / "tiny").glob("sparse-*"))) == 2, "the same models are timed"
+    rows = json.loads((out / "tiny" / "dmoe-times" / "results.json").read_text())["rows"]
+    timed = {row["name"]: row["figures"] for row in rows}
+    assert list(timed) == ["dense", "calibrated, 80 %", "random experts, 80 %"]
+    shares = [figures["flops_share"]["mean"] for figures in timed.values()]
+    assert shares == pytest.approx([1, budget["figures"]["flops_share"]["mean"], 0.75], abs=0.06)
+    for figures in timed.values():
+        assert all(figures[f"seconds_at_{side}x{side}"]["mean"] > 0 for side in (1, 2, 4))
 
 
 def test_folders_of_models_that_were_tuned_whole_keep_their_names():

@@ -44,7 +44,7 @@ def draw_model(family, rng):
         width, activation = rng.choice([8, 24, 100]), rng.choice(["gelu", "relu"])
         made = {"activation": activation, "router_width": width, "router_fingerprint": "trained"}
         fields["dynamic"] = DynamicConfig(experts=rng.choice([4, 8]), scales=2, **made)
-        kinds = ["threshold", "top-k", "oracle", "pruned"]
+        kinds = ["threshold", "top-k", "cumulative", "random", "oracle", "pruned", "pruned-activation"]
         settings |= {"tau": (rng.choice([0.3, 0.8]), rng.choice([0.2, 0.9])), "selection": rng.choice(kinds)}
     if family == "mamba":
         fields["mixers"] = "scale-attention", "mamba"

@@ -69,7 +69,7 @@ def test_the_result_is_an_ordinary_checkpoint_of_which_only_late_ffns_are_new(ma
     before, after = weights(dense), weights(out)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     new = {name.split(".ffn.")[1].split(".")[0] for name in after.keys() - before.keys()}
-    assert new == {"late", "router", "importance_F"}
+    assert new == {"late", "router", "importance_F", "activation_F"}
     late = after["blocks.0.ffn.late.fc1.weight"]
     assert not torch.equal(late, before["blocks.0.ffn.fc1.weight"]), "tuned and in another order"
     assert (after["blocks.1.ffn.importance_F"] > 0).any()

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nextscale.checkpoints import Shape
 from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint, sample_ffn_rows
 from nextscale.config.migrate import restore_record
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.transformer import TransformerConfig
+
+ADDED = ".activation_F"
+"""How names of tensors end that checkpoints of dynamic experts had not always; without them they are 0."""
+
+
+def make_missing(held: Collection[str], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """The tensors of `expected` that a file of an earlier version, with the names `held`, has not: zeros."""
+    return {n: torch.zeros(s) for n, s in expected.items() if n.endswith(ADDED) and n not in held}
 
 
 def migrate_router_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfig:

@@ -123,12 +123,19 @@ def read_modules(
     _check_layers(folder, config)
     tokenizer, transformer = build_on_meta(config)
     tensors, weights, integers = read_safetensors(folder / TOKENIZER, list_shapes(tokenizer)), {}, set[str]()
+    added: dict[str, Tensor] = {}
     if head.weights is not None:
         from nextscale.checkpoints.quantise import prepare_modules
 
         integers = prepare_modules(folder, head.weights, transformer, usable=int8)
     if transformer is not None:
-        weights = read_safetensors(folder / TRANSFORMER, list_shapes(transformer), integers)
+        expected = list_shapes(transformer)
+        if config.transformer is not None and config.transformer.dynamic.experts:
+            from nextscale.checkpoints.migrate import make_missing
+
+            added = make_missing(read_shapes(folder / TRANSFORMER), expected)
+        held = {name: shape for name, shape in expected.items() if name not in added}
+        weights = read_safetensors(folder / TRANSFORMER, held, integers)
     extras = read_safetensors(folder / ORIGINAL) if ORIGINAL in head.digests or (folder / ORIGINAL).exists() else {}
     for name, part in ((TOKENIZER, tensors), (TRANSFORMER, weights), (ORIGINAL, extras)):
         if part:
@@ -137,7 +144,7 @@ def read_modules(
         from nextscale.checkpoints.migrate import migrate_router_fingerprint
 
         config = migrate_router_fingerprint(config, weights)
-    return Checkpoint(config, tensors, weights, origin, extras), (tokenizer, transformer)
+    return Checkpoint(config, tensors, weights | added, origin, extras), (tokenizer, transformer)
 
 
 def _check_layers(folder: Path, config: ModelConfig) -> None:

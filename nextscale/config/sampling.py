@@ -58,8 +58,9 @@ class SampleConfig:
     budget: float = 0.0
     """Dynamic experts: use the thresholds that were calibrated for this share of the dense model's FLOPs; 0 = off."""
     selection: Selection = "threshold"
-    """Dynamic experts, for comparisons: oracle = tau on the true norms; top-k = the share tau of the experts; pruned =
-    the share tau of the hidden units, the same for every token."""
+    """Dynamic experts, for comparisons: oracle = tau on the true norms; top-k, random = the share tau of the experts;
+    cumulative = the largest until they have the share tau of the sum of the norms; pruned, pruned-activation = the
+    share tau of the hidden units, the same for every token: by their contribution or their mean activation."""
     cfg_parts: dict[str, float] = field(default_factory=dict, hash=False)
     """Combined condition: strength for each part in place of cfg, such as control 1.5 text 3. Each part is guided given
     those before it; parts that are not named are not guided."""

@@ -13,8 +13,10 @@ from nextscale.config.parse import Scalar, check_fields
 if TYPE_CHECKING:
     from nextscale.config.idle import Idle
 
-Selection = Literal["threshold", "top-k", "oracle", "pruned"]
+Selection = Literal["threshold", "top-k", "cumulative", "random", "oracle", "pruned", "pruned-activation"]
 """How a dynamic layer selects experts: `SampleConfig.selection`."""
+UNROUTED: tuple[Selection, ...] = ("oracle", "random", "pruned", "pruned-activation")
+"""Selections that do not use what routers predict."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ def randomise(pipeline: Pipeline, seed: int = 0) -> None:
             spread = 0.5 if parameter.ndim < 2 or "embed" in name else parameter[0].numel() ** -0.5
             center = 1.0 if ".norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(center + spread * torch.randn(parameter.shape, generator=rng))
+    for name, buffer in pipeline.transformer.named_buffers():
+        if name.endswith(("importance_F", "activation_F")):  # 0 until they are measured
+            buffer.copy_(torch.rand(buffer.shape, generator=rng))
 
 
 @torch.no_grad()

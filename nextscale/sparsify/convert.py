@@ -96,7 +96,7 @@ def split_ffns(checkpoint: Checkpoint, expert_size: int, scales: int, router_wid
         router = ExpertRouter(model.width, router_width, experts)
         initialize_weights(router, model.width, router_rng)
         weights |= {f"{ffn}.router.{name}": tensor for name, tensor in router.state_dict().items()}
-        weights[f"{ffn}.importance_F"] = torch.zeros(model.ffn_width)
+        weights |= {f"{ffn}.{name}": torch.zeros(model.ffn_width) for name in ("importance_F", "activation_F")}
     return _replace_model(checkpoint, dynamic, weights)
 
 

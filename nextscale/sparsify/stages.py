@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.checkpoints import Checkpoint
-from nextscale.checkpoints.migrate import list_version_1_settings
+from nextscale.checkpoints.migrate import ADDED, list_version_1_settings
 from nextscale.checkpoints.native import read_checkpoint
 from nextscale.checkpoints.router_fingerprint import compute_router_fingerprint
 from nextscale.checkpoints.saving import write_checkpoint
@@ -145,17 +145,19 @@ def train_routers(job: Job, checkpoint: Checkpoint) -> Result:
 
 @torch.no_grad()
 def _measure_importance(job: Job, pipeline: Pipeline) -> None:
-    """Set how much each hidden unit contributes at the sparse scales, for static pruning."""
+    """Set how much each hidden unit contributes at the sparse scales, and its mean activation, for static pruning."""
     model, sums, images = pipeline.transformer, list[Tensor](), 0
     thresholds = Thresholds((1.0,) * len(model.pyramid), record="contribution")
     for values, tokens_BL in job.load_batches(job.examples.train, pipeline):
         inputs_BLC = pipeline.tokenizer.teacher_inputs(tokens_BL).repeat(2, 1, 1)
         output = model(model.condition.add_unconditional(values), inputs_BLC, thresholds=thresholds)
-        contributions = [record.contribution_F for record in collect(output.records, "contribution")]
-        sums = [a + b for a, b in zip(sums, contributions, strict=True)] if sums else contributions
+        found = collect(output.records, "contribution")
+        both = [torch.stack([record.contribution_F, record.activation_F]) for record in found]
+        sums = [a + b for a, b in zip(sums, both, strict=True)] if sums else both
         images += len(tokens_BL)
-    for ffn, sum_F in zip(list_ffns(model), sums, strict=True):
-        ffn.importance_F.copy_(sum_F / images)
+    for ffn, sum_2F in zip(list_ffns(model), sums, strict=True):
+        ffn.importance_F.copy_(sum_2F[0] / images)
+        ffn.activation_F.copy_(sum_2F[1] / images)
 
 
 def adapt_model(job: Job, checkpoint: Checkpoint) -> Result:
@@ -268,6 +270,10 @@ def _compute_fingerprint(checkpoint: Checkpoint) -> str:
 
     Stage folders store it. The config is in the form of version 1, so that stages of that version are recognized.
     """
-    samples = {name: t.flatten()[:: max(1, t.numel() // 1000)] for name, t in checkpoint.transformer.items()}
+    samples = {
+        name: t.flatten()[:: max(1, t.numel() // 1000)]
+        for name, t in checkpoint.transformer.items()
+        if not name.endswith(ADDED)
+    }
     settings = list_version_1_settings(checkpoint.config, checkpoint.transformer)
     return compute_fingerprint(samples, json.dumps(settings, sort_keys=True))[:16]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from nextscale.common.distributed import World
 from nextscale.config.log import read_log
 from nextscale.config.sampling import SampleConfig
-from nextscale.evaluation.latency import time_batch
+from nextscale.evaluation.latency import BatchTimes, time_batch
 from nextscale.pipeline import Pipeline
 
 BATCHES = (1, 8)
@@ -26,20 +26,24 @@ def compute_training_seconds(folder: Path, examples: int) -> float:
     return examples / statistics.median(rates[_WARM_UP_STEPS:] or rates)
 
 
-def measure_sampling_seconds(folders: Sequence[Path], settings: SampleConfig, world: World) -> list[dict[str, float]]:
-    """Seconds per image of each model, decoder included, for each batch size.
+def measure_sampling_seconds(models: Sequence[tuple[Path, SampleConfig]], world: World) -> list[dict[str, float]]:
+    """Seconds per image of each model with its settings, decoder included, for each batch size; and of each scale, in
+    the largest batch.
 
     Medians over rounds that time all models, so that a slower machine slows down all of them.
     """
-    pipelines = [Pipeline.from_pretrained(str(folder), device=str(world.device)) for folder in folders]
-    seconds: list[dict[str, float]] = [{} for _ in folders]
+    pipelines = [Pipeline.from_pretrained(str(folder), device=str(world.device)) for folder, _ in models]
+    seconds: list[dict[str, float]] = [{} for _ in models]
     for batch in BATCHES:
-        times: list[list[float]] = [[] for _ in folders]
+        times = [BatchTimes() for _ in models]
         for turn in tqdm(range(_ROUNDS + 1), desc=f"sampling, batch {batch}", unit="round"):
-            for pipeline, model_times in zip(pipelines, times, strict=True):
+            for pipeline, (_, settings), model_times in zip(pipelines, models, times, strict=True):
                 scales, decode = time_batch(pipeline, batch, settings)
                 if turn:
-                    model_times.append((sum(scales) + decode) / batch)
-        for model_seconds, model_times in zip(seconds, times, strict=True):
-            model_seconds[f"seconds_per_image_of_{batch}"] = statistics.median(model_times)
+                    model_times.scales.append(scales)
+                    model_times.decode.append(decode)
+        for pipeline, model_seconds, model_times in zip(pipelines, seconds, times, strict=True):
+            model_seconds[f"seconds_per_image_of_{batch}"] = statistics.median(model_times.totals) / batch
+            per_scale = zip(pipeline.config.pyramid.sides, zip(*model_times.scales, strict=True), strict=True)
+            model_seconds |= {f"seconds_at_{h}x{w}": statistics.median(column) / batch for (h, w), column in per_scale}
     return seconds

@@ -12,7 +12,7 @@ from typing import Any
 from nextscale.common.plots import COLOURS, new_figure, save_figure
 from nextscale.evaluation.compute import METRICS
 
-GROUPS = {"per_scale": "nats_", "per_expert": "load_E"}
+GROUPS = {"per_scale": "nats_", "per_expert": "load_E", "seconds_per_scale": "seconds_at_"}
 """Names of groups of columns, and the prefix of their columns. A group is drawn in one panel."""
 _WORDS: dict[str, tuple[str, float]] = {
     "parameters": ("Parameters (millions)", 1e-6),
@@ -177,6 +177,8 @@ def _build_group(rows: list[dict[str, Any]], columns: Sequence[str], prefix: str
         for row in rows
         if all(column in row["published"] for column in columns)
     }
+    if prefix == GROUPS["seconds_per_scale"]:
+        return Panel("Time of an image by scale, in the largest batch (s)", lines, published, "scale")
     return Panel("Load of each expert, of 64 tokens", lines, published, "expert")
 
 

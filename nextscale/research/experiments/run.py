@@ -31,7 +31,7 @@ def resolve_inputs(experiment: Experiment, given: dict[str, str]) -> Inputs:
     """The user's inputs, else the entry's. UserError names a missing option and what it expects."""
     model = given.get("model", "")
     if model and (
-        experiment.kind != "generator" or len({compute_key(to_dict(row.run)) for row in experiment.rows}) > 1
+        experiment.kind == "tokenizer" or len({compute_key(to_dict(row.run)) for row in experiment.rows}) > 1
     ):
         raise UserError(f"the rows of {experiment.name} differ in training: one --model cannot stand for them all")
     refiner = given.get("refiner", "")

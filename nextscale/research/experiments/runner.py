@@ -250,23 +250,32 @@ class ExperimentRunner:
     def measure_cost(self, file: Path) -> dict[str, list[dict[str, float]]]:
         """Parameters, FLOPs and seconds of all rows; the seconds are measured once and stored in `file`."""
         rows = [row for row in self.experiment.rows if row.measured]
-        folders = [self._train_generator(row, self.experiment.seeds[0])[0] for row in rows]
-        key = compute_key([str(folder) for folder in folders], describe_machine(self.world.device)["device"])
+        found = [self._prepare_timing(row) for row in rows]
+        models = [(folder, sampling) for folder, sampling, _ in found]
+        what = [[str(folder), to_dict(sampling)] for folder, sampling in models]
+        key = compute_key(what, describe_machine(self.world.device)["device"])
         if self.world.main and not (file.exists() and read_costs(file, len(rows)).about == key):
-            measured = measure_sampling_seconds(folders, rows[0].sampling, self.world)
-            for row, folder, seconds in zip(rows, folders, measured, strict=True):
-                seconds["seconds_per_epoch"] = compute_training_seconds(folder, self._count_examples(row, folder))
+            measured = measure_sampling_seconds(models, self.world)
+            for row, (folder, _), seconds in zip(rows, models, measured, strict=True):
+                if "seconds_per_epoch" in self.experiment.metrics:
+                    seconds["seconds_per_epoch"] = compute_training_seconds(folder, self._count_examples(row, folder))
             write_json(file, add_digest({"about": key, "rows": measured}))
         self.world.wait()
         return {
-            row.name: [self._count_costs(row, folder) | seconds]
-            for row, folder, seconds in zip(rows, folders, read_costs(file, len(rows)).rows, strict=True)
+            row.name: [costs | seconds]
+            for row, (_, _, costs), seconds in zip(rows, found, read_costs(file, len(rows)).rows, strict=True)
         }
 
-    def _count_costs(self, row: Row, folder: Path) -> dict[str, float]:
-        """Parameters, and GFLOP of an image."""
+    def _prepare_timing(self, row: Row) -> tuple[Path, SampleConfig, dict[str, float]]:
+        """The folder of the row's model, its settings of sampling, its parameters and the FLOPs of an image."""
+        seed = self.experiment.seeds[0]
+        folder, sampling = self._train_generator(row, seed)[0], row.sampling
+        if row.sparsify is not None:
+            folder, sampling, costs = self._sparsify(row, folder, sampling, seed)
         config, _ = read_config(folder)
-        return _count_parameters(config) | {"gflop": self._count_flops(folder, config, row.sampling)["gflop"]}
+        if row.sparsify is None:
+            costs = self._count_flops(folder, config, sampling)
+        return folder, sampling, _count_parameters(config) | costs
 
     def draw_picture(self, out: Path) -> None:
         """Draw the experiment's picture, unless it was drawn of the same models."""

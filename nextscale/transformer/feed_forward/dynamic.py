@@ -18,11 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.precision import Float32Linear, compute_exactly, widen
-from nextscale.config.transformer import TransformerConfig
+from nextscale.config.transformer import UNROUTED, TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import FeedForward, Record
 from nextscale.transformer.feed_forward.records import ExpertSelection, Norms, Sparsity, UnitContribution
-from nextscale.transformer.feed_forward.selection import select_experts, select_units
+from nextscale.transformer.feed_forward.selection import (
+    PRUNED,
+    select_experts,
+    select_random_experts,
+    select_units,
+)
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 
 Layers = tuple[nn.Linear, nn.Linear]
@@ -61,10 +66,12 @@ class DynamicFeedForward(FeedForward):
 
     importance_F: Tensor
     """Mean contribution of each hidden unit at the sparse scales, for static pruning."""
+    activation_F: Tensor
+    """Its mean activation, for static pruning as in DMoE-VAR."""
 
     def __init__(self, config: TransformerConfig, scales: int, block: int = 0):
         super().__init__(config, scales, block)
-        D, hidden, self.config = config.width, config.ffn_width, config.dynamic
+        D, hidden, self.config, self.block = config.width, config.ffn_width, config.dynamic, block
         self.first_sparse = scales - min(self.config.scales, scales)
         self.fc1 = nn.Linear(D, hidden)
         self.fc2 = nn.Linear(hidden, D)
@@ -72,7 +79,8 @@ class DynamicFeedForward(FeedForward):
         self.router = None
         if self.config.experts:
             self.router = ExpertRouter(D, self.config.router_width, self.config.experts)
-            self.register_buffer("importance_F", torch.zeros(hidden))
+            for name in ("importance_F", "activation_F"):
+                self.register_buffer(name, torch.zeros(hidden))
 
     @property
     def output_layers(self) -> list[Any]:
@@ -86,7 +94,8 @@ class DynamicFeedForward(FeedForward):
     def forward(self, x_BND: Tensor, context: ScaleContext, previous: Any = None) -> tuple[Tensor, Record | None]:
         outputs, records = [], []
         for start, end, tau, is_late in self.group_tokens(context, x_BND.shape[1]):
-            y_BND, record = self.run_group(x_BND[:, start:end], context.thresholds, tau, is_late)
+            first = context.span[0] + start
+            y_BND, record = self.run_group(x_BND[:, start:end], context.thresholds, tau, is_late, first)
             outputs.append(y_BND)
             records += [record] if record is not None else []
         y_BND = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -111,14 +120,14 @@ class DynamicFeedForward(FeedForward):
         return self.late is not None or bool(thresholds and thresholds.record == "contribution")
 
     def run_group(
-        self, x_BND: Tensor, thresholds: Thresholds | None, tau: float, is_late: bool
+        self, x_BND: Tensor, thresholds: Thresholds | None, tau: float, is_late: bool, first: int
     ) -> tuple[Tensor, Record | None]:
-        """The output of a group of tokens, see `group_tokens`, and its record."""
+        """The output of a group of tokens, see `group_tokens`, and its record. `first`: position of the first token."""
         uses_late = is_late and self.late is not None
         fc1, fc2 = self.divided if uses_late else (self.fc1, self.fc2)
         relu = self.config.activation == "relu" and (uses_late or self.late is None)
         if thresholds is not None and tau < 1:
-            return self._run_part(x_BND, tau, thresholds.selection)
+            return self._run_part(x_BND, tau, thresholds, first)
         a_BNF = self.activate(fc1, x_BND, relu)
         y_BND, record = fc2(a_BNF), None
         if thresholds is None:
@@ -129,23 +138,27 @@ class DynamicFeedForward(FeedForward):
             record = self._record(x_BND, a_BNF, thresholds.record)
         return y_BND, record
 
-    def _run_part(self, x_BND: Tensor, tau: float, selection: str) -> tuple[Tensor, Record]:
+    def _run_part(self, x_BND: Tensor, tau: float, thresholds: Thresholds, first: int) -> tuple[Tensor, Record]:
         """The output of the selected experts, or of the hidden units that static pruning leaves."""
         (fc1, _), relu, experts = self.divided, self.config.activation == "relu", self.config.experts
-        x_TD = x_BND.flatten(0, 1)
-        if selection == "pruned":
-            units = select_units(self.importance_F, tau)
+        x_TD, selection = x_BND.flatten(0, 1), thresholds.selection
+        if selection in PRUNED:
+            units = select_units(self.importance_F if selection == "pruned" else self.activation_F, tau)
             return self.run_units(x_TD, units, relu).view_as(x_BND), select_all_units(x_BND, len(units))
         assert self.router is not None, "thresholds are made for models with experts"
         if selection == "oracle":
             norms_TE = compute_expert_norms(self.activate(fc1, x_TD, relu), self.get_weight(self.divided[1]), experts)
             selected_TE = select_experts(norms_TE, tau)
+        elif selection == "random":
+            positions = range(first, first + x_BND.shape[1])
+            selected_NE = select_random_experts(thresholds.seed, self.block, positions, experts, tau, x_BND.device)
+            selected_TE = selected_NE.repeat(len(x_BND), 1)
         else:
             selected_TE = self.router.select(x_TD, tau, selection)
         y_TD = self.run_experts(x_TD, selected_TE, relu)
         selected_BNE = selected_TE.view(*x_BND.shape[:2], experts)
         size = fc1.out_features // experts
-        record = Record(selections=(ExpertSelection(selected_BNE, size, routed=selection != "oracle"),))
+        record = Record(selections=(ExpertSelection(selected_BNE, size, routed=selection not in UNROUTED),))
         return y_TD.view_as(x_BND), record
 
     def run_experts(self, x_TD: Tensor, selected_TE: Tensor, relu: bool) -> Tensor:
@@ -182,7 +195,7 @@ class DynamicFeedForward(FeedForward):
         w2_DF = self.get_weight(self.divided[1])
         if what == "contribution":
             contribution_F = widen(a_BNF.abs()).sum(dim=(0, 1)) * widen(w2_DF.float().norm(dim=0))
-            return Record(contribution=UnitContribution(contribution_F))
+            return Record(contribution=UnitContribution(contribution_F, widen(a_BNF).sum(dim=(0, 1))))
         assert self.router is not None, "norms are recorded of models with experts"
         with torch.no_grad():
             true_TE = compute_expert_norms(a_BNF.flatten(0, 1), w2_DF, self.config.experts)

@@ -73,7 +73,9 @@ class Norms:
 
 @dataclass(frozen=True)
 class UnitContribution:
-    """How much each hidden unit contributed."""
+    """How much each hidden unit contributed; sums over tokens, float64 where the device has it."""
 
     contribution_F: Tensor
-    """Sum over tokens of |a_j| |column j of W2|_2, float64 where the device has it."""
+    """Of |a_j| |column j of W2|_2."""
+    activation_F: Tensor
+    """Of a_j, with its sign."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import Selection, TransformerConfig
+from nextscale.config.transformer import UNROUTED, Selection, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,10 @@ class Thresholds:
 
     `threshold` (DMoE-VAR, Eq. 3, in the convention of its published values): an expert runs when its predicted norm is
     at least (1 - tau) times the largest one; so 1 means all experts, 0 the largest alone. `oracle` does the same with
-    the true norms. `top-k` takes the share tau of the experts, `pruned` the share tau of the hidden units that matter
-    most on average, whatever the token.
+    the true norms. `top-k` takes the share tau of the experts, `random` as many at random, and `cumulative` the largest
+    until they have the share tau of the sum of the norms. `pruned` takes the share tau of the hidden units that
+    contribute most on average, `pruned-activation` those of the highest mean activation (DMoE-VAR's Pruned-FFN),
+    whatever the token.
     """
 
     tau_K: tuple[float, ...]
@@ -25,9 +27,13 @@ class Thresholds:
     selection: Selection = "threshold"
     record: Literal["", "sparsity", "norms", "contribution"] = ""
     """What the layers record instead, with all experts at work: see `nextscale.transformer.feed_forward.dynamic`."""
+    seed: int = 0
+    """Of `random`."""
 
     @staticmethod
-    def create(config: TransformerConfig, scales: int, tau: tuple[float, ...], selection: Selection) -> Thresholds:
+    def create(
+        config: TransformerConfig, scales: int, tau: tuple[float, ...], selection: Selection, seed: int = 0
+    ) -> Thresholds:
         """From thresholds of the last scales, or one for all sparse scales. UserError where they do not fit."""
         dynamic = config.dynamic
         if not dynamic.experts:
@@ -44,12 +50,12 @@ class Thresholds:
                 f"tau lists {len(tau)} scales, but only the last {dynamic.scales} of this model have experts: give one "
                 f"number for them all or up to {dynamic.scales}"
             )
-        if selection == "threshold" and not dynamic.router_fingerprint and any(t < 1 for t in tau):
+        if selection not in UNROUTED and not dynamic.router_fingerprint and any(t < 1 for t in tau):
             raise UserError(
                 "this model's routers are not trained: run `nextscale sparsify DIR --stages routers thresholds`, or "
                 "choose by the true norms (selection oracle)"
             )
-        return Thresholds((1.0,) * (scales - len(tau)) + tuple(tau), selection)
+        return Thresholds((1.0,) * (scales - len(tau)) + tuple(tau), selection, seed=seed)
 
 
 def resolve_thresholds(config: TransformerConfig, scales: int, sampling: SampleConfig) -> Thresholds | None:
@@ -62,7 +68,7 @@ def resolve_thresholds(config: TransformerConfig, scales: int, sampling: SampleC
     if sampling.tau or sampling.selection != "threshold":
         if not sampling.tau:
             raise UserError(f"selection {sampling.selection} needs a tau: its share, for the last scales")
-        return Thresholds.create(config, scales, sampling.tau, sampling.selection)
+        return Thresholds.create(config, scales, sampling.tau, sampling.selection, sampling.seed)
     if not config.dynamic.tau:
         return None
     return Thresholds.create(config, scales, config.dynamic.tau, "threshold")
