@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 Selection = Literal["threshold", "top-k", "cumulative", "random", "oracle", "pruned", "pruned-activation"]
 """How a dynamic layer selects experts: `SampleConfig.selection`."""
-UNROUTED: tuple[Selection, ...] = ("oracle", "random", "pruned", "pruned-activation")
-"""Selections that do not use what routers predict."""
 
 
 @dataclass(frozen=True)

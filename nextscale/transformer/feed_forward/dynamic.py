@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.common.precision import Float32Linear, compute_exactly, widen
-from nextscale.config.transformer import UNROUTED, TransformerConfig
+from nextscale.config.transformer import TransformerConfig
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import FeedForward, Record
 from nextscale.transformer.feed_forward.records import ExpertSelection, Norms, Sparsity, UnitContribution
@@ -28,7 +28,7 @@ from nextscale.transformer.feed_forward.selection import (
     select_random_experts,
     select_units,
 )
-from nextscale.transformer.feed_forward.thresholds import Thresholds
+from nextscale.transformer.feed_forward.thresholds import UNROUTED, Thresholds
 
 Layers = tuple[nn.Linear, nn.Linear]
 """fc1 and fc2."""

@@ -7,7 +7,10 @@ from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer import UNROUTED, Selection, TransformerConfig
+from nextscale.config.transformer import Selection, TransformerConfig
+
+UNROUTED: tuple[Selection, ...] = ("oracle", "random", "pruned", "pruned-activation")
+"""Selections that do not use what routers predict."""
 
 
 @dataclass(frozen=True)
