@@ -14,14 +14,17 @@ import pytest
 from PIL import Image
 
 from nextscale.cli.parser import main
+from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
+from nextscale.config.log import read_log
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.research.experiments.dynamic import _list_key_settings
 from nextscale.research.experiments.entry import SCALES, list_experiments, load_experiment
 from nextscale.research.experiments.figures import GROUPS, Point, describe_column, draw_results, list_panels
 from nextscale.research.experiments.keys import compute_key
+from nextscale.research.experiments.records import find_kept_model
 from nextscale.research.experiments.report import format_table, group_lines
-from nextscale.research.experiments.run import resolve_inputs
+from nextscale.research.experiments.run import resolve_inputs, run_experiment
 from nextscale.research.experiments.show import format_experiment
 from tests import forked
 
@@ -162,6 +165,28 @@ def test_the_table_sets_published_figures_beside_ours():
     assert "| b | not available | 280.4 | 2 ± 1.414 |" in lines
     assert "| c | not available | 81.5 | - |" in lines, "a line of published figures alone"
     assert "`nextscale experiment run e --scale paper --data imagenet`, D, 2 threads, torch 2, 2026-01-01." in lines
+
+
+def test_quality_over_training_is_measured_on_models_that_it_kept(out):
+    """Of 320 images 16 a step: after 4, 12 and all 20 steps, with the validation of these steps."""
+    entry = load_experiment("mepa-epochs", "tiny")
+    experiment = replace(entry, rows=entry.rows[:5:2], seeds=(0,))
+    results = run_experiment(experiment, resolve_inputs(experiment, {}), out, World())
+    rows = [row["figures"] for row in results["rows"]]
+    assert [row["epochs"]["mean"] for row in rows] == [0.2, 0.6, 1.0]
+    (folder,) = (out / "tiny").glob("run-*")
+    kept = [folder / f"kept/step-{step:08d}" for step in (4, 8, 12, 16, 20)]
+    assert sorted((folder / "kept").iterdir()) == kept
+    weights = [(path / "transformer.safetensors").read_bytes() for path in (*kept, folder)]
+    assert len(set(weights)) == 5
+    assert weights[-1] == weights[-2], "the last one is the run's own"
+    losses = {r["step"]: r["validation_loss"] for r in read_log(folder / "log.jsonl") if "validation_loss" in r}
+    assert [row["validation_loss"]["mean"] for row in rows] == [losses[step] for step in (4, 12, 20)]
+    assert len({row["distance"]["mean"] for row in rows}) == 3
+    assert (out / "tiny" / "mepa-epochs" / "curves.png").stat().st_size > 1000
+    shutil.rmtree(folder / "kept")
+    with pytest.raises(UserError, match="kept no model besides the last one: its training needs train.model_every"):
+        find_kept_model(folder, 0.5)
 
 
 def test_accelerations_train_a_refiner_and_count_what_was_computed(out):

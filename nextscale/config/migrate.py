@@ -18,7 +18,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     },
     "gating_residual": {"capacity_factor": 0.0, "capacity_ratio": 0.75, "exclude_zero": False},  # ExpertsConfig
     "smooth": {"cfg_parts": {}, "cfg_scales": 0, "stop_at": 0},  # SampleConfig
-    "micro_batch": {"backend": "auto", "patience": 0},  # TrainConfig
+    "micro_batch": {"backend": "auto", "patience": 0, "model_every": 0},  # TrainConfig
     "revive_below": {"scale_dropout": 0.0},  # CodebookConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
     "init": {  # RunConfig

@@ -153,6 +153,7 @@ class QuickstartConfig:
             *(f"train_tokenizer.{name}" for name in unused),
             *(f"train_encoder.{name}" for name in unused),
             "train_transformer.sample_every",
+            "train_transformer.model_every",
         )
         idle["it is that of the data"] = ("encoder.image_size",)
         return idle

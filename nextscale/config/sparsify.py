@@ -110,6 +110,7 @@ class SparsifyConfig:
                 "sampling.tau", "sampling.budget", "sampling.selection",
             ),
             "sparsify draws no samples while it trains": ("tuning.sample_every", "adapting.sample_every"),
+            "sparsify keeps the last model alone": ("tuning.model_every", "adapting.model_every"),
             "the training of routers does not use it": routers,
         }  # fmt: skip
         if self.data:

@@ -13,8 +13,8 @@ from nextscale.config.parse import SEED_RULE, check_fields, is_seed
 
 _MANY_PASSES = 500
 """Passes over the data that no recipe of the papers reaches (VAR-d30: 350)."""
-NO_GENERATOR = ("label_drop", "drop_path", "sample_every", "compile", "activation_checkpointing")
-"""Settings that only transformers use: they have labels to drop, blocks, and samples to draw."""
+NO_GENERATOR = ("label_drop", "drop_path", "sample_every", "model_every", "compile", "activation_checkpointing")
+"""Settings that only transformers use: they have labels to drop, blocks, samples to draw, and models to keep."""
 
 
 def is_auto_or_count(value: object) -> bool:
@@ -93,6 +93,9 @@ class TrainConfig:
     """Steps between lines of log.jsonl, which curves.png shows."""
     sample_every: int = 0
     """Steps between sample grids; 0 = at the end only."""
+    model_every: int = 0
+    """Steps between models that are kept in kept/step-NNNNNNNN, to measure quality over the training; a multiple of
+    save_every. 0 = the last model alone."""
     loggers: tuple[str, ...] = ()
     """Where values are logged besides log.jsonl: tensorboard, wandb, or both."""
     seed: int = 0
@@ -102,7 +105,7 @@ class TrainConfig:
         object.__setattr__(self, "precision", parse_dtype(self.precision, "precision"))
         at_least = {
             1: ("steps", "batch_size", "save_every", "log_every", "keep"),
-            0: ("warmup_steps", "sample_every", "patience"),
+            0: ("warmup_steps", "sample_every", "model_every", "patience"),
         }
         rules = {f"{n} must be at least {low}": getattr(self, n) >= low for low, ns in at_least.items() for n in ns}
         rules |= {
@@ -118,6 +121,7 @@ class TrainConfig:
             "final_weight_decay must be 0 or more": self.final_weight_decay is None or self.final_weight_decay >= 0,
             "precision float16 does not go with sharding experts, use bfloat16": self.precision != "float16"
             or self.sharding != "experts",  # GradScaler cannot unscale sharded and other gradients together
+            "model_every must be a multiple of save_every": self.model_every % max(self.save_every, 1) == 0,
             SEED_RULE: is_seed(self.seed),
             "loggers must be tensorboard or wandb": set(self.loggers) <= {"tensorboard", "wandb"},
         }

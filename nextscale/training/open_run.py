@@ -185,9 +185,15 @@ class MainProcessCallbacks(Callbacks, ABC):
         """Write the model's files to a folder."""
 
 
-def list_model_folders(folder: Path, best: bool) -> list[Path]:
-    """Where the files of a model are written: the run folder, and best/ in it for the best model so far."""
-    return [folder, folder / "best"] if best else [folder]
+def list_model_folders(folder: Path, best: bool, kept: int = 0) -> list[Path]:
+    """Where the files of a model are written: the run folder, best/ in it for the best model so far, and a folder of
+    its own for the model of a step that is kept (`train.model_every`; 0 = it is not)."""
+    return [folder, *([folder / "best"] if best else []), *([folder / name_kept_model(kept)] if kept else [])]
+
+
+def name_kept_model(step: int) -> str:
+    """The folder, in that of a run, of the model that was kept at this step."""
+    return f"kept/step-{step:08d}"
 
 
 def keep_best_model(folder: Path) -> None:

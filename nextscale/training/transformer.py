@@ -313,7 +313,8 @@ class _Callbacks(Callbacks):
         weights = gather_weights(self.task.model, frozen=adapters is None)
         if not self.run.world.main:
             return
-        folders = list_model_folders(self.run.folder, best)
+        every = config.train.model_every
+        folders = list_model_folders(self.run.folder, best, kept=step if every and step % every == 0 else 0)
         if adapters is None:
             checkpoint = Checkpoint(self.components.model, self.components.tokenizer_weights, weights)
             for folder in folders:

@@ -54,6 +54,8 @@ class Row:
     """How the trained model is sparsified; None: it stays dense."""
     flops: float = 0.0
     """Measure the row at this share of the dense FLOPs, by searching the threshold; 0 = use that of `sampling`."""
+    after: float = 1.0
+    """Measure the model that the training kept after about this share of its steps (`train.model_every`)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Experiment:
     refiner: RunConfig | None
     """The training of the model that generates the last scales in rows with `draft_scales`."""
     against: str = ""
-    """A metric for the x axis of curves.png; rows that have the same name up to the last comma form one line."""
+    """A metric for the x axis of curves.png; rows that have the same name up to the last comma form one line.
+    `epochs` is that of each row's model."""
     picture: str = ""
     """A picture of the trained models besides the table: samples, routing, ...; empty = none."""
     note: str = ""
@@ -202,6 +205,7 @@ def _parse_row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, wh
         merged["name"], merged.get("at"), published, run, tokenizer, sampling,
         bool(merged.get("alone")), bool(merged.get("measured", True)),
         _parse_sparsify(layers, where) if merged.get("dynamic") else None, float(merged.get("flops", 0)),
+        float(merged.get("after", 1)),
     )  # fmt: skip
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.common.errors import UserError
+from nextscale.config.log import read_log
 from nextscale.config.parse import check_fields, read_record
+from nextscale.training.open_run import name_kept_model
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,22 @@ def read_finished(folder: Path, scales: int = 0) -> dict[str, Any]:
     names = ("validation_loss", "validation_loss_per_scale", "validation_guidance", "validation_expert_load")
     known = {name: getattr(finished, name) for name in names if getattr(finished, name) not in (None, ())}
     return {**finished.other, **known, "stages": finished.stages}
+
+
+def find_kept_model(run: Path, share: float) -> tuple[Path, int, dict[str, Any]]:
+    """The model that a finished training kept nearest to this share of its steps; its step and its validation.
+
+    A share of 1 is the run's own model. Raises UserError when no model was kept.
+    """
+    validated = {r["step"]: r for r in read_log(run / "log.jsonl") if "validation_loss" in r}
+    steps = max(validated)
+    if share == 1:
+        return run, steps, read_finished(run)
+    kept = [step for step in validated if (run / name_kept_model(step)).is_dir()]
+    if not kept:
+        raise UserError(f"{run} kept no model besides the last one: its training needs train.model_every")
+    step = min(kept, key=lambda step: abs(step - share * steps))
+    return run / name_kept_model(step), step, validated[step]
 
 
 def read_data_name(folder: Path) -> str:

@@ -44,6 +44,7 @@ from nextscale.research.experiments.keys import compute_key, compute_key_of_samp
 from nextscale.research.experiments.ledger import check_experiment_inputs
 from nextscale.research.experiments.pictures import TrainedModel, draw_picture
 from nextscale.research.experiments.records import (
+    find_kept_model,
     read_costs,
     read_data_name,
     read_finished,
@@ -206,6 +207,10 @@ class ExperimentRunner:
     def measure_generator(self, row: Row, seed: int) -> dict[str, float]:
         """The metrics of a generator: of its samples, its cost, its validation."""
         folder, finished = self._train_refiner(seed) if row.refiner_only else self._train_generator(row, seed)
+        run, trained = folder, {}
+        if self.experiment.against == "epochs":
+            folder, step, finished = find_kept_model(run, row.after)
+            trained["epochs"] = step * row.run.train.batch_size / self._count_examples(row, run)
         sampling, refiner_config = dataclasses.replace(row.sampling, seed=seed), None
         executed: dict[str, float] = {}
         if row.sparsify is not None:
@@ -219,7 +224,7 @@ class ExperimentRunner:
             executed = {n: v for n, v in executed.items() if n == "gflop" or n in self.experiment.metrics}
         evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling, images=self.reading)
         metrics = self._evaluate(folder, evaluation) if evaluation.count else {}
-        return metrics | _count_parameters(config) | read_training_metrics(finished, config) | executed
+        return metrics | _count_parameters(config) | read_training_metrics(finished, config) | executed | trained
 
     def _count_flops(
         self, folder: Path, config: ModelConfig, sampling: SampleConfig, refiner: ModelConfig | None = None

@@ -46,6 +46,8 @@ def format_experiment(experiment: Experiment) -> str:
                 run = dataclasses.replace(row.run, tokenizer=folder, loss=LossConfig())  # the encoder may not exist yet
                 lines += [f"    {line}" for line in _estimate(run).splitlines()]
             shown.add(training)
+            if row.after < 1:
+                lines.append(f"    measured    after {row.after:.0%} of the training")
             if row.sparsify is not None:
                 at = f"; at {row.flops:.0%} of the dense FLOPs" if row.flops else ""
                 lines.append(f"    sparsify    {_format_changes(row.sparsify)}{at}")

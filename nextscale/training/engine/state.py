@@ -324,7 +324,7 @@ def _check_trained(module: nn.Module, weights: dict[str, Any]) -> None:
 
 
 FREE_SETTINGS = (
-    "workers", "save_every", "keep", "log_every", "sample_every", "loggers",
+    "workers", "save_every", "keep", "log_every", "sample_every", "model_every", "loggers",
     "micro_batch", "sharding", "activation_checkpointing", "compile", "backend",
 )  # fmt: skip
 """Settings that may change at any time: they decide how a run is computed or watched, not what it computes."""
