@@ -8,9 +8,11 @@ import signal
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nextscale.cli.parser import main
@@ -18,6 +20,7 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.config.log import read_log
 from nextscale.config.sparsify import SparsifyConfig
+from nextscale.data.cache import TokenCache
 from nextscale.research.experiments.dynamic import _list_key_settings
 from nextscale.research.experiments.entry import SCALES, list_experiments, load_experiment
 from nextscale.research.experiments.figures import GROUPS, Point, describe_column, draw_results, list_panels
@@ -144,7 +147,9 @@ def test_a_whole_experiment_killed_in_the_middle_and_continued(tmp_path, capsys)
     measured = json.loads((tmp_path / "alone" / "tiny" / "var-guidance" / "results.json").read_text())
     assert [len(row["figures"]["distance"]["values"]) for row in measured["rows"]] == [2, 2, 2]
     assert main(command) == 0
-    assert "training the" not in capsys.readouterr().err, "nothing is left to train"
+    said = capsys.readouterr()
+    assert "training the" not in said.err, "nothing is left to train"
+    assert "var-guidance: 2 of 2 trainings are done, 6 of 6 models are measured\n" in said.out
 
 
 def test_the_table_sets_published_figures_beside_ours():
@@ -283,6 +288,82 @@ def test_folders_of_models_that_were_tuned_whole_keep_their_names():
     names = {tune: compute_key(_list_key_settings(SparsifyConfig(tune=tune, hoyer=0.2))) for tune in ("late", "all")}
     assert names["all"] == compute_key({"hoyer": 0.2})
     assert names["late"] == compute_key({"hoyer": 0.2, "tune": "late"})
+
+
+def test_a_study_chooses_learning_rates_and_compares_progress(out, capsys):
+    """Three rows, each with two candidates for a learning rate and two reported seeds."""
+    assert run("study", out) == 0
+    said = capsys.readouterr().out
+    assert "study: 0 of 12 trainings are done, 0 of 6 models are measured" in said
+    tiny, folder = out / "tiny", out / "tiny" / "study"
+    runs = {f.parent: json.loads(f.read_text()) for f in tiny.glob("run-*/finished.json")}
+    assert len(runs) == 12
+    results = json.loads((folder / "results.json").read_text())
+    reference, *others = results["rows"]
+    for row in results["rows"]:
+        candidates = {c["settings"]["run.train.learning_rate"]: c["losses"][0] for c in row["chosen"]["candidates"]}
+        assert list(candidates) == [1e-3, 4e-3]
+        best = row["chosen"]["settings"]["run.train.learning_rate"]
+        assert candidates[best] == min(candidates.values())
+        tuned = [f for f in runs.values() if f["settings"]["train"]["seed"] == 100]
+        assert {f["validation_loss"] for f in tuned} >= set(candidates.values())
+        losses = {f["validation_loss"] for f in runs.values() if f["settings"]["train"]["learning_rate"] == best}
+        assert set(row["figures"]["validation_loss"]["values"]) <= losses, "trained with the chosen value"
+    for row in others:
+        pairs = zip(*(r["figures"]["validation_loss"]["values"] for r in (row, reference)), strict=True)
+        assert row["differences"]["validation_loss"]["values"] == pytest.approx([a - b for a, b in pairs])
+    check_progress(json.loads((folder / "progress.json").read_text()), tiny)
+    assert (folder / "progress.png").stat().st_size > 1000
+    table = (folder / "table.md").read_text()
+    assert "Chosen for each row by the mean held-out loss of seeds that are not reported (100):" in table
+    lines = table[table.index("Training to the final held-out loss of dense, ") :].splitlines()
+    assert "| dense | 4 (4 to 4) | 1 (1 to 1) | 1 (1 to 1) | 1 (1 to 1) |" in lines
+    assert sum(line.startswith("| guidance, ") for line in lines) == 2
+    check_shuffled_features(next(f["settings"]["data"] for f in runs.values() if f["settings"]["loss"]["shuffle"]))
+    assert run("study", out) == 0
+    said = capsys.readouterr()
+    assert "study: 12 of 12 trainings are done, 6 of 6 models are measured\n" in said.out
+    assert "training the" not in said.err
+
+
+def check_progress(report, tiny):
+    """The steps to the reference's final loss against NumPy's interpolation of the logs."""
+    assert report["reference"] == report["rows"][0]["name"] == "dense"
+    for row in report["rows"]:
+        for seed, (name, first) in enumerate(zip(row["runs"], report["rows"][0]["runs"], strict=True)):
+            log, target = (read_validations(tiny / folder) for folder in (name, first))
+            assert row["steps"] == [step for step, _ in log]
+            assert row["losses"][seed] == [loss for _, loss in log]
+            reached = row["to_reference"]["steps_by_seed"][seed]
+            fine = np.linspace(1, 4, 30001)
+            below = fine[np.interp(fine, *zip(*log, strict=True)) <= target[-1][1]]
+            assert (reached is None) == (not len(below))
+            if reached is not None:
+                assert reached == pytest.approx(below[0], abs=2e-4)
+    first = report["rows"][0]["to_reference"]
+    assert first["seeds_that_reach_it"] == 2
+    assert max(first["steps_share"]["values"]) <= 1
+    assert report["rows"][0]["flops_per_step"] < report["rows"][1]["flops_per_step"], "the alignment head costs, too"
+
+
+def read_validations(folder):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+
+
+def check_shuffled_features(cache):
+    """Tokens and labels as they are, the features of another image for each."""
+    examples = TokenCache(Path(cache)).load_examples("train")
+    indices, positions = list(range(len(examples))), [0] * len(examples)
+    plain, shuffled, again = (
+        e.fetch(indices, positions) for e in (examples, examples.shuffle_features(3), examples.shuffle_features(3))
+    )
+    assert torch.equal(plain["tokens"], shuffled["tokens"])
+    assert torch.equal(plain["label"], shuffled["label"])
+    assert torch.equal(again["features"], shuffled["features"])
+    before, after = (batch["features"].flatten(1).numpy() for batch in (plain, shuffled))
+    assert not (before == after).all(axis=1).any()
+    assert np.array_equal(np.sort(before, axis=0), np.sort(after, axis=0))
 
 
 def test_figures_over_another_are_lines_by_kind():

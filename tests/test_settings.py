@@ -51,6 +51,7 @@ def test_defaults_have_no_idle_setting(kind):
     [
         (RunConfig, {"loss": {"group": "small"}}, "loss.group"),
         (RunConfig, {"loss": {"cross_entropy": 0.1}}, "loss.cross_entropy"),
+        (RunConfig, {"loss": {"shuffle": True}}, "loss.shuffle"),
         (RunConfig, {"loss": {"balance": 0.1}}, "loss.balance"),
         (RunConfig, {"loss": {"idle_balance": 0.1}, "transformer": {"experts": {"router": "stmoe"}}}, "loss.idle"),
         (RunConfig, {"transformer": {"alignment": {"hidden": 5, "block": 1}}}, "alignment.hidden, transformer.align"),

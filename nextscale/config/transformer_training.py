@@ -27,12 +27,14 @@ class LossConfig:
     idle_balance: float = 0.75
     """moe++: weight of a zero-computation expert in the load-balance loss; an FFN expert has 1."""
     encoder: str = ""
-    """Frozen encoder for semantic guidance: a folder, a name on the hub, or 'cache' for the features in a token cache
-    (`nextscale tokenize --encoder`). Empty = no guidance."""
+    """Frozen encoder for semantic guidance: a folder, a name on the hub, pixels, or 'cache' for the features in a token
+    cache (`nextscale tokenize --encoder`). Empty = no guidance."""
     group: str = "intermediate"
     """Scales whose aggregated features are guided: last, large, intermediate, small, or numbers from 1: 5,6,7."""
     cross_entropy: float = 0.5
     """With guidance: weight lambda of the cross-entropy; the guidance loss has weight 1 (Eq. 13)."""
+    shuffle: bool = False
+    """With guidance by a token cache: give each image the features of another one. A control that should not help."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -46,7 +48,11 @@ class LossConfig:
 
     def list_idle(self) -> Idle:
         """Settings without effect, see `nextscale.config.idle`."""
-        return {} if self.encoder else {"there is no guidance ({at}encoder is empty)": ("group", "cross_entropy")}
+        return (
+            {}
+            if self.encoder
+            else {"there is no guidance ({at}encoder is empty)": ("group", "cross_entropy", "shuffle")}
+        )
 
 
 @dataclass(frozen=True)

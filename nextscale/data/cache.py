@@ -28,6 +28,7 @@ from torch import Tensor
 from nextscale.checkpoints.shards import read_shard, verify_shard
 from nextscale.common.errors import UserError
 from nextscale.common.fingerprint import compute_fingerprint
+from nextscale.common.rng import make_generator
 from nextscale.config.data import DataConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import from_dict
@@ -132,6 +133,7 @@ class CachedExamples:
     def __init__(self, shards: Sequence[Path], count: int, size: int, limits: ShardLimits):
         self.paths, self.count, self.size, self.limits = shards, count, size, limits
         self._label_of: Tensor | None = None
+        self._features_of: Tensor | None = None
         self._text: tuple[TextInput, int] | None = None  # and the seed of the draws
         self._text_shards: dict[int, ShardText] = {}
         self.inputs: dict[str, Any] = {}
@@ -167,6 +169,12 @@ class CachedExamples:
         """The same examples with label `label_of[i]` in place of i."""
         changed = copy.copy(self)
         changed._label_of = label_of
+        return changed
+
+    def shuffle_features(self, seed: int) -> CachedExamples:
+        """The same examples, each with the features of another one: all images in one cycle of random order."""
+        changed, order_N = copy.copy(self), torch.randperm(self.count, generator=make_generator(seed, "features"))
+        changed._features_of = torch.empty_like(order_N).scatter_(0, order_N, order_N.roll(1))
         return changed
 
     @property
@@ -244,7 +252,12 @@ class CachedExamples:
             epoch = positions[n] // self.count if positions is not None else 0
             view = (epoch + i) % shard["tokens"].shape[1] if positions is not None else 0
             for name in shard.keys() - TEXT_TENSORS:
-                rows.setdefault(name, []).append(shard[name][row] if name == "labels" else shard[name][row, view])
+                if name == "features" and self._features_of is not None:
+                    other = int(self._features_of[i])
+                    value = self._use_shard(other // self.size)[name][other % self.size, view]
+                else:
+                    value = shard[name][row] if name == "labels" else shard[name][row, view]
+                rows.setdefault(name, []).append(value)
         batch: Batch = {name: torch.stack(tensors) for name, tensors in sorted(rows.items())}
         batch |= unpack_control(batch, self.limits.control)
         if self._text is not None:

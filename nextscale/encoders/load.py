@@ -6,14 +6,14 @@ from pathlib import Path
 
 from nextscale.common.errors import UserError
 from nextscale.common.reading import is_hub_name, read_json
-from nextscale.encoders import dino, inception, moco_v3, self_supervised
+from nextscale.encoders import dino, inception, moco_v3, pixels, self_supervised
 from nextscale.encoders.classifier import ClassifierEncoder, is_classifier, load_classifier
 from nextscale.encoders.network import FeatureNetwork
 from nextscale.encoders.patches import PatchEncoder
 
 _ENCODERS = (
     f"{dino.EXPECTED}; {moco_v3.EXPECTED}; {self_supervised.EXPECTED}; "
-    "or the folder of a classifier that `nextscale classifier train` wrote"
+    "the folder of a classifier that `nextscale classifier train` wrote; or `pixels` for the pixels of each cell"
 )
 
 
@@ -44,11 +44,13 @@ def load_feature_network(source: str) -> FeatureNetwork:
 
 def load_encoder(source: str) -> PatchEncoder:
     """The frozen encoder of a file (MoCo v3's checkpoint), a folder (DINOv2 or DINOv3 as transformers writes it, an
-    encoder of `nextscale encoder train`, or a classifier), or DINO's name on the hub.
+    encoder of `nextscale encoder train`, or a classifier), or DINO's name on the hub; `pixels` needs no file.
 
     Raises UserError naming what is expected when it is none of these.
     """
     path = Path(source)
+    if source == pixels.NAME and not path.exists():
+        return pixels.PixelEncoder()
     if path.is_file() or path.suffix in (".pth", ".pt", ".tar", ".safetensors"):
         return moco_v3.load_moco_v3(path)
     _check_config(path)

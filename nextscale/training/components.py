@@ -101,6 +101,8 @@ def load_components(config: RunConfig, world: World, folder: Path | None = None)
         match.print_note()
     parts = [relabel(examples, match) for examples, _, _ in opened]
     held_parts = [relabel(held_out, match) for _, held_out, _ in opened]
+    if config.loss.shuffle:
+        parts, held_parts = ([_shuffle_features(part, config) for part in each] for each in (parts, held_parts))
     encoder, width = _load_guidance(config, parts[0], world)
     model = _build_config(config, checkpoint, match.names, width) if adapters is None else adapters.model
     model = read_text_encoder(model, config, parts[0])
@@ -179,6 +181,13 @@ def _check_static(config: RunConfig, transformer: TransformerConfig) -> None:
             f"{config.start} has routers that were trained for its FFNs, which training would change: train the model "
             "that it was made of, then `nextscale sparsify` that one"
         )
+
+
+def _shuffle_features(examples: Examples, config: RunConfig) -> Examples:
+    """The examples of a cache with the features of other images."""
+    if not isinstance(examples, CachedExamples):
+        raise UserError("loss.shuffle needs a token cache with features: make it with `nextscale tokenize --encoder`")
+    return examples.shuffle_features(config.train.seed)
 
 
 def _load_guidance(config: RunConfig, examples: Examples, world: World) -> tuple[PatchEncoder | None, int]:

@@ -57,12 +57,7 @@ def estimate_cost(config: RunConfig) -> str:
         notes.append("the arithmetic is the most that may be executed: how much it is depends on the tokens")
     parameters = count_parameters(transformer)
     steps, warmup = config.train.schedule_steps(examples)
-    guided = _count_guided(config, model)
-    forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
-    forward += count_head_flops(transformer, guided)
-    # the backward pass costs a forward for the inputs of layers, and one for their weights, if those are trained
-    backward = 1 if config.lora.on else 2
-    per_image = forward * (1 + backward + config.train.activation_checkpointing)
+    guided, per_image = _count_guided(config, model), count_training_flops(config, model, transformer)
     if config.lora.on:
         notes.append("neither embeddings of new classes nor the samples of the model (lora.keep) are counted")
     epoch = per_image * examples
@@ -83,6 +78,19 @@ def estimate_cost(config: RunConfig) -> str:
         )
     lines += _describe_memory(config.train, transformer, parameters, guided)
     return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+def count_training_flops(config: RunConfig, model: ModelConfig, transformer: VAR) -> int:
+    """FLOPs of training on one image, without those of frozen networks. `transformer`: that of `model`, on any device.
+
+    Of models whose FLOPs depend on the tokens, the most that may be executed.
+    """
+    assert model.transformer is not None, "a generator has a transformer"
+    forward = condition_flops(model.transformer) + sum(scale_flops(model, k) for k in range(len(model.pyramid)))
+    forward += count_head_flops(transformer, _count_guided(config, model))
+    # the backward pass costs a forward for the inputs of layers, and one for their weights, if those are trained
+    backward = 1 if config.lora.on else 2
+    return forward * (1 + backward + config.train.activation_checkpointing)
 
 
 def _build_trained(config: RunConfig, model: ModelConfig) -> VAR:

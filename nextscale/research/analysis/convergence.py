@@ -25,14 +25,14 @@ def analyse_convergence(runs: Sequence[str], out: Path, names: Sequence[str] = (
     convergence.json. Raises UserError for a folder without validated steps, or for runs of different scales.
     """
     run_names = choose_names(runs, names)
-    logs = {name: [_read_run(run) for run, n in zip(runs, run_names, strict=True) if n == name] for name in run_names}
+    logs = {name: [read_losses(run) for run, n in zip(runs, run_names, strict=True) if n == name] for name in run_names}
     counts = {log["scales"] for same_name in logs.values() for log in same_name}
     if len(counts) > 1:
         raise UserError(f"the runs have different numbers of scales ({', '.join(map(str, sorted(counts)))})")
     curves = [_average_runs(name, same_name) for name, same_name in logs.items()]
     target = min(curves[0]["validation_loss"])
     for curve in curves:
-        curve["steps_to_target"] = _find_step(curve["steps"], curve["validation_loss"], target)
+        curve["steps_to_target"] = find_step(curve["steps"], curve["validation_loss"], target)
     for curve in curves:
         steps = curve["steps_to_target"]
         curve["speedup"] = curves[0]["steps_to_target"] / steps if steps else None
@@ -48,8 +48,8 @@ def analyse_convergence(runs: Sequence[str], out: Path, names: Sequence[str] = (
     return report
 
 
-def _read_run(run: str) -> dict[str, Any]:
-    """A run's validation and training losses by step."""
+def read_losses(run: str) -> dict[str, Any]:
+    """A run's validation and training losses by step, from its log. UserError where it has no validated step."""
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{run} is not the folder of a run: it has no log.jsonl")
@@ -96,7 +96,7 @@ def _compute_mean(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _find_step(steps: list[int], losses: list[float], target: float) -> float | None:
+def find_step(steps: Sequence[int], losses: Sequence[float], target: float) -> float | None:
     """The step at which a curve first reaches the target, interpolated linearly; None if it never does."""
     for i, loss in enumerate(losses):
         if loss <= target and i == 0:

@@ -9,6 +9,7 @@ is then applied to the trained model. The encoder of semantic guidance, `run.los
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +29,8 @@ from nextscale.research.experiments.keys import list_changed_settings
 
 FOLDER = Path(__file__).parent / "entries"
 SCALES = ("tiny", "cifar", "paper")
-ENCODERS = ("given", "untrained", "features")
-"""The encoder of --encoder; the experiment's encoder before training; the feature network of the metrics."""
+ENCODERS = ("given", "untrained", "features", "pixels")
+"""The encoder of --encoder; the experiment's encoder before training; the feature network of the metrics; pixels."""
 _Config = TypeVar("_Config", RunConfig, TokenizerRunConfig, SparsifyConfig, ClassifierRunConfig, EncoderRunConfig)
 _LAYERED = ("run", "sampling", "tokenizer", "sparsify", "recipe", "tokenizer_recipe")
 
@@ -56,6 +57,32 @@ class Row:
     """Measure the row at this share of the dense FLOPs, by searching the threshold; 0 = use that of `sampling`."""
     after: float = 1.0
     """Measure the model that the training kept after about this share of its steps (`train.model_every`)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings of `nextscale train` that are chosen for each row by the held-out loss, see choosing.py."""
+
+    values: dict[str, tuple[Any, ...]]
+    """By the setting's name, such as run.train.learning_rate."""
+    seeds: tuple[int, ...]
+    """Of the trainings that are judged; none of the reported ones."""
+    of_first_row: bool = False
+    """Choose by the first row alone, for all rows."""
+
+    def list_settings(self) -> list[dict[str, Any]]:
+        """All combinations of the values."""
+        return [dict(zip(self.values, values, strict=True)) for values in itertools.product(*self.values.values())]
+
+    def apply(self, row: Row, settings: dict[str, Any]) -> Row:
+        """The row with these settings. Raises UserError for a setting or a value that cannot be."""
+        run = row.run
+        for name, value in settings.items():
+            changed = value
+            for part in reversed(name.split(".")[1:]):
+                changed = {part: changed}
+            run = from_dict(RunConfig, changed, f"choose: {name}", run)
+        return replace(row, run=run)
 
 
 @dataclass(frozen=True)
@@ -89,11 +116,22 @@ class Experiment:
     against: str = ""
     """A metric for the x axis of curves.png; rows that have the same name up to the last comma form one line.
     `epochs` is that of each row's model."""
-    picture: str = ""
-    """A picture of the trained models besides the table: samples, routing, ...; empty = none."""
+    pictures: tuple[str, ...] = ()
+    """Pictures of the trained models besides the table: samples, routing, progress, ..."""
     note: str = ""
+    against_row: str = ""
+    """The row that others are compared with, seed by seed; empty = the first one that is measured."""
+    choice: Choice | None = None
+    """What is chosen for each row before its seeds are trained."""
     reading: ReadConfig = field(default_factory=ReadConfig)
     """How data sets are read."""
+
+    def find_reference(self) -> Row:
+        """The row that others are compared with. UserError where there is none of the name."""
+        for row in self.rows:
+            if row.measured and self.against_row in ("", row.name):
+                return row
+        raise UserError(f"experiment {self.name} at scale {self.scale} measures no row '{self.against_row}'")
 
 
 def list_experiments() -> list[str]:
@@ -155,8 +193,10 @@ def load_experiment(name: str, scale: str, *, on_cpu: bool = False) -> Experimen
         views=int(settings.get("views", 0)),
         refiner=_parse_row(refiner, layers, scale, where, on_cpu).run if refiner else None,
         against=entry.get("against", ""),
-        picture=entry.get("picture", ""),
+        pictures=(entry["picture"],) if isinstance(entry.get("picture"), str) else tuple(entry.get("picture", ())),
         note=note,
+        against_row=entry.get("against_row", ""),
+        choice=_parse_choice(settings, rows, where) if settings.get("choose") else None,
     )
 
 
@@ -207,6 +247,22 @@ def _parse_row(row: dict[str, Any], layers: list[dict[str, Any]], scale: str, wh
         _parse_sparsify(layers, where) if merged.get("dynamic") else None, float(merged.get("flops", 0)),
         float(merged.get("after", 1)),
     )  # fmt: skip
+
+
+def _parse_choice(settings: dict[str, Any], rows: tuple[Row, ...], where: str) -> Choice:
+    """`choose` of a scale: {settings: {run.NAME: [values]}, seeds: [...], of_first_row: false}."""
+    given = settings["choose"]
+    unknown = sorted(set(given) - {"settings", "seeds", "of_first_row"})
+    values = {name: tuple(listed) for name, listed in given.get("settings", {}).items()}
+    if unknown or not values or not all(name.startswith("run.") and listed for name, listed in values.items()):
+        raise UserError(f"{where}: choose takes settings, such as {{run.train.clip: [1, 2]}}, seeds and of_first_row")
+    choice = Choice(values, tuple(given.get("seeds", ())), bool(given.get("of_first_row")))
+    shared = sorted(set(choice.seeds) & set(settings["seeds"]))
+    if shared or not choice.seeds:
+        raise UserError(f"{where}: choose needs seeds of its own, which are not reported; got {list(choice.seeds)}")
+    for candidate in choice.list_settings():
+        choice.apply(rows[0], candidate)
+    return choice
 
 
 @functools.cache

@@ -19,6 +19,8 @@ from nextscale.research.analysis.features import analyse_features
 from nextscale.research.analysis.routing import analyse_routing
 from nextscale.training.transformer import read_run_config
 
+OF_TRAININGS = ("progress", "scaling")
+"""Pictures of the trainings' logs, which progress.py and scaling.py draw."""
 _COLUMNS, _CLASSES = 8, 4
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,22 @@ from nextscale.config.data import ReadConfig
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment
 from nextscale.research.experiments.figures import GROUPS, describe_column, draw_results
+from nextscale.research.experiments.intervals import LEVEL, summarize_differences, summarize_seeds
 from nextscale.research.experiments.keys import list_changed_settings
+from nextscale.research.experiments.scaling import format_scaling
 
 if TYPE_CHECKING:
-    from nextscale.research.experiments.runner import Inputs
+    from nextscale.research.experiments.folders import Inputs
 
 
 def write_results(
-    experiment: Experiment, inputs: Inputs, values: dict[str, list[dict[str, Any]]], folder: Path, world: World
-) -> dict[str, Any]:
-    """Write all results to `folder`; return the content of results.json. `values`: of each row, the metrics by seed."""
+    experiment: Experiment, inputs: Inputs, values: dict[str, list[dict[str, Any]]], folder: Path, world: World,
+    details: Mapping[str, Mapping[str, Any]] | None = None, scaling: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write all results to `folder`; return the content of results.json. `values`: of each row, the metrics by seed;
+    `details`: what else is known of rows, {"chosen": {row: JSON}, "progress": ...}, of `describe_choices` and
+    `analyse_progress`; `scaling`: of `analyse_scaling`.
+    """
     rows: list[dict[str, Any]] = []
     available = dict.fromkeys(m for row in experiment.rows for v in (row.published, *values[row.name]) for m in v)
     columns: list[str] = []
@@ -32,8 +38,12 @@ def write_results(
         columns += [m for m in available if m.startswith(GROUPS[metric])] if metric in GROUPS else [metric]
     for row in experiment.rows:
         seeds = values[row.name]
-        summaries = {m: _summarize_seeds([seed[m] for seed in seeds]) for m in columns if seeds and m in seeds[0]}
+        summaries = {m: summarize_seeds([seed[m] for seed in seeds]) for m in columns if seeds and m in seeds[0]}
         rows.append({"name": row.name, "at": row.x, "published": row.published, "figures": summaries})
+    against = experiment.find_reference().name
+    _add_differences(rows, against)
+    for record in rows:
+        record |= {name: found[record["name"]] for name, found in (details or {}).items() if record["name"] in found}
     network = next((seed["network"] for seeds in values.values() for seed in seeds if "network" in seed), "")
     results = {
         "experiment": experiment.name,
@@ -41,18 +51,20 @@ def write_results(
         "source": experiment.source,
         "scale": experiment.scale,
         "seeds": list(experiment.seeds),
+        "against_row": against,
         "images": experiment.images,
         "figures": columns,
         "features": network,
         "inputs": dataclasses.asdict(inputs) | _list_reading_options(experiment.reading),
         "machine": describe_machine(world.device),
         "rows": rows,
+        **({"scaling": scaling} if scaling else {}),
     }
     write_json(folder / "results.json", results)
     write_text(folder / "table.md", format_table(results))
     draw_results(results, experiment.x_name, folder / "figure.png")
-    if experiment.against:
-        lines = group_lines(experiment.against, rows, columns, network)
+    lines = group_lines(experiment.against, rows, columns, network) if experiment.against else {}
+    if lines:
         plot_curves(lines, folder / "curves.png", describe_column(experiment.against, network)[0])
     return results
 
@@ -65,7 +77,7 @@ def group_lines(
     Rows whose names agree up to the last comma form one line.
     """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for metric in (column for column in columns if column in METRICS):
+    for metric in (column for column in columns if column in METRICS or column == "validation_loss"):
         for row in rows:
             summaries, name = row["figures"], row["name"].rsplit(", ", 1)[0]
             if metric in summaries and x in summaries:
@@ -80,12 +92,15 @@ def name_column(metric: str, network: str) -> str:
     return name_metric(metric, network) if metric in METRICS and network else metric
 
 
-def _summarize_seeds(values: list[float]) -> dict[str, Any]:
-    return {
-        "values": values,
-        "mean": statistics.fmean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-    }
+def _add_differences(rows: list[dict[str, Any]], against: str) -> None:
+    """Add "differences" to each row: by metric, the summary of its values less those of the row `against`."""
+    reference = next(row["figures"] for row in rows if row["name"] == against)
+    for row in rows:
+        row["differences"] = {
+            metric: summarize_differences(summary["values"], reference[metric]["values"])
+            for metric, summary in row["figures"].items()
+            if row["name"] != against and metric in reference
+        }
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -114,7 +129,87 @@ def format_table(results: dict[str, Any]) -> str:
     command = f"nextscale experiment run {results['experiment']} --scale {results['scale']} {options}"
     machine = results["machine"]
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
-    return "\n".join([*lines, "", about, "", f"`{command}`, {where}.", ""])
+    lines += ["", about, *_format_intervals(results), *_format_progress(results["rows"])]
+    lines += _format_choices(results["rows"])
+    lines += format_scaling(results["scaling"]) if "scaling" in results else []
+    return "\n".join([*lines, "", f"`{command}`, {where}.", ""])
+
+
+def _format_intervals(results: dict[str, Any]) -> list[str]:
+    """Lines with the intervals of the means and of the differences from the reference row, where seeds differ."""
+    rows, network = [row for row in results["rows"] if row["figures"]], results["features"]
+    measured = [row["figures"] for row in rows]
+    metrics = [
+        m for m in results["figures"] if any(m in f and "interval" in f[m] and f[m]["deviation"] for f in measured)
+    ]
+    if not metrics:
+        return []
+    head = [name_column(m, network) for m in metrics]
+    share, against = f"{100 * LEVEL:.0f} %", results["against_row"]
+    titles = {
+        "figures": f"{share} intervals of the means, by Student's t over seeds:",
+        "differences": f"Differences from {against} by equal seeds, and their {share} intervals:",
+    }
+    lines: list[str] = []
+    for part, title in titles.items():
+        shown = [row for row in rows if row[part]]
+        if not shown:
+            continue
+        lines += ["", title, "", _format_line(["", *head]), "|---" * (len(head) + 1) + "|"]
+        for row in shown:
+            cells = [_format_interval(row[part].get(m), with_mean=part == "differences") for m in metrics]
+            lines.append(_format_line([row["name"], *cells]))
+    return lines
+
+
+def _format_progress(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines that say for each row when it reaches the final loss of the reference."""
+    found = {row["name"]: row["progress"] for row in rows if "progress" in row}
+    if not found:
+        return []
+    reference = next(iter(found.values()))["reference"]
+    lines = [
+        "",
+        f"Training to the final held-out loss of {reference}, interpolated between validations by equal seeds:",
+    ]
+    head = ["", "steps", *(f"share of its {unit}" for unit in ("steps", "FLOPs", "seconds"))]
+    lines += ["", _format_line(head), "|---" * len(head) + "|"]
+    for name, progress in found.items():
+        parts = [progress[p] for p in ("steps", "steps_share", "flops_share", "seconds_share") if p in progress]
+        cells = [_format_interval(p, with_mean=True) if "interval" in p else _format_summary(p) for p in parts]
+        if not cells:
+            seeds = len(progress["steps_by_seed"])
+            cells = [f"not reached by {seeds - progress['seeds_that_reach_it']} of {seeds} seeds", "-", "-", "-"]
+        lines.append(_format_line([name, *cells]))
+    return lines
+
+
+def _format_choices(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines that say for each row which settings were chosen, and the losses of all candidates."""
+    chosen = {row["name"]: row["chosen"] for row in rows if "chosen" in row}
+    if not chosen:
+        return []
+    seeds = ", ".join(map(str, next(iter(chosen.values()))["seeds"]))
+    lines = ["", f"Chosen for each row by the mean held-out loss of seeds that are not reported ({seeds}):", ""]
+    for name, choice in chosen.items():
+        tried = [f"{_format_settings(c['settings'])}: {_format_losses(c['losses'])}" for c in choice["candidates"]]
+        lines.append(f"- {name}: {_format_settings(choice['settings'])} (of {'; '.join(tried)})")
+    return lines
+
+
+def _format_settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name.removeprefix('run.')} {value}" for name, value in settings.items())
+
+
+def _format_losses(losses: list[float | None]) -> str:
+    return " and ".join("diverged" if loss is None else _format_number(loss) for loss in losses)
+
+
+def _format_interval(summary: dict[str, Any] | None, *, with_mean: bool) -> str:
+    if summary is None or "interval" not in summary:
+        return "-"
+    low, high = map(_format_number, summary["interval"])
+    return f"{_format_number(summary['mean'])} ({low} to {high})" if with_mean else f"{low} to {high}"
 
 
 def _list_reading_options(reading: ReadConfig) -> dict[str, Any]:

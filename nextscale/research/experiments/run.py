@@ -13,10 +13,15 @@ from nextscale.common.errors import UserError
 from nextscale.common.extras import check_extras, list_data_needs, list_network_needs
 from nextscale.config.parse import to_dict
 from nextscale.data.cache import is_token_cache
-from nextscale.research.experiments.entry import Experiment
+from nextscale.research.experiments.choosing import choose_settings, describe_choices
+from nextscale.research.experiments.entry import Experiment, Row
+from nextscale.research.experiments.folders import Folders, Inputs, resolve_model_path
 from nextscale.research.experiments.keys import compute_key
+from nextscale.research.experiments.progress import analyse_progress
 from nextscale.research.experiments.report import write_results
-from nextscale.research.experiments.runner import ExperimentRunner, Inputs, resolve_model_path
+from nextscale.research.experiments.runner import ExperimentRunner
+from nextscale.research.experiments.scaling import analyse_scaling
+from nextscale.research.experiments.timing import Job, describe_progress, name_measuring
 
 _OPTIONS = {
     "data": "images to train on",
@@ -34,6 +39,8 @@ def resolve_inputs(experiment: Experiment, given: dict[str, str]) -> Inputs:
         experiment.kind == "tokenizer" or len({compute_key(to_dict(row.run)) for row in experiment.rows}) > 1
     ):
         raise UserError(f"the rows of {experiment.name} differ in training: one --model cannot stand for them all")
+    if model and experiment.choice is not None:
+        raise UserError(f"experiment {experiment.name} chooses settings of its trainings: it takes no --model")
     refiner = given.get("refiner", "")
     if experiment.refiner is None and refiner:
         raise UserError(f"experiment {experiment.name} takes no --refiner")
@@ -64,6 +71,45 @@ def _list_needs(experiment: Experiment, inputs: Inputs) -> dict[str, str]:
     return needs
 
 
+def list_jobs(experiment: Experiment, inputs: Inputs, out: Path) -> list[Job]:
+    """The trainings and measurements of an experiment, with their folders in `out`/SCALE; none of a given model."""
+    folders = Folders(experiment, inputs, out / experiment.scale)
+    rows = [row for row in experiment.rows if row.measured]
+    if inputs.model:
+        return []
+    if experiment.kind == "cost":
+        return [Job(row.name, folders.plan_training(row, experiment.seeds[0])[1]) for row in rows]
+    candidates: list[Job] = []
+    known = {row.name for row in rows}
+    if experiment.choice is not None:
+        choice = experiment.choice
+        candidates = [
+            Job(row.name, folders.plan_training(choice.apply(row, settings), seed)[1])
+            for row in (rows[:1] if choice.of_first_row else rows)
+            for settings in choice.list_settings()
+            for seed in choice.seeds
+        ]
+        experiment, found = choose_settings(experiment, folders)
+        rows, known = [row for row in experiment.rows if row.measured], set(found)
+
+    def find_folder(row: Row, seed: int) -> Path:
+        if experiment.kind == "tokenizer":
+            return folders.name_tokenizer(row, seed)
+        return folders.plan_training(folders.refiner_row if row.refiner_only else row, seed)[1]
+
+    return candidates + [
+        Job(row.name, find_folder(row, seed), name_measuring(experiment.name, row.name), row.name in known)
+        for seed in experiment.seeds
+        for row in rows
+    ]
+
+
+def format_progress(experiment: Experiment, inputs: Inputs, out: Path) -> str:
+    """What is done of an experiment, what is left and how long it takes; empty where nothing is trained."""
+    jobs = list_jobs(experiment, inputs, out)
+    return f"{experiment.name}: {describe_progress(jobs)}" if jobs else ""
+
+
 def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: World) -> dict[str, Any]:
     """Run what is not finished in `out`/SCALE; write results.json, table.md and figure.png to `out`/SCALE/NAME.
 
@@ -71,7 +117,14 @@ def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: Wor
     """
     check_extras(_list_needs(experiment, inputs))
     folder = out / experiment.scale
-    runner = ExperimentRunner(experiment, inputs, folder, world)
+    progress = format_progress(experiment, inputs, out)
+    if world.main and progress:
+        print(progress, flush=True)
+    runner, choices = ExperimentRunner(experiment, inputs, folder, world), {}
+    if experiment.choice is not None:
+        seeds = experiment.choice.seeds
+        experiment, found = choose_settings(experiment, runner.folders, runner.train_candidate)
+        runner, choices = ExperimentRunner(experiment, inputs, folder, world), describe_choices(found, seeds)
     values: dict[str, list[dict[str, float]]] = {row.name: [] for row in experiment.rows}
     if experiment.kind == "cost":
         values |= runner.measure_cost(folder / experiment.name / "times.json")
@@ -87,6 +140,12 @@ def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: Wor
         measure = runner.measure_generator if experiment.kind == "generator" else runner.measure_tokenizer
         values[row.name].append(measure(row, seed))
         world.wait()
-    if experiment.picture:
-        runner.draw_picture(folder / experiment.name)
-    return write_results(experiment, inputs, values, folder / experiment.name, world) if world.main else {}
+    out = folder / experiment.name
+    runner.draw_pictures(out)
+    if not world.main:
+        return {}
+    details: dict[str, dict[str, Any]] = {"chosen": choices}
+    if "progress" in experiment.pictures:
+        details["progress"] = analyse_progress(runner.list_trainings(), experiment.find_reference().name, out)
+    scaling = analyse_scaling(runner.list_trainings(), out) if "scaling" in experiment.pictures else None
+    return write_results(experiment, inputs, values, out, world, details, scaling)

@@ -23,7 +23,6 @@ from nextscale.config.evaluation import EvaluationConfig
 from nextscale.config.model import ModelConfig
 from nextscale.config.parse import to_dict
 from nextscale.config.sampling import SampleConfig
-from nextscale.config.transformer_training import RunConfig
 from nextscale.data.cache import TokenCache, is_token_cache
 from nextscale.data.datasets import open_dataset
 from nextscale.encoders.classifier import is_classifier
@@ -31,6 +30,7 @@ from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.evaluation.flops import count_dense_flops, count_planned_flops
 from nextscale.evaluation.run import evaluate, make_statistics
 from nextscale.info import count_active_parameters, count_parameters
+from nextscale.research.experiments.choosing import note_divergence, read_loss
 from nextscale.research.experiments.cost import compute_training_seconds, measure_sampling_seconds
 from nextscale.research.experiments.dynamic import (
     collect_metrics,
@@ -40,9 +40,10 @@ from nextscale.research.experiments.dynamic import (
     sparsify_once,
 )
 from nextscale.research.experiments.entry import Experiment, Row
+from nextscale.research.experiments.folders import Folders, Inputs
 from nextscale.research.experiments.keys import compute_key, compute_key_of_samples, list_changed_settings
 from nextscale.research.experiments.ledger import check_experiment_inputs
-from nextscale.research.experiments.pictures import TrainedModel, draw_picture
+from nextscale.research.experiments.pictures import OF_TRAININGS, TrainedModel, draw_picture
 from nextscale.research.experiments.records import (
     find_kept_model,
     read_costs,
@@ -51,35 +52,13 @@ from nextscale.research.experiments.records import (
     read_measures,
     read_report,
 )
+from nextscale.research.experiments.timing import name_measuring, record_measuring, record_training
 from nextscale.training.classifier import train_classifier
 from nextscale.training.encoder import train_encoder
+from nextscale.training.engine.checks import NonFiniteError
 from nextscale.training.tokenize import tokenize
 from nextscale.training.tokenizer import evaluate_folder, train_tokenizer
 from nextscale.training.transformer import train_transformer
-
-_REPOSITORY = Path(__file__).parents[3]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """The inputs of an experiment: paths, names on the hub, or "train"."""
-
-    data: str
-    tokenizer: str
-    features: str
-    reference: str
-    encoder: str = ""
-    """Encoder for semantic guidance, where the experiment uses it."""
-    model: str = ""
-    """A trained generator, used instead of training one."""
-    refiner: str = ""
-    """A trained generator for the last scales, where the experiment uses one."""
-
-
-def resolve_model_path(name: str) -> str:
-    """The path of a model of the repository (models/...), also from another working folder; other names unchanged."""
-    in_repository = name.startswith("models/") and not Path(name).exists() and (_REPOSITORY / name).exists()
-    return str(_REPOSITORY / name) if in_repository else name
 
 
 def read_training_metrics(finished: dict[str, Any], config: ModelConfig) -> dict[str, float]:
@@ -111,38 +90,27 @@ class ExperimentRunner:
         self.data, self.reference, self.reading = inputs.data, inputs.reference, experiment.reading
         networks = inputs.tokenizer, inputs.features, inputs.encoder, inputs.model, inputs.refiner
         check_experiment_inputs(folder, (inputs.data, inputs.reference), networks, world, self.reading)
-        self.features = inputs.features if inputs.features != "train" else self._train_classifier()
+        self.folders, self.features = Folders(experiment, inputs, folder), inputs.features
+        if inputs.features == "train":
+            self.features = self._train_classifier()
         self.tokenizer, self.model, self.refiner = inputs.tokenizer, inputs.model, inputs.refiner
-        self.encoder = inputs.encoder
 
     def _train_classifier(self) -> str:
         """The folder of a classifier trained on the data."""
-        config = self.experiment.classifier
-        assert config is not None, "an entry that trains its feature network has its settings"
-        folder = self.folder / f"classifier-{compute_key(self.data, list_changed_settings(config))}"
+        config, folder = self.experiment.classifier, self.folders.name_classifier()
         if not (folder / "finished.json").exists():
+            assert config is not None, "name_classifier has asked for it"
             values = train_classifier(config, self.data, folder, self.world)
             self._finish(folder, values)
         assert is_classifier(folder), "training wrote it"
         return str(folder)
 
-    def _train_encoder(self, untrained: bool) -> str:
-        """The folder of an encoder trained on the data without labels, or of the untrained encoder."""
-        config = self.experiment.encoder
-        assert config is not None, "an entry that trains its encoder has its settings"
-        folder = self.folder / f"encoder-{compute_key(self.data, list_changed_settings(config), untrained)}"
+    def _train_encoder(self, untrained: bool) -> None:
+        """Train an encoder on the data without labels, or write the untrained encoder."""
+        config, folder = self.experiment.encoder, self.folders.name_encoder(untrained)
         if not (folder / "finished.json").exists():
+            assert config is not None, "name_encoder has asked for it"
             self._finish(folder, train_encoder(config, self.data, folder, self.world, untrained=untrained))
-        return str(folder)
-
-    def _find_encoder(self, row: Row) -> str:
-        """The encoder for a row's semantic guidance; empty = no guidance."""
-        name = row.run.loss.encoder
-        if name == "features":
-            return self.features
-        if name == "untrained" or (name, self.encoder) == ("given", "train"):
-            return self._train_encoder(untrained=name == "untrained")
-        return resolve_model_path(self.encoder if name == "given" else name)
 
     def _finish(self, folder: Path, values: dict[str, Any]) -> None:
         """Mark a folder as finished."""
@@ -153,19 +121,20 @@ class ExperimentRunner:
     def _train_tokenizer(self, row: Row, seed: int) -> Path:
         """The folder of the row's tokenizer, trained on the data."""
         config = dataclasses.replace(row.tokenizer, train=dataclasses.replace(row.tokenizer.train, seed=seed))
-        folder = self.folder / f"tokenizer-{compute_key(self.data, list_changed_settings(config))}"
+        folder = self.folders.name_tokenizer(row, seed)
         if not (folder / "finished.json").exists():
-            self._finish(folder, train_tokenizer(config, self.data, folder, self.world))
+            with record_training(folder, main=self.world.main):
+                values = train_tokenizer(config, self.data, folder, self.world)
+            self._finish(folder, values)
         return folder
 
     def _tokenize(self, row: Row, tokenizer: str, encoder: str) -> str:
         """The token cache of the data, with the encoder's features; the data itself where no cache is used."""
-        views, images = self.experiment.views, row.run.images
-        if not views or is_token_cache(Path(self.data)):
+        folder = self.folders.name_cache(row, tokenizer, encoder)
+        if folder is None:
             return self.data
-        key = compute_key(self.data, tokenizer, list_changed_settings(images), views, encoder)
-        folder = self.folder / f"cache-{key}"
         if not (folder / "finished.json").exists():
+            images, views = row.run.images, self.experiment.views
             tokenize(self.data, Path(tokenizer), folder, images, 0, self.world, views=views, encoder=encoder)
             self._finish(folder, {})
         return str(folder)
@@ -174,39 +143,49 @@ class ExperimentRunner:
         """The folder of the row's generator, trained or given by the user, and its last validation."""
         if self.model:
             return Path(self.model), {}
-        tokenizer = self.tokenizer
-        if tokenizer == "train":
-            tokenizer = str(self._train_tokenizer(self.experiment.rows[0], 0))
-        encoder = "" if is_token_cache(Path(self.data)) else self._find_encoder(row)
-        data = self._tokenize(row, tokenizer, encoder)
-        if row.run.loss.encoder and is_token_cache(Path(data)):
-            encoder = "cache"
-        loss, train = dataclasses.replace(row.run.loss, encoder=encoder), dataclasses.replace(row.run.train, seed=seed)
-        config: RunConfig = dataclasses.replace(
-            row.run, data=data, tokenizer=tokenizer, loss=loss, train=train, sampling=row.sampling
-        )
-        sampling = RunConfig().sampling  # affects the sample pictures, but no weight
-        folder = (
-            self.folder / f"run-{compute_key(list_changed_settings(dataclasses.replace(config, sampling=sampling)))}"
-        )
+        if self.tokenizer == "train":
+            self._train_tokenizer(self.experiment.rows[0], 0)
+        encoder = self.folders.find_encoder(row)
+        if encoder and self.folders.trains_encoder(row):
+            self._train_encoder(untrained=row.run.loss.encoder == "untrained")
+        self._tokenize(row, self.folders.tokenizer, encoder)
+        config, folder = self.folders.plan_training(row, seed)
         if not (folder / "finished.json").exists():
             # Rows that share a training differ in sampling; the run's record must be the same for all of them.
             config = dataclasses.replace(config, sampling=remove_thresholds(self.experiment.rows[0].sampling))
-            train_transformer(config, folder, self.world)
+            with record_training(folder, main=self.world.main):
+                train_transformer(config, folder, self.world)
         self.world.wait()
         return folder, read_finished(folder, len(read_config(folder)[0].pyramid))
+
+    def train_candidate(self, row: Row, seed: int) -> None:
+        """Train a row that is judged by its held-out loss, unless that was done; it may diverge."""
+        folder = self.folders.plan_training(row, seed)[1]
+        if read_loss(folder) is not None:
+            return
+        try:
+            self._train_generator(row, seed)
+        except NonFiniteError as error:
+            note_divergence(folder, error)
+            if self.world.size > 1:  # the others have ended with this error; the next call goes on
+                raise
 
     def _train_refiner(self, seed: int) -> tuple[Path, dict[str, Any]]:
         """The folder of the model for the last scales, trained or given by the user, and its last validation."""
         if self.refiner:
             return Path(self.refiner), {}
-        run = self.experiment.refiner
-        assert run is not None, "an entry with draft_scales has settings of the refiner's training"
-        return self._train_generator(dataclasses.replace(self.experiment.rows[0], run=run), seed)
+        return self._train_generator(self.folders.refiner_row, seed)
 
     def measure_generator(self, row: Row, seed: int) -> dict[str, float]:
         """The metrics of a generator: of its samples, its cost, its validation."""
         folder, finished = self._train_refiner(seed) if row.refiner_only else self._train_generator(row, seed)
+        if self.model:
+            return self._measure_model(row, seed, folder, finished)
+        with record_measuring(folder, name_measuring(self.experiment.name, row.name), main=self.world.main):
+            return self._measure_model(row, seed, folder, finished)
+
+    def _measure_model(self, row: Row, seed: int, folder: Path, finished: dict[str, Any]) -> dict[str, float]:
+        """The metrics of the trained generator in a folder."""
         run, trained = folder, {}
         if self.experiment.against == "epochs":
             folder, step, finished = find_kept_model(run, row.after)
@@ -224,7 +203,8 @@ class ExperimentRunner:
             executed = {n: v for n, v in executed.items() if n == "gflop" or n in self.experiment.metrics}
         evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling, images=self.reading)
         metrics = self._evaluate(folder, evaluation) if evaluation.count else {}
-        return metrics | _count_parameters(config) | read_training_metrics(finished, config) | executed | trained
+        validated = {} if row.sparsify is not None else finished  # the validation was the dense model's
+        return metrics | _count_parameters(config) | read_training_metrics(validated, config) | executed | trained
 
     def _count_flops(
         self, folder: Path, config: ModelConfig, sampling: SampleConfig, refiner: ModelConfig | None = None
@@ -282,16 +262,31 @@ class ExperimentRunner:
             costs = self._count_flops(folder, config, sampling)
         return folder, sampling, _count_parameters(config) | costs
 
-    def draw_picture(self, out: Path) -> None:
-        """Draw the experiment's picture, unless it was drawn of the same models."""
+    def draw_pictures(self, out: Path) -> None:
+        """Draw the experiment's pictures of models, unless they were drawn of the same models."""
+        pictures = [picture for picture in self.experiment.pictures if picture not in OF_TRAININGS]
+        if not pictures:
+            return
         jobs = [(row, seed) for row in self.experiment.rows if row.measured for seed in self.experiment.seeds]
         models = [TrainedModel(row.name, self._train_model(row, seed), row.sampling) for row, seed in jobs]
-        key = compute_key_of_samples([[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
+        key = compute_key_of_samples(pictures, [[m.name, str(m.folder), to_dict(m.sampling)] for m in models])
         record = out / "drawn.json"
         if self.world.main and not (record.exists() and read_json(record) == key):
-            draw_picture(self.experiment.picture, models, out, str(self.world.device))
+            for picture in pictures:
+                draw_picture(picture, models, out, str(self.world.device))
             write_json(record, key)
         self.world.wait()
+
+    def list_trainings(self) -> dict[str, list[Path]]:
+        """The folders of each row's trainings in the order of the seeds, of the reference row first; of rows that share
+        them the first one."""
+        rows: dict[str, list[Path]] = {}
+        for row in (self.experiment.find_reference(), *self.experiment.rows):
+            if row.measured and not row.refiner_only:
+                folders = [self.folders.plan_training(row, seed)[1] for seed in self.experiment.seeds]
+                if folders not in rows.values():
+                    rows[row.name] = folders
+        return rows
 
     def _train_model(self, row: Row, seed: int) -> Path:
         """The folder of the row's model, sparsified where the row says so."""
@@ -308,12 +303,13 @@ class ExperimentRunner:
     def measure_tokenizer(self, row: Row, seed: int) -> dict[str, float]:
         """The metrics of a tokenizer's reconstructions of the reference."""
         folder = self._train_tokenizer(row, seed)
-        report = folder / "report.json"
-        if not report.exists() and self.world.main:
-            evaluate_folder(folder, self.reference, self.experiment.images, folder, self.reading)
-        self.world.wait()
-        evaluation = EvaluationConfig(count=self.experiment.images, reconstruct=self.reference, images=self.reading)
-        return read_report(report) | self._evaluate(folder, evaluation)
+        with record_measuring(folder, name_measuring(self.experiment.name, row.name), main=self.world.main):
+            report = folder / "report.json"
+            if not report.exists() and self.world.main:
+                evaluate_folder(folder, self.reference, self.experiment.images, folder, self.reading)
+            self.world.wait()
+            evaluation = EvaluationConfig(count=self.experiment.images, reconstruct=self.reference, images=self.reading)
+            return read_report(report) | self._evaluate(folder, evaluation)
 
     def _make_statistics(self, size: Size) -> str:
         """The file with the reference's statistics for images of this size."""

@@ -26,6 +26,11 @@ def format_experiment(experiment: Experiment) -> str:
     ]
     lines += [f"input       --{n} {v or '(required)'}" for n, v in experiment.needs.items()]
     lines += [f"note        {experiment.note}"] if experiment.note else []
+    if experiment.choice is not None:
+        given = experiment.choice
+        tried = "; ".join(f"{name} of {', '.join(map(str, values))}" for name, values in given.values.items())
+        rows = "by the first row, for all rows" if given.of_first_row else "for each row"
+        lines.append(f"choose      {rows}: {tried}; seeds {', '.join(map(str, given.seeds))}")
     shown: set[str] = set()
     for row in experiment.rows:
         published = ", ".join(f"{n} {v:g}" for n, v in row.published.items()) or "not available"
@@ -65,6 +70,7 @@ def _describe_encoder(experiment: Experiment, name: str) -> str:
         "given": f"--encoder {experiment.needs.get('encoder')}",
         "untrained": "an untrained encoder",
         "features": "the feature network's map",
+        "pixels": "the pixels",
     }
     return descriptions.get(name, name)
 

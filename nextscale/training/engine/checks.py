@@ -31,6 +31,10 @@ class Interrupted(Exception):
     exit_status = 130
 
 
+class NonFiniteError(UserError):
+    """A training came to values that are not finite."""
+
+
 def is_finite(loss: Tensor, gradient_norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
     """Whether a step may be taken. With float16 the scaler itself skips steps whose gradient overflows."""
     finite = loss.isfinite()
@@ -49,7 +53,7 @@ def raise_non_finite(
         reason = explain_non_finite(model.task, micro_batch.batch, micro_batch.noise, step)
     saved = files.list_steps()
     kept = f"the checkpoint of step {saved[0]} is kept" if saved else "no checkpoint was saved yet"
-    error = UserError(
+    error = NonFiniteError(
         f"training the {model.task.name}: loss {loss.item()} and gradient norm {gradient_norm.item()} "
         f"at step {step} are not both finite{'; ' if reason else ''}{reason}; {kept}; try a lower learning rate"
     )
