@@ -7,6 +7,7 @@ the interpreter, needs `subprocess`.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -88,6 +89,7 @@ def find_port() -> int:
 def _run(function: Callable[..., int | None], arguments: tuple, out: Path, err: Path, environment: dict) -> None:
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    faulthandler.enable()
     os.environ |= environment
     multiprocessing.set_start_method(None, force=True)  # data workers start as everywhere, not by this server
     status = 1

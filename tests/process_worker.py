@@ -13,6 +13,7 @@ A mishap happens to one rank, in the forward pass of a step, or when it encodes 
 """
 
 import contextlib
+import faulthandler
 import io
 import itertools
 import json
@@ -141,6 +142,7 @@ def fork(work: Callable[[], int], rank: int, size: int, port: int, draft: Path) 
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        faulthandler.enable()  # a crash says where
         status = work()
         sys.stdout.flush(), sys.stderr.flush()
     except BaseException:

@@ -65,6 +65,18 @@ def test_attention_of_all_scales_and_its_gradients(
 
 
 @needs_kernels("training")
+def test_gradients_of_attention_that_lie_apart():
+    """As that of a sum does. The copy of 16 MiB that a kernel reads is memory of its own, unmapped once it is freed."""
+    spans, qkv, lengths = ((0, 100), (100, 1024)), drawn(8, 1024, 3, 8, 64), torch.ones(8)
+    dy = torch.tensor(1.0).expand(8, 1024, 512)
+    for apart, together in zip(
+        *(differentiate(lambda x, n: attend_scales(x, spans, n, True), qkv, lengths, d) for d in (dy, dy.contiguous())),
+        strict=True,
+    ):
+        assert torch.equal(apart, together)
+
+
+@needs_kernels("training")
 @pytest.mark.parametrize("count", [1, 15, 64, 1000])
 def test_gelu_and_its_gradient(count):
     """Large values, too, where exponentials end; a part of a larger tensor, rows that lie apart, other threads."""

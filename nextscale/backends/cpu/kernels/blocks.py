@@ -33,12 +33,13 @@ def attend(
     kernels = build.load_kernels("blocks", d) if d in HEADS and build.can_use_kernels(qkv_BN3Hd, lengths_H) else None
     if kernels is None or not qkv_BN3Hd.is_contiguous():
         return None
+    lengths_H = lengths_H.contiguous()  # a copy must live until the kernel has ended
     k_BHLd, v_BHLd = caches if caches is not None else (qkv_BN3Hd.new_empty(B, H, 0, d),) * 2
     y_BND, threads, seen = qkv_BN3Hd.new_empty(B, N, H * d), torch.get_num_threads(), start + N
     scratch = torch.empty(threads * (d + AT_ONCE + N + seen) * d)
     pointers = torch.empty(threads * seen, dtype=torch.int64)
     kernels.attend(
-        *build.get_pointers(qkv_BN3Hd, k_BHLd, v_BHLd, lengths_H.contiguous(), y_BND),
+        *build.get_pointers(qkv_BN3Hd, k_BHLd, v_BHLd, lengths_H, y_BND),
         B, H, N, start, k_BHLd.shape[2], N, AT_ONCE, int(normalise), threads, None,
         *build.get_pointers(scratch, pointers),
     )  # fmt: skip

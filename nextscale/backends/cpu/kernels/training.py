@@ -171,13 +171,14 @@ class _ScaleAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv, keys, lengths, y_BLD, softmax = ctx.saved_tensors
+        dy_BLD = gradients[0].contiguous()  # a copy must live until the kernel has ended
         B, L, _, H, d = qkv.shape
         dqkv, dlengths_BH, threads = torch.empty_like(qkv), qkv.new_empty(B, H), torch.get_num_threads()
         ends = torch.tensor([0, *(end for _, end in ctx.spans)])
         scratch = torch.empty(threads * (d * 2 * (d + AT_ONCE) + L * d))  # a panel has up to d columns
         pointers = torch.empty(threads * 2 * L, dtype=torch.int64)
         ctx.kernels.attend_gradient(
-            *build.get_pointers(qkv, keys, lengths, y_BLD, softmax, gradients[0].contiguous(), dqkv, dlengths_BH, ends),
+            *build.get_pointers(qkv, keys, lengths, y_BLD, softmax, dy_BLD, dqkv, dlengths_BH, ends),
             len(ctx.spans), B, H, L, AT_ONCE, int(ctx.normalise), threads, *build.get_pointers(scratch, pointers),
         )  # fmt: skip
         return dqkv, dlengths_BH.sum(dim=0), None, None, None
