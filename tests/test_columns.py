@@ -273,7 +273,7 @@ def test_an_experiment_on_a_table_with_other_columns_and_a_model_that_is_not_squ
 
     row = replace(entry.rows[0], run=shorten(entry.rows[0].run))
     experiment = replace(
-        entry, rows=(row,), seeds=(0,), images=6, classifier=shorten(entry.classifier), picture="samples"
+        entry, rows=(row,), seeds=(0,), images=6, classifier=shorten(entry.classifier), pictures=("samples",)
     )
     inputs = resolve_inputs(experiment, {"data": "x.parquet", "reference": "x.parquet", "tokenizer": "wide"})
     results = run_experiment(experiment, inputs, tmp_path / "out", World())

@@ -38,12 +38,15 @@ def read_help(name: str, option: str) -> tuple[int, dict[str, str]]:
     for line in (line.strip(" │|") for line in lines):
         start = re.match(r"(--[a-z][\w.-]*)((?: \S+)*)(.*)", line)
         if start:
-            current, options[start[1]] = start[1], start[3]
+            current = start[1]
+            options[current] = start[3] if start[2].count("{") == start[2].count("}") else start[2] + start[3]
         elif re.match(r"[-─]{9}|[╭╰]|([\w.-]+ )?options$", line):
             current = ""
         elif current:
             options[current] += f" {line}"
-    texts = {option: " ".join(text.split()) for option, text in options.items()}
+    texts = {  # without choices that go on in the next line
+        option: re.sub(r"^\{[^{}]*\} ?", "", " ".join(text.split())) for option, text in options.items()
+    }
     return len(lines), {n: re.sub(r"\((default:.*|required)\)$", "", text).strip() for n, text in texts.items()}
 
 

@@ -20,6 +20,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     "smooth": {"cfg_parts": {}, "cfg_scales": 0, "stop_at": 0},  # SampleConfig
     "micro_batch": {"backend": "auto", "patience": 0, "model_every": 0},  # TrainConfig
     "revive_below": {"scale_dropout": 0.0},  # CodebookConfig
+    "idle_balance": {"shuffle": False},  # LossConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
     "init": {  # RunConfig
         "sizes": {"scales": [], "drop": 0.0, "lengths": []},
