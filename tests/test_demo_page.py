@@ -5,6 +5,7 @@ Needs gradio, playwright and Debian's chromium; nothing is downloaded.
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -275,6 +276,6 @@ def test_texts_are_asked_for_where_the_model_reads_them(tmp_path, tiny_folder):
         visitor.tab("Inside")
         visitor.button("Take the generated one").click()
         visitor.wait_for_text("inside-scales", "The picture in 4 scales; 32 codes")
-        assert visitor.page.get_by_label("Text", exact=True).locator("visible=true").input_value() == "a cat"
+        assert visitor.page.get_by_label(re.compile(r"\bText\b")).locator("visible=true").input_value() == "a cat"
         assert visitor.problems == []
         visitor.close()
