@@ -66,9 +66,9 @@ def test_attention_of_all_scales_and_its_gradients(
 
 @needs_kernels("training")
 def test_gradients_of_attention_that_lie_apart():
-    """As that of a sum does. The copy of 16 MiB that a kernel reads is memory of its own, unmapped once it is freed."""
-    spans, qkv, lengths = ((0, 100), (100, 1024)), drawn(8, 1024, 3, 8, 64), torch.ones(8)
-    dy = torch.tensor(1.0).expand(8, 1024, 512)
+    """As that of a sum does. The kernel reads a copy of it, 8 MiB that must not be freed before it has ended."""
+    spans, qkv, lengths = ((0, 3), (3, 16)), drawn(1024, 16, 3, 2, 64), torch.ones(2)
+    dy = torch.tensor(1.0).expand(1024, 16, 128)
     for apart, together in zip(
         *(differentiate(lambda x, n: attend_scales(x, spans, n, True), qkv, lengths, d) for d in (dy, dy.contiguous())),
         strict=True,
