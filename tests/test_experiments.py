@@ -262,6 +262,27 @@ def test_costs_are_timed_in_turns_and_maps_are_drawn_once(costs):
     assert sum(load[f"load_E{j}"]["mean"] for j in range(1, 9)) == pytest.approx(64, rel=1e-4)
 
 
+def test_the_shares_of_attention_are_columns_and_a_picture(out):
+    """Of a dense model and a mixture, on the images that training held out; measured once."""
+    assert run("mvar-attention", out) == 0
+    folder = out / "tiny" / "mvar-attention"
+    drawn = json.loads((folder / "attention.json").read_text())["models"]
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [model["name"] for model in drawn] == [row["name"] for row in rows] == ["VAR", "STMoE"]
+    for model, row in zip(drawn, rows, strict=True):
+        found = {name: figure["mean"] for name, figure in row["figures"].items() if "attention" in name}
+        shares = model["own_share_per_scale"]
+        expected = {"own_attention": model["own_share"], "uniform_attention": model["uniform_share"]}
+        expected |= {"own_attention_at_2x2": shares[1], "own_attention_at_4x4": shares[2]}
+        assert found == pytest.approx(expected | {"own_attention_in_block_1": model["own_share_per_block"][0]})
+        assert model["images"] == 80, "of 400 a fifth is held out"
+    assert all((folder / f"{name}.png").stat().st_size > 1000 for name in ("attention", "figure"))
+    stored = {path: path.stat().st_mtime_ns for path in (out / "tiny").glob("run-*/attention.json")}
+    assert len(stored) == 2
+    assert run("mvar-attention", out) == 0
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored
+
+
 def test_rows_of_dynamic_experts_are_sparsified_once_and_counted(out):
     """Of one trained model; a row of all experts, one at a budget, and the picture of both."""
     assert run("dmoe-maps", out) == 0

@@ -41,6 +41,7 @@ REFUSED = {
         "analyse pyramid model photos --out analysis": QUICKSTART,
         f"analyse routing {ANALYSED}": QUICKSTART,
         f"analyse features {ANALYSED}": QUICKSTART,
+        f"analyse attention {ANALYSED}": QUICKSTART,
         "analyse errors model --out analysis": QUICKSTART,
         "analyse dynamic model --out analysis": QUICKSTART,
         "analyse convergence run --out analysis": QUICKSTART,

@@ -195,6 +195,43 @@ class AnalyseFeatures:
 
 
 @dataclass
+class AnalyseAttention:
+    """How much attention tokens pay to their own scale and to earlier ones, by block and scale (M-VAR's motivation).
+
+    The share of the softmax, teacher-forced on held-out images, mean over images, heads and tokens.
+    """
+
+    models: Positional[tuple[str, ...]]
+    """Checkpoint folders, or names on the Hugging Face hub."""
+    data: str
+    """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
+    out: Path
+    """Folder for attention.json and attention.png."""
+    names: tuple[str, ...] = ()
+    """Names of the models in the figure; default: their folders."""
+    analysis: Analysis = field(default_factory=AnalysisConfig)
+    overwrite: Overwrite = False
+
+    def list_files(self) -> tuple[list[Output], list[Input]]:
+        inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
+        return [_describe_folder(self.out, "attention", "attention.png")], inputs
+
+    def list_needs(self) -> dict[str, str]:
+        return {"matplotlib": "a figure"}
+
+    def run(self) -> None:
+        from nextscale.research.analysis.attention import analyse_attention
+
+        report = analyse_attention(self.models, self.data, self.out, self.analysis, self.names)
+        for model in report["models"]:
+            print(
+                f"{model['name']}: {model['own_share']:.1%} of the attention is to the token's own scale "
+                f"({model['uniform_share']:.1%} if all visible tokens got the same), the rest to earlier ones"
+            )
+        print(f"see {self.out}/attention.png, attention.json")
+
+
+@dataclass
 class AnalyseErrors:
     """Sample images without errors, and once for each scale with errors at that scale (MEPA, Fig. 1b).
 

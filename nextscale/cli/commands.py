@@ -60,6 +60,7 @@ COMMANDS = Commands(
         "analyse load": "analysis:AnalyseLoad",
         "analyse routing": "analysis:AnalyseRouting",
         "analyse features": "analysis:AnalyseFeatures",
+        "analyse attention": "analysis:AnalyseAttention",
         "analyse errors": "analysis:AnalyseErrors",
         "analyse copies": "analysis:AnalyseCopies",
         "analyse convergence": "analysis:AnalyseConvergence",

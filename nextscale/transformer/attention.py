@@ -77,24 +77,24 @@ class Attention(Mixer):
 
     def mix(self, qkv_BN3Hd: Tensor, context: ScaleContext, state: KVCache | None) -> Tensor:
         """Everything between the two projections, (B, N, D)."""
-        q, k, v = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
-        if self.log_scale is not None:
-            q, k = scale_to_length(q, self.query_length()), scale_to_length(k)
-        if self.rotary is not None:
-            q, k = self.rotate(q, k, context)
+        q, k, v = self.split_heads(qkv_BN3Hd, context)
         if state is not None:
             k, v = state.update(context.span, k, v)
         return self.attend(q, k, v, context).transpose(1, 2).flatten(2)
 
-    def rotate(self, q: Tensor, k: Tensor, context: ScaleContext) -> tuple[Tensor, Tensor]:
-        """Queries and keys of the tokens at hand, rotated by their positions. Rotated keys are cached."""
+    def split_heads(self, qkv_BN3Hd: Tensor, context: ScaleContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and rotated where the model does so, and values: (B, H, N, d) each."""
+        q, k, v = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.log_scale is not None:
+            q, k = scale_to_length(q, self.query_length()), scale_to_length(k)
+        if self.rotary is None:
+            return q, k, v
         from nextscale.transformer.positions import compute_rotation, rotate  # most models have a table
 
-        assert self.rotary is not None, "only with rotary positions"
         start, end = context.span
         cos_Lf, sin_Lf = compute_rotation(context.pyramid, self.rotary, self.head_width, q.device)
         rotation = cos_Lf[start:end], sin_Lf[start:end]
-        return rotate(q, rotation), rotate(k, rotation)
+        return rotate(q, rotation), rotate(k, rotation), v
 
     def query_length(self) -> Tensor:
         """The length that queries are scaled to, (1, H, 1, 1)."""

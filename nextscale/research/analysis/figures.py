@@ -180,3 +180,50 @@ def plot_bands(panels: dict[str, dict[str, Band]], unit: str, target: float, pat
     for panel in axes.flat[len(panels) :]:
         panel.set_visible(False)
     save_figure(figure, path)
+
+
+def plot_attention(models: dict[str, dict[str, Any]], path: Path) -> None:
+    """Attention by scales, {title: a model's report of `measure_attention`}. Needs matplotlib.
+
+    Above, the share of a token's own scale, mean over blocks; in the middle, the same by block; below, the shares of
+    all scales, mean over blocks.
+    """
+    scales = max(len(model["scales"]) for model in models.values())
+    blocks = max(len(model["blocks"]) for model in models.values())
+    height = 3.2 + (0.32 * blocks + 1.6) + (0.32 * scales + 1.6)
+    figure, axes = new_figure(len(models), rows=3, width=max(5.4, 0.6 * scales + 2), height=height)
+    shown = None
+    for (title, model), lines, by_block, by_scale in zip(models.items(), *axes, strict=True):
+        names = model["scales"]
+        own = f"{model['own_share']:.0%} of the attention is to the token's own scale"
+        lines.plot(names, model["own_share_per_scale"], "o-", color=COLOURS[0], label="measured, mean over blocks")
+        even = model["uniform_share_per_scale"]
+        lines.plot(names, even, "s--", color=COLOURS[1], label="if all visible tokens got the same")
+        lines.set(title=f"{title}\n{own}", xlabel="scale of the token", ylabel="share of its own scale", ylim=(0, 1.05))
+        lines.legend(fontsize="small", frameon=False)
+        lines.grid(alpha=0.3)
+        table = model["attention"]
+        shares = [[row[k] for k, row in enumerate(block)] for block in table]
+        shown = _draw_shares(by_block, shares, names, [str(block) for block in model["blocks"]])
+        by_block.set(title="share of the token's own scale", xlabel="scale of the token", ylabel="block")
+        every = range(len(names))
+        means = [[statistics.fmean(block[k][j] for block in table) for k in every] for j in every]
+        _draw_shares(by_scale, means, names, names)
+        by_scale.set(title="shares of all scales, mean over blocks", xlabel="scale of the token")
+        by_scale.set_ylabel("scale that gets the attention")
+    figure.colorbar(shown, ax=axes[1:], label="share of the attention")
+    save_figure(figure, path)
+
+
+def _draw_shares(axes: Any, values: list[list[float]], columns: list[str], rows: list[str]) -> Any:
+    """A map of shares with the percentage in each cell; cells of exactly 0, which nothing can reach, are empty."""
+    shown = axes.imshow([[value or float("nan") for value in row] for row in values], cmap=COLOUR_MAP, vmin=0, vmax=1,
+                        aspect="auto")  # fmt: skip
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value:
+                ink = "black" if value > 0.6 else "white"
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize="x-small", color=ink)
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 5 else 0)
+    axes.set_yticks(range(len(rows)), rows)
+    return shown

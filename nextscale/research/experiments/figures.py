@@ -12,7 +12,13 @@ from typing import Any
 from nextscale.common.plots import COLOURS, new_figure, save_figure
 from nextscale.evaluation.compute import METRICS
 
-GROUPS = {"per_scale": "nats_", "per_expert": "load_E", "seconds_per_scale": "seconds_at_"}
+GROUPS = {
+    "per_scale": "nats_",
+    "per_expert": "load_E",
+    "seconds_per_scale": "seconds_at_",
+    "attention_per_scale": "own_attention_at_",
+    "attention_per_block": "own_attention_in_block_",
+}
 """Names of groups of columns, and the prefix of their columns. A group is drawn in one panel."""
 _WORDS: dict[str, tuple[str, float]] = {
     "parameters": ("Parameters (millions)", 1e-6),
@@ -28,6 +34,8 @@ _WORDS: dict[str, tuple[str, float]] = {
     "router_error": ("Relative error of the routers' norms (%)", 100),
     "router_recall": ("Experts that the routers find (%)", 100),
     "seconds_per_epoch": ("Time of a training epoch (s)", 1),
+    "own_attention": ("Attention to the token's own scale (%)", 100),
+    "uniform_attention": ("The same if all visible tokens got the same (%)", 100),
     "psnr_db": ("PSNR (dB), higher is better", 1),
     "ssim": ("SSIM, higher is better", 1),
     "usage": ("Codes in use (%)", 100),
@@ -42,6 +50,13 @@ _METRICS = {
     "recall": ("Recall", "higher"),
 }
 _INCEPTION = {"distance": "FID", "spatial_distance": "sFID", "score": "Inception Score"}
+_GROUP_TITLES = {
+    "per_expert": ("Load of each expert, of 64 tokens", "expert"),
+    "seconds_per_scale": ("Time of an image by scale, in the largest batch (s)", "scale"),
+    "attention_per_scale": ("Share of attention to the token's own scale, by scale", "scale"),
+    "attention_per_block": ("Share of attention to the token's own scale, by block", "block"),
+}
+"""Group -> the title of its panel, and of the x axis."""
 _BATCH = "seconds_per_image_of_"
 _LEGEND_IN_PANEL = 3
 """A panel of more lines has its legend beside it."""
@@ -177,9 +192,8 @@ def _build_group(rows: list[dict[str, Any]], columns: Sequence[str], prefix: str
         for row in rows
         if all(column in row["published"] for column in columns)
     }
-    if prefix == GROUPS["seconds_per_scale"]:
-        return Panel("Time of an image by scale, in the largest batch (s)", lines, published, "scale")
-    return Panel("Load of each expert, of 64 tokens", lines, published, "expert")
+    title, x_name = next(_GROUP_TITLES[name] for name in _GROUP_TITLES if GROUPS[name] == prefix)
+    return Panel(title, lines, published, x_name)
 
 
 def _list_points(row: dict[str, Any], columns: Sequence[str], labels: Sequence[str]) -> list[Point]:

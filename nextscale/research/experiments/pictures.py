@@ -12,6 +12,7 @@ from nextscale.common.pictures import save_grid
 from nextscale.config.analysis import AnalysisConfig, DynamicAnalysisConfig, ErrorsConfig
 from nextscale.config.sampling import SampleConfig
 from nextscale.pipeline import Pipeline
+from nextscale.research.analysis.attention import analyse_attention
 from nextscale.research.analysis.convergence import analyse_convergence
 from nextscale.research.analysis.dynamic import analyse_dynamic
 from nextscale.research.analysis.errors import analyse_errors
@@ -52,6 +53,9 @@ def draw_picture(picture: str, models: Sequence[TrainedModel], out: Path, device
     config = AnalysisConfig(images=run.images, seed=run.train.seed, device=device)
     if picture == "features":
         analyse_features(folders, run.data, out, config, names)
+        return
+    if picture == "attention":
+        analyse_attention(folders, run.data, out, config, names)
         return
     assert picture == "routing", f"there is no picture '{picture}'"
     analyse_routing(folders, run.data, out, config, names)

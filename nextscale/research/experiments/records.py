@@ -60,6 +60,16 @@ class _Flops:
 
 
 @dataclass(frozen=True)
+class _Shares:
+    """Shares of attention by metric."""
+
+    values: dict[str, float]
+
+    def __post_init__(self) -> None:
+        check_fields("attention", self, {"values must lie in 0 to 1": all(0 <= v <= 1 for v in self.values.values())})
+
+
+@dataclass(frozen=True)
 class _Report:
     """The report of `nextscale evaluate`."""
 
@@ -124,6 +134,11 @@ def read_flops(path: Path) -> dict[str, float]:
     """FLOPs that sampling executed: {"gflop", "flops_share"}."""
     flops = read_record(_Flops, path)
     return {"gflop": flops.gflop, "flops_share": flops.flops_share}
+
+
+def read_attention(path: Path) -> dict[str, float]:
+    """Shares of a model's attention, by metric."""
+    return read_record(_Shares, path).values
 
 
 def read_measures(path: Path) -> tuple[str, dict[str, Any]]:

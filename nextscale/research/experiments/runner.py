@@ -41,6 +41,7 @@ from nextscale.research.experiments.dynamic import (
 )
 from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.folders import Folders, Inputs
+from nextscale.research.experiments.held_out import measure_own_attention
 from nextscale.research.experiments.keys import compute_key, compute_key_of_samples, list_changed_settings
 from nextscale.research.experiments.ledger import check_experiment_inputs
 from nextscale.research.experiments.pictures import OF_TRAININGS, TrainedModel, draw_picture
@@ -201,6 +202,8 @@ class ExperimentRunner:
         if row.sparsify is None:
             executed = self._count_flops(folder, config, sampling, refiner_config)
             executed = {n: v for n, v in executed.items() if n == "gflop" or n in self.experiment.metrics}
+        if "own_attention" in self.experiment.metrics:
+            executed |= measure_own_attention(folder, run, self.world)
         evaluation = EvaluationConfig(count=self.experiment.images, sampling=sampling, images=self.reading)
         metrics = self._evaluate(folder, evaluation) if evaluation.count else {}
         validated = {} if row.sparsify is not None else finished  # the validation was the dense model's
