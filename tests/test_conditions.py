@@ -19,7 +19,7 @@ from nextscale.sampling import build_sampler
 from nextscale.sampling.sampler import ModelPredictor, sample_images
 from nextscale.training.engine.loop import train
 from nextscale.training.transformer import TransformerTask
-from nextscale.transformer.conditions.text import PAD, START
+from nextscale.transformer.conditions.text import PAD, START, ByteEncoder
 from nextscale.transformer.cross_attention import CrossAttention
 from tests.conftest import check_flops, randomised, tiny_config
 
@@ -152,6 +152,29 @@ def test_scales_with_kept_keys_and_values_equal_one_pass(settings):
 @pytest.mark.parametrize("settings", [{}, {"embedding_width": 6}, {"layers": 0}])
 def test_flops_of_texts_are_counted(settings):
     check_flops(text_config(**settings))
+
+
+def test_bytes_see_their_neighbours():
+    """Our own encoder without layers, against a loop over bytes in float64; what lies outside of a text counts as 0."""
+    encoder = ByteEncoder(ConditionConfig("text", max_tokens=9, layers=0), width=8)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    texts = ["", "a", "ab c", "abcdefghijk"]
+    found, vector, mask = encoder(encoder.parse(texts))
+    embedding, positions, weight, bias = (p.detach().double().numpy() for p in encoder.parameters())
+    for i, text in enumerate(texts):
+        numbers = [START, *text.encode()[:8]]
+        content = embedding[numbers] + positions[: len(numbers)]
+        assert mask[i].tolist() == [place < len(numbers) for place in range(9)]
+        for place in range(len(numbers)):
+            window = np.zeros((8, 5))
+            for offset in range(-2, 3):
+                if 0 <= place + offset < len(numbers):
+                    window[:, offset + 2] = content[place + offset]
+            x = weight @ window.reshape(-1) + bias
+            expected = content[place] + x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+            assert np.allclose(found[i, place].detach().numpy(), expected, atol=1e-4)
+    assert torch.equal(vector, found[:, 0])
 
 
 def test_a_cross_attention_without_a_sequence_is_refused():

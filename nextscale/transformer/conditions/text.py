@@ -27,6 +27,8 @@ from nextscale.transformer.conditions.layers import average_tokens, count_layer_
 
 START, PAD = 256, 257
 """Numbers of the first token of every text, and of what follows its end; smaller ones are bytes."""
+_NEIGHBOURS = 2
+"""Bytes on each side that our own encoder looks at before attention."""
 
 
 class TextCondition(Condition):
@@ -63,23 +65,33 @@ class TextCondition(Condition):
         T = config.max_tokens
         if config.embedding_width:
             return (T - 1) * config.embedding_width * width + width * width
-        return config.layers * count_layer_multiply_adds(T, width) + width * width
+        neighbours = T * (2 * _NEIGHBOURS + 1) * width * width
+        return neighbours + config.layers * count_layer_multiply_adds(T, width) + width * width
 
 
 class ByteEncoder(nn.Module):
-    """A small transformer on UTF-8 bytes with learned positions. A batch of texts: int64 (B, max_tokens)."""
+    """A small transformer on UTF-8 bytes with learned positions. A batch of texts: int64 (B, max_tokens).
+
+    A byte says little by itself: before attention each one sees its neighbours, as in CANINE (arXiv 2103.06874), whose
+    first layer is local, too. Without it, a model told capital letters apart and not small ones, whose bytes are in
+    other words as well.
+    """
 
     def __init__(self, config: ConditionConfig, width: int):
         super().__init__()
         self.max_tokens = config.max_tokens
         self.embedding = create_embedding(PAD + 1, width)
         self.positions = create_embedding(config.max_tokens, width)
+        self.neighbours = nn.Linear((2 * _NEIGHBOURS + 1) * width, width)
         self.layers = create_layers(config.layers, width)
 
     def forward(self, text_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sequence (B, T, D), the first token's vector (B, D), and the mask (B, T)."""
         mask_BT = text_BT != PAD
-        x_BTD = self.embedding(text_BT) + self.positions.weight
+        x_BTD = (self.embedding(text_BT) + self.positions.weight) * mask_BT[..., None]
+        padded = F.pad(x_BTD, (0, 0, _NEIGHBOURS, _NEIGHBOURS))
+        windows = padded.unfold(1, 2 * _NEIGHBOURS + 1, 1).flatten(2)  # (B, T, D times bytes)
+        x_BTD = x_BTD + F.gelu(self.neighbours(windows))
         for layer in self.layers:
             x_BTD = layer(x_BTD, mask_BT)
         return x_BTD, x_BTD[:, 0], mask_BT
