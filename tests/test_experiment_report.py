@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,13 @@ from nextscale.common.distributed import World
 from nextscale.common.errors import UserError
 from nextscale.research.experiments.entry import load_experiment
 from nextscale.research.experiments.folders import Inputs
-from nextscale.research.experiments.intervals import compute_t_quantile, summarize_differences, summarize_seeds
+from nextscale.research.experiments.intervals import (
+    RESAMPLES,
+    compute_t_quantile,
+    resample_deviations,
+    summarize_differences,
+    summarize_seeds,
+)
 from nextscale.research.experiments.report import format_table, write_results
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -38,6 +45,17 @@ def test_intervals_equal_scipy_s():
     assert "interval" not in summarize_seeds([3.0])
     assert "interval" not in summarize_seeds([3.0, math.nan])
     assert summarize_seeds([3.0, 3.0])["interval"] == [3.0, 3.0]
+
+
+def test_deviations_over_resamples_equal_a_loop_and_the_formula():
+    values = np.random.default_rng(3).normal(2, 0.5, (200, 3)) * [1, 2, 4]
+    rng, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        drawn = [values[i] for i in rng.integers(200, size=200)]
+        means.append([sum(row[m] for row in drawn) / 200 for m in range(3)])
+    found = resample_deviations(values)
+    assert found == pytest.approx([statistics.stdev(column) for column in zip(*means, strict=True)])
+    assert found == pytest.approx(values.std(axis=0) / math.sqrt(200), rel=0.1)
 
 
 def write(experiment, values, folder):

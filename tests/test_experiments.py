@@ -21,6 +21,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.log import read_log
 from nextscale.config.sparsify import SparsifyConfig
 from nextscale.data.cache import TokenCache
+from nextscale.pipeline import Pipeline
 from nextscale.research.experiments.dynamic import _list_key_settings
 from nextscale.research.experiments.entry import SCALES, list_experiments, load_experiment
 from nextscale.research.experiments.figures import GROUPS, Point, describe_column, draw_results, list_panels
@@ -56,7 +57,7 @@ def run(name, out):
 def test_every_entry_is_complete_at_every_scale(name, scale):
     for on_cpu in (False, True):
         experiment = load_experiment(name, scale, on_cpu=on_cpu)
-        assert len(experiment.rows) >= 2
+        assert len(experiment.rows) >= (1 if experiment.one_training else 2)
         assert len({row.name for row in experiment.rows}) == len(experiment.rows)
         guided = any(row.run.loss.encoder == "given" for row in experiment.rows)
         assert set(experiment.needs) == {"data", "tokenizer", "features", "reference"} | (
@@ -345,6 +346,53 @@ def test_a_study_chooses_learning_rates_and_compares_progress(out, capsys):
     said = capsys.readouterr()
     assert "study: 12 of 12 trainings are done, 6 of 6 models are measured\n" in said.out
     assert "training the" not in said.err
+
+
+def test_the_noise_of_one_training(out, capsys):
+    """One training, chosen as in the study, measured with three seeds of sampling; its loss on resampled images."""
+    assert run("study-noise", out) == 0
+    tiny, folder = out / "tiny", out / "tiny" / "study-noise"
+    (path,) = tiny.glob("run-*/noise.json")
+    assert len(list(tiny.glob("run-*"))) == 3, "two candidates, and the one that is measured"
+    (row,) = json.loads((folder / "results.json").read_text())["rows"]
+    assert len(set(row["figures"]["distance"]["values"])) == 3
+    assert len(set(row["figures"]["validation_loss"]["values"])) == 1
+    assert list(row["noise"])[:4] == ["validation_loss", "nats_1x1", "nats_2x2", "nats_4x4"]
+    for metric in ("distance", "score", "precision", "recall"):
+        assert row["noise"][metric] == pytest.approx(np.std(row["figures"][metric]["values"], ddof=1))
+    losses = compute_losses_by_image(path.parent)
+    assert losses.mean(0) == pytest.approx([row["figures"][m]["mean"] for m in list(row["noise"])[:4]], rel=1e-5)
+    expected = losses.std(axis=0) / 4  # the deviation of a mean of 16 images
+    assert list(row["noise"].values())[:4] == pytest.approx(expected, rel=0.1), "but for the number of resamples"
+    table = (folder / "table.md").read_text()
+    assert "mean ± standard deviation over seeds of sampling, of one training." in table
+    noise = table[table.index("Noise, the standard deviation of each metric of one training") :].splitlines()
+    assert noise[2].startswith("|  | validation_loss | nats_1x1 |")
+    assert noise[2].endswith("| classifier_fd | classifier_score | classifier_precision | classifier_recall |")
+    assert float(noise[4].split(" | ")[1]) == pytest.approx(row["noise"]["validation_loss"], rel=1e-3)
+    capsys.readouterr()
+    assert run("study-noise", out) == 0
+    said = capsys.readouterr()
+    assert "study-noise: 3 of 3 trainings are done, 3 of 3 models are measured\n" in said.out
+    assert "training the" not in said.err
+    assert "seeds       of sampling; each row has one training, with seed 0" in format_experiment(
+        load_experiment("study-noise", "tiny")
+    )
+
+
+def compute_losses_by_image(folder):
+    """Cross-entropy of the 16 validated images one by one, over all tokens and at each scale."""
+    pipeline, losses = Pipeline.from_pretrained(folder, backend="plain"), []
+    data = Path(json.loads((folder / "run.json").read_text())["data"])
+    examples = TokenCache(data).load_examples("held_out")
+    for i in range(16):
+        batch = examples.fetch([i], None)
+        tokens = batch["tokens"].long()
+        with torch.no_grad():
+            logits = pipeline.transformer(batch["label"], pipeline.tokenizer.teacher_inputs(tokens)).logits_BNV
+        nats = torch.nn.functional.cross_entropy(logits[0], tokens[0], reduction="none").double()
+        losses.append([float(part.mean()) for part in (nats, nats[:1], nats[1:5], nats[5:])])
+    return np.array(losses)
 
 
 def check_progress(report, tiny):

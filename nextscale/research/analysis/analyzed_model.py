@@ -61,13 +61,17 @@ class AnalyzedModel:
         batch = {name: values.to(device) if isinstance(values, Tensor) else values for name, values in batch.items()}
         return self.model.condition.from_batch(batch), read_tokens(batch, self.pipeline.tokenizer)
 
-    @torch.no_grad()
-    def run_batches(self, hidden: int = 0) -> Iterator[Output]:
-        """The model's output for each batch of images. `hidden`: `hidden_block` of `VAR.forward`."""
+    def load_batches(self) -> Iterator[tuple[Any, Tensor]]:
+        """`load_tokens` of each batch of images."""
         size = self.config.batch_size
         batches = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
         for rows in tqdm(batches, desc=self.name, unit="batch", disable=len(batches) < _MIN_PROGRESS):
-            values, tokens_BL = self.load_tokens(rows)
+            yield self.load_tokens(rows)
+
+    @torch.no_grad()
+    def run_batches(self, hidden: int = 0) -> Iterator[Output]:
+        """The model's output for each batch of images. `hidden`: `hidden_block` of `VAR.forward`."""
+        for values, tokens_BL in self.load_batches():
             yield self.model(values, self.pipeline.tokenizer.teacher_inputs(tokens_BL), hidden_block=hidden)
 
     def check_block(self, number: int, default: int) -> int:

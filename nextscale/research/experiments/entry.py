@@ -125,6 +125,16 @@ class Experiment:
     """What is chosen for each row before its seeds are trained."""
     reading: ReadConfig = field(default_factory=ReadConfig)
     """How data sets are read."""
+    one_training: bool = False
+    """Measure one training, of the first seed, with all seeds of sampling: how noisy the metrics are."""
+
+    def find_training_seed(self, seed: int) -> int:
+        """The seed of the training that is measured with this seed; those to choose settings by have their own."""
+        return self.seeds[0] if self.one_training and seed in self.seeds else seed
+
+    def name_measuring(self, row: Row, seed: int) -> str:
+        """The name under which a training's folder records the time of measuring a row with a seed."""
+        return f"{self.name}: {row.name}" + (f", seed {seed}" if self.one_training else "")
 
     def find_reference(self) -> Row:
         """The row that others are compared with. UserError where there is none of the name."""
@@ -197,6 +207,7 @@ def load_experiment(name: str, scale: str, *, on_cpu: bool = False) -> Experimen
         note=note,
         against_row=entry.get("against_row", ""),
         choice=_parse_choice(settings, rows, where) if settings.get("choose") else None,
+        one_training=bool(entry.get("one_training")),
     )
 
 

@@ -112,7 +112,10 @@ class Folders:
         data = self.inputs.data if cache is None else str(cache)
         if row.run.loss.encoder and (cache is not None or is_token_cache(Path(data))):
             encoder = "cache"
-        loss, train = dataclasses.replace(row.run.loss, encoder=encoder), dataclasses.replace(row.run.train, seed=seed)
+        loss, train = (
+            dataclasses.replace(row.run.loss, encoder=encoder),
+            dataclasses.replace(row.run.train, seed=self.experiment.find_training_seed(seed)),
+        )
         config: RunConfig = dataclasses.replace(
             row.run, data=data, tokenizer=self.tokenizer, loss=loss, train=train, sampling=row.sampling
         )

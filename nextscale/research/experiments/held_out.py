@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from nextscale.common.digest import add_digest
 from nextscale.common.distributed import World
 from nextscale.common.files import write_json
 from nextscale.config.analysis import AnalysisConfig
 from nextscale.research.analysis.analyzed_model import AnalyzedModel, open_models
 from nextscale.research.analysis.attention import measure_attention
-from nextscale.research.experiments.records import read_attention
+from nextscale.research.experiments.intervals import resample_deviations
+from nextscale.research.experiments.records import read_values
+from nextscale.sampling.likelihood import compute_log_likelihood
 from nextscale.training.transformer import read_run_config
 
 
@@ -35,4 +40,29 @@ def measure_own_attention(model: Path, run: Path, world: World) -> dict[str, flo
         values |= {f"own_attention_in_block_{block}": share for block, share in blocks}
         write_json(file, add_digest({"values": values}))
     world.wait()
-    return read_attention(file)
+    return read_values(file)
+
+
+def measure_loss_noise(model: Path, run: Path, images: int, world: World) -> dict[str, float]:
+    """Standard deviations of the held-out losses that training reports, over resamples of its `images` held-out images:
+    {"validation_loss", "nats_1x1", ...}, nats per token; noise.json in the model's folder stores them."""
+    file = model / "noise.json"
+    if world.main and not file.exists():
+        analyzed = open_held_out(model, run, str(world.device), images)
+        names = ["validation_loss", *(f"nats_{h}x{w}" for h, w in analyzed.model.pyramid.sides)]
+        deviations = resample_deviations(compute_losses(analyzed).numpy()).tolist()
+        write_json(file, add_digest({"values": dict(zip(names, deviations, strict=True))}))
+    world.wait()
+    return read_values(file)
+
+
+def compute_losses(analyzed: AnalyzedModel) -> Tensor:
+    """The cross-entropy of each image in nats per token, over all scales and at each: (B, 1 + K), float64."""
+    pyramid, tokenizer = analyzed.model.pyramid, analyzed.pipeline.tokenizer
+    nats_BK = torch.cat(
+        [
+            -compute_log_likelihood(tokenizer, analyzed.model, tokens_BL, values).cpu().double()
+            for values, tokens_BL in analyzed.load_batches()
+        ]
+    )
+    return torch.cat([nats_BK.sum(1, keepdim=True) / pyramid.length, nats_BK / torch.tensor(pyramid.counts)], dim=1)

@@ -7,8 +7,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 LEVEL = 0.95
 """Probability of the intervals."""
+RESAMPLES = 1000
+"""How often `resample_deviations` draws anew."""
 
 
 def summarize_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -28,6 +32,14 @@ def summarize_seeds(values: Sequence[float]) -> dict[str, Any]:
 def summarize_differences(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """The summary of `values` less `reference`, seed by seed: what seeds have in common cancels out."""
     return summarize_seeds([value - other for value, other in zip(values, reference, strict=True)])
+
+
+def resample_deviations(values_NM: np.ndarray) -> np.ndarray:
+    """The standard deviations of the means of columns, (M,), by the bootstrap: over RESAMPLES draws of the N rows with
+    replacement, of a fixed seed."""
+    rng, count = np.random.default_rng(0), len(values_NM)
+    means = [values_NM[rng.integers(count, size=count)].mean(axis=0) for _ in range(RESAMPLES)]
+    return np.std(means, axis=0, ddof=1)
 
 
 def compute_t_quantile(freedom: int, level: float = LEVEL) -> float:

@@ -60,13 +60,13 @@ class _Flops:
 
 
 @dataclass(frozen=True)
-class _Shares:
-    """Shares of attention by metric."""
+class _Values:
+    """Shares, or standard deviations, by metric."""
 
     values: dict[str, float]
 
     def __post_init__(self) -> None:
-        check_fields("attention", self, {"values must lie in 0 to 1": all(0 <= v <= 1 for v in self.values.values())})
+        check_fields("record", self, {"values must be 0 or more": all(v >= 0 for v in self.values.values())})
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ def read_flops(path: Path) -> dict[str, float]:
     return {"gflop": flops.gflop, "flops_share": flops.flops_share}
 
 
-def read_attention(path: Path) -> dict[str, float]:
-    """Shares of a model's attention, by metric."""
-    return read_record(_Shares, path).values
+def read_values(path: Path) -> dict[str, float]:
+    """Shares of a model's attention, or deviations of its losses, by metric."""
+    return read_record(_Values, path).values
 
 
 def read_measures(path: Path) -> tuple[str, dict[str, Any]]:

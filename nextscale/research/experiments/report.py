@@ -15,7 +15,7 @@ from nextscale.config.data import ReadConfig
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment
 from nextscale.research.experiments.figures import GROUPS, describe_column, draw_results
-from nextscale.research.experiments.intervals import LEVEL, summarize_differences, summarize_seeds
+from nextscale.research.experiments.intervals import LEVEL, RESAMPLES, summarize_differences, summarize_seeds
 from nextscale.research.experiments.keys import list_changed_settings
 from nextscale.research.experiments.scaling import format_scaling
 
@@ -28,8 +28,8 @@ def write_results(
     details: Mapping[str, Mapping[str, Any]] | None = None, scaling: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write all results to `folder`; return the content of results.json. `values`: of each row, the metrics by seed;
-    `details`: what else is known of rows, {"chosen": {row: JSON}, "progress": ...}, of `describe_choices` and
-    `analyse_progress`; `scaling`: of `analyse_scaling`.
+    `details`: what else is known of rows, {"chosen": {row: JSON}, "progress": ..., "noise": ...}, of
+    `describe_choices`, `analyse_progress` and `measure_noise`; `scaling`: of `analyse_scaling`.
     """
     rows: list[dict[str, Any]] = []
     available = dict.fromkeys(m for row in experiment.rows for v in (row.published, *values[row.name]) for m in v)
@@ -59,6 +59,7 @@ def write_results(
         "machine": describe_machine(world.device),
         "rows": rows,
         **({"scaling": scaling} if scaling else {}),
+        **({"one_training": True} if experiment.one_training else {}),
     }
     write_json(folder / "results.json", results)
     write_text(folder / "table.md", format_table(results))
@@ -118,7 +119,8 @@ def format_table(results: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, results["seeds"]))
     images = f"{results['images']:,} images of each row" if results["images"] else "no images sampled"
     about = f"Scale {results['scale']}: {images}, seeds {seeds}"
-    about += "; mean ± standard deviation over seeds." if len(results["seeds"]) > 1 else "."
+    over = "seeds of sampling, of one training" if results.get("one_training") else "seeds"
+    about += f"; mean ± standard deviation over {over}." if len(results["seeds"]) > 1 else "."
     if results["scale"] != "paper":
         about += (
             " Published values are of ImageNet at 256 pixels, measured ones of smaller models and images: compare rows "
@@ -130,7 +132,7 @@ def format_table(results: dict[str, Any]) -> str:
     machine = results["machine"]
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
     lines += ["", about, *_format_intervals(results), *_format_progress(results["rows"])]
-    lines += _format_choices(results["rows"])
+    lines += [*_format_noise(results["rows"], network), *_format_choices(results["rows"])]
     lines += format_scaling(results["scaling"]) if "scaling" in results else []
     return "\n".join([*lines, "", f"`{command}`, {where}.", ""])
 
@@ -180,6 +182,26 @@ def _format_progress(rows: list[dict[str, Any]]) -> list[str]:
         if not cells:
             seeds = len(progress["steps_by_seed"])
             cells = [f"not reached by {seeds - progress['seeds_that_reach_it']} of {seeds} seeds", "-", "-", "-"]
+        lines.append(_format_line([name, *cells]))
+    return lines
+
+
+def _format_noise(rows: list[dict[str, Any]], network: str) -> list[str]:
+    """Lines with the standard deviation of each metric of one training."""
+    noise = {row["name"]: row["noise"] for row in rows if "noise" in row}
+    if not noise:
+        return []
+    metrics = list(dict.fromkeys(metric for deviations in noise.values() for metric in deviations))
+    lines = [
+        "",
+        f"Noise, the standard deviation of each metric of one training: of losses over {RESAMPLES:,} resamples of the "
+        "held-out images, of samples over seeds of sampling:",
+        "",
+        _format_line(["", *(name_column(metric, network) for metric in metrics)]),
+        "|---" * (len(metrics) + 1) + "|",
+    ]
+    for name, deviations in noise.items():
+        cells = [_format_number(deviations[m]) if m in deviations else "-" for m in metrics]
         lines.append(_format_line([name, *cells]))
     return lines
 

@@ -21,7 +21,7 @@ from nextscale.research.experiments.progress import analyse_progress
 from nextscale.research.experiments.report import write_results
 from nextscale.research.experiments.runner import ExperimentRunner
 from nextscale.research.experiments.scaling import analyse_scaling
-from nextscale.research.experiments.timing import Job, describe_progress, name_measuring
+from nextscale.research.experiments.timing import Job, describe_progress
 
 _OPTIONS = {
     "data": "images to train on",
@@ -98,7 +98,7 @@ def list_jobs(experiment: Experiment, inputs: Inputs, out: Path) -> list[Job]:
         return folders.plan_training(folders.refiner_row if row.refiner_only else row, seed)[1]
 
     return candidates + [
-        Job(row.name, find_folder(row, seed), name_measuring(experiment.name, row.name), row.name in known)
+        Job(row.name, find_folder(row, seed), experiment.name_measuring(row, seed), row.name in known)
         for seed in experiment.seeds
         for row in rows
     ]
@@ -142,10 +142,14 @@ def run_experiment(experiment: Experiment, inputs: Inputs, out: Path, world: Wor
         world.wait()
     out = folder / experiment.name
     runner.draw_pictures(out)
+    measured = [row for row in experiment.rows if row.measured and experiment.one_training]
+    noise = {row.name: runner.measure_noise(row, values[row.name]) for row in measured}
     if not world.main:
         return {}
     details: dict[str, dict[str, Any]] = {"chosen": choices}
     if "progress" in experiment.pictures:
         details["progress"] = analyse_progress(runner.list_trainings(), experiment.find_reference().name, out)
+    if noise:
+        details["noise"] = noise
     scaling = analyse_scaling(runner.list_trainings(), out) if "scaling" in experiment.pictures else None
     return write_results(experiment, inputs, values, out, world, details, scaling)

@@ -41,7 +41,7 @@ from nextscale.research.experiments.dynamic import (
 )
 from nextscale.research.experiments.entry import Experiment, Row
 from nextscale.research.experiments.folders import Folders, Inputs
-from nextscale.research.experiments.held_out import measure_own_attention
+from nextscale.research.experiments.held_out import measure_loss_noise, measure_own_attention
 from nextscale.research.experiments.keys import compute_key, compute_key_of_samples, list_changed_settings
 from nextscale.research.experiments.ledger import check_experiment_inputs
 from nextscale.research.experiments.pictures import OF_TRAININGS, TrainedModel, draw_picture
@@ -53,7 +53,7 @@ from nextscale.research.experiments.records import (
     read_measures,
     read_report,
 )
-from nextscale.research.experiments.timing import name_measuring, record_measuring, record_training
+from nextscale.research.experiments.timing import record_measuring, record_training
 from nextscale.training.classifier import train_classifier
 from nextscale.training.encoder import train_encoder
 from nextscale.training.engine.checks import NonFiniteError
@@ -182,7 +182,7 @@ class ExperimentRunner:
         folder, finished = self._train_refiner(seed) if row.refiner_only else self._train_generator(row, seed)
         if self.model:
             return self._measure_model(row, seed, folder, finished)
-        with record_measuring(folder, name_measuring(self.experiment.name, row.name), main=self.world.main):
+        with record_measuring(folder, self.experiment.name_measuring(row, seed), main=self.world.main):
             return self._measure_model(row, seed, folder, finished)
 
     def _measure_model(self, row: Row, seed: int, folder: Path, finished: dict[str, Any]) -> dict[str, float]:
@@ -265,6 +265,16 @@ class ExperimentRunner:
             costs = self._count_flops(folder, config, sampling)
         return folder, sampling, _count_parameters(config) | costs
 
+    def measure_noise(self, row: Row, values: list[dict[str, Any]]) -> dict[str, float]:
+        """Standard deviation of each metric of a row's only training: of samples over `values`, those of all seeds of
+        sampling, of held-out losses over resamples of the images."""
+        of_samples = [m for m in self.experiment.metrics if m in METRICS and m in values[0]]
+        noise = {m: statistics.stdev(seed[m] for seed in values) for m in of_samples}
+        if row.sparsify is not None:
+            return noise
+        run = self.folders.plan_training(row, self.experiment.seeds[0])[1]
+        return measure_loss_noise(run, run, row.run.validation_images, self.world) | noise
+
     def draw_pictures(self, out: Path) -> None:
         """Draw the experiment's pictures of models, unless they were drawn of the same models."""
         pictures = [picture for picture in self.experiment.pictures if picture not in OF_TRAININGS]
@@ -306,7 +316,7 @@ class ExperimentRunner:
     def measure_tokenizer(self, row: Row, seed: int) -> dict[str, float]:
         """The metrics of a tokenizer's reconstructions of the reference."""
         folder = self._train_tokenizer(row, seed)
-        with record_measuring(folder, name_measuring(self.experiment.name, row.name), main=self.world.main):
+        with record_measuring(folder, self.experiment.name_measuring(row, seed), main=self.world.main):
             report = folder / "report.json"
             if not report.exists() and self.world.main:
                 evaluate_folder(folder, self.reference, self.experiment.images, folder, self.reading)

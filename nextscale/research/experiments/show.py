@@ -26,6 +26,8 @@ def format_experiment(experiment: Experiment) -> str:
     ]
     lines += [f"input       --{n} {v or '(required)'}" for n, v in experiment.needs.items()]
     lines += [f"note        {experiment.note}"] if experiment.note else []
+    if experiment.one_training:
+        lines.append(f"seeds       of sampling; each row has one training, with seed {experiment.seeds[0]}")
     if experiment.choice is not None:
         given = experiment.choice
         tried = "; ".join(f"{name} of {', '.join(map(str, values))}" for name, values in given.values.items())

@@ -67,7 +67,7 @@ class Seconds:
 
     training: float = 0.0
     measuring: dict[str, float] = field(default_factory=dict)
-    """By "EXPERIMENT: ROW"; there when the row is measured."""
+    """By `Experiment.name_measuring`; there when the row is measured."""
 
     def __post_init__(self) -> None:
         values = [self.training, *self.measuring.values()]
@@ -96,11 +96,6 @@ def record_training(folder: Path, *, main: bool) -> Iterator[None]:
         if main and folder.is_dir():
             before = read_seconds(folder)
             write_seconds(folder, Seconds(before.training + time.monotonic() - start, before.measuring))
-
-
-def name_measuring(experiment: str, row: str) -> str:
-    """The name under which the time of measuring a row is recorded."""
-    return f"{experiment}: {row}"
 
 
 @contextmanager
