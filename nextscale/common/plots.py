@@ -46,18 +46,24 @@ def note_missing_plot(path: Path, source: str) -> None:
 
 
 def plot_curves(
-    series: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, x_name: str = "step"
-) -> None:
-    """Line plots side by side: {panel: {line: [(x, y), ...]}}."""
+    series: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, x_name: str = "step",
+    circled: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]] | None = None,
+) -> None:  # fmt: skip
+    """Line plots side by side: {panel: {line: [(x, y), ...]}}. `circled`: points with a circle, {meaning: {panel:
+    [(x, y), ...]}}."""
     figure, (panels,) = new_figure(len(series))
     for axes, (panel, lines) in zip(panels, series.items(), strict=True):
         axes.locator_params(nbins=_MOST_TICKS)
         for i, (name, points) in enumerate(lines.items()):
             marker = "os^"[i // 10 % 3] if len(points) <= _MARKED_POINTS else ""  # there are ten colours
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=marker, markersize=4)
+        for meaning, points_of_panels in (circled or {}).items():
+            if points_of_panels.get(panel):
+                x, y = zip(*points_of_panels[panel], strict=True)
+                axes.plot(x, y, "o", color="black", markersize=11, fillstyle="none", label=meaning)
         axes.set(title=panel, xlabel=x_name)
         axes.grid(alpha=0.3)
-        if 1 < len(lines) <= _LEGEND_IN_PANEL:
+        if len(axes.lines) > 1 and len(lines) <= _LEGEND_IN_PANEL:
             axes.legend(fontsize="small")
     if any(len(lines) > _LEGEND_IN_PANEL for lines in series.values()):  # inside the panels it would cover the lines
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")

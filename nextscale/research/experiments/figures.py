@@ -102,6 +102,11 @@ def describe_column(column: str, network: str) -> tuple[str, float]:
     return _WORDS.get(column, (column.replace("_", " ").capitalize(), 1.0))
 
 
+def is_higher_better(column: str) -> bool:
+    """Whether more of it is better; of losses and distances, less is."""
+    return _METRICS.get(column, ("", "lower"))[1] == "higher"
+
+
 def draw_results(results: dict[str, Any], x_name: str, path: Path) -> None:
     """Draw the content of results.json as one panel for each column or group of columns.
 

@@ -15,6 +15,7 @@ from nextscale.config.data import ReadConfig
 from nextscale.evaluation.compute import METRICS, name_metric
 from nextscale.research.experiments.entry import Experiment
 from nextscale.research.experiments.figures import GROUPS, describe_column, draw_results
+from nextscale.research.experiments.front import list_fronts
 from nextscale.research.experiments.intervals import LEVEL, RESAMPLES, summarize_differences, summarize_seeds
 from nextscale.research.experiments.keys import list_changed_settings
 from nextscale.research.experiments.scaling import format_scaling
@@ -61,12 +62,17 @@ def write_results(
         **({"scaling": scaling} if scaling else {}),
         **({"one_training": True} if experiment.one_training else {}),
     }
+    lines = group_lines(experiment.against, rows, columns, network) if experiment.against else {}
+    if lines:
+        judged = [column for column in columns if column in METRICS or column == "validation_loss"]
+        results |= {"against": experiment.against, "fronts": list_fronts(experiment.against, rows, judged)}
     write_json(folder / "results.json", results)
     write_text(folder / "table.md", format_table(results))
     draw_results(results, experiment.x_name, folder / "figure.png")
-    lines = group_lines(experiment.against, rows, columns, network) if experiment.against else {}
     if lines:
-        plot_curves(lines, folder / "curves.png", describe_column(experiment.against, network)[0])
+        x_name = describe_column(experiment.against, network)[0]
+        circled = {"no other row is better in both": _list_front_points(results)}
+        plot_curves(lines, folder / "curves.png", x_name, circled)
     return results
 
 
@@ -86,6 +92,16 @@ def group_lines(
                 line = panels.setdefault(title, {}).setdefault(name, [])
                 line.append((x_factor * summaries[x]["mean"], factor * summaries[metric]["mean"]))
     return panels
+
+
+def _list_front_points(results: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """The points of `group_lines` that are on the fronts of results.json: {title: [(x, mean), ...]}."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for metric, names in results["fronts"].items():
+        rows = [row for row in results["rows"] if row["name"] in names]
+        for title, lines in group_lines(results["against"], rows, [metric], results["features"]).items():
+            points[title] = [point for line in lines.values() for point in line]
+    return points
 
 
 def name_column(metric: str, network: str) -> str:
@@ -131,7 +147,7 @@ def format_table(results: dict[str, Any]) -> str:
     command = f"nextscale experiment run {results['experiment']} --scale {results['scale']} {options}"
     machine = results["machine"]
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
-    lines += ["", about, *_format_intervals(results), *_format_progress(results["rows"])]
+    lines += ["", about, *_format_intervals(results), *_format_fronts(results), *_format_progress(results["rows"])]
     lines += [*_format_noise(results["rows"], network), *_format_choices(results["rows"])]
     lines += format_scaling(results["scaling"]) if "scaling" in results else []
     return "\n".join([*lines, "", f"`{command}`, {where}.", ""])
@@ -162,6 +178,17 @@ def _format_intervals(results: dict[str, Any]) -> list[str]:
             cells = [_format_interval(row[part].get(m), with_mean=part == "differences") for m in metrics]
             lines.append(_format_line([row["name"], *cells]))
     return lines
+
+
+def _format_fronts(results: dict[str, Any]) -> list[str]:
+    """Lines with the rows on the front of each metric."""
+    fronts, network = results.get("fronts"), results["features"]
+    if not fronts:
+        return []
+    x = name_column(results["against"], network)
+    title = f"Rows that no other row beats in both {x} and the metric (the Pareto front, circled in curves.png):"
+    lines = ["", title, ""]
+    return lines + [f"- {name_column(metric, network)}: {'; '.join(names)}" for metric, names in fronts.items()]
 
 
 def _format_progress(rows: list[dict[str, Any]]) -> list[str]:
