@@ -29,15 +29,21 @@ EQUAL = {
     "full, moe++": "1 sharding=full router=moe++",
     "experts, stmoe": "1 sharding=experts router=stmoe ema=0.9 activation_checkpointing=1",
     "experts, moe++": "1 sharding=experts router=moe++ frozen=experts.fc1",
+    "none, shared": "1 sharding=none router=stmoe shared=1 ema=0.9",
+    "full, shared": "1 sharding=full router=stmoe shared=1 ema=0.9 activation_checkpointing=1",
     "none, sizes": "1 sharding=none sizes=1 ema=0.9",
     "full, sizes": "1 sharding=full sizes=1 activation_checkpointing=1",
     "none, adapters": "1 sharding=none router=stmoe lora=2",
-    "full, adapters": "1 sharding=full router=stmoe lora=2 ema=0.9",
+    "full, adapters": "1 sharding=full router=stmoe shared=1 lora=2 ema=0.9",
     "experts, adapters": "1 sharding=experts router=stmoe lora=2",
 }
 EQUAL = {name: f"{words} steps=6 micro_batch=2" for name, words in EQUAL.items()}
+EQUAL |= {  # over the images that are computed at once: by one process as many as by two
+    f"{sharding}, over the batch": f"1 sharding={sharding} router=stmoe over=batch validate=1 steps=6"
+    for sharding in ("none", "full", "experts")
+}
 LOW = {
-    **{f"full, {r}": f"1 sharding=full router={r}" for r in ("stmoe", "smoe", "expert-choice", "moe++")},
+    **{f"full, {r}": f"1 sharding=full router={r}" for r in ("stmoe shared=1", "smoe", "expert-choice", "moe++")},
     "full, dense": "1 sharding=full",
     "experts, smoe": "1 sharding=experts router=smoe",
 }
@@ -47,7 +53,7 @@ LOW = {
 BACK = {
     "adapters": "1 sharding=full lora=2",
     "none": "1 sharding=none",
-    "full": "1 sharding=full router=stmoe",
+    "full": "1 sharding=full router=stmoe shared=1",
     "experts": "1 sharding=experts router=smoe",
 }
 BACK = {
@@ -55,7 +61,7 @@ BACK = {
     f"back {name}": f"{words} ema=0.9 accept=1 final_learning_rate=1e-3"
     for name, words in BACK.items()
 }
-RESUMED = "1 sharding=experts router=stmoe ema=0.9 micro_batch=2 steps=6"
+RESUMED = "1 sharding=experts router=stmoe over=batch ema=0.9 micro_batch=2 steps=6"
 
 
 def alone(folder: Path, words: str) -> Path:

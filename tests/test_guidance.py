@@ -18,8 +18,8 @@ from nextscale.transformer.feed_forward.routers import Routing
 from nextscale.transformer.projector import (
     GROUPS,
     Projector,
-    aggregate_scales,
     compute_alignment_loss,
+    enlarge_scales,
     parse_scale_group,
 )
 from tests.conftest import randomised, tiny_config
@@ -70,19 +70,25 @@ def resize_map(map_hwE, grid):
     return np.einsum("gh,hwe,vw->gve", rows, map_hwE, columns)
 
 
-def sum_regions(projected_NE, pyramid, grid):
-    """z_j of Eq. 11, from the definition: for each j the sum over all i up to j anew."""
+def enlarge_maps(projected_NE, pyramid, grid):
+    """Each scale's map on the grid."""
     maps = [projected_NE[start:end].reshape(*side, -1) for side, (start, end) in zip(
         pyramid.sides, pyramid.spans, strict=True) if end <= len(projected_NE)]  # fmt: skip
-    return [sum(resize_map(maps[i], grid) for i in range(j + 1)) for j in range(len(maps))]
+    return [resize_map(map_hwE, grid) for map_hwE in maps]
 
 
-def guidance_by_hand(projected, features, pyramid, scales):
+def sum_regions(projected_NE, pyramid, grid):
+    """z_j of Eq. 11, from the definition: for each j the sum over all i up to j anew."""
+    maps = enlarge_maps(projected_NE, pyramid, grid)
+    return [sum(maps[: j + 1]) for j in range(len(maps))]
+
+
+def guidance_by_hand(projected, features, pyramid, scales, aggregate=True):
     """Eq. 12: minus the mean over images and patches of the sum over the group of the cosine."""
     B, g, h, _ = features.shape
     total = 0.0
     for b in range(B):
-        z = sum_regions(projected[b], pyramid, (g, h))
+        z = (sum_regions if aggregate else enlarge_maps)(projected[b], pyramid, (g, h))
         for r in range(g):
             for c in range(h):
                 for j in scales:
@@ -102,18 +108,19 @@ def test_aggregation_and_loss_against_the_formulas(pyramid, batch, g, h, width, 
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     projected = torch.randn(batch, pyramid.spans[max(scales)][1], width, generator=rng)
     features = torch.randn(batch, g, h, width, generator=rng)
-    z = aggregate_scales(projected, pyramid, (g, h))
-    assert len(z) == max(scales) + 1, "as many as there are features of"
+    maps = enlarge_scales(projected, pyramid, (g, h))
+    assert len(maps) == max(scales) + 1, "as many as there are features of"
     for b in range(batch):
-        largest = projected[b].abs().max().item()  # of what is summed: the sums themselves may cancel
-        for ours, theirs in zip(z, sum_regions(projected[b].double().numpy(), pyramid, (g, h)), strict=True):
+        largest = projected[b].abs().max().item()
+        for ours, theirs in zip(maps, enlarge_maps(projected[b].double().numpy(), pyramid, (g, h)), strict=True):
             atol = 1e-5 * max(np.abs(theirs).max(), 0.1 * largest)
             np.testing.assert_allclose(ours[b].permute(1, 2, 0).numpy(), theirs, atol=atol)
-    loss = compute_alignment_loss(projected, features, pyramid, scales)
-    expected = guidance_by_hand(projected.double().numpy(), features.double().numpy(), pyramid, scales)
-    assert loss.item() == pytest.approx(expected, abs=1e-3 if width == 1 else 2e-5)
-    assert loss.dtype == torch.float32
-    assert abs(loss.item()) <= len(scales) + 1e-5
+    for aggregate in (True, False):
+        loss = compute_alignment_loss(projected, features, pyramid, scales, aggregate)
+        expected = guidance_by_hand(projected.double().numpy(), features.double().numpy(), pyramid, scales, aggregate)
+        assert loss.item() == pytest.approx(expected, abs=1e-3 if width == 1 else 2e-5)
+        assert loss.dtype == torch.float32
+        assert abs(loss.item()) <= len(scales) + 1e-5
 
 
 def test_loss_is_lowest_where_the_features_are_met_at_any_length():
@@ -130,6 +137,10 @@ def test_the_loss_reaches_all_scales_up_to_the_group_s_last_and_no_further():
     end = PYRAMID_256.spans[5][1]
     assert (projected.grad[:, :end].abs().amax(dim=(0, 2)) > 0).all()
     assert projected.grad[:, end:].abs().max() == 0
+    projected.grad = None  # without aggregation it reaches the scales of the group alone
+    compute_alignment_loss(projected, torch.randn(2, 16, 16, 3), PYRAMID_256, (2, 5), aggregate=False).backward()
+    reached = [projected.grad[:, start:end].abs().max().item() > 0 for start, end in PYRAMID_256.spans]
+    assert [k for k, found in enumerate(reached) if found] == [2, 5]
 
 
 def test_autocast_and_half_features_are_compared_in_float32():
@@ -191,12 +202,19 @@ def test_a_block_beyond_the_depth_is_named():
 
 # ---- in training
 
-EXPERTS = {"none": {}, "stmoe": {}, "moe++": {"zero": 1, "copy": 2, "constant": 1}}
+EXPERTS = {
+    "none": {},
+    "stmoe": {},
+    "moe++": {"zero": 1, "copy": 2, "constant": 1},
+    "shared": {"router": "stmoe", "share_scale_embedding": True},
+}
+CHOICES = {"": {}, "over the batch, without aggregation": {"balance_over": "batch", "aggregate": False}}
+"""What the paper leaves open, or argues against."""
 
 
 def build_task(router="stmoe", loss=None, features=True, config=None, **transformer):
     """A task on random tokens with features, whose model has an alignment head and perhaps experts."""
-    experts = ExpertsConfig(router=router, count=4, active=2, **EXPERTS.get(router, {}))
+    experts = ExpertsConfig(**{"router": router, "count": 4, "active": 2, **EXPERTS.get(router, {})})
     pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=8), **transformer))
     rng = torch.Generator().manual_seed(0)
     parts = {
@@ -209,12 +227,15 @@ def build_task(router="stmoe", loss=None, features=True, config=None, **transfor
     return TransformerTask(pipeline.transformer, pipeline.tokenizer, MemoryExamples(**parts), config, loss)
 
 
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("router", EXPERTS)
 @pytest.mark.parametrize("group", ["last", "small", "2,3"])
 @torch.no_grad()
-def test_the_whole_loss_by_hand(router, group):
+def test_the_whole_loss_by_hand(router, group, choice):
     """L_SG + lambda L_CE + w sum of L_b over the blocks (Eq. 10 to 13), each from its own formula."""
-    settings_ = LossConfig(balance=0.3, idle_balance=0.6, encoder="cache", group=group, cross_entropy=0.7)
+    settings_ = LossConfig(
+        balance=0.3, idle_balance=0.6, encoder="cache", group=group, cross_entropy=0.7, **CHOICES[choice]
+    )
     task = build_task(router, settings_)
     batch = task.examples.fetch(range(3), None)
     noise = task.draw_noise(3, torch.Generator().manual_seed(0))
@@ -227,16 +248,16 @@ def test_the_whole_loss_by_hand(router, group):
     tokens = batch["tokens"].numpy()
     entropy = -np.mean([[np.log(likely[b, i, tokens[b, i]]) for i in range(30)] for b in range(3)])
     guidance = guidance_by_hand(
-        output.projected_BNE.double().numpy(), batch["features"].double().numpy(), pyramid, scales
+        output.projected_BNE.double().numpy(), batch["features"].double().numpy(), pyramid, scales, not choice
     )
     balances, M = [], 8 if router == "moe++" else 4
     routings = collect(output.records, "routing")
     assert len(routings) == (0 if router == "none" else len(task.model.blocks))
     for routing in routings:
         assert isinstance(routing, Routing)
-        per_image = []
+        per_image, chosen = [], routing.selected_BNM.double().numpy()
         for b in range(3):
-            f = routing.selected_BNM[b].double().numpy().mean(0)
+            f = chosen.mean((0, 1)) if choice else chosen[b].mean(0)
             P = routing.scores_BNM[b].double().numpy().mean(0)
             per_image.append(M * (f * P * np.where(np.arange(M) < 4, 1, 0.6)).sum())
         balances.append(np.mean(per_image))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from nextscale.checkpoints import build_on_meta
 from nextscale.checkpoints.adapt import adapt, match_scales
 from nextscale.checkpoints.official import export_official
 from nextscale.cli.parser import main
+from nextscale.common.errors import UserError
+from nextscale.common.files import write_json
+from nextscale.common.reading import read_json
 from nextscale.common.registry import ROUTERS
 from nextscale.config.initialization import InitConfig
 from nextscale.config.sampling import SampleConfig
@@ -31,14 +35,17 @@ from tests.test_transformer import gelu, reference_forward, softmax
 pytestmark = pytest.mark.usefixtures("seeded")
 
 HEAD = AlignmentConfig(width=6, hidden=8)
-FAMILIES = (*ROUTERS.names, "capacity")
-"""The routers, and MoE++ with experts that drop tokens."""
+STORED = (*ROUTERS.names, "shared")
+"""The routers, and STMoE with one scale embedding for all layers."""
+FAMILIES = (*STORED, "capacity")
+"""These, and MoE++ with experts that drop tokens."""
 
 
 def moe_config(router, scales="1,2,3,4", *, count=6, active=2, renormalise=False, residual=True, **transformer):
     more = {"capacity_factor": 0.7, "exclude_zero": True} if router == "capacity" else {}
     experts = ExpertsConfig(
-        router="moe++" if more else router, count=count, active=active, renormalise=renormalise,
+        router={"capacity": "moe++", "shared": "stmoe"}.get(router, router),
+        share_scale_embedding=router == "shared", count=count, active=active, renormalise=renormalise,
         gating_residual=residual, constant=1, **more,
     )  # fmt: skip
     return tiny_config(scales, **{"experts": experts, "alignment": HEAD, **transformer})
@@ -56,13 +63,15 @@ def saved(config, path):
 class MixtureByHand:
     """The FFN of Eq. 6 to 9, or of a rival's paper, for one image in float64: every expert on every token, masked."""
 
-    def __init__(self, config, pyramid):
-        self.config, self.scale_of, self.pyramid = config, np.array(pyramid.scale_of_L), pyramid
+    def __init__(self, config, pyramid, shared_KD=None):
+        self.config, self.scale_of, self.shared_KD = config, np.array(pyramid.scale_of_L), shared_KD
+        self.pyramid = pyramid
         self.logits = None
 
     def __call__(self, q, y):
         config, M = self.config, self.config.count
-        SE = q.get("ffn.router.scale_embed.weight", np.zeros((len(self.pyramid), y.shape[1])))[self.scale_of]
+        none_KD = np.zeros((len(self.pyramid), y.shape[1])) if self.shared_KD is None else self.shared_KD
+        SE = q.get("ffn.router.scale_embed.weight", none_KD)[self.scale_of]
         before = self.logits
         self.logits = (SE if config.router == "smoe" else SE + y) @ q["ffn.router.score.weight"].T
         if config.router == "moe++" and config.gating_residual and before is not None:
@@ -93,7 +102,7 @@ def test_forward_against_the_formula(router, renormalise):
     logits = model(torch.tensor([3, 5]), x_BLC).logits_BNV.double().numpy()
     parameters = {n: t.double().numpy() for n, t in model.state_dict().items()}
     for b, label in enumerate((3, 5)):
-        ffn = MixtureByHand(model.config.experts, model.pyramid)
+        ffn = MixtureByHand(model.config.experts, model.pyramid, parameters.get("router_scales"))
         expected = reference_forward(parameters, model, label, x_BLC[b].double().numpy(), ffn)
         np.testing.assert_allclose(logits[b], expected, atol=2e-5 * np.abs(expected).max())
 
@@ -188,7 +197,7 @@ def test_fast_and_plain_gradients_are_equal(router):
 # ---- at rest
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", STORED)
 def test_checkpoints_go_round(router, tmp_path):
     """With their alignment head; and the same bytes again."""
     pipeline = randomised(moe_config(router), backend="plain")
@@ -203,6 +212,39 @@ def test_checkpoints_go_round(router, tmp_path):
     loaded.save_pretrained(tmp_path / "b")
     for path in (p for p in (tmp_path / "a").iterdir() if p.suffix != ".md"):  # a card names its folder
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_checkpoint_of_the_other_kind_of_scale_embedding_is_refused(shared, tmp_path):
+    folder = saved(moe_config("shared" if shared else "stmoe"), tmp_path / "m")
+    head = read_json(folder / "config.json")
+    del head["digest"], head["digests"]
+    head["model"]["transformer"]["experts"]["share_scale_embedding"] = not shared
+    write_json(folder / "config.json", head)
+    own, one = "'blocks.0.ffn.router.scale_embed.weight' (4, 32)", "'router_scales' (4, 32)"
+    missing, unknown = (own, one) if shared else (one, own)
+    message = re.escape(f"does not fit its model: missing tensor {missing}") + ".*" + re.escape(f"tensor {unknown}")
+    with pytest.raises(UserError, match=message):
+        Pipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("router", ["stmoe", "smoe"])
+def test_layers_that_share_one_scale_embedding_are_layers_that_have_equal_ones(router):
+    """In sampling with guidance, float32 and bfloat16: the same tokens, bit for bit."""
+    experts = ExpertsConfig(router=router, count=6, active=2, share_scale_embedding=True)
+    together = randomised(tiny_config(experts=experts)).to_checkpoint()
+    model = dataclasses.replace(
+        together.config.transformer, experts=dataclasses.replace(experts, share_scale_embedding=False)
+    )
+    weights = dict(together.transformer)
+    one = weights.pop("router_scales")
+    weights |= {f"blocks.{block}.ffn.router.scale_embed.weight": one for block in range(model.depth)}
+    config = dataclasses.replace(together.config, transformer=model)
+    apart = dataclasses.replace(together, config=config, transformer=weights)
+    for dtype in (torch.float32, torch.bfloat16):
+        models = [Pipeline.from_checkpoint(checkpoint, dtype=dtype) for checkpoint in (together, apart)]
+        a, b = (pipeline.sample([1, 2, 3], cfg=2.0, seed=4).tokens for pipeline in models)
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("router", ROUTERS.names)
@@ -225,15 +267,15 @@ def test_export_official_leaves_the_alignment_head_out(tmp_path):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", STORED)
 @pytest.mark.parametrize("scales", ["1,2,3,4,6", "1,4", "1,2,3,4"])
 def test_adapted_to_other_scales_routers_keep_what_they_know_of_each(router, scales, tmp_path):
     checkpoint = randomised(moe_config(router)).to_checkpoint()
     pyramid = Pyramid.parse(scales)
     adapted = adapt(checkpoint, None, pyramid)
     assert Pipeline.from_checkpoint(adapted).sample([1]).tensor.isfinite().all()
-    names = [n for n in checkpoint.transformer if n.endswith("router.scale_embed.weight")]
-    assert len(names) == (2 if router in ("stmoe", "smoe") else 0)
+    names = [n for n in checkpoint.transformer if n.endswith(("router.scale_embed.weight", "router_scales"))]
+    assert len(names) == {"stmoe": 2, "smoe": 2, "shared": 1}.get(router, 0)
     for name in names:
         source = match_scales(checkpoint.config.pyramid, pyramid)
         assert torch.equal(adapted.transformer[name], checkpoint.transformer[name][source])
@@ -245,7 +287,7 @@ def test_adapted_to_other_scales_routers_keep_what_they_know_of_each(router, sca
 COSTS = [
     {"count": 6, "active": 2},
     {"count": 5, "active": 4, "scale_embedding": False, "gating_residual": False},
-    {"count": 3, "active": 3, "constant": 0},
+    {"count": 3, "active": 3, "constant": 0, "share_scale_embedding": True},
     {"count": 6, "active": 2, "capacity_factor": 0.6},
 ]
 
@@ -291,7 +333,7 @@ def test_a_pass_takes_at_most_what_info_says():
         assert routing.selected_BNM.sum() == 2 * 30 * experts.active
 
 
-@pytest.mark.parametrize("router", ["none", *ROUTERS.names])
+@pytest.mark.parametrize("router", ["none", *STORED])
 def test_active_parameters_are_all_but_the_experts_at_rest(router):
     config = moe_config(router, count=6, active=2)
     model = randomised(config).transformer
@@ -308,7 +350,7 @@ def test_active_parameters_are_all_but_the_experts_at_rest(router):
 # ---- beginnings
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", STORED)
 def test_experts_begin_as_dense_layers_do_and_apart(router):
     model = randomised(moe_config(router, depth=4, width=64)).transformer
     initialize_transformer(model, InitConfig(), torch.Generator().manual_seed(1))
@@ -320,18 +362,20 @@ def test_experts_begin_as_dense_layers_do_and_apart(router):
             assert not torch.equal(weight[0], weight[1])
         assert max(experts.fc1.bias.abs().max(), experts.fc2.bias.abs().max()) == 0
         assert abs(block.ffn.router.score.weight.std().item() / std - 1) < 0.2
-        if block.ffn.router.scale_embed is not None:
-            assert abs(block.ffn.router.scale_embed.weight.std().item() - 1) < 0.2
+        if router in ("stmoe", "smoe", "shared"):
+            embedded = model.router_scales if router == "shared" else block.ffn.router.scale_embed.weight
+            assert abs(embedded.std().item() - 1) < 0.2
 
 
-@pytest.mark.parametrize("router", ROUTERS.names)
+@pytest.mark.parametrize("router", STORED)
 def test_weight_decay_reaches_matrices_alone(router):
     """A stack's biases and a constant expert's vector have two dimensions, and are none."""
     model = randomised(moe_config(router)).transformer
     decayed = {id(p) for p in build_optimizer(model, TrainConfig()).param_groups[0]["params"]}
-    spared = {n for n, p in model.named_parameters() if id(p) not in decayed and p.ndim >= 2 and "blocks" in n}
-    ends = {n.split(".", 2)[2] for n in spared} - {"mixers.0.log_scale"}
+    spared = {n for n, p in model.named_parameters() if id(p) not in decayed and p.ndim >= 2}
+    ends = {n.split(".", 2)[2] for n in spared if n.startswith("blocks.")} - {"mixers.0.log_scale"}
     expected = {"ffn.experts.fc1.bias", "ffn.experts.fc2.bias"}
     expected |= {"ffn.router.scale_embed.weight"} if router in ("stmoe", "smoe") else set()
     expected |= {"ffn.idle.constant"} if router == "moe++" else set()
     assert ends == expected
+    assert ("router_scales" in spared) == (router == "shared")

@@ -40,7 +40,7 @@ def tensors(task):
 MVAR = {"mixers": MVAR_MIXERS, "mamba": MambaConfig(state_width=6, head_width=8)}
 
 
-@pytest.mark.parametrize(("router", "mixers"), [*((router, {}) for router in ROUTERS.names), ("stmoe", MVAR)])
+@pytest.mark.parametrize(("router", "mixers"), [*((router, {}) for router in ROUTERS.names), ("shared", MVAR)])
 def test_interrupted_and_resumed_equals_uninterrupted(router, mixers, tmp_path):
     """Bit for bit with experts, guidance and averages, in the middle of an epoch, with a fresh process's modules."""
     whole = build_task(router, LOSS, config=SETTINGS, **mixers)

@@ -1,4 +1,4 @@
-"""Routers and the balance of experts against NumPy written from the papers' formulas, in float64 and with loops."""
+"""Routers against NumPy written from the papers' formulas, in float64 and with loops."""
 
 import math
 
@@ -14,7 +14,6 @@ from nextscale.config.transformer import ExpertsConfig, TransformerConfig
 from nextscale.pyramid import Pyramid
 from nextscale.transformer.context import ScaleContext
 from nextscale.transformer.feed_forward import Record
-from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
 from nextscale.transformer.feed_forward.mixture import MixtureOfExperts, ZeroComputationExperts
 from nextscale.transformer.feed_forward.routers import Routing, select_largest
 from tests.test_transformer import softmax
@@ -331,57 +330,7 @@ def test_a_mixture_adds_its_idle_experts_and_counts_them_last():
     assert torch.allclose(y, expected, atol=1e-4)
 
 
-# ---- balance
-
-
-def route(scores, chosen):
-    return Routing(scores.log(), scores, chosen, torch.where(chosen, scores, 0))
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 9), st.integers(0, 4), st.floats(0, 1), st.integers(0, 99))
-def test_balance_loss_against_eq_10(batch, tokens, count, idle, idle_weight, seed):
-    rng = torch.Generator().manual_seed(seed)
-    scores = torch.randn(batch, tokens, count + idle, generator=rng).softmax(-1)
-    chosen = torch.rand(scores.shape, generator=rng) < 0.4
-    losses = []
-    for b in range(batch):
-        total = 0.0
-        for j in range(count + idle):
-            f = sum(chosen[b, i, j].item() for i in range(tokens)) / tokens
-            P = sum(scores[b, i, j].item() for i in range(tokens)) / tokens
-            total += f * P * (idle_weight if j >= count else 1)
-        losses.append((count + idle) * total)
-    ours = compute_balance_loss(route(scores, chosen), idle, idle_weight)
-    assert ours.item() == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
-
-
-def test_even_use_is_worth_m_and_collapse_costs_more():
-    even = torch.eye(8, dtype=torch.bool).roll(1, 0) | torch.eye(8, dtype=torch.bool)  # 2 of 8, in turn
-    flat = torch.full((1, 8, 8), 1 / 8)
-    assert compute_balance_loss(route(flat, even[None])).item() == pytest.approx(2)
-    sure = torch.full((1, 8, 8), 1e-9)
-    sure[..., :2] = 0.5
-    assert compute_balance_loss(route(sure, sure > 0.1)).item() == pytest.approx(8)
-
-
-def test_balance_loss_teaches_through_the_scores_alone():
-    logits = torch.randn(2, 5, 4, requires_grad=True)
-    scores = logits.softmax(-1)
-    chosen = select_largest(scores.detach(), 2, -1)
-    compute_balance_loss(route(scores, chosen)).backward()
-    share = chosen.float().mean(1, keepdim=True)
-    s = scores.detach()
-    expected = 4 * s * (share - (s * share).sum(-1, keepdim=True)) / (2 * 5)
-    assert torch.allclose(logits.grad, expected, atol=1e-6)
-
-
-def test_expert_load_is_normalised():
-    chosen = torch.zeros(2, 3, 4, dtype=torch.bool)
-    chosen[..., 1], chosen[0, :, 3] = True, True
-    assert torch.allclose(compute_expert_load(chosen), torch.tensor([0, 64 * 6 / 9, 0, 64 * 3 / 9]))
-    assert torch.allclose(compute_expert_load(chosen, total=1.0), torch.tensor([0, 6 / 9, 0, 3 / 9]))
-    assert compute_expert_load(torch.zeros_like(chosen)).abs().sum() == 0
+# ---- what is refused
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,23 @@ def test_defaults_have_no_idle_setting(kind):
         (RunConfig, {"loss": {"cross_entropy": 0.1}}, "loss.cross_entropy"),
         (RunConfig, {"loss": {"shuffle": True}}, "loss.shuffle"),
         (RunConfig, {"loss": {"balance": 0.1}}, "loss.balance"),
+        (RunConfig, {"loss": {"balance_over": "batch"}}, "loss.balance_over has no effect: there is no mixture"),
+        (
+            RunConfig,
+            {"loss": {"balance_over": "batch"}, "transformer": {"experts": {"router": "smoe"}}},
+            "the same experts for all images",
+        ),
+        (RunConfig, {"loss": {"aggregate": False}}, "loss.aggregate"),
+        (
+            RunConfig,
+            {"transformer": {"experts": {"router": "moe++", "share_scale_embedding": True}}},
+            "scale_embedding, and smoe",
+        ),
+        (
+            RunConfig,
+            {"transformer": {"experts": {"router": "stmoe", "scale_embedding": False, "share_scale_embedding": True}}},
+            "share_scale_embedding has no effect",
+        ),
         (RunConfig, {"loss": {"idle_balance": 0.1}, "transformer": {"experts": {"router": "stmoe"}}}, "loss.idle"),
         (RunConfig, {"transformer": {"alignment": {"hidden": 5, "block": 1}}}, "alignment.hidden, transformer.align"),
         (RunConfig, {"transformer": {"condition": {"num_classes": 3}}}, "condition.num_classes has no effect: it is"),

@@ -48,9 +48,9 @@ def tasks(pipeline):
     )
 
 
-def mixture_task(router):
+def mixture_task(router, loss=None, **experts):
     """Experts by this router, guided by random features."""
-    experts = ExpertsConfig(router=router, count=4, active=2)
+    experts = ExpertsConfig(router=router, count=4, active=2, **experts)
     pipeline = randomised(tiny_config(experts=experts, alignment=AlignmentConfig(width=6, hidden=16)))
     rng = torch.Generator().manual_seed(0)
     examples = MemoryExamples(
@@ -59,7 +59,7 @@ def mixture_task(router):
         features=torch.randn(20, 4, 4, 6, generator=rng),
     )
     return TransformerTask(
-        pipeline.transformer, pipeline.tokenizer, examples, SETTINGS, LossConfig(encoder="cache", group="1,3")
+        pipeline.transformer, pipeline.tokenizer, examples, SETTINGS, loss or LossConfig(encoder="cache", group="1,3")
     )
 
 

@@ -37,11 +37,15 @@ def compute_logits(pipeline, values, inputs):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.sampled_from(["stmoe", "smoe"]), st.integers(1, 8), st.data(), st.booleans(), st.integers(0, 99))
-def test_outputs_equal_the_dense_model_s(router, count, data, embedded, seed):
+@given(
+    st.sampled_from(["stmoe", "smoe"]), st.integers(1, 8), st.data(), st.booleans(), st.booleans(), st.integers(0, 99)
+)
+def test_outputs_equal_the_dense_model_s(router, count, data, embedded, shared, seed):
     active = data.draw(st.integers(1, count))
     dense = randomised(tiny_config(depth=3))
-    experts = ExpertsConfig(router=router, count=count, active=active, scale_embedding=embedded)
+    experts = ExpertsConfig(
+        router=router, count=count, active=active, scale_embedding=embedded, share_scale_embedding=shared
+    )
     after = upcycle(dense.to_checkpoint(), experts, seed)
     assert after.config.transformer.experts == replace(experts, renormalise=True)
     mixture = Pipeline.from_checkpoint(after)
@@ -50,7 +54,9 @@ def test_outputs_equal_the_dense_model_s(router, count, data, embedded, seed):
     assert largest_difference(compute_logits(mixture, values, inputs), expected) <= 1e-5
     total = sum(p.numel() for p in mixture.transformer.parameters())
     ffn = 2 * 32 * 128 + 128 + 32
-    routers = sum(p.numel() for n, p in mixture.transformer.named_parameters() if ".router." in n)
+    routers = sum(
+        p.numel() for n, p in mixture.transformer.named_parameters() if ".router." in n or n.startswith("router_scales")
+    )
     dense_size = sum(p.numel() for p in dense.transformer.parameters())
     assert total == dense_size + 3 * (count - 1) * ffn + routers
     assert count_active_parameters(after.config, total) == dense_size + 3 * (active - 1) * ffn + routers
@@ -69,7 +75,9 @@ def test_samples_and_likelihoods_equal_the_dense_model_s(official):
 
 def test_everything_else_is_kept_and_experts_are_copies():
     before = randomised(tiny_config(alignment=AlignmentConfig(width=6, hidden=8))).to_checkpoint()
-    after = upcycle(before, ExpertsConfig(router="smoe", count=4, active=2))
+    after = upcycle(before, ExpertsConfig(router="smoe", count=4, active=2, share_scale_embedding=True))
+    one = after.transformer.pop("router_scales")
+    assert one.std() > 0.5, "drawn as in training from scratch: as large as normalised tokens"
     copied = 0
     for name, tensor in before.transformer.items():
         if ".ffn." not in name:

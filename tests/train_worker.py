@@ -3,10 +3,11 @@
 Alone or under torchrun. `python -m tests.train_worker SESSIONS.json` reads [[processes, [word, ...]], ...] and
 does each by so many new processes, which it forks: torch is imported once.
 
-Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with mixers=mvar an M-VAR,
-with condition=combined one of captions and pictures, with sizes=1 at two sizes) or 2 (encoder) of tests/test_train.py,
-with lora=RANK adapters of it and a new class, one case after the other, and writes FOLDER/final.pt and, for each
-process, FOLDER/held-RANK.json: which share of each parameter it holds.
+Trains the tiny task 0 (tokenizer), 1 (transformer; with router=NAME a mixture of experts, with shared=1 one whose
+layers share a scale embedding, with over=batch balanced over the batch and guided without aggregation; with mixers=mvar
+an M-VAR, with condition=combined one of captions and pictures, with sizes=1 at two sizes) or 2 (encoder) of
+tests/test_train.py, with lora=RANK adapters of it and a new class, one case after the other, and writes
+FOLDER/final.pt and, for each process, FOLDER/held-RANK.json: which share of each parameter it holds.
 """
 
 import json
@@ -23,6 +24,7 @@ from nextscale.common.errors import UserError
 from nextscale.config.lora import LoraConfig
 from nextscale.config.tokenizer_training import CodebookConfig
 from nextscale.config.transformer import MVAR_MIXERS, MambaConfig
+from nextscale.config.transformer_training import LossConfig
 from nextscale.training.engine.checks import Interrupted
 from nextscale.training.engine.distributed import gather_weights
 from nextscale.training.engine.loop import Callbacks, train
@@ -104,7 +106,11 @@ def build(which: int, changes: dict) -> Task:
         return combined_task()
     if changes.pop("sizes", 0):
         return sized_task()
-    task = mixture_task(router) if router else tasks(randomised(tiny_config(**mixers)))[which]
+    loss = LossConfig(balance=1.0, balance_over="batch", encoder="cache", group="1,3", aggregate=False)
+    loss = loss if changes.pop("over", "") == "batch" else None
+    shared = bool(changes.pop("shared", 0))
+    mixture = mixture_task(router, loss, share_scale_embedding=shared) if router else None
+    task = mixture or tasks(randomised(tiny_config(**mixers)))[which]
     if rank := changes.pop("lora", 0):
         add_adapters(task.model, LoraConfig(rank=rank), torch.ones(1, 32), torch.Generator().manual_seed(0))
         task.saves_frozen = False

@@ -123,5 +123,5 @@ def _resample_positions(tensors: dict[str, Tensor], old: Pyramid, new: Pyramid) 
     return tables | {
         "pos_start": resample_map(tensors["pos_start"], old.sides[0], new.sides[0]),
         "level_embed.weight": tensors["level_embed.weight"][source],
-        **{n: t[source] for n, t in tensors.items() if n.endswith(".router.scale_embed.weight")},
+        **{n: t[source] for n, t in tensors.items() if n.endswith(("router.scale_embed.weight", "router_scales"))},
     }

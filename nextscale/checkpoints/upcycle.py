@@ -17,7 +17,7 @@ from nextscale.common.errors import UserError
 from nextscale.common.registry import ROUTERS
 from nextscale.common.rng import make_generator
 from nextscale.config.transformer import ExpertsConfig, TransformerConfig
-from nextscale.transformer.initialization import initialize_weights
+from nextscale.transformer.initialization import initialize_router_scales, initialize_weights
 
 EXACT_ROUTERS = ("stmoe", "smoe")
 """Routers that give every token experts which all have an FFN."""
@@ -52,6 +52,9 @@ def upcycle(checkpoint: Checkpoint, experts: ExpertsConfig, seed: int = 0, noise
         router = ROUTERS.get(experts.router)(model, len(config.pyramid), block)
         initialize_weights(router, model.width, make_generator(seed, "router", block))
         weights |= {f"blocks.{block}.ffn.router.{n}": t for n, t in router.state_dict().items()}
+    if model.experts.has_shared_scales:
+        scales_KD = torch.empty(len(config.pyramid), model.width)
+        weights["router_scales"] = initialize_router_scales(scales_KD, make_generator(seed, "router", "scales"))
     return Checkpoint(config, dict(checkpoint.tokenizer), weights, dict(checkpoint.origin))
 
 

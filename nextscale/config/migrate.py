@@ -16,11 +16,16 @@ _ADDED: dict[str, dict[str, Any]] = {
         "options": {},
         "positions": {"kind": "table", "base": 100.0, "extent": 16.0, "size_embedding": False},
     },
-    "gating_residual": {"capacity_factor": 0.0, "capacity_ratio": 0.75, "exclude_zero": False},  # ExpertsConfig
+    "gating_residual": {  # ExpertsConfig
+        "capacity_factor": 0.0,
+        "capacity_ratio": 0.75,
+        "exclude_zero": False,
+        "share_scale_embedding": False,
+    },
     "smooth": {"cfg_parts": {}, "cfg_scales": 0, "stop_at": 0},  # SampleConfig
     "micro_batch": {"backend": "auto", "patience": 0, "model_every": 0},  # TrainConfig
     "revive_below": {"scale_dropout": 0.0},  # CodebookConfig
-    "idle_balance": {"shuffle": False},  # LossConfig
+    "idle_balance": {"balance_over": "image", "aggregate": True, "shuffle": False},  # LossConfig
     "max_unreadable": {"label_column": "", "image_column": "", "allow_empty_classes": False},  # DataConfig
     "init": {  # RunConfig
         "sizes": {"scales": [], "drop": 0.0, "lengths": []},

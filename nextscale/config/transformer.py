@@ -33,8 +33,10 @@ class ExpertsConfig:
     """Divide the gates by their sum. Otherwise (Eq. 7) gates are the softmax over all experts, and those of the
     selected experts sum to less than 1."""
     scale_embedding: bool = True
-    """stmoe: each layer learns a scale embedding for its router (Eq. 9). Otherwise the router sees only the level
-    embedding that tokens carry."""
+    """stmoe: routers add a learned scale embedding to each token (Eq. 9). Otherwise they see only the level embedding
+    that tokens carry."""
+    share_scale_embedding: bool = False
+    """stmoe, smoe: the routers of all layers use one scale embedding. Otherwise each layer learns its own."""
     zero: int = 1
     """moe++: zero-computation experts that output zero."""
     copy: int = 1
@@ -66,34 +68,21 @@ class ExpertsConfig:
 
     def list_idle(self) -> Idle:
         """Settings without effect, see `nextscale.config.idle`."""
-        capacity = ("capacity_factor", "capacity_ratio")
-        moe_plus_plus = ("zero", "copy", "constant", "gating_residual", *capacity, "exclude_zero")
-        if self.router == "none":
-            names = ("count", "active", "renormalise", "scale_embedding", *moe_plus_plus)
-            return {"there is no mixture of experts ({at}router is none)": names}
-        idle: dict[str, tuple[str, ...]] = {}
-        if self.router in ("stmoe", "smoe", "expert-choice"):
-            idle["it belongs to the router moe++"] = moe_plus_plus
-        if self.router in ("smoe", "expert-choice", "moe++"):
-            idle["it belongs to the router stmoe"] = ("scale_embedding",)
-        if self.router == "moe++" and not self.capacity_factor:
-            idle["experts take any number of tokens ({at}capacity_factor is 0)"] = ("capacity_ratio",)
-        if self.router == "moe++" and not (self.renormalise and self.zero):
-            idle["no zero expert is part of a renormalisation ({at}renormalise, {at}zero)"] = ("exclude_zero",)
-        return idle
+        from nextscale.config import idle_experts  # sampling needs none
+
+        return idle_experts.list_idle(self)
 
     def list_doubts(self) -> list[str]:
         """Values under which the router learns nothing from the cross-entropy."""
-        token_choice = self.router in ("stmoe", "smoe", "moe++")
-        doubts = {
-            "{at}count 1: the router has nothing to choose from": self.router != "none"
-            and self.count + self.zero_computation == 1,
-            "{at}renormalise with {at}active 1: every gate is 1, so the router learns from the load-balance loss "
-            "alone": token_choice and self.renormalise and self.active == 1 and self.count > 1,
-            "{at}active selects all experts: nothing is routed, and a dense FFN as wide computes as much": token_choice
-            and 1 < self.active == self.count + self.zero_computation,
-        }
-        return [doubt for doubt, applies in doubts.items() if applies]
+        from nextscale.config import idle_experts
+
+        return idle_experts.list_doubts(self)
+
+    @property
+    def has_shared_scales(self) -> bool:
+        """Whether the routers of all layers use one scale embedding."""
+        embeds = self.scale_embedding if self.router == "stmoe" else self.router == "smoe"
+        return self.share_scale_embedding and embeds
 
     @property
     def zero_computation(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nextscale.common.errors import UserError
 from nextscale.config.data import DataConfig
@@ -26,11 +27,17 @@ class LossConfig:
     """Weight of the load-balance loss of a mixture of experts (that of Switch and GShard; not in the paper)."""
     idle_balance: float = 0.75
     """moe++: weight of a zero-computation expert in the load-balance loss; an FFN expert has 1."""
+    balance_over: Literal["image", "batch"] = "image"
+    """Tokens over which the load-balance loss evens the load. image: those of each image by itself. batch: those of all
+    images that are computed at once, in all processes, so the result depends on train.micro_batch."""
     encoder: str = ""
     """Frozen encoder for semantic guidance: a folder, a name on the hub, pixels, or 'cache' for the features in a token
     cache (`nextscale tokenize --encoder`). Empty = no guidance."""
     group: str = "intermediate"
-    """Scales whose aggregated features are guided: last, large, intermediate, small, or numbers from 1: 5,6,7."""
+    """Scales whose features are guided: last, large, intermediate, small, or numbers from 1: 5,6,7."""
+    aggregate: bool = True
+    """With guidance: the features of a scale are the sum of its own and of all coarser scales (Eq. 11). Otherwise they
+    are its own alone."""
     cross_entropy: float = 0.5
     """With guidance: weight lambda of the cross-entropy; the guidance loss has weight 1 (Eq. 13)."""
     shuffle: bool = False
@@ -51,7 +58,7 @@ class LossConfig:
         return (
             {}
             if self.encoder
-            else {"there is no guidance ({at}encoder is empty)": ("group", "cross_entropy", "shuffle")}
+            else {"there is no guidance ({at}encoder is empty)": ("group", "aggregate", "cross_entropy", "shuffle")}
         )
 
 
@@ -183,9 +190,14 @@ def list_generator_idle(transformer: TransformerConfig, loss: LossConfig) -> Idl
         head = ("transformer.alignment.hidden", "transformer.alignment.block")
         idle["there is no guidance (loss.encoder is empty)"] = head
     if router == "none":
-        idle["there is no mixture of experts (transformer.experts.router is none)"] = ("loss.balance",)
+        idle["there is no mixture of experts (transformer.experts.router is none)"] = (
+            "loss.balance",
+            "loss.balance_over",
+        )
     if router in ("none", "stmoe", "smoe", "expert-choice"):
         idle["it belongs to the router moe++"] = ("loss.idle_balance",)
+    if router == "smoe":
+        idle["the router smoe selects the same experts for all images"] = ("loss.balance_over",)
     return idle
 
 

@@ -56,7 +56,7 @@ from nextscale.training.open_run import (
 )
 from nextscale.training.validation import validate
 from nextscale.transformer.feed_forward import collect
-from nextscale.transformer.feed_forward.balance import compute_balance_loss, compute_expert_load
+from nextscale.transformer.feed_forward.balance import average_shares, compute_balance_loss, compute_expert_load
 from nextscale.transformer.feed_forward.thresholds import Thresholds
 from nextscale.transformer.projector import compute_alignment_loss, parse_scale_group
 from nextscale.transformer.var import VAR, Output
@@ -109,6 +109,9 @@ class TransformerTask(Task):
         self.pyramids = self.sizes.list_pyramids(model.pyramid)
         self.names = name_pyramids(self.pyramids)
         self.tokens_per_example = sum(pyramid.length for pyramid in self.pyramids) // len(self.pyramids)
+        if model.config.experts.router != "none" and self.loss.balance_over == "batch":
+            self.waits_in_forward = True
+            self.micro_batch_matters = "the load-balance loss is that of all images computed at once"
         self.leaves_parameters_unused = model.projector is not None and not self.loss.encoder
         guided = {pyramid: self.list_guided(pyramid) for pyramid in self.pyramids}
         if self.sizes.drop:
@@ -169,13 +172,19 @@ class TransformerTask(Task):
         others: dict[str, Tensor] = {}
         if output.projected_BNE is not None:
             features_BghE = self._get_features(batch, pyramid)
-            guidance = compute_alignment_loss(output.projected_BNE, features_BghE, pyramid, self.list_guided(pyramid))
+            guidance = compute_alignment_loss(
+                output.projected_BNE, features_BghE, pyramid, self.list_guided(pyramid), self.loss.aggregate
+            )
             loss = guidance + self.loss.cross_entropy * loss
             others["guidance"] = guidance.detach()
         routings = collect(output.records, "routing")
         if routings:
             idle = self.model.config.experts.zero_computation
-            balance = sum(compute_balance_loss(r, idle, self.loss.idle_balance) for r in routings)
+            shares: list[Tensor | None] = [None] * len(routings)
+            if self.loss.balance_over == "batch":  # in validation processes may compute the same images
+                shares = [*average_shares(routings, self.world if self.model.training else World())]
+            parts = zip(routings, shares, strict=True)
+            balance = sum(compute_balance_loss(r, idle, self.loss.idle_balance, share_M) for r, share_M in parts)
             assert isinstance(balance, Tensor), "a sum of losses"
             loss = loss + self.loss.balance * balance
             others["balance"] = balance.detach() / len(routings)

@@ -38,6 +38,8 @@ class ScaleContext:
     """Thresholds of dynamic experts; None: all experts work."""
     tables: Pyramid | None = None
     """The pyramid whose scales have embeddings, where the model runs at another one."""
+    router_scales_KD: Tensor | None = None
+    """The scale embeddings that the routers of all layers share; None where each has its own, or none."""
 
     def index_scales(self, device: torch.device) -> Tensor:
         """Which row of a table of scales each token at hand has, int64: (N,), or (1,) when all are of one scale."""

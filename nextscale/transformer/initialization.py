@@ -6,7 +6,7 @@ import math
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nextscale.config.initialization import InitConfig
 from nextscale.transformer.var import VAR
@@ -19,6 +19,8 @@ def initialize_transformer(model: VAR, config: InitConfig, generator: torch.Gene
     initialize_weights(model, D, generator)
     for position in (model.pos_start, *([] if model.pos_embed is None else [model.pos_embed])):
         nn.init.trunc_normal_(position, std=compute_spread(D), generator=generator)
+    if model.router_scales is not None:
+        initialize_router_scales(model.router_scales, generator)
     model.head.weight.mul_(config.head)  # first predictions near uniform
     model.head_adaln.weight.mul_(config.adaln)
     for block in model.blocks:
@@ -54,6 +56,13 @@ def initialize_weights(part: nn.Module, width: int, generator: torch.Generator) 
     for module in part.modules():
         if hasattr(module, "finish_initialization"):
             cast(Any, module).finish_initialization(spread)
+
+
+@torch.no_grad()
+def initialize_router_scales(scales_KD: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the scale embeddings that all routers share, as large as normalised tokens; return them."""
+    spread = compute_spread(scales_KD.shape[1])
+    return nn.init.trunc_normal_(scales_KD, std=spread, generator=generator).div_(spread)
 
 
 def compute_spread(width: int) -> float:

@@ -5,6 +5,8 @@ Letters: B images, N tokens of the first scales, D width, E width of the encoder
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,25 +55,28 @@ def parse_scale_group(group: str, count: int) -> tuple[int, ...]:
     return tuple(sorted({int(n) - 1 for n in numbers}))
 
 
-def aggregate_scales(projected_BNE: Tensor, pyramid: Pyramid, grid: tuple[int, int]) -> list[Tensor]:
-    """z_j of Eq. 11 for every scale at hand, (B, E, g, h) each: projected maps enlarged to the grid and summed up."""
-    sums: list[Tensor] = []
+def enlarge_scales(projected_BNE: Tensor, pyramid: Pyramid, grid: tuple[int, int]) -> list[Tensor]:
+    """Up of Eq. 11 for every scale at hand, (B, E, g, h) each: projected maps enlarged to the grid."""
+    maps: list[Tensor] = []
     for side, (start, end) in zip(pyramid.sides, pyramid.spans, strict=True):
         if end > projected_BNE.shape[1]:
             break
         map_BEhw = projected_BNE[:, start:end].transpose(1, 2).unflatten(2, side)
-        up_BEgh = map_BEhw if side == grid else F.interpolate(map_BEhw, grid, mode="bicubic")
-        sums.append(sums[-1] + up_BEgh if sums else up_BEgh)
-    return sums
+        maps.append(map_BEhw if side == grid else F.interpolate(map_BEhw, grid, mode="bicubic"))
+    return maps
 
 
 def compute_alignment_loss(
-    projected_BNE: Tensor, features_BghE: Tensor, pyramid: Pyramid, scales: tuple[int, ...]
+    projected_BNE: Tensor, features_BghE: Tensor, pyramid: Pyramid, scales: tuple[int, ...], aggregate: bool = True
 ) -> Tensor:
-    """L_SG of Eq. 12, float32: minus the cosine of each patch's feature and its aggregate, averaged over patches and
-    images, summed over `scales`; so from -len(scales) to len(scales)."""
+    """L_SG of Eq. 12, float32: minus the cosine of each patch's feature and z_j, averaged over patches and images,
+    summed over the scales j in `scales`; so from -len(scales) to len(scales).
+
+    `aggregate`: z_j is the sum of the enlarged maps of all scales up to j (Eq. 11). Otherwise it is that of j alone.
+    """
     _, g, h, _ = features_BghE.shape
     with disable_autocast(projected_BNE):
         target_BEgh = features_BghE.float().permute(0, 3, 1, 2)
-        z = aggregate_scales(projected_BNE.float(), pyramid, (g, h))
+        z = enlarge_scales(projected_BNE.float(), pyramid, (g, h))
+        z = list(itertools.accumulate(z)) if aggregate else z
         return -sum((F.cosine_similarity(target_BEgh, z[j], dim=1).mean() for j in scales), torch.zeros(()))

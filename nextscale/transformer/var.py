@@ -92,6 +92,8 @@ class VAR(nn.Module):
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             Block(config, i, len(pyramid)) for i in range(config.depth)
         )
+        shared = config.experts.has_shared_scales
+        self.router_scales = nn.Parameter(torch.empty(len(pyramid), D)) if shared else None
         self.shared_adaln = nn.Linear(D, 3 * len(self.blocks[0].layers) * D) if config.shared_adaln else None
         self.head_norm = AdaLayerNorm(config.norm_eps)
         self.head_adaln = nn.Linear(D, 2 * D)
@@ -189,7 +191,7 @@ class VAR(nn.Module):
         self, span: tuple[int, int], k: int, thresholds: Thresholds | None, *, teacher_forced: bool = False
     ) -> ScaleContext:
         """What the blocks are told of tokens at these positions; `k` is the finest scale among them."""
-        return ScaleContext(self.pyramid, span, teacher_forced, k, thresholds, self.other_tables)
+        return ScaleContext(self.pyramid, span, teacher_forced, k, thresholds, self.other_tables, self.router_scales)
 
     def _run_cached(
         self, x_BND: Tensor, conditioning: Conditioning, context: ScaleContext, cache: Cache, first_predicted: int = 0

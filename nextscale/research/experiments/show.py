@@ -43,7 +43,8 @@ def format_experiment(experiment: Experiment) -> str:
             lines.append(f"    sampling    {_format_settings(to_dict(row.sampling))}")
             if row.run.loss.encoder:
                 encoder = _describe_encoder(experiment, row.run.loss.encoder)
-                lines.append(f"    guidance    {encoder}; {row.run.loss.group} scales")
+                alone = "" if row.run.loss.aggregate else ", each without the coarser ones"
+                lines.append(f"    guidance    {encoder}; {row.run.loss.group} scales{alone}")
             training = compute_key(to_dict(row.run))
             if training in shown:
                 lines.append("    training    shared with a row above")

@@ -35,6 +35,7 @@ class DistributedModel:
 
     def __init__(self, task: Task, config: TrainConfig, world: World):
         self.task, self.world = task.to(world.device), world
+        task.world = world
         for model in task.fast_modules():
             optimize(model, config.backend, training=True)
         self.dtype = choose_training_dtype(config.precision, world.device)

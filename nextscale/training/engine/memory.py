@@ -248,7 +248,8 @@ def try_micro_batch(
     """
     assert isinstance(config.micro_batch, int), "resolve_auto has chosen it"
     world, per_process = model.world, config.batch_size // model.world.size
-    micro_batch, meets = config.micro_batch, model.world.size > 1 and config.sharding != "none"
+    waits = config.sharding != "none" or model.task.waits_in_forward
+    micro_batch, meets = config.micro_batch, model.world.size > 1 and waits
     while True:
         fits = _try_step(model, config, optimizer, min(micro_batch, per_process), step)
         smaller = choose_divisor(per_process, micro_batch // 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nextscale.config.training import TrainConfig
 from nextscale.training.engine.distributed import gather_tensor, separate_sharded, shard_like
 
-_NOT_DECAYED = ("pos_start", "pos_embed", "level_embed", "offset", "log_scale")
+_NOT_DECAYED = ("pos_start", "pos_embed", "level_embed", "router_scales", "offset", "log_scale")
 _NOT_DECAYED_IN_EXPERTS = ("bias", "scale_embed", "constant")  # matrices there: a row for each expert or scale
 
 

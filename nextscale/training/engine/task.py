@@ -31,6 +31,10 @@ class Task(nn.Module, ABC):
     tokens_per_example: int = 0
     leaves_parameters_unused: bool = False
     """Some parameters may get no gradient in a step."""
+    world: World = World()
+    """The processes whose forward passes are one step; set by `DistributedModel`, before that this one alone."""
+    waits_in_forward: bool = False
+    """Forward passes of a step wait for those of other processes."""
     micro_batch_matters: str = ""
     """Why the result depends on the micro-batch by more than rounding; empty where it does not."""
 

@@ -58,11 +58,24 @@ class Router(nn.Module):
         self.experts = config.experts.count + config.experts.zero_computation
         self.score = Float32Linear(config.width, self.experts, bias=False)
         self.scale_embed: nn.Embedding | None = None
+        """None too where all layers share one: it is in the context."""
 
     def finish_initialization(self, spread: float) -> None:
         """Make scale embeddings as large as the normalised tokens beside them. `spread`: their standard deviation."""
         if self.scale_embed is not None:
             self.scale_embed.weight.div_(spread)
+
+    def add_scale_embedding(self, config: TransformerConfig, scales: int) -> None:
+        """Give the router scale embeddings of its own, unless all layers share one."""
+        if not config.experts.has_shared_scales:
+            self.scale_embed = create_embedding(scales, config.width)
+
+    def score_scales(self, context: ScaleContext) -> Tensor | None:
+        """Logits of the scale embedding of each token at hand, (N, M) or (1, M), float32; None without embeddings."""
+        embed_KD = context.router_scales_KD if self.scale_embed is None else self.scale_embed.weight
+        if embed_KD is None:
+            return None
+        return gather_rows(self.score(embed_KD), context.index_scales(embed_KD.device))
 
     def forward(self, x_BND: Tensor, context: ScaleContext, previous: Record | None = None) -> Routing:
         """`previous`: the record of the block before."""
@@ -115,13 +128,11 @@ class ScaleTokenRouter(Router):
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__(config, scales, block)
         if config.experts.scale_embedding:
-            self.scale_embed = create_embedding(scales, config.width)
+            self.add_scale_embedding(config, scales)
 
     def score_tokens(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
-        logits_BNM = self.score(x_BND)
-        if self.scale_embed is None:
-            return logits_BNM
-        return logits_BNM + gather_rows(self.score(self.scale_embed.weight), context.index_scales(x_BND.device))
+        logits_BNM, of_scales = self.score(x_BND), self.score_scales(context)
+        return logits_BNM if of_scales is None else logits_BNM + of_scales
 
     @classmethod
     def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
@@ -134,12 +145,12 @@ class ScaleRouter(Router):
 
     def __init__(self, config: TransformerConfig, scales: int, block: int):
         super().__init__(config, scales, block)
-        self.scale_embed = create_embedding(scales, config.width)
+        self.add_scale_embedding(config, scales)
 
     def score_tokens(self, x_BND: Tensor, context: ScaleContext) -> Tensor:
-        assert self.scale_embed is not None, "made with the router"
-        logits_KM = self.score(self.scale_embed.weight)
-        return gather_rows(logits_KM, context.index_scales(x_BND.device)).expand(*x_BND.shape[:2], -1)
+        of_scales = self.score_scales(context)
+        assert of_scales is not None, "the router has scale embeddings, or the model"
+        return of_scales.expand(*x_BND.shape[:2], -1)
 
     @classmethod
     def count_multiply_adds(cls, config: TransformerConfig, scales: int, tokens: int, block: int) -> int:
