@@ -134,13 +134,9 @@ def by_groups(experts, dispatch):
 )  # fmt: skip
 def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, width, seed, padding):
     """The loop, the written-out backward pass and the grouped product; also with padding, as a GPU has it."""
-    before, products.trains_by_onednn, least, products._PRODUCT_ROWS = (
-        products.trains_by_onednn,
-        onednn,
-        products._PRODUCT_ROWS,
-        8,
-    )
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"trains_by_onednn": onednn, "_PRODUCT_ROWS": 8, "_PRODUCT_VALUES": 0}.items():
+            patch.setattr(products, name, value)
         experts, mask = made(count, width, 2 * width, seed), masks(rows, count, kind, seed)
         x, gates = inputs(rows, count, width, seed)
         dy = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
@@ -161,8 +157,6 @@ def test_every_way_against_brute_force_in_float64(onednn, count, rows, kind, wid
         with torch.no_grad():
             y = fast_twin(experts)(x, gates, mask, int(mask.sum()))
         assert (y.double() - exact[0]).abs().max() <= 1e-5 * exact[0].abs().max().clamp_min(1)
-    finally:
-        products.trains_by_onednn, products._PRODUCT_ROWS = before, least
 
 
 @pytest.mark.parametrize("kind", KINDS)
