@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -72,18 +72,16 @@ class AnalysePyramid:
 
 
 @dataclass
-class AnalyseLoad:
-    """Expert load of mixtures of experts on held-out images, by block, scale and expert (MEPA, Table 1).
+class _ModelsOnImages:
+    """What analyses of models on held-out images share; `report` names the report and the figure."""
 
-    Loads are normalised to a sum of 64; the report has their sample variance over the experts.
-    """
-
+    report: ClassVar[str]
     models: Positional[tuple[str, ...]]
     """Checkpoint folders, or names on the Hugging Face hub."""
     data: str
     """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
     out: Path
-    """Folder for load.json and load.png."""
+    """Folder for the report and the figure."""
     names: tuple[str, ...] = ()
     """Names of the models in the figure; default: their folders."""
     analysis: Analysis = field(default_factory=AnalysisConfig)
@@ -91,10 +89,22 @@ class AnalyseLoad:
 
     def list_files(self) -> tuple[list[Output], list[Input]]:
         inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
-        return [_describe_folder(self.out, "load", "load.png")], inputs
+        return [_describe_folder(self.out, self.report, f"{self.report}.png")], inputs
 
     def list_needs(self) -> dict[str, str]:
         return {"matplotlib": "a figure"}
+
+
+@dataclass
+class AnalyseLoad(_ModelsOnImages):
+    """Expert load of mixtures of experts on held-out images, by block, scale and expert (MEPA, Table 1).
+
+    Loads are normalised to a sum of 64; the report has their sample variance over the experts.
+    """
+
+    report: ClassVar[str] = "load"
+    out: Path
+    """Folder for load.json and load.png."""
 
     def run(self) -> None:
         from nextscale.research.analysis.load import analyse_load
@@ -107,23 +117,16 @@ class AnalyseLoad:
 
 
 @dataclass
-class AnalyseRouting:
+class AnalyseRouting(_ModelsOnImages):
     """Routing maps: how often each expert is selected at each position of each scale (MEPA, Fig. 4)."""
 
-    models: Positional[tuple[str, ...]]
-    """Checkpoint folders, or names on the Hugging Face hub."""
-    data: str
-    """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
+    report: ClassVar[str] = "routing"
     out: Path
     """Folder for routing.json and routing.png."""
-    names: tuple[str, ...] = ()
-    """Names of the models in the figure; default: their folders."""
     block: int = 0
     """Block whose router is shown, counted from 1; 0 = the last but one."""
     image: int | None = None
     """Index of a single held-out image to show; default: the share over all images."""
-    analysis: Analysis = field(default_factory=AnalysisConfig)
-    overwrite: Overwrite = False
 
     def check(self) -> None:
         check_fields(
@@ -135,13 +138,6 @@ class AnalyseRouting:
             },
         )
 
-    def list_files(self) -> tuple[list[Output], list[Input]]:
-        inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
-        return [_describe_folder(self.out, "routing", "routing.png")], inputs
-
-    def list_needs(self) -> dict[str, str]:
-        return {"matplotlib": "a figure"}
-
     def run(self) -> None:
         from nextscale.research.analysis.routing import analyse_routing
 
@@ -150,37 +146,26 @@ class AnalyseRouting:
 
 
 @dataclass
-class AnalyseFeatures:
+class AnalyseFeatures(_ModelsOnImages):
     """Plot a block's outputs for tokens of each scale, and measure how far apart scales are (MEPA, Fig. 1a)."""
 
-    models: Positional[tuple[str, ...]]
-    """Checkpoint folders, or names on the Hugging Face hub."""
-    data: str
-    """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
+    report: ClassVar[str] = "features"
     out: Path
     """Folder for features.json and features.png."""
-    names: tuple[str, ...] = ()
-    """Names of the models in the figure; default: their folders."""
     block: int = 0
     """Block whose output is shown, counted from 1; 0 = the middle one."""
     points: int = 256
     """Number of tokens of each scale in the plot."""
     projection: Literal["pca", "tsne"] = "pca"
     """Projection to two dimensions; t-SNE needs scikit-learn."""
-    analysis: Analysis = field(default_factory=AnalysisConfig)
-    overwrite: Overwrite = False
 
     def check(self) -> None:
         check_fields(
             "", self, {"block must be 0 or more": self.block >= 0, "points must be 1 or more": self.points >= 1}
         )
 
-    def list_files(self) -> tuple[list[Output], list[Input]]:
-        inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
-        return [_describe_folder(self.out, "features", "features.png")], inputs
-
     def list_needs(self) -> dict[str, str]:
-        return {"matplotlib": "a figure", **({"sklearn": "t-SNE"} if self.projection == "tsne" else {})}
+        return super().list_needs() | ({"sklearn": "t-SNE"} if self.projection == "tsne" else {})
 
     def run(self) -> None:
         from nextscale.research.analysis.features import analyse_features
@@ -195,29 +180,15 @@ class AnalyseFeatures:
 
 
 @dataclass
-class AnalyseAttention:
+class AnalyseAttention(_ModelsOnImages):
     """How much attention tokens pay to their own scale and to earlier ones, by block and scale (M-VAR's motivation).
 
     The share of the softmax, teacher-forced on held-out images, mean over images, heads and tokens.
     """
 
-    models: Positional[tuple[str, ...]]
-    """Checkpoint folders, or names on the Hugging Face hub."""
-    data: str
-    """Images ('digits', a folder, parquet, owner/name on the hub), or a token cache."""
+    report: ClassVar[str] = "attention"
     out: Path
     """Folder for attention.json and attention.png."""
-    names: tuple[str, ...] = ()
-    """Names of the models in the figure; default: their folders."""
-    analysis: Analysis = field(default_factory=AnalysisConfig)
-    overwrite: Overwrite = False
-
-    def list_files(self) -> tuple[list[Output], list[Input]]:
-        inputs = list_inputs(images={"--data": self.data}, models={"MODELS": self.models})
-        return [_describe_folder(self.out, "attention", "attention.png")], inputs
-
-    def list_needs(self) -> dict[str, str]:
-        return {"matplotlib": "a figure"}
 
     def run(self) -> None:
         from nextscale.research.analysis.attention import analyse_attention

@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     if _use_onednn(x, weight):
         return _linear_onednn(x, weight, bias, gelu)
     rows = x.numel() // x.shape[-1]
-    if _needs_gradient(x, weight) and _onednn_trains_faster(x.reshape(rows, -1), weight):
+    if _needs_gradient(x, weight) and _onednn_trains_faster(rows, x, weight):
         y = _DifferentiableProduct.apply(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], weight.shape[0])
     elif x.device.type != "cpu" or rows >= _MIN_ROWS:
         y = F.linear(x.contiguous(), weight, bias)
@@ -193,14 +193,14 @@ class _DifferentiableProduct(torch.autograd.Function):
 
 def multiply_rows(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """x times weight transposed, plus bias, for use inside an autograd function (autograd does not look inside)."""
-    if not _onednn_trains_faster(x_RI, weight_OI):
+    if not _onednn_trains_faster(len(x_RI), x_RI, weight_OI):
         return F.linear(x_RI, weight_OI, bias_O)
     return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
 
 
 def compute_input_gradient(dy_RO: Tensor, weight_OI: Tensor, x_RI: Tensor) -> Tensor:
     """Gradient of x in x times weight transposed: dy times weight, (R, I)."""
-    if not _onednn_trains_faster(dy_RO, weight_OI):
+    if not _onednn_trains_faster(len(dy_RO), dy_RO, weight_OI):
         return dy_RO @ weight_OI
     return torch.ops.aten.convolution_backward(
         _view_as_pixels(dy_RO), _view_as_pixels(x_RI), weight_OI[:, :, None, None], None,
@@ -210,17 +210,17 @@ def compute_input_gradient(dy_RO: Tensor, weight_OI: Tensor, x_RI: Tensor) -> Te
 
 def compute_weight_gradient(dy_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of the weight in x times weight transposed: dy transposed times x, (O, I); written to `out` if given."""
-    if not _onednn_trains_faster(dy_RO, weight_OI):
+    if not _onednn_trains_faster(len(dy_RO), dy_RO, weight_OI):
         return torch.mm(dy_RO.T, x_RI, out=out)
     operands = dy_RO.to_mkldnn(), x_RI.to_mkldnn()
     gradient = torch.ops.aten.mkldnn_linear_backward_weights(*operands, weight_OI, False)[0].to_dense()
     return gradient if out is None else out.copy_(gradient)
 
 
-def _onednn_trains_faster(x_RI: Tensor, weight_OI: Tensor) -> bool:
-    """Whether products of training with these rows are faster by oneDNN: large ones in float32 on some CPUs."""
-    large = len(x_RI) >= _PRODUCT_ROWS and weight_OI.numel() >= _PRODUCT_VALUES
-    return large and trains_by_onednn and trains_in_float32(x_RI)
+def _onednn_trains_faster(rows: int, x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether products of training with so many rows are faster by oneDNN: large ones in float32 on some CPUs."""
+    large = rows >= _PRODUCT_ROWS and weight_OI.numel() >= _PRODUCT_VALUES
+    return large and trains_by_onednn and trains_in_float32(x)
 
 
 def _view_as_pixels(x_RI: Tensor) -> Tensor:

@@ -67,10 +67,10 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
     def compare(
         models: Models, shown_source: str, classes: list[int], texts: str, each: float, seed: float, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        wanted, number = read_asked(models.load(shown_source), classes, texts, each), read_seed(seed)
+        conditions, number = read_asked(models.load(shown_source), classes, texts, each), read_seed(seed)
         fields = [values[:width], values[width:]]
         a, b = (Side(source, dtype, Settings.read(rest, number)) for source, dtype, *rest in fields)
-        for grown in compare_sides(models, shown_source, a, b, wanted):
+        for grown in compare_sides(models, shown_source, a, b, conditions):
             shown = [fill_gallery(g.pictures, g.captions) if g else gr.skip() for g in grown]
             done = grown[1] is not None and grown[1].done
             yield (*shown, draw_sides(grown), grown if done else None, _pair(grown, 0) if done else gr.skip())

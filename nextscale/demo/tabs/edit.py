@@ -67,9 +67,9 @@ def build(shared: Shared) -> tuple[list[Any], Refresh]:
             raise UserError("choose a picture first: upload one, or take the generated one")
         model, settings = models.load(source), Settings.read(values, seed)
         mask = build_mask(model.config.image_size, area, _find_drawing(drawn))
-        fitted, wanted = fit_image(model, picture), read_one(model, label, text)
-        edited = models.run(lambda: repaint(model, fitted, mask, wanted, settings))
-        what = model.caption(wanted) or "no text"
+        fitted, condition = fit_image(model, picture), read_one(model, label, text)
+        edited = models.run(lambda: repaint(model, fitted, mask, condition, settings))
+        what = model.caption(condition) or "no text"
         told = f"Repainted {edited.repainted:.0%} of the picture as {what}, seed {int(seed)}."
         pictures = edited.before, edited.after
         yield tuple(map(enlarge, pictures)), fill_gallery(pictures, ["before", "after"]), told

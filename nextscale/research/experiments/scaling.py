@@ -45,7 +45,7 @@ def analyse_scaling(rows: Mapping[str, Sequence[Path]], out: Path) -> dict[str, 
         "target": TARGET,
         "target_flops": target,
         "note": f"the losses at the target are predictions, far outside of what was measured: of these data and this "
-        f"tokenizer at the training FLOPs of the recipe {TARGET}, if the law held until there",
+        f"tokenizer at the training FLOPs of the recipe {TARGET}, if the power law held until there",
         "families": families,
     }
     write_json(out / "scaling.json", report)
@@ -69,8 +69,8 @@ def fit_power_law(flops_N: np.ndarray, losses_N: np.ndarray) -> tuple[float, flo
 
 
 def fit_family(name: str, sizes: Sequence[tuple[float, Sequence[float]]], target: float) -> dict[str, Any]:
-    """The law of one family as JSON values, with 95 % intervals by the bootstrap. `sizes`: (training FLOPs, the final
-    losses of all seeds) of each size. Raises UserError for less than two sizes."""
+    """The power law of one family as JSON values, with 95 % intervals by the bootstrap. `sizes`: (training FLOPs, the
+    final losses of all seeds) of each size. Raises UserError for less than two sizes."""
     if len({flops for flops, _ in sizes}) < 2:
         raise UserError(f"{name} has one size: a fit of loss against FLOPs needs two or more")
     flops_N = np.concatenate([np.full(len(losses), flops) for flops, losses in sizes])
