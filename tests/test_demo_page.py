@@ -259,12 +259,12 @@ def test_the_command_serves_the_page_until_it_is_interrupted(tiny_folder, tmp_pa
     assert not list(tmp_path.glob("nextscale-demo-*"))
 
 
-def test_texts_are_asked_for_where_the_model_reads_them(tmp_path, tiny_folder):
+def test_texts_are_asked_for_where_the_model_reads_them(served, tmp_path, tiny_folder):
     """A page of two models: the box of the texts takes the place of the classes."""
     condition = ConditionConfig("text", max_tokens=8, layers=1)
     randomised(tiny_config(condition=condition, mixers=("attention", "cross-attention"))).save_pretrained(tmp_path)
-    with serve_models(str(tmp_path), str(tiny_folder)) as (models, address), open_browser() as browser:
-        visitor = Visitor(browser, address)
+    with serve_models(str(tmp_path), str(tiny_folder)) as (models, address):
+        visitor = Visitor(served[2], address)
         visitor.button("Generate").click()
         visitor.page.get_by_text("write at least one text").wait_for()
         visitor.page.get_by_label("Texts").locator("visible=true").fill("a cat\n\n two dogs ")
